@@ -1,0 +1,133 @@
+"""What all formats share: the parts of an opened checkpoint, and reading files by position.
+
+A read opens the file, makes sure that it still is the one that was inspected, and closes it: any number of shards needs
+one descriptor per reading thread, and a file that shrinks or fails is an error, where a memory map would be a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..layout import Form
+from ..rule import InputError
+
+
+@dataclass(frozen=True)
+class File:
+    """A regular file as it was when it was opened first."""
+
+    path: Path
+    size: int
+    identity: tuple[int, int, int]
+
+    @classmethod
+    def at(cls, path: Path) -> File:
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}, expected a file") from None
+        # Before opening it: opening a FIFO waits for ever.
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path}: not a regular file")
+        return cls(path, found.st_size, _identity(found))
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """A file descriptor for positioned reads."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _identity(os.fstat(descriptor)) != self.identity or os.fstat(descriptor).st_size != self.size:
+                raise OSError(f"{self.path}: the file changed while it was being read")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def read_into(self, offset: int, buffer: memoryview, release: bool = False) -> None:
+        """Fill the buffer from a position; release: tell the system that the pages won't be read again."""
+        with self.open() as descriptor:
+            # One hint for the whole stroke: the kernel's own read-ahead starts small in a file just opened.
+            os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
+            done = 0
+            while done < len(buffer):
+                if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
+                    raise OSError(f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes")
+                done += got
+            if release:
+                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+
+    def read(self, offset: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where the bytes of a tensor are: little-endian, in row-major order."""
+
+    form: Form
+    file: File
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for extent in self.form.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: by name. weights: the files that hold them; others: what else belongs to the model (config, tokenizer);
+    left_out: what lies beside them but is neither. The last three name files relative to path, or path itself."""
+
+    path: Path
+    kind: str
+    tensors: dict[str, Tensor]
+    weights: dict[str, File]
+    others: dict[str, File]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def is_directory(self) -> bool:
+        return self.kind == "directory"
+
+
+def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+    """A JSON object in which no key comes twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise InputError(f"{path}: {what} names {key!r} twice")
+            found[key] = value
+        return found
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise InputError(f"{path}: {what} is not JSON ({reason[:120]})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
+    return value

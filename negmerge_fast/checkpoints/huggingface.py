@@ -1,0 +1,98 @@
+"""A Hugging Face model directory: one .safetensors file, or shards with an index, and the files beside them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..rule import InputError
+from .files import Checkpoint, File, Tensor, parse_json
+from .safetensors import read_header
+
+# The names transformers looks for, in its order; other names are taken where there is only one.
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+# Weights in other formats: copied, they would still remember what the merged weights forgot.
+_OTHER_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".npy",
+    ".npz", ".pkl", ".tflite", ".mlmodel", ".index.json",
+)  # fmt: skip
+
+# What negmerge writes beside the weights of its output; it speaks of that output only.
+MANIFEST = "negmerge.json"
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """Open a model directory."""
+    names = sorted(os.listdir(path))
+    if "adapter_config.json" in names:
+        raise InputError(f"{path}: holds LoRA factors, expected whole weights: merge each adapter into its model first")
+    found = _weights_name(path, names)
+    if found.endswith(_INDEX_SUFFIX):
+        tensors, weights = _read_shards(path, found)
+        others = {found: File.at(path / found)}
+    else:
+        tensors, file = read_header(path / found)
+        weights, others = {found: file}, {}
+    left_out: list[str] = []
+    _find_others(path, "", weights, others, left_out)
+    return Checkpoint(path, "directory", tensors, weights, others, tuple(left_out))
+
+
+def _weights_name(path: Path, names: list[str]) -> str:
+    for usual in (_SINGLE, _INDEX):
+        if usual in names:
+            return usual
+    for suffix in (_INDEX_SUFFIX, ".safetensors"):
+        fitting = [name for name in names if name.endswith(suffix)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise InputError(f"{path}: {len(fitting)} files end in {suffix} ({', '.join(fitting[:3])}, …), expected {_INDEX}")
+    if not names:
+        raise InputError(f"{path}: empty directory, expected {_SINGLE} or {_INDEX}")
+    other = next((name for name in names if name.endswith(_OTHER_WEIGHTS)), None)
+    only = f"only {other} and the like" if other else "no weights"
+    raise InputError(f"{path}: {only}, expected {_SINGLE} or {_INDEX}")
+
+
+def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, File]]:
+    file = File.at(path / index)
+    weight_map = parse_json(file.read(0, file.size), file.path, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{file.path}: no weight_map, expected one of tensor names to shard files")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
+            raise InputError(f"{file.path}: tensor {name!r} is in {shard!r}, expected a file of this directory")
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, File] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).exists():
+            raise InputError(f"{path / shard}: missing, but named in {index}")
+        held, weights[shard] = read_header(path / shard)
+        for name, tensor in held.items():
+            if weight_map.get(name) != shard:
+                raise InputError(f"{path / shard}: tensor {name!r} is not in {index}, expected {index} to name it there")
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise InputError(f"{path / shard}: tensor {name!r} is missing, but {index} names it")
+    return tensors, weights
+
+
+def _find_others(
+    path: Path, below: str, weights: dict[str, File], others: dict[str, File], left_out: list[str]
+) -> None:
+    """Sort what lies in a directory into what belongs to the model and what is left out."""
+    with os.scandir(path / below) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            name = below + entry.name
+            if name in weights or name in others:
+                continue
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                _find_others(path, name + "/", weights, others, left_out)
+            elif entry.name.startswith(".") or name.endswith(_OTHER_WEIGHTS) or not entry.is_file():
+                left_out.append(name)
+            elif name != MANIFEST:
+                others[name] = File.at(path / name)

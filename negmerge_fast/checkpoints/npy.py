@@ -1,0 +1,45 @@
+"""A flat vector of weights in NumPy's .npy format; numpy itself reads the header."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from ..layout import Form
+from ..rule import InputError
+from .files import Checkpoint, File, Tensor
+
+# What the one tensor is called in messages and reports.
+NAME = "vector"
+
+_DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
+# Version 1 headers are at most 64 KiB long, and numpy itself refuses longer ones than 10,000 characters.
+_LONGEST_HEADER = 65_536 + 12
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open a .npy file that holds one array in row-major order, of fp64, fp32 or fp16."""
+    file = File.at(path)
+    head = io.BytesIO(file.read(0, min(file.size, _LONGEST_HEADER)))
+    try:
+        version = np.lib.format.read_magic(head)
+        if version not in ((1, 0), (2, 0)):
+            raise InputError(f"{path}: .npy version {version[0]}.{version[1]}, expected 1.0 or 2.0")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(head)
+    except InputError:
+        raise
+    except Exception as error:  # numpy's header parser raises whatever the text makes it raise
+        raise InputError(f"{path}: not a .npy file ({str(error).splitlines()[0][:120]})") from None
+    if dtype.str not in _DTYPES:
+        raise InputError(f"{path}: dtype {dtype.str}, expected one of {', '.join(_DTYPES)}")
+    if fortran and len(shape) > 1:
+        raise InputError(f"{path}: column-major order, expected row-major")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if any(extent < 0 for extent in shape) or head.tell() + nbytes != file.size:
+        raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
+    tensor = Tensor(Form(_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
+    return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

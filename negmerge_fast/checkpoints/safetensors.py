@@ -1,0 +1,98 @@
+"""The safetensors format: 8 bytes of header length, a JSON header, the tensors back to back.
+
+The safetensors library tells no offsets, so the header is parsed here, as strictly as there; a test holds the two
+against each other.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..layout import Form
+from ..rule import InputError
+from .files import Checkpoint, File, Tensor, parse_json
+
+# The library's own bound.
+_LONGEST_HEADER = 100_000_000
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open one .safetensors file as a model."""
+    tensors, file = read_header(path)
+    return Checkpoint(path, "safetensors", tensors, {path.name: file}, {})
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
+    """The tensors of a .safetensors file, in the order of their bytes."""
+    file = File.at(path)
+    if file.size < 8:
+        raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
+    length = int.from_bytes(_read(file, 0, 8), "little")
+    if length > _LONGEST_HEADER:
+        raise InputError(f"{path}: header of {length} bytes, expected at most {_LONGEST_HEADER}: not a safetensors file")
+    if 8 + length > file.size:
+        raise InputError(f"{path}: {file.size} bytes, expected at least {8 + length}: truncated")
+    raw = _read(file, 8, length)
+    if not raw.startswith(b"{"):
+        raise InputError(f"{path}: header does not start with '{{': not a safetensors file")
+    header = parse_json(raw, path, "header")
+    metadata = header.pop("__metadata__", {})
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    ):
+        raise InputError(f"{path}: __metadata__ is not a mapping of strings to strings")
+    tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in header.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)))
+    position = 8 + length
+    for name, tensor in ordered.items():
+        if tensor.offset != position:
+            raise InputError(
+                f"{path}: tensor {name!r} begins at byte {tensor.offset}, expected {position}: offsets overlap or leave holes"
+            )
+        position = tensor.end
+    if position != file.size:
+        problem = "truncated" if position > file.size else "bytes left over"
+        raise InputError(f"{path}: {file.size} bytes, expected {position}: {problem}")
+    return ordered, file
+
+
+def _read(file: File, offset: int, size: int) -> bytes:
+    try:
+        return file.read(offset, size)
+    except PermissionError as error:
+        raise InputError(f"{file.path}: {error.strerror}") from None
+
+
+def _tensor(file: File, start: int, name: str, entry: Any) -> Tensor:
+    where = f"{file.path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"{where}: expected dtype, shape and data_offsets in the header")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise InputError(f"{where}: unknown dtype {dtype!r}")
+    if not _are_sizes(shape):
+        raise InputError(f"{where}: shape {shape!r}, expected non-negative integers")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{where}: data_offsets {offsets!r}, expected a begin and an end")
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != (offsets[1] - offsets[0]) * 8:
+        raise InputError(
+            f"{where}: {offsets[1] - offsets[0]} bytes, expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
+        )
+    return Tensor(Form(dtype, tuple(shape)), file, start + offsets[0], offsets[1] - offsets[0])
+
+
+def _are_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 64  # so that a product of them is quickly had
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )

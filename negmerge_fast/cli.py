@@ -1,0 +1,305 @@
+"""The command line: thin, and quiet about everything but the job.
+
+Exit status: 0 done; 1 the job failed; 2 bad usage or bad input; 130 interrupted; 143 terminated. An error is one line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_WORD = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class _Stopped(BaseException):
+    """A signal asked the job to stop."""
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM. While nothing is at stake (imports, checks) they end the process at once, without unwinding
+    somebody else's half-done import; during a job they are noted, and the job's own progress calls raise."""
+
+    def __init__(self) -> None:
+        self.guarded = False
+        self.received: int | None = None
+        for number in _STATUS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if not self.guarded:
+            os.write(2, f"negmerge: {_WORD[signal.Signals(number)]}\n".encode())
+            os._exit(_STATUS[signal.Signals(number)])
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise _Stopped
+
+
+def main() -> NoReturn:
+    """The console script."""
+    signals = _Signals()  # before the imports that take long
+    import click
+
+    from .rule import InputError
+
+    status = 0
+    try:
+        status = _commands(signals).main(prog_name="negmerge", standalone_mode=False) or 0
+    except _Stopped:
+        assert signals.received is not None
+        received = signal.Signals(signals.received)
+        status = _fail(_WORD[received], _STATUS[received])
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        status = 2
+    except click.ClickException as error:
+        status = _fail(error.format_message(), 2)
+    except click.Abort:
+        status = _fail("interrupted", 130)
+    except InputError as error:
+        status = _fail(str(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
+        status = 1
+    except (OSError, MemoryError) as error:
+        status = _fail(_describe(error), 1)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _fail(message: str, status: int) -> int:
+    print("negmerge: " + " ".join(message.splitlines()), file=sys.stderr)
+    return status
+
+
+def _commands(signals: _Signals) -> Any:
+    import click
+
+    @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+    @click.version_option(_version(), prog_name="negmerge")
+    def negmerge() -> None:
+        """Make a trained model forget, by merging its fine-tuned versions (NegMerge, arXiv 2410.05583)."""
+
+    @negmerge.command()
+    @click.argument("base")
+    @click.argument("finetuned", nargs=-1)
+    @click.option("--output", "-o", required=True, metavar="OUT", help="Where the merged model goes; it mirrors BASE.")
+    @click.option("--scale", required=True, type=float, help="λ: how far to go away from the fine-tuned models.")
+    @click.option("--task-vectors", is_flag=True, help="FINETUNED hold differences to BASE, not weights.")
+    @click.option("--min-agreement", type=float, default=1.0, show_default=True,
+                  help="Share of the models that must agree on the sign of an element.")
+    @click.option("--nonfinite", type=click.Choice(["error", "keep-base"]), default="error", show_default=True,
+                  help="What a NaN or an infinity is.")
+    @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
+    @click.option("--exclude", metavar="RE", help="Keep the base's tensors where the name matches.")
+    @click.option("--backend", type=click.Choice(["auto", *_backends()]), default="auto", show_default=True)
+    @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0")
+    @click.option("--memory-budget", default="1GiB", show_default=True, metavar="SIZE",
+                  help="The most memory to allocate.")
+    @click.option("--threads", type=int, metavar="N", help="Threads that compute; torch's choice if not given.")
+    @click.option("--report", metavar="FILE.json", help="Write what was done, per tensor, as JSON.")
+    @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+    @click.option("--overwrite", is_flag=True, help="Replace OUT if negmerge wrote it, or would.")
+    @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+    def merge(
+        base: str, finetuned: tuple[str, ...], output: str, task_vectors: bool, report: str | None, dry_run: bool,
+        quiet: bool, **options: Any,
+    ) -> None:
+        """Subtract from BASE what all FINETUNED models agree on.
+
+        BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
+        """
+        from .stream import prepare
+
+        if report is not None:
+            _check_report(report, output)
+        inputs = "task_vectors" if task_vectors else "finetuned"
+        job = prepare(base, list(finetuned), output, inputs=inputs, **options)  # type: ignore[arg-type]
+        if dry_run:
+            print(_plan_text(job))
+            return
+        done = _run(job, signals, quiet)
+        if report is not None:
+            _write_report(report, done.to_json())
+        if not quiet:
+            print(_summary(job, done))
+
+    @negmerge.command()
+    @click.argument("paths", nargs=-1, required=True)
+    def inspect(paths: tuple[str, ...]) -> None:
+        """Say what is in each PATH and, of several, whether the others can be merged into the first."""
+        from .checkpoints import open_checkpoint
+        from .plan import make_plan
+
+        opened = [open_checkpoint(path) for path in paths]
+        for checkpoint in opened:
+            print(_contents(checkpoint))
+        if len(opened) > 1:
+            plan = make_plan(opened[0], opened[1:])
+            print(f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents")
+
+    @negmerge.command()
+    def info() -> None:
+        """Print versions, devices, and every backend with why it is or is not usable."""
+        print(_info())
+
+    @negmerge.command()
+    @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="How often, from other seeds.")
+    @click.option("--output", default="negmerge-demo", show_default=True, metavar="DIR",
+                  help="Where the models and the picture go.")
+    @click.option("--report", metavar="FILE.json", help="Write the numbers as JSON.")
+    @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+    def demo(seeds: int, output: str, report: str | None, quiet: bool) -> None:
+        """Train a small network on real digits, make it forget half of them, and compare with other methods."""
+        from pathlib import Path
+
+        from .demo import run
+
+        signals.guarded = True
+        signals.check()
+        run(seeds, Path(output), Path(report) if report else None, progress=signals.check, quiet=quiet)
+
+    return negmerge
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _backends() -> tuple[str, ...]:
+    from .backends import NAMES
+
+    return NAMES
+
+
+def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    from .stream import Report
+
+    total = job.plan.bytes_read + job.plan.bytes_written
+    # disable=None: no bar where standard error is not a terminal.
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="merge", leave=False, disable=True if quiet else None,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
+    )  # fmt: skip
+
+    def progress(done: int, _: int) -> None:
+        signals.check()
+        bar.update(done - bar.n)
+
+    signals.guarded = True
+    signals.check()
+    with bar:
+        report: Report = job.run(progress)
+    return report
+
+
+def _check_report(report: str, output: str) -> None:
+    from pathlib import Path
+
+    from .rule import InputError
+
+    path, target = Path(os.path.abspath(report)), Path(os.path.abspath(output))
+    if path == target or target in path.parents:
+        raise InputError(f"{report}: is inside the output, expected another place for the report")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{report}: not a regular file")
+
+
+def _write_report(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+
+
+def _plan_text(job: Any) -> str:
+    plan = job.plan
+    segments = plan.segments(job.chunk)
+    return "\n".join([
+        f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
+        f"models    {len(plan.models)}",
+        f"output    {job.output.target}: {len(plan.targets)} files",
+        f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.kept} kept as in base",
+        f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk)} per file",
+        f"read      {_size(plan.bytes_read)}",
+        f"write     {_size(plan.bytes_written)}",
+        f"memory    {_size(job.memory)}",
+        f"backend   {job.backend} on {job.device}",
+        *[f"left out  {name}" for name in plan.base.left_out],
+    ])  # fmt: skip
+
+
+def _summary(job: Any, done: Any) -> str:
+    moved = done.bytes_read + done.bytes_written
+    return (
+        f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.kept} kept; "
+        f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}), {done.nonfinite:,} non-finite; "
+        f"read {_size(done.bytes_read)}, wrote {_size(done.bytes_written)} "
+        f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s)"
+    )
+
+
+def _contents(checkpoint: Any) -> str:
+    dtypes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.form.dtype] = dtypes.get(tensor.form.dtype, 0) + tensor.numel
+    kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in dtypes.items()) or "no elements"
+    size = sum(file.size for file in checkpoint.weights.values())
+    return (
+        f"{checkpoint.path}: {checkpoint.kind}, {len(checkpoint.weights)} weight files ({_size(size)}), "
+        f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.others)} other files"
+        + (f", {len(checkpoint.left_out)} left out" if checkpoint.left_out else "")
+    )
+
+
+def _info() -> str:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .backends import NAMES, why_not
+
+    lines = [f"negmerge_fast {_version()}", f"python {platform.python_version()} on {platform.platform()}"]
+    for package in ("torch", "numpy", "safetensors"):
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    devices = ["cpu"]
+    try:
+        import torch
+
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        lines.append(f"threads {torch.get_num_threads()}")
+    except ImportError:
+        pass
+    lines.append(f"devices {', '.join(devices)}")
+    for name in NAMES:
+        for device in devices:
+            reason = why_not(name, device)
+            lines.append(f"backend {name} on {device}: {'usable' if reason is None else reason}")
+    return "\n".join(lines)

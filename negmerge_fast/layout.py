@@ -1,0 +1,55 @@
+"""Whether the versions of a model fit each other: names, shapes and kinds of type. Pure: no torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from .rule import FLOAT_SIZES
+
+INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+
+class Form(NamedTuple):
+    """dtype: spelled as safetensors spells it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def mismatches(
+    base: Mapping[str, Form],
+    models: Sequence[Mapping[str, Form]],
+    where: Callable[[int | None, str], str],
+    task_vectors: bool = False,
+    reference: str = "base",
+) -> list[str]:
+    """Everything that keeps the models from being merged into the base, one phrase each; empty if nothing does.
+
+    where: names a tensor of the base (None) or of a model (its number from 0); reference: what to call the base. Integer and bool
+    tensors are the base's, untouched, so task vectors need not have them.
+    """
+    found = [
+        f"{where(None, name)}: dtype {form.dtype}, expected {', '.join(FLOAT_SIZES)} or an integer type"
+        for name, form in base.items()
+        if form.dtype not in FLOAT_SIZES and form.dtype not in INTEGERS
+    ]
+    for k, model in enumerate(models):
+        for name, form in base.items():
+            if name in model:
+                if problem := _difference(form, model[name], reference):
+                    found.append(f"{where(k, name)}: {problem}")
+            elif form.dtype in FLOAT_SIZES or not task_vectors:
+                found.append(f"{where(k, name)}: missing, expected {form.dtype} {form.shape} like {reference}")
+        found += [f"{where(k, name)}: not in {reference}" for name in model if name not in base]
+    return found
+
+
+def _difference(base: Form, model: Form, reference: str) -> str | None:
+    if model.shape != base.shape:
+        return f"shape {model.shape}, expected {base.shape} like {reference}"
+    if base.dtype in FLOAT_SIZES and model.dtype not in FLOAT_SIZES:
+        return f"dtype {model.dtype}, expected one of {', '.join(FLOAT_SIZES)} ({reference} has {base.dtype})"
+    if base.dtype in INTEGERS and model.dtype not in INTEGERS:
+        return f"dtype {model.dtype}, expected an integer type ({reference} has {base.dtype})"
+    return None

@@ -1,0 +1,206 @@
+"""What to read, merge and write: pure arithmetic on the layouts of all checkpoints. Nothing is opened here.
+
+Extents are runs of bytes of one output file. Those with members are neighbouring tensors that are neighbours in every
+model's file, too, so that each stream is read in one long stroke; those without are copied from the base. Together they
+cover every byte of every output file, in order. Pieces are extents cut to the size of the buffers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .checkpoints import Checkpoint, File, Tensor
+from .layout import mismatches
+from .rule import FLOAT_SIZES, InputError, Signature
+
+
+class Member(NamedTuple):
+    """A tensor, or a run of its elements."""
+
+    name: str
+    start: int
+    numel: int
+    signature: Signature
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes per element in the base and in each model."""
+        return [FLOAT_SIZES[dtype] for dtype in (self.signature.result, *self.signature.models)]
+
+
+class Source(NamedTuple):
+    """A run of bytes of an input file."""
+
+    file: File
+    offset: int
+    nbytes: int
+
+
+class Extent(NamedTuple):
+    """target: the output file, relative to the output; it is written where the base (the first source) is read."""
+
+    target: str
+    sources: list[Source]
+    members: list[Member]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """targets: every output file with its size in bytes. kept: how many tensors are the base's, untouched."""
+
+    base: Checkpoint
+    models: list[Checkpoint]
+    targets: dict[str, int]
+    extents: list[Extent]
+    kept: int
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(extent.members) for extent in self.extents)
+
+    @property
+    def elements(self) -> int:
+        return sum(member.numel for extent in self.extents for member in extent.members)
+
+    def segments(self, chunk: int) -> int:
+        """How many runs of elements the backends are given."""
+        return sum(len(piece.members) for piece in pieces(self, chunk))
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(source.nbytes for extent in self.extents for source in extent.sources)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(self.targets.values())
+
+
+def make_plan(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    task_vectors: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> Plan:
+    """Pair the tensors of all checkpoints by name.
+
+    include, exclude: regular expressions searched in the names; tensors not chosen are the base's, untouched.
+    Raises InputError, one line with everything that does not fit.
+    """
+    chosen = _choose(base.tensors, include, exclude)
+    chosen_in = [_choose(model.tensors, include, exclude) for model in models]
+    if (include or exclude) and not chosen:
+        raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
+
+    def where(k: int | None, name: str) -> str:
+        checkpoint = base if k is None else models[k]
+        path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
+        return f"{path}: tensor {name!r}"
+
+    forms = {name: tensor.form for name, tensor in chosen.items()}
+    forms_in = [{name: tensor.form for name, tensor in held.items()} for held in chosen_in]
+    if problems := mismatches(forms, forms_in, where, task_vectors):
+        raise InputError("; ".join(problems))
+
+    merged = {name for name, tensor in chosen.items() if tensor.form.dtype in FLOAT_SIZES}
+    extents: list[Extent] = []
+    for target, file in base.weights.items():
+        held = [(name, tensor) for name, tensor in base.tensors.items() if tensor.file is file and name in merged]
+        extents += _extents(target, file, held, models, task_vectors)
+    extents += [Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size]
+    targets = {name: file.size for name, file in {**base.weights, **base.others}.items()}
+    return Plan(base, list(models), targets, extents, len(base.tensors) - len(merged))
+
+
+def _choose(tensors: Mapping[str, Tensor], include: str | None, exclude: str | None) -> dict[str, Tensor]:
+    def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
+        try:
+            return re.compile(default if text is None else text)
+        except re.error as error:
+            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
+
+    wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
+    return {n: t for n, t in tensors.items() if wanted.search(n) and not unwanted.search(n)}
+
+
+def _extents(
+    target: str,
+    file: File,
+    held: list[tuple[str, Tensor]],
+    models: Sequence[Checkpoint],
+    task_vectors: bool,
+) -> Iterator[Extent]:
+    """Cover one file of the base; held: its tensors to merge."""
+    position = 0
+    run: list[list[Tensor]] = []
+    members: list[Member] = []
+
+    def finished() -> Extent:
+        columns = zip(*run, strict=True)
+        sources = [Source(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
+        return Extent(target, sources, members)
+
+    for name, tensor in sorted(held, key=lambda item: (item[1].offset, item[1].end)):
+        versions = [tensor, *(model.tensors[name] for model in models)]
+        if run and not all(_adjacent(last, here) for last, here in zip(run[-1], versions, strict=True)):
+            yield finished()
+            run, members = [], []
+        if not run and tensor.offset > position:
+            yield Extent(target, [Source(file, position, tensor.offset - position)], [])
+        signature = Signature(tensor.form.dtype, tuple(v.form.dtype for v in versions[1:]), task_vectors)
+        run.append(versions)
+        members.append(Member(name, 0, tensor.numel, signature))
+        position = tensor.end
+    if run:
+        yield finished()
+    if file.size > position:
+        yield Extent(target, [Source(file, position, file.size - position)], [])
+
+
+def _adjacent(last: Tensor, here: Tensor) -> bool:
+    return last.file is here.file and last.end == here.offset
+
+
+def pieces(plan: Plan, chunk: int) -> Iterator[Extent]:
+    """The extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
+    for extent in plan.extents:
+        if extent.members:
+            yield from _cut(extent, chunk)
+            continue
+        (source,) = extent.sources
+        for done in range(0, source.nbytes, chunk):
+            size = min(chunk, source.nbytes - done)
+            yield Extent(extent.target, [Source(source.file, source.offset + done, size)], [])
+
+
+def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
+    positions = [source.offset for source in extent.sources]
+    parts: list[Member] = []
+    room = chunk
+
+    def finished() -> Extent:
+        lengths = [sum(column) for column in zip(*([p.numel * s for s in p.sizes] for p in parts), strict=True)]
+        sources = [
+            Source(source.file, at, length)
+            for source, at, length in zip(extent.sources, positions, lengths, strict=True)
+        ]
+        positions[:] = [at + length for at, length in zip(positions, lengths, strict=True)]
+        return Extent(extent.target, sources, parts)
+
+    for member in extent.members:
+        widest = max(member.sizes)
+        start = 0
+        while True:
+            count = min(member.numel - start, room // widest)
+            if count or not member.numel:
+                parts.append(member._replace(start=start, numel=count))
+                start, room = start + count, room - count * widest
+            if start == member.numel:
+                break
+            yield finished()
+            parts, room = [], chunk
+    yield finished()

@@ -1,0 +1,210 @@
+"""The rule in plain PyTorch, on any torch device: the oracle of every other backend, and the fallback.
+
+    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    agree = all d_k > 0  or  all d_k < 0
+    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
+
+rule.py says it to the bit. It works block by block, so that the temporaries stay in cache and the extra memory is a
+few MB whatever the model. Two running values per element, the least and the greatest d_k, hold both flags of `agree`
+and whether every d_k is finite (torch's minimum and maximum hand NaN on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+# Bytes of one temporary: 256 Ki elements of fp32 was the best of 16 Ki … 1 Mi, bench/results/reference.jsonl.
+CPU_BLOCK_BYTES = 1024 * 1024
+# On a GPU every operation is a launch: few and large ones.
+DEVICE_BLOCK_BYTES = 64 * 1024 * 1024
+
+# The most a merge on the CPU allocates beside its data: the temporaries of _Workspace, counted for the general rule.
+SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
+
+
+def merge(batch: Batch, rule: Rule) -> torch.Tensor:
+    """Merge every segment of a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
+    counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
+    with torch.inference_mode(), _subnormals_kept():
+        work = _Workspace(batch, rule)
+        for row, segment in enumerate(batch.segments):
+            for start in range(0, segment.numel, work.block):
+                counts[row] += work.merge_block(segment, start, min(work.block, segment.numel - start))
+    return counts
+
+
+def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
+    """Where a batch first has a non-finite element: what an error names. Writes nothing.
+
+    Returns the segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
+    "result") and the value found there; None if everything is finite.
+    """
+    with torch.inference_mode(), _subnormals_kept():
+        work = _Workspace(batch, rule)
+        for row, segment in enumerate(batch.segments):
+            for start in range(0, segment.numel, work.block):
+                size = min(work.block, segment.numel - start)
+                if work.merge_block(segment._replace(out=None), start, size)[1]:
+                    index = start + int(work.nonfinite[:size].nonzero()[0])
+                    return row, index, *_culprit(segment, index)
+    return None
+
+
+def _culprit(segment: Segment, index: int) -> tuple[int | str, float]:
+    versions: list[tuple[int | str, Stream]] = list(enumerate(segment.models))
+    if segment.base is not None:
+        versions.insert(0, ("base", segment.base))
+    for which, stream in versions:
+        value = float(_load(stream, index, 1))
+        if value - value != 0:
+            return which, value
+    return "result", float("inf")
+
+
+class _Workspace:
+    """The temporaries of one block, allocated once per call."""
+
+    def __init__(self, batch: Batch, rule: Rule) -> None:
+        self.signature = batch.signature
+        self.storage = DTYPES[batch.signature.result]
+        self.dtype = DTYPES[batch.signature.arithmetic]
+        self.required = rule.required(len(batch.signature.models))
+        self.unanimous = self.required == len(batch.signature.models)
+        device = torch.device(batch.device)
+        most = (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // self.dtype.itemsize
+        self.block = min(most, max((s.numel for s in batch.segments), default=0)) or 1
+
+        def temporary(dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(self.block, dtype=dtype, device=device)
+
+        self.b, self.x, self.d, self.least, self.greatest, self.sum = (temporary(self.dtype) for _ in range(6))
+        self.agree, self.nonfinite, self.flag = (temporary(torch.bool) for _ in range(3))
+        if not self.unanimous:
+            self.below, self.n_above, self.n_below = (temporary(self.dtype) for _ in range(3))
+        # Tensors, and on the device: dividing by a Python number multiplies by its reciprocal on a GPU.
+        self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
+        self.minus_scale = torch.tensor(-rule.scale, dtype=torch.float64, device=device).to(self.dtype)
+
+    def merge_block(self, segment: Segment, start: int, size: int) -> torch.Tensor:
+        """Merge elements start … start + size; leaves their non-finite flags in self.nonfinite."""
+        stored = None if segment.base is None else _load(segment.base, start, size)
+        b = self.b[:size]
+        b.zero_() if stored is None else b.copy_(stored)
+        mean = self._unanimous_mean if self.unanimous else self._majority_mean
+        agree, nonfinite = self.agree[:size], self.nonfinite[:size]
+        t = mean(segment, start, b, agree).mul_(self.minus_scale)
+        result = _round(t.add_(b), self.storage)
+
+        finite = torch.isfinite(self.least[:size]).logical_and_(torch.isfinite(self.greatest[:size]))
+        finite &= torch.isfinite(b)
+        finite &= torch.isfinite(result).logical_or_(~agree)
+        torch.logical_not(finite, out=nonfinite)
+        agree &= finite
+        if segment.out is not None:
+            kept = b.to(self.storage) if stored is None else stored
+            _store(segment.out, start, _bits(result).where(agree, _bits(kept)))
+        return torch.stack([agree.sum(), nonfinite.sum()])
+
+    def _differences(self, segment: Segment, start: int, b: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Each d_k in turn, noting the least and the greatest."""
+        size = len(b)
+        d, least, greatest = self.d[:size], self.least[:size], self.greatest[:size]
+        for k, stream in enumerate(segment.models):
+            x = _load(stream, start, size)
+            if x.dtype != self.dtype:
+                x = self.x[:size].copy_(x)
+            if self.signature.task_vectors:
+                d.copy_(x)
+            else:
+                torch.sub(x, b, out=d)
+            if k == 0:
+                least.copy_(d)
+                greatest.copy_(d)
+            else:
+                torch.minimum(least, d, out=least)
+                torch.maximum(greatest, d, out=greatest)
+            yield d
+
+    def _unanimous_mean(
+        self, segment: Segment, start: int, b: torch.Tensor, agree: torch.Tensor
+    ) -> torch.Tensor:
+        total = self.sum[: len(b)].zero_()
+        for d in self._differences(segment, start, b):
+            total.add_(d)
+        torch.gt(self.least[: len(b)], 0, out=agree)
+        agree |= torch.lt(self.greatest[: len(b)], 0, out=self.flag[: len(b)])
+        return total.div_(self.n)
+
+    def _majority_mean(
+        self, segment: Segment, start: int, b: torch.Tensor, agree: torch.Tensor
+    ) -> torch.Tensor:
+        size = len(b)
+        # Adding +0 for the models of the other sign changes no bit of a sum that started at +0.
+        above, below = self.sum[:size].zero_(), self.below[:size].zero_()
+        n_above, n_below = self.n_above[:size].zero_(), self.n_below[:size].zero_()
+        flag, part = self.flag[:size], self.x[:size]
+        for d in self._differences(segment, start, b):
+            above.add_(torch.clamp(d, min=0, out=part))
+            below.add_(torch.clamp(d, max=0, out=part))
+            n_above.add_(torch.gt(d, 0, out=flag))
+            n_below.add_(torch.lt(d, 0, out=flag))
+        torch.ge(n_above, self.required, out=agree)
+        negative = torch.ge(n_below, self.required, out=flag)
+        agree |= negative
+        torch.where(negative, below, above, out=above)
+        torch.where(negative, n_below, n_above, out=n_above)
+        return above.div_(n_above)
+
+
+def _round(values: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
+    # By way of float32, as everywhere: a direct conversion from float64 rounds once, and differently.
+    return (values.float() if storage.itemsize == 2 else values).to(storage)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(_BITS[values.itemsize])
+
+
+def _bytes(stream: Stream, start: int, size: int) -> torch.Tensor:
+    owner = stream.owner if isinstance(stream.owner, torch.Tensor) else torch.frombuffer(stream.owner, dtype=torch.uint8)
+    memory = owner.view(-1).view(torch.uint8)
+    first = stream.address - memory.data_ptr() + start * FLOAT_SIZES[stream.dtype]
+    return memory[first : first + size * FLOAT_SIZES[stream.dtype]]
+
+
+def _aligned(memory: torch.Tensor, itemsize: int) -> bool:
+    return memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0
+
+
+def _load(stream: Stream, start: int, size: int) -> torch.Tensor:
+    """Elements of a stream in their storage type: a view, or a copy where they are not aligned."""
+    memory = _bytes(stream, start, size)
+    if not _aligned(memory, FLOAT_SIZES[stream.dtype]):
+        memory = memory.clone()
+    return memory.view(DTYPES[stream.dtype])
+
+
+def _store(stream: Stream, start: int, bits: torch.Tensor) -> None:
+    _bytes(stream, start, len(bits)).copy_(bits.view(torch.uint8))
+
+
+@contextmanager
+def _subnormals_kept() -> Iterator[None]:
+    """Undo torch.set_flush_denormal(True) for the call: it is a mode of the calling thread that changes results."""
+    smallest = torch.full((), 5e-324, dtype=torch.float64)
+    flushing = bool(smallest * 1.0 == 0)
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)

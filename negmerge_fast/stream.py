@@ -1,0 +1,375 @@
+"""Merging checkpoints in bounded memory: read ahead, merge, write behind.
+
+A few slots, each with one buffer per version of the model, go round: while one is being read into, another is merged,
+and a third written. Memory depends on the budget alone, not on the model or on the number of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__, backends
+from .checkpoints import open_checkpoint
+from .plan import Extent, Member, Plan, make_plan, pieces
+from .rule import (
+    FLOAT_SIZES,
+    Batch,
+    InputError,
+    Inputs,
+    Merge,
+    NonFinite,
+    Rule,
+    Segment,
+    Signature,
+    Stats,
+    Stream,
+    require_choice,
+)
+from .writer import Output
+
+Progress = Callable[[int, int], None]
+PathLike = str | os.PathLike[str]
+
+# One being read, one merged, one written.
+_SLOTS = 3
+_READERS = 4
+# The longest stroke for one file, and the shortest worth a system call.
+_LONGEST, _SHORTEST = 1 << 20, 4096
+# What the interpreter's own objects take while a job runs.
+_OBJECTS = 4 << 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge of checkpoints did; its fields are those of the JSON report. seconds: wall time."""
+
+    base: str
+    models: list[str]
+    output: str
+    scale: float
+    min_agreement: float
+    backend: str
+    elements: int
+    agreed: int
+    consensus_ratio: float
+    nonfinite: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    tensors: list[dict[str, Any]]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def merge_checkpoints(
+    base: PathLike,
+    finetuned: Sequence[PathLike],
+    output: PathLike,
+    *,
+    scale: float,
+    min_agreement: float = 1.0,
+    inputs: Inputs = "finetuned",
+    nonfinite: NonFinite = "error",
+    include: str | None = None,
+    exclude: str | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    memory_budget: int | str = "1GiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Merge checkpoints that need not fit in memory; the rule is merge's (NegMerge, arXiv 2410.05583, section 4).
+
+    base, finetuned: Hugging Face directories, .safetensors files or .npy vectors (fp64, fp32, fp16, bf16), with the same
+        tensor names and shapes; each may be sharded in its own way.
+    output: mirrors base: the same files and tensor layout, config and tokenizer copied. It appears complete, or not at
+        all; overwrite replaces only what negmerge wrote or would write.
+    inputs: whether finetuned are "finetuned" models or "task_vectors".
+    nonfinite: a NaN or an infinity is an "error" and nothing is written, or such elements keep the base's bits
+        ("keep-base").
+    include, exclude: regular expressions on tensor names; the others are the base's, untouched.
+    memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated.
+    progress: called with (bytes done, bytes in all) after every stroke; it may raise to stop the job.
+
+    Raises InputError (a ValueError) for bad input, OSError when reading or writing fails.
+    """
+    job = prepare(
+        base, finetuned, output, scale=scale, min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite,
+        include=include, exclude=exclude, backend=backend, device=device, memory_budget=memory_budget,
+        threads=threads, overwrite=overwrite,
+    )  # fmt: skip
+    return job.run(progress)
+
+
+def prepare(
+    base: PathLike,
+    finetuned: Sequence[PathLike],
+    output: PathLike,
+    *,
+    scale: float,
+    min_agreement: float = 1.0,
+    inputs: Inputs = "finetuned",
+    nonfinite: NonFinite = "error",
+    include: str | None = None,
+    exclude: str | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    memory_budget: int | str = "1GiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> Job:
+    """Check everything that merge_checkpoints is given, and write nothing."""
+    rule = Rule(scale, min_agreement)
+    require_choice("inputs", inputs, ("finetuned", "task_vectors"))
+    require_choice("nonfinite", nonfinite, ("keep-base", "error"))
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: {threads}, expected at least 1")
+    if isinstance(finetuned, (str, os.PathLike)):
+        raise TypeError("finetuned: one path, expected a list of paths")
+    if not finetuned:
+        raise InputError("finetuned: no models, expected at least one")
+    for path in finetuned:
+        if os.path.realpath(path) == os.path.realpath(base):
+            raise InputError(f"{path}: is the base itself, expected a fine-tuned version of it")
+    opened, models = open_checkpoint(base), [open_checkpoint(path) for path in finetuned]
+    plan = make_plan(opened, models, task_vectors=inputs == "task_vectors", include=include, exclude=exclude)
+    target = Path(output)
+    if not opened.is_directory:
+        if target.suffix != opened.path.suffix:
+            raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
+    place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite)
+    files = (f.path for c in (opened, *models) for f in {**c.weights, **c.others}.values())
+    place.check([opened.path, *(m.path for m in models), *files])
+    device = "cpu" if device == "auto" else device
+    name, merge = backends.choose(backend, device)
+    chunk, memory = _fit(parse_size(memory_budget), len(models))
+    return Job(plan, rule, nonfinite, place, name, merge, device, chunk, memory, threads)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from "512MiB", "1.5 GB" or a number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(size), re.IGNORECASE)
+    if not found:
+        raise InputError(f"memory_budget: {size!r}, expected a size such as 512MiB or 1GB")
+    number, letter, binary = found.groups()
+    power = "KMGT".index(letter.upper()) + 1 if letter else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _fit(budget: int, models: int) -> tuple[int, int]:
+    """The longest stroke that keeps a job within the budget, and the memory the job then takes, in bytes."""
+
+    def memory(chunk: int) -> int:
+        # A block of temporaries is as long as a stroke, in a wider type perhaps, or as reference.SCRATCH_BYTES allows.
+        return _SLOTS * (models + 1) * chunk + 14 * min(4 * chunk, 1 << 20) + _OBJECTS
+
+    chunk = _LONGEST
+    while memory(chunk) > budget and chunk > _SHORTEST:
+        chunk //= 2
+    if memory(chunk) > budget:
+        raise InputError(
+            f"memory_budget: {budget:,} bytes, expected at least {memory(chunk):,} for {models} models"
+        )
+    return chunk, memory(chunk)
+
+
+class _Slot:
+    """One buffer per version of the model, and the work under way in them."""
+
+    def __init__(self, versions: int, chunk: int) -> None:
+        # A mapping of its own: given back to the system as soon as the job is done.
+        self._memory = mmap.mmap(-1, versions * chunk)
+        self.buffers = [np.frombuffer(self._memory, np.uint8, chunk, k * chunk) for k in range(versions)]
+        self.reads: list[Future[None]] = []
+        self.written: Future[None] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge of checkpoints that was found to be possible. memory: the bytes it will allocate."""
+
+    plan: Plan
+    rule: Rule
+    nonfinite: NonFinite
+    output: Output
+    backend: str
+    merge: Merge
+    device: str
+    chunk: int
+    memory: int
+    threads: int | None
+
+    def run(self, progress: Progress | None = None) -> Report:
+        """Do it: the output is published whole, or nothing is left of it."""
+        began = time.perf_counter()
+        with self.output, _torch_threads(self.threads):
+            stats = self._stream(progress)
+            paths = {"base": str(self.plan.base.path), "models": [str(m.path) for m in self.plan.models]}
+            rule = {"scale": self.rule.scale, "min_agreement": self.rule.min_agreement}
+            self.output.publish({"negmerge_fast": __version__, **paths, **rule})
+        return Report(
+            **paths,
+            output=str(self.output.target),
+            **rule,
+            backend=self.backend,
+            elements=stats.elements,
+            agreed=stats.agreed,
+            consensus_ratio=stats.consensus_ratio,
+            nonfinite=stats.nonfinite,
+            bytes_read=self.plan.bytes_read,
+            bytes_written=self.plan.bytes_written,
+            seconds=time.perf_counter() - began,
+            tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
+        )
+
+    def _stream(self, progress: Progress | None) -> Stats:
+        stats = Stats()
+        total, done = self.plan.bytes_read + self.plan.bytes_written, 0
+        slots = cycle([_Slot(len(self.plan.models) + 1, self.chunk) for _ in range(_SLOTS)])
+        waiting: deque[tuple[Extent, _Slot]] = deque()
+        # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
+        release = total > _free_memory() // 2
+        with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
+
+            def fill(piece: Extent) -> None:
+                slot = next(slots)
+                if slot.written is not None:
+                    slot.written.result()
+                slot.reads = [
+                    readers.submit(s.file.read_into, s.offset, memoryview(b)[: s.nbytes], release)
+                    for s, b in zip(piece.sources, slot.buffers, strict=False)
+                ]
+                waiting.append((piece, slot))
+
+            try:
+                coming = pieces(self.plan, self.chunk)
+                for piece in islice(coming, _SLOTS - 1):
+                    fill(piece)
+                while waiting:
+                    piece, slot = waiting.popleft()
+                    for read in slot.reads:
+                        read.result()
+                    self._merge(piece, slot.buffers, stats)
+                    base = piece.sources[0]
+                    data = memoryview(slot.buffers[0])[: base.nbytes]
+                    slot.written = writer.submit(self.output.write, piece.target, base.offset, data)
+                    if (following := next(coming, None)) is not None:
+                        fill(following)
+                    done += base.nbytes + sum(s.nbytes for s in piece.sources)
+                    if progress:
+                        progress(done, total)
+            except BaseException:
+                readers.shutdown(cancel_futures=True)
+                writer.shutdown(cancel_futures=True)
+                raise
+            for _ in range(_SLOTS):
+                if (written := next(slots).written) is not None:
+                    written.result()
+        return stats
+
+    def _merge(self, piece: Extent, buffers: list[Any], stats: Stats) -> None:
+        """Merge one piece in place on the base's buffer."""
+        if not piece.members:
+            return
+        for batch, members in self._batches(piece, buffers):
+            counts = self.merge(batch, self.rule)
+            stats.add([(m.name, m.numel) for m in members], counts)
+            if batch.device != "cpu":
+                _from_device(batch, buffers[0])
+            if self.nonfinite == "error" and any(nonfinite for _, nonfinite in counts.tolist()):
+                self._refuse_nonfinite(piece, buffers)
+
+    def _batches(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[Batch, list[Member]]]:
+        """One batch for each signature in the piece."""
+        owners: list[Any] = buffers
+        addresses = [buffer.ctypes.data for buffer in buffers]
+        if self.device != "cpu":
+            owners = _to_device(buffers, self.device)
+            addresses = [owner.data_ptr() for owner in owners]
+        groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
+        for member in piece.members:
+            dtypes = (member.signature.result, *member.signature.models)
+            streams = [Stream(a, t, o) for a, t, o in zip(addresses, dtypes, owners, strict=True)]
+            addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
+            segments, members = groups.setdefault(member.signature, ([], []))
+            segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
+            members.append(member)
+        for signature, (segments, members) in groups.items():
+            yield Batch(self.device, signature, segments), members
+
+    def _refuse_nonfinite(self, piece: Extent, buffers: list[Any]) -> None:
+        """Name the first non-finite element of a piece; its base was overwritten and is read again."""
+        base = piece.sources[0]
+        base.file.read_into(base.offset, memoryview(buffers[0])[: base.nbytes])
+        for batch, members in self._batches(piece, buffers):
+            if found := backends.first_nonfinite(batch, self.rule):
+                row, element, version, value = found
+                name, start, _, _ = members[row]
+                tensor = self.plan.base.tensors[name]
+                held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
+                index = tuple(int(i) for i in np.unravel_index(start + element, tensor.form.shape))
+                what = f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
+                raise InputError(
+                    f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
+                )
+
+
+def _to_device(buffers: list[Any], device: str) -> list[Any]:
+    import torch
+
+    return [torch.from_numpy(buffer).to(device) for buffer in buffers]
+
+
+def _from_device(batch: Batch, buffer: Any) -> None:
+    import torch
+
+    out = batch.segments[0].out
+    assert out is not None
+    torch.from_numpy(buffer).copy_(out.owner)
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _free_memory() -> int:
+    """Bytes that could still be used: what the machine has available, or what the control group allows."""
+    found = [1 << 62]
+    for path in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text()
+        except OSError:
+            continue
+        if available := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE):
+            found.append(int(available[1]) * 1024)
+        elif text.strip().isdigit():
+            found.append(int(text))
+    return min(found)

@@ -1,0 +1,229 @@
+"""An output that is published whole, or not at all.
+
+It grows in .OUT.negmerge/ beside OUT, under a lock, and is moved into place by one rename when every byte of it is on
+the disk. Whatever happens before leaves OUT as it was; a directory that a killed run left behind has no holder of its
+lock, and the next run clears it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from .checkpoints import open_checkpoint
+from .checkpoints.huggingface import MANIFEST
+from .rule import InputError
+
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+
+
+class Output:
+    """The place of an output, and as a context manager the output while it grows.
+
+    sizes: its files, relative to target, in bytes; for a single file, the one name is target's own.
+    """
+
+    def __init__(self, target: Path, sizes: Mapping[str, int], *, directory: bool, overwrite: bool) -> None:
+        self.target = Path(os.path.abspath(target))
+        self.sizes, self.directory, self.overwrite = sizes, directory, overwrite
+        self.work = self.target.with_name(f".{self.target.name}.negmerge")
+        self._staged = self.work / "output"
+        self._open: tuple[str, int] | None = None
+        self._lock = -1
+
+    def check(self, inputs: Iterable[Path]) -> None:
+        """Refuse a place that must not be written: where an input is, or where something else is."""
+        real = Path(os.path.realpath(self.target))
+        for path in inputs:
+            found = Path(os.path.realpath(path))
+            if real == found or real in found.parents or (found in real.parents and found.is_dir()):
+                relation = "is" if real == found else "is above" if real in found.parents else "is inside"
+                raise InputError(f"{self.target}: the output {relation} the input {path}")
+        if not self.target.parent.is_dir():
+            raise InputError(f"{self.target.parent}: no such directory, expected one to hold {self.target.name}")
+        self._check_existing()
+
+    def _check_existing(self) -> None:
+        if not os.path.lexists(self.target):
+            return
+        if not self.overwrite:
+            raise InputError(f"{self.target}: exists already (--overwrite replaces what negmerge wrote)")
+        kind = "directory" if self.directory else "regular file"
+        if self.target.is_symlink() or (self.target.is_dir() if not self.directory else not self.target.is_dir()):
+            raise InputError(f"{self.target}: exists and is not a {kind}: not replaced")
+        if self.directory:
+            ours = {*self.sizes, MANIFEST, *_listed(self.target / MANIFEST)}
+            for found in sorted(p for p in self.target.rglob("*") if p.is_symlink() or not p.is_dir()):
+                if str(found.relative_to(self.target)) not in ours:
+                    raise InputError(f"{found}: not negmerge's, so {self.target} is not replaced")
+        else:
+            open_checkpoint(self.target)
+
+    def __enter__(self) -> Output:
+        self._acquire()
+        try:
+            self._clear()
+            self._reserve()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Write a run of bytes of one file; a file is synced when the first run of another comes."""
+        if self._open is None or self._open[0] != name:
+            self._close()
+            self._open = (name, os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC))
+        descriptor, done = self._open[1], 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], offset + done)
+        # Starts writing back what is dirty, without waiting, so that the sync at the end has little left to do.
+        os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+
+    def publish(self, manifest: Mapping[str, object]) -> None:
+        """Sync everything and move it into place; manifest: what a directory says of itself."""
+        self._close(sync=True)
+        if self.directory:
+            listed = {**manifest, "files": sorted(self.sizes)}
+            with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
+                file.write(json.dumps(listed, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            for folder, _, _ in os.walk(self._staged):
+                _sync_directory(folder)
+        self._check_existing()
+        self._move()
+        _sync_directory(self.target.parent)
+
+    def _move(self) -> None:
+        exists = os.path.lexists(self.target)
+        if exists and not self.directory:
+            os.replace(self._staged, self.target)
+            return
+        try:
+            _rename(self._staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            if exists:
+                raise OSError(
+                    f"{self.target}: this file system cannot exchange directories: remove it first"
+                ) from None
+            os.rename(self._staged, self.target)
+
+    def _path(self, name: str) -> Path:
+        return self._staged / name if self.directory else self._staged
+
+    def _close(self, sync: bool = True) -> None:
+        if self._open is not None:
+            descriptor, self._open = self._open[1], None
+            try:
+                if sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _acquire(self) -> None:
+        lock = self.work / "lock"
+        while True:
+            if self.work.is_symlink():
+                raise InputError(f"{self.work}: a symbolic link, expected a directory of negmerge's own")
+            self.work.mkdir(exist_ok=True)
+            try:
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:  # its holder has just finished and removed the directory
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                    self._lock = descriptor
+                    return
+            except BlockingIOError:
+                os.close(descriptor)
+                raise InputError(f"{self.target}: another negmerge is writing it (it holds {lock})") from None
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
+
+    def _clear(self) -> None:
+        if self._staged.is_dir():
+            shutil.rmtree(self._staged)
+        else:
+            self._staged.unlink(missing_ok=True)
+
+    def _reserve(self) -> None:
+        needed, free = sum(self.sizes.values()), shutil.disk_usage(self.work).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent))
+        if self.directory:
+            self._staged.mkdir()
+        for name, size in self.sizes.items():
+            path = self._path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                if size:
+                    _allocate(descriptor, size)
+            finally:
+                os.close(descriptor)
+
+    def _release(self) -> None:
+        self._close(sync=False)
+        self._clear()
+        # The lock's file last: until it is gone, nobody else can hold the lock.
+        (self.work / "lock").unlink(missing_ok=True)
+        try:
+            self.work.rmdir()
+        except OSError as error:  # somebody else's file, or the next run has just moved in
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+        finally:
+            os.close(self._lock)
+
+
+def _listed(manifest: Path) -> list[str]:
+    """The files that an earlier output says are its own."""
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        return [name for name in files if isinstance(name, str)]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _rename(source: Path, target: Path, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    here = -100  # AT_FDCWD
+    if libc.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(target))
+
+
+def _sync_directory(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
