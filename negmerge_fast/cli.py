@@ -94,27 +94,54 @@ def _commands(signals: _Signals) -> Any:
     @negmerge.command()
     @click.argument("base")
     @click.argument("finetuned", nargs=-1)
-    @click.option("--output", "-o", required=True, metavar="OUT", help="Where the merged model goes; it mirrors BASE.")
-    @click.option("--scale", required=True, type=float, help="λ: how far to go away from the fine-tuned models.")
+    @click.option(
+        "--output", "-o", required=True, metavar="OUT", help="Where the merged model goes; it mirrors BASE."
+    )
+    @click.option(
+        "--scale", required=True, type=float, help="λ: how far to go away from the fine-tuned models."
+    )
     @click.option("--task-vectors", is_flag=True, help="FINETUNED hold differences to BASE, not weights.")
-    @click.option("--min-agreement", type=float, default=1.0, show_default=True,
-                  help="Share of the models that must agree on the sign of an element.")
-    @click.option("--nonfinite", type=click.Choice(["error", "keep-base"]), default="error", show_default=True,
-                  help="What a NaN or an infinity is.")
+    @click.option(
+        "--min-agreement",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Share of the models that must agree on the sign of an element.",
+    )
+    @click.option(
+        "--nonfinite",
+        type=click.Choice(["error", "keep-base"]),
+        default="error",
+        show_default=True,
+        help="What a NaN or an infinity is.",
+    )
     @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
     @click.option("--exclude", metavar="RE", help="Keep the base's tensors where the name matches.")
     @click.option("--backend", type=click.Choice(["auto", *_backends()]), default="auto", show_default=True)
     @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0")
-    @click.option("--memory-budget", default="1GiB", show_default=True, metavar="SIZE",
-                  help="The most memory to allocate.")
-    @click.option("--threads", type=int, metavar="N", help="Threads that compute; torch's choice if not given.")
+    @click.option(
+        "--memory-budget",
+        default="1GiB",
+        show_default=True,
+        metavar="SIZE",
+        help="The most memory to allocate.",
+    )
+    @click.option(
+        "--threads", type=int, metavar="N", help="Threads that compute; torch's choice if not given."
+    )
     @click.option("--report", metavar="FILE.json", help="Write what was done, per tensor, as JSON.")
     @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
     @click.option("--overwrite", is_flag=True, help="Replace OUT if negmerge wrote it, or would.")
     @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
     def merge(
-        base: str, finetuned: tuple[str, ...], output: str, task_vectors: bool, report: str | None, dry_run: bool,
-        quiet: bool, **options: Any,
+        base: str,
+        finetuned: tuple[str, ...],
+        output: str,
+        task_vectors: bool,
+        report: str | None,
+        dry_run: bool,
+        quiet: bool,
+        **options: Any,
     ) -> None:
         """Subtract from BASE what all FINETUNED models agree on.
 
@@ -147,7 +174,9 @@ def _commands(signals: _Signals) -> Any:
             print(_contents(checkpoint))
         if len(opened) > 1:
             plan = make_plan(opened[0], opened[1:])
-            print(f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents")
+            print(
+                f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents"
+            )
 
     @negmerge.command()
     def info() -> None:
@@ -155,9 +184,20 @@ def _commands(signals: _Signals) -> Any:
         print(_info())
 
     @negmerge.command()
-    @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="How often, from other seeds.")
-    @click.option("--output", default="negmerge-demo", show_default=True, metavar="DIR",
-                  help="Where the models and the picture go.")
+    @click.option(
+        "--seeds",
+        type=click.IntRange(min=1),
+        default=3,
+        show_default=True,
+        help="How often, from other seeds.",
+    )
+    @click.option(
+        "--output",
+        default="negmerge-demo",
+        show_default=True,
+        metavar="DIR",
+        help="Where the models and the picture go.",
+    )
     @click.option("--report", metavar="FILE.json", help="Write the numbers as JSON.")
     @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
     def demo(seeds: int, output: str, report: str | None, quiet: bool) -> None:
@@ -228,13 +268,9 @@ def _write_report(path: str, text: str) -> None:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+    from tqdm import tqdm
+
+    return str(tqdm.format_sizeof(count, "B"))
 
 
 def _plan_text(job: Any) -> str:

@@ -40,7 +40,9 @@ def mismatches(
                 if problem := _difference(form, model[name], reference):
                     found.append(f"{where(k, name)}: {problem}")
             elif form.dtype in FLOAT_SIZES or not task_vectors:
-                found.append(f"{where(k, name)}: missing, expected {form.dtype} {form.shape} like {reference}")
+                found.append(
+                    f"{where(k, name)}: missing, expected {form.dtype} {form.shape} like {reference}"
+                )
         found += [f"{where(k, name)}: not in {reference}" for name in model if name not in base]
     return found
 

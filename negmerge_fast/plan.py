@@ -109,9 +109,13 @@ def make_plan(
     merged = {name for name, tensor in chosen.items() if tensor.form.dtype in FLOAT_SIZES}
     extents: list[Extent] = []
     for target, file in base.weights.items():
-        held = [(name, tensor) for name, tensor in base.tensors.items() if tensor.file is file and name in merged]
+        held = [
+            (name, tensor) for name, tensor in base.tensors.items() if tensor.file is file and name in merged
+        ]
         extents += _extents(target, file, held, models, task_vectors)
-    extents += [Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size]
+    extents += [
+        Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size
+    ]
     targets = {name: file.size for name, file in {**base.weights, **base.others}.items()}
     return Plan(base, list(models), targets, extents, len(base.tensors) - len(merged))
 
@@ -183,7 +187,9 @@ def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
     room = chunk
 
     def finished() -> Extent:
-        lengths = [sum(column) for column in zip(*([p.numel * s for s in p.sizes] for p in parts), strict=True)]
+        lengths = [
+            sum(column) for column in zip(*([p.numel * s for s in p.sizes] for p in parts), strict=True)
+        ]
         sources = [
             Source(source.file, at, length)
             for source, at, length in zip(extent.sources, positions, lengths, strict=True)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
+from .rule import FLOAT_SIZES, Batch, Rule, Segment, Stream
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -85,7 +85,9 @@ class _Workspace:
         def temporary(dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(self.block, dtype=dtype, device=device)
 
-        self.b, self.x, self.d, self.least, self.greatest, self.sum = (temporary(self.dtype) for _ in range(6))
+        self.b, self.x, self.d, self.least, self.greatest, self.sum = (
+            temporary(self.dtype) for _ in range(6)
+        )
         self.agree, self.nonfinite, self.flag = (temporary(torch.bool) for _ in range(3))
         if not self.unanimous:
             self.below, self.n_above, self.n_below = (temporary(self.dtype) for _ in range(3))
@@ -174,8 +176,12 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(stream: Stream, start: int, size: int) -> torch.Tensor:
-    owner = stream.owner if isinstance(stream.owner, torch.Tensor) else torch.frombuffer(stream.owner, dtype=torch.uint8)
-    memory = owner.view(-1).view(torch.uint8)
+    owner = (
+        stream.owner
+        if isinstance(stream.owner, torch.Tensor)
+        else torch.frombuffer(stream.owner, dtype=torch.uint8)
+    )
+    memory = owner.view(torch.uint8)
     first = stream.address - memory.data_ptr() + start * FLOAT_SIZES[stream.dtype]
     return memory[first : first + size * FLOAT_SIZES[stream.dtype]]
 

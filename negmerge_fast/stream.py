@@ -27,7 +27,6 @@ from . import __version__, backends
 from .checkpoints import open_checkpoint
 from .plan import Extent, Member, Plan, make_plan, pieces
 from .rule import (
-    FLOAT_SIZES,
     Batch,
     InputError,
     Inputs,
@@ -151,9 +150,8 @@ def prepare(
     opened, models = open_checkpoint(base), [open_checkpoint(path) for path in finetuned]
     plan = make_plan(opened, models, task_vectors=inputs == "task_vectors", include=include, exclude=exclude)
     target = Path(output)
-    if not opened.is_directory:
-        if target.suffix != opened.path.suffix:
-            raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
+    if not opened.is_directory and target.suffix != opened.path.suffix:
+        raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
     place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite)
     files = (f.path for c in (opened, *models) for f in {**c.weights, **c.others}.values())
     place.check([opened.path, *(m.path for m in models), *files])
@@ -196,7 +194,9 @@ class _Slot:
     def __init__(self, versions: int, chunk: int) -> None:
         # A mapping of its own: given back to the system as soon as the job is done.
         self._memory = mmap.mmap(-1, versions * chunk)
-        self.buffers = [np.frombuffer(self._memory, np.uint8, chunk, k * chunk) for k in range(versions)]
+        self.buffers: list[Any] = [
+            np.frombuffer(self._memory, np.uint8, chunk, k * chunk) for k in range(versions)
+        ]
         self.reads: list[Future[None]] = []
         self.written: Future[None] | None = None
 
@@ -221,13 +221,16 @@ class Job:
         began = time.perf_counter()
         with self.output, _torch_threads(self.threads):
             stats = self._stream(progress)
-            paths = {"base": str(self.plan.base.path), "models": [str(m.path) for m in self.plan.models]}
-            rule = {"scale": self.rule.scale, "min_agreement": self.rule.min_agreement}
-            self.output.publish({"negmerge_fast": __version__, **paths, **rule})
+            made_of: dict[str, Any] = {
+                "base": str(self.plan.base.path),
+                "models": [str(model.path) for model in self.plan.models],
+                "scale": self.rule.scale,
+                "min_agreement": self.rule.min_agreement,
+            }
+            self.output.publish({"negmerge_fast": __version__, **made_of})
         return Report(
-            **paths,
+            **made_of,
             output=str(self.output.target),
-            **rule,
             backend=self.backend,
             elements=stats.elements,
             agreed=stats.agreed,
@@ -325,7 +328,9 @@ class Job:
                 tensor = self.plan.base.tensors[name]
                 held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
                 index = tuple(int(i) for i in np.unravel_index(start + element, tensor.form.shape))
-                what = f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
+                what = (
+                    f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
+                )
                 raise InputError(
                     f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )

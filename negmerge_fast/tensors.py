@@ -7,6 +7,7 @@ signature a batch: one call of a backend. Everything is checked before the first
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -132,7 +133,9 @@ def merge_task_vectors(
     """
     rule = Rule(-1.0, min_agreement)
     models = _models(task_vectors, "task_vectors")
-    job = _Job.of(models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]")
+    job = _Job.of(
+        models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]"
+    )
     items = []
     for item in job.items:
         vectors = item.versions[1:]
@@ -207,14 +210,15 @@ class _Job:
             model = reference if k is None else label if label == "tau" else f"{label}[{k}]"
             return model if name == _ALONE else f"{model}[{name!r}]"
 
+        named_base = _named(base, partial(where, None))
         models = _models(finetuned, label)
         for k, model in enumerate(models):
             if isinstance(model, torch.Tensor) != isinstance(base, torch.Tensor):
-                raise TypeError(f"{where(k, _ALONE)}: {type(model).__name__}, but {reference} is {type(base).__name__}")
-        named = [_named(model, lambda name, k=k: where(k, name)) for k, model in enumerate(models)]
-        return cls(
-            _named(base, lambda name: where(None, name)), named, where, inputs, nonfinite, backend, reference
-        )
+                raise TypeError(
+                    f"{where(k, _ALONE)}: {type(model).__name__}, but {reference} is {type(base).__name__}"
+                )
+        named = [_named(model, partial(where, k)) for k, model in enumerate(models)]
+        return cls(named_base, named, where, inputs, nonfinite, backend, reference)
 
     def run(self, items: list[_Item], rule: Rule) -> Stats:
         stats = Stats()
@@ -228,7 +232,12 @@ class _Job:
         _refuse_shared_memory(self.items, self.where)
         if self.nonfinite == "error":
             self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
-        return self.run([item._replace(out=item.versions[0]) for item in self.items], rule)
+        stats = self.run([item._replace(out=item.versions[0]) for item in self.items], rule)
+        for item in self.items:
+            # Autograd must notice what is written through addresses, too.
+            if not item.versions[0].is_inference():
+                torch.autograd.graph.increment_version(item.versions[0])
+        return stats
 
     def refuse_nonfinite(self, items: list[_Item], rule: Rule, stats: Stats) -> None:
         """With nonfinite="error", name the first non-finite element, if there is one."""
@@ -239,7 +248,9 @@ class _Job:
                 row, index, version, value = found
                 place = self.where(None if isinstance(version, str) else version, names[row])
                 what = "the result is" if version == "result" else "is"
-                raise InputError(f"{place}: element {index} in memory order {what} {value}, expected finite numbers")
+                raise InputError(
+                    f"{place}: element {index} in memory order {what} {value}, expected finite numbers"
+                )
 
 
 def _models(models: Sequence[Model], label: str) -> list[Model]:
@@ -257,7 +268,9 @@ def _named(model: Model, where: Callable[[str], str]) -> dict[str, Any]:
     elif isinstance(model, torch.nn.Module):
         model = model.state_dict()
     elif not isinstance(model, Mapping):
-        raise TypeError(f"{where(_ALONE)}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module")
+        raise TypeError(
+            f"{where(_ALONE)}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module"
+        )
     named: dict[str, Any] = {}
     for name, value in model.items():
         if isinstance(value, torch.Tensor):
@@ -319,12 +332,14 @@ def _tied(
         for k, model in enumerate(models):
             here, there = model[name], model[earlier]
             if _memory(here) != _memory(there) and not _same_bits(here, there):
-                raise InputError(f"{where(k, name)}: differs from {earlier!r}, expected equal: base ties the two")
+                raise InputError(
+                    f"{where(k, name)}: differs from {earlier!r}, expected equal: base ties the two"
+                )
     return tied
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    as_bytes = [t.resolve_neg().contiguous().view(-1).view(torch.uint8) for t in (left, right)]
+    as_bytes = [_flat(t.resolve_neg().contiguous()).view(torch.uint8) for t in (left, right)]
     return left.dtype == right.dtype and torch.equal(*as_bytes)
 
 
@@ -339,7 +354,9 @@ def _refuse_shared_memory(items: list[_Item], where: Callable[[int | None, str],
                 label = where(k - 1 if k else None, item.name)
                 spans.append((str(tensor.device), tensor.data_ptr(), end, k == 0, label, tensor))
                 if k == 0 and _overlaps_itself(tensor):
-                    raise InputError(f"{label}: several of its elements share memory, expected one place for each")
+                    raise InputError(
+                        f"{label}: several of its elements share memory, expected one place for each"
+                    )
     active: list[Any] = []
     for span in sorted(spans, key=lambda s: s[:2]):
         device, start, _, written, label, tensor = span
@@ -377,14 +394,15 @@ class _Addresses:
 
 def _share(left: torch.Tensor, right: torch.Tensor) -> bool:
     try:
-        return np.shares_memory(np.asarray(_Addresses(left)), np.asarray(_Addresses(right)), max_work=100_000)
+        bound: Any = (
+            100_000  # steps of an exact search that usually takes a few; numpy's stubs know 0 and -1 only
+        )
+        return np.shares_memory(np.asarray(_Addresses(left)), np.asarray(_Addresses(right)), max_work=bound)
     except np.exceptions.TooHardError:
         return True
 
 
-def _batches(
-    items: list[_Item], task_vectors: bool
-) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
+def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
     """Batches, the names of their segments, and what to do when one is merged."""
     groups: dict[tuple[str, Signature], list[tuple[str, Segment]]] = {}
     scattered = []
@@ -423,6 +441,13 @@ def _key(item: _Item, task_vectors: bool) -> tuple[str, Signature]:
     return str(models[0].device), signature
 
 
-def _segment(flat: list[Any]) -> Segment:
-    base, *models, out = (None if t is None else Stream(t.data_ptr(), _SPELLED[t.dtype], t) for t in flat)
-    return Segment(flat[1].numel(), base, [m for m in models if m is not None], out)
+def _segment(contiguous: list[Any]) -> Segment:
+    base, *models, out = (
+        None if t is None else Stream(t.data_ptr(), _SPELLED[t.dtype], _flat(t)) for t in contiguous
+    )
+    return Segment(contiguous[1].numel(), base, [m for m in models if m is not None], out)
+
+
+def _flat(contiguous: torch.Tensor) -> torch.Tensor:
+    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
+    return contiguous.as_strided((contiguous.numel(),), (1,))

@@ -47,7 +47,9 @@ class Output:
                 relation = "is" if real == found else "is above" if real in found.parents else "is inside"
                 raise InputError(f"{self.target}: the output {relation} the input {path}")
         if not self.target.parent.is_dir():
-            raise InputError(f"{self.target.parent}: no such directory, expected one to hold {self.target.name}")
+            raise InputError(
+                f"{self.target.parent}: no such directory, expected one to hold {self.target.name}"
+            )
         self._check_existing()
 
     def _check_existing(self) -> None:
@@ -56,7 +58,9 @@ class Output:
         if not self.overwrite:
             raise InputError(f"{self.target}: exists already (--overwrite replaces what negmerge wrote)")
         kind = "directory" if self.directory else "regular file"
-        if self.target.is_symlink() or (self.target.is_dir() if not self.directory else not self.target.is_dir()):
+        if self.target.is_symlink() or (
+            self.target.is_dir() if not self.directory else not self.target.is_dir()
+        ):
             raise InputError(f"{self.target}: exists and is not a {kind}: not replaced")
         if self.directory:
             ours = {*self.sizes, MANIFEST, *_listed(self.target / MANIFEST)}
@@ -166,7 +170,9 @@ class Output:
     def _reserve(self) -> None:
         needed, free = sum(self.sizes.values()), shutil.disk_usage(self.work).free
         if needed > free:
-            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent))
+            raise OSError(
+                errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent)
+            )
         if self.directory:
             self._staged.mkdir()
         for name, size in self.sizes.items():

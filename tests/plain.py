@@ -45,5 +45,8 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Bit for bit, NaN payloads and the sign of zero included."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    left, right = left.detach().contiguous().cpu(), right.detach().contiguous().cpu()
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    left_bytes, right_bytes = (
+        torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).view(-1).view(torch.uint8)
+        for t in (left, right)
+    )
+    return torch.equal(left_bytes, right_bytes)

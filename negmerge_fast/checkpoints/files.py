@@ -32,7 +32,9 @@ class File:
         try:
             found = os.stat(path)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}, expected a file") from None
+            raise InputError(
+                f"{path}: {getattr(error, 'strerror', None) or error}, expected a file"
+            ) from None
         # Before opening it: opening a FIFO waits for ever.
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: not a regular file")

@@ -27,7 +27,9 @@ def open_directory(path: Path) -> Checkpoint:
     """Open a model directory."""
     names = sorted(os.listdir(path))
     if "adapter_config.json" in names:
-        raise InputError(f"{path}: holds LoRA factors, expected whole weights: merge each adapter into its model first")
+        raise InputError(
+            f"{path}: holds LoRA factors, expected whole weights: merge each adapter into its model first"
+        )
     found = _weights_name(path, names)
     if found.endswith(_INDEX_SUFFIX):
         tensors, weights = _read_shards(path, found)
@@ -49,7 +51,9 @@ def _weights_name(path: Path, names: list[str]) -> str:
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            raise InputError(f"{path}: {len(fitting)} files end in {suffix} ({', '.join(fitting[:3])}, …), expected {_INDEX}")
+            raise InputError(
+                f"{path}: {len(fitting)} files end in {suffix} ({', '.join(fitting[:3])}, …), expected {_INDEX}"
+            )
     if not names:
         raise InputError(f"{path}: empty directory, expected {_SINGLE} or {_INDEX}")
     other = next((name for name in names if name.endswith(_OTHER_WEIGHTS)), None)
@@ -63,8 +67,16 @@ def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, F
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file.path}: no weight_map, expected one of tensor names to shard files")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
-            raise InputError(f"{file.path}: tensor {name!r} is in {shard!r}, expected a file of this directory")
+        if (
+            not isinstance(shard, str)
+            or shard in ("", ".", "..")
+            or "/" in shard
+            or "\\" in shard
+            or "\0" in shard
+        ):
+            raise InputError(
+                f"{file.path}: tensor {name!r} is in {shard!r}, expected a file of this directory"
+            )
     tensors: dict[str, Tensor] = {}
     weights: dict[str, File] = {}
     for shard in sorted(set(weight_map.values())):
@@ -73,7 +85,9 @@ def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, F
         held, weights[shard] = read_header(path / shard)
         for name, tensor in held.items():
             if weight_map.get(name) != shard:
-                raise InputError(f"{path / shard}: tensor {name!r} is not in {index}, expected {index} to name it there")
+                raise InputError(
+                    f"{path / shard}: tensor {name!r} is not in {index}, expected {index} to name it there"
+                )
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:

@@ -28,7 +28,9 @@ def open_file(path: Path) -> Checkpoint:
         version = np.lib.format.read_magic(head)
         if version not in ((1, 0), (2, 0)):
             raise InputError(f"{path}: .npy version {version[0]}.{version[1]}, expected 1.0 or 2.0")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = read(head)
     except InputError:
         raise

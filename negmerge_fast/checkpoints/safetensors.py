@@ -37,7 +37,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
     length = int.from_bytes(_read(file, 0, 8), "little")
     if length > _LONGEST_HEADER:
-        raise InputError(f"{path}: header of {length} bytes, expected at most {_LONGEST_HEADER}: not a safetensors file")
+        raise InputError(
+            f"{path}: header of {length} bytes, expected at most {_LONGEST_HEADER}: not a safetensors file"
+        )
     if 8 + length > file.size:
         raise InputError(f"{path}: {file.size} bytes, expected at least {8 + length}: truncated")
     raw = _read(file, 8, length)

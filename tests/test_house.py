@@ -1,0 +1,89 @@
+"""The arrows of the house: who may import whom; and that importing stays lean."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import negmerge_fast
+
+ROOT = Path(negmerge_fast.__file__).parent
+
+# What each room may import of the package. Kernels know no files; plan, checkpoints and writer know no kernels.
+ARROWS = {
+    "__init__": {"rule", "stream", "tensors"},
+    "__main__": {"cli"},
+    "backends": {"reference", "rule"},
+    "checkpoints": {"checkpoints", "layout", "rule"},
+    "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
+    "demo": {"__init__", "rule"},
+    "layout": {"rule"},
+    "plan": {"checkpoints", "layout", "rule"},
+    "reference": {"rule"},
+    "rule": set(),
+    "stream": {"__init__", "backends", "checkpoints", "plan", "rule", "writer"},
+    "tensors": {"backends", "layout", "rule"},
+    "writer": {"checkpoints", "rule"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of the package that a module imports, anywhere in it."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module or ""]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["negmerge_fast", *package][: len(package) + 2 - node.level]
+            modules = [".".join([*above, node.module or name.name]) for name in node.names]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "negmerge_fast":
+                room = parts[1] if len(parts) > 1 else "__init__"
+                found.add(room if (ROOT / room).is_dir() or (ROOT / f"{room}.py").exists() else "__init__")
+    return found
+
+
+def test_every_room_imports_only_what_it_may() -> None:
+    rooms = set()
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).parts
+        room = parts[0] if len(parts) > 1 else path.stem
+        rooms.add(room)
+        assert imports(path) <= ARROWS[room], f"{path.name} imports {imports(path) - ARROWS[room]}"
+    assert rooms == set(ARROWS)
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_and_planning_imports_no_torch() -> None:
+    heavy = "import sys; print([m for m in ('torch', 'triton', 'transformers', 'sklearn') if m in sys.modules])"
+    for module in ("negmerge_fast", "negmerge_fast.cli", "negmerge_fast.plan", "negmerge_fast.stream"):
+        assert run(f"import {module}; {heavy}") == "[]\n"
+
+
+def test_public_names_are_all_there() -> None:
+    for name in negmerge_fast.__all__:
+        assert getattr(negmerge_fast, name) is not None
+    assert set(negmerge_fast.__all__) <= set(dir(negmerge_fast))
+    try:
+        negmerge_fast.nonsense  # noqa: B018
+    except AttributeError as error:
+        assert "nonsense" in str(error)
+
+
+def test_the_formula_stands_in_the_same_words_everywhere() -> None:
+    formula = "agree = all d_k > 0  or  all d_k < 0\n    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b"
+    readme = ROOT.parent / "README.md"
+    places = [ROOT / "rule.py", ROOT / "reference.py", *([readme] if readme.exists() else [])]
+    for place in places:
+        assert formula in place.read_text(encoding="utf-8"), place

@@ -1,0 +1,270 @@
+"""merge, merge_, merge_task_vectors and negate_ on what other projects hold: tensors, state dicts, modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from plain import plain_merge, same_bits
+
+import negmerge_fast as nm
+
+
+def versions(
+    *shape: int, n: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    return [base.to(dtype)] + [
+        (base + 0.1 * torch.randn(shape, generator=generator) + 0.05).to(dtype) for _ in range(n)
+    ]
+
+
+def expected(tensors: list[torch.Tensor], scale: float = 0.9) -> torch.Tensor:
+    return plain_merge(tensors[0], tensors[1:], scale)[0]
+
+
+def net(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(5, 5))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 0, 2), (4, 5, 6)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    tensors = versions(*shape)
+    assert same_bits(nm.merge(tensors[0], tensors[1:], scale=0.9), expected(tensors))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.permute(2, 0, 1),
+        lambda t: t[:, ::2],
+        lambda t: t[1:, :, 3:],
+        lambda t: t.flip(0).mT,
+        lambda t: t.unsqueeze(0).contiguous(memory_format=torch.channels_last),
+        lambda t: t[0, 0, 0],
+    ],
+)
+@pytest.mark.parametrize("which", ["all", "base", "models"])
+def test_strides(view: Any, which: str) -> None:
+    tensors = versions(4, 6, 8)
+    views = [view(t) for t in tensors]
+    plain = expected([v.contiguous() for v in views])
+    if which == "base":
+        views[1:] = [v.contiguous() for v in views[1:]]
+    elif which == "models":
+        views[0] = views[0].contiguous()
+    assert same_bits(nm.merge(views[0], views[1:], scale=0.9), plain)
+    around = [t.clone() for t in tensors]
+    in_place = view(around[0]) if which != "models" else views[0]
+    nm.merge_(in_place, views[1:], scale=0.9)
+    assert same_bits(in_place, plain)
+
+
+def test_a_view_is_all_that_is_written() -> None:
+    tensors = versions(6, 8)
+    whole = tensors[0].clone()
+    nm.merge_(whole[:, 2:5], [t[:, 2:5] for t in tensors[1:]], scale=0.9)
+    assert torch.equal(whole[:, :2], tensors[0][:, :2]) and torch.equal(whole[:, 5:], tensors[0][:, 5:])
+    assert same_bits(whole[:, 2:5], expected([t[:, 2:5].contiguous() for t in tensors]))
+
+
+def test_modules() -> None:
+    base, *finetuned = (net(seed) for seed in range(4))
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    merged = nm.merge(base, finetuned, scale=0.9)
+    assert list(merged) == list(before)
+    for name, tensor in before.items():
+        assert same_bits(base.state_dict()[name], tensor), "the base is read only"
+        if tensor.is_floating_point():
+            plain = expected([tensor, *(m.state_dict()[name] for m in finetuned)])
+            assert same_bits(merged[name], plain)
+        else:
+            assert same_bits(merged[name], tensor)
+            assert merged[name].data_ptr() != base.state_dict()[name].data_ptr()
+    stats = nm.merge_(base, finetuned, scale=0.9)
+    assert all(same_bits(t, merged[name]) for name, t in base.state_dict().items())
+    assert stats.elements == sum(t.numel() for t in before.values() if t.is_floating_point())
+    assert set(stats.tensors) == {n for n, t in before.items() if t.is_floating_point()}
+    assert 0 < stats.consensus_ratio < 1 and "consensus_ratio" in repr(stats)
+    assert base[0].weight.requires_grad
+
+
+def test_tied_weights_are_updated_once_and_stay_tied() -> None:
+    base, *finetuned = versions(5, 4)
+    plain = expected([base, *finetuned])
+    model = {"embed": base, "head": base, "alone": base.clone()}
+    others = [{"embed": t, "head": t.clone(), "alone": t} for t in finetuned]
+    merged = nm.merge(model, others, scale=0.9)
+    assert merged["embed"] is merged["head"] and same_bits(merged["head"], plain)
+    stats = nm.merge_(model, others, scale=0.9)
+    assert same_bits(base, plain) and stats.elements == 40
+    others[1]["head"] = others[1]["head"] + 1
+    with pytest.raises(nm.InputError, match=r"finetuned\[1\]\['head'\]: differs from 'embed'"):
+        nm.merge(model, others, scale=0.9)
+
+
+def test_names_may_differ_in_type() -> None:
+    a, b = versions(10), versions(10, dtype=torch.bfloat16)
+    merged = nm.merge(
+        {"a": a[0], "b": b[0]}, [{"a": x, "b": y} for x, y in zip(a[1:], b[1:], strict=True)], scale=0.9
+    )
+    assert same_bits(merged["a"], expected(a)) and same_bits(merged["b"], expected(b))
+    assert merged["b"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["finetuned", "task_vectors"])
+def test_task_vectors(kind: str) -> None:
+    base, *finetuned = versions(1000)
+    taus = [t - base for t in finetuned]
+    tau = nm.merge_task_vectors(taus)
+    agree = (torch.stack(taus) > 0).all(0) | (torch.stack(taus) < 0).all(0)
+    mean = ((taus[0] + taus[1]) + taus[2]) / torch.tensor(3.0)
+    assert torch.equal(tau, torch.where(agree, mean, 0.0))
+    inputs = taus if kind == "task_vectors" else finetuned
+    whole = nm.merge(base, inputs, scale=0.5, inputs=kind)
+    stats = nm.negate_(base, tau, scale=0.5)
+    assert torch.equal(base, whole)
+    assert stats.agreed == int(agree.sum())
+
+
+def test_task_vectors_need_no_integers() -> None:
+    base, *finetuned = (net(seed) for seed in range(3))
+    held = base.state_dict()
+    taus = [{n: t - held[n] for n, t in m.state_dict().items() if t.is_floating_point()} for m in finetuned]
+    tau = nm.merge_task_vectors(taus)
+    merged = nm.merge(base, taus, scale=0.9, inputs="task_vectors")
+    nm.negate_(base, tau, scale=0.9)
+    assert all(torch.equal(t, merged[n]) for n, t in base.state_dict().items())
+
+
+def test_merge_task_vectors_takes_the_widest_type() -> None:
+    taus = [torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.float16)]
+    assert nm.merge_task_vectors(taus).dtype == torch.float32
+
+
+def test_parameters_and_inference_tensors() -> None:
+    tensors = versions(20)
+    parameter = torch.nn.Parameter(tensors[0].clone())
+    nm.merge_(parameter, tensors[1:], scale=0.9)
+    assert same_bits(parameter, expected(tensors)) and parameter.is_leaf
+    with torch.inference_mode():
+        frozen = tensors[0].clone()
+    nm.merge_(frozen, tensors[1:], scale=0.9)
+    assert same_bits(frozen, expected(tensors))
+    merged = nm.merge(parameter, tensors[1:], scale=0.9)
+    assert not merged.requires_grad and not merged.is_inference()
+
+
+def test_in_place_is_noticed_by_autograd() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    nm.merge_(weight, [torch.full((3,), 2.0)], scale=1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+BAD = {
+    "shape": (
+        lambda: ({"w": torch.zeros(3, 2)}, [{"w": torch.zeros(3, 2)}, {"w": torch.zeros(4, 2)}]),
+        r"finetuned\[1\]\['w'\]: shape \(4, 2\), expected \(3, 2\) like base",
+    ),
+    "names": (
+        lambda: ({"a": torch.zeros(1), "b": torch.zeros(1)}, [{"b": torch.zeros(1), "c": torch.zeros(1)}]),
+        r"finetuned\[0\]\['a'\]: missing, expected F32 \(1,\) like base; finetuned\[0\]\['c'\]: not in base",
+    ),
+    "kind of type": (
+        lambda: (torch.zeros(2), [torch.zeros(2, dtype=torch.int64)]),
+        r"finetuned\[0\]: dtype I64, expected one of F64, F32, F16, BF16 \(base has F32\)",
+    ),
+    "type": (
+        lambda: (torch.zeros(2, dtype=torch.complex64), [torch.zeros(2, dtype=torch.complex64)]),
+        "base: dtype torch.complex64, expected F64, F32, F16, BF16 or an integer type",
+    ),
+    "no models": (lambda: (torch.zeros(2), []), "finetuned: no models, expected at least one"),
+    "a tensor for a list": (lambda: (torch.zeros(2), torch.zeros(2)), "finetuned: Tensor, expected a list of models"),
+    "kinds of model": (lambda: ({"a": torch.zeros(2)}, [torch.zeros(2)]), r"finetuned\[0\]: Tensor, but base is dict"),
+    "not a tensor": (lambda: ({"a": 1}, [{"a": 1}]), r"base\['a'\]: int, expected a tensor"),
+    "not a model": (lambda: (3, [3]), "base: int, expected a tensor, a mapping of tensors or a module"),
+    "meta": (lambda: (torch.zeros(2, device="meta"), [torch.zeros(2)]), "base: a meta tensor holds no data"),
+    "sparse": (lambda: (torch.zeros(2).to_sparse(), [torch.zeros(2)]), "base: torch.sparse_coo tensor, expected a dense one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name(case: str) -> None:
+    make, message = BAD[case]
+    base, finetuned = make()
+    for function in (nm.merge, nm.merge_):
+        with pytest.raises((nm.InputError, TypeError), match=message):
+            function(base, finetuned, scale=0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": float("nan")}, "scale: nan"),
+        ({"scale": 1, "min_agreement": 0.2}, "min_agreement: 0.2"),
+        ({"scale": 1, "inputs": "both"}, "inputs: 'both', expected one of finetuned, task_vectors"),
+        ({"scale": 1, "nonfinite": "skip"}, "nonfinite: 'skip', expected one of keep-base, error"),
+        ({"scale": 1, "backend": "abacus"}, "backend: 'abacus', expected one of auto, torch"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(nm.InputError, match=message):
+        nm.merge(torch.zeros(2), [torch.zeros(2)], **options)
+
+
+def test_shared_memory_is_refused_in_place_only() -> None:
+    base, *finetuned = versions(8, 8)
+    with pytest.raises(nm.InputError, match=r"finetuned\[1\]\['a'\]: shares memory with base\['a'\]"):
+        nm.merge_({"a": base}, [{"a": finetuned[0]}, {"a": base}], scale=0.9)
+    with pytest.raises(nm.InputError, match=r"base\['b'\]: shares memory with base\['a'\]"):
+        nm.merge_({"a": base, "b": base[1:]}, [{"a": t, "b": t[1:]} for t in finetuned], scale=0.9)
+    with pytest.raises(nm.InputError, match="several of its elements share memory"):
+        nm.merge_(base[:1].expand(4, 8), [t[:4] for t in finetuned], scale=0.9)
+    with pytest.raises(nm.InputError, match="several of its elements share memory"):
+        nm.merge_(base.as_strided((4, 4), (2, 1)), [t[:4, :4] for t in finetuned], scale=0.9)
+    # Columns of one matrix interleave, but share no element.
+    columns = base.clone()
+    nm.merge_(columns[:, 0], [columns[:, 1], columns[:, 2]], scale=0.9)
+    assert same_bits(columns[:, 1:], base[:, 1:])
+    assert same_bits(nm.merge(base, [base, base], scale=0.9), base)
+
+
+def test_nothing_is_half_updated() -> None:
+    a, b = versions(50), versions(60)
+    model = {"a": a[0].clone(), "b": b[0].clone()}
+    finetuned = [{"a": x, "b": y} for x, y in zip(a[1:], b[1:], strict=True)]
+    finetuned[2]["b"] = torch.zeros(61)
+    with pytest.raises(nm.InputError):
+        nm.merge_(model, finetuned, scale=0.9)
+    finetuned[2]["b"] = b[3].clone()
+    finetuned[2]["b"][7] = float("nan")
+    with pytest.raises(nm.InputError, match=r"finetuned\[2\]\['b'\]: element 7 in memory order is nan"):
+        nm.merge_(model, finetuned, scale=0.9, nonfinite="error")
+    assert same_bits(model["a"], a[0]) and same_bits(model["b"], b[0])
+
+
+def test_nonfinite_elements_keep_the_base_or_are_an_error() -> None:
+    base = torch.tensor([1.0, 60000.0, 1.0], dtype=torch.float16)
+    finetuned = [torch.tensor([2.0, -60000.0, float("inf")], dtype=torch.float16)]
+    merged = base.clone()
+    stats = nm.merge_(merged, finetuned, scale=1.0)
+    assert merged.tolist() == [0.0, 60000.0, 1.0]
+    assert (stats.agreed, stats.nonfinite) == (1, 2)
+    with pytest.raises(nm.InputError, match="base: element 1 in memory order the result is inf"):
+        nm.merge(base[:2], [finetuned[0][:2]], scale=1.0, nonfinite="error")
+    with pytest.raises(nm.InputError, match=r"finetuned\[0\]: element 1 in memory order is inf"):
+        nm.merge(base[[0, 2]], [finetuned[0][[0, 2]]], scale=1.0, nonfinite="error")
+
+
+def test_the_order_of_names_changes_no_bit() -> None:
+    tensors = {f"t{i}": versions(i + 1, seed=i) for i in range(6)}
+    models = [{name: v[k] for name, v in tensors.items()} for k in range(4)]
+    backwards = [dict(reversed(m.items())) for m in models]
+    forward = nm.merge(models[0], models[1:], scale=0.9)
+    mixed = nm.merge(backwards[0], [models[1], backwards[2], models[3]], scale=0.9)
+    assert all(same_bits(forward[name], mixed[name]) for name in forward)
