@@ -105,15 +105,24 @@ class _Workspace:
         t = mean(segment, start, b, agree).mul_(self.minus_scale)
         result = _round(t.add_(b), self.storage)
 
-        finite = torch.isfinite(self.least[:size]).logical_and_(torch.isfinite(self.greatest[:size]))
-        finite &= torch.isfinite(b)
-        finite &= torch.isfinite(result).logical_or_(~agree)
-        torch.logical_not(finite, out=nonfinite)
-        agree &= finite
+        if self._all_finite(b, result):
+            nonfinite.zero_()
+        else:
+            finite = (
+                torch.isfinite(self.least[:size]) & torch.isfinite(self.greatest[:size]) & torch.isfinite(b)
+            )
+            finite &= torch.isfinite(result) | ~agree
+            torch.logical_not(finite, out=nonfinite)
+            agree &= finite
         if segment.out is not None:
             kept = b.to(self.storage) if stored is None else stored
             _store(segment.out, start, _bits(result).where(agree, _bits(kept)))
         return torch.stack([agree.sum(), nonfinite.sum()])
+
+    def _all_finite(self, b: torch.Tensor, result: torch.Tensor) -> bool:
+        """Cheaply: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
+        seen = (self.least[: len(b)], self.greatest[: len(b)], b, result)
+        return bool(torch.stack([t.sum(dtype=self.dtype) for t in seen]).isfinite().all())
 
     def _differences(self, segment: Segment, start: int, b: torch.Tensor) -> Iterator[torch.Tensor]:
         """Each d_k in turn, noting the least and the greatest."""

@@ -48,7 +48,7 @@ PathLike = str | os.PathLike[str]
 _SLOTS = 3
 _READERS = 4
 # The longest stroke for one file, and the shortest worth a system call.
-_LONGEST, _SHORTEST = 1 << 20, 4096
+_LONGEST, _SHORTEST = 2 << 20, 4096
 # What the interpreter's own objects take while a job runs.
 _OBJECTS = 4 << 20
 

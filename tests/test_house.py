@@ -66,7 +66,9 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_and_planning_imports_no_torch() -> None:
-    heavy = "import sys; print([m for m in ('torch', 'triton', 'transformers', 'sklearn') if m in sys.modules])"
+    heavy = (
+        "import sys; print([m for m in ('torch', 'triton', 'transformers', 'sklearn') if m in sys.modules])"
+    )
     for module in ("negmerge_fast", "negmerge_fast.cli", "negmerge_fast.plan", "negmerge_fast.stream"):
         assert run(f"import {module}; {heavy}") == "[]\n"
 
@@ -82,7 +84,9 @@ def test_public_names_are_all_there() -> None:
 
 
 def test_the_formula_stands_in_the_same_words_everywhere() -> None:
-    formula = "agree = all d_k > 0  or  all d_k < 0\n    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b"
+    formula = (
+        "agree = all d_k > 0  or  all d_k < 0\n    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b"
+    )
     readme = ROOT.parent / "README.md"
     places = [ROOT / "rule.py", ROOT / "reference.py", *([readme] if readme.exists() else [])]
     for place in places:

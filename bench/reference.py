@@ -1,0 +1,85 @@
+"""The blocked reference against the eager formula, in memory, on this CPU; and how long a block should be.
+
+Bytes counted: (n + 2) · numel · size. The limit is reading memory once, measured in the same rounds. A speed is given
+only to a result that equals the formula's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from rows import alternate, percentiles, record
+
+import negmerge_fast as nm
+from negmerge_fast import reference
+
+SCALE = 0.9
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def eager(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:
+    """The formula as one writes it."""
+    d = torch.stack([x.float() - base.float() for x in models])
+    agree = (d > 0).all(0) | (d < 0).all(0)
+    total = torch.zeros_like(d[0])
+    for difference in d:
+        total = total + difference
+    mean = total / torch.tensor(float(len(models)))
+    return torch.where(agree, (base.float() + torch.tensor(SCALE) * -mean).to(base.dtype), base)
+
+
+def blocked(block: int, base: torch.Tensor, models: list[torch.Tensor]) -> None:
+    reference.CPU_BLOCK_BYTES = block
+    nm.merge_(base, models, scale=SCALE, backend="torch")
+
+
+def read_memory(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor.view(torch.int64).max()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--numel", type=int, default=16 * 1024 * 1024)
+    options.add_argument("--models", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=5)
+    given = options.parse_args()
+    usual = reference.CPU_BLOCK_BYTES
+    rows = []
+    for name, dtype in DTYPES.items():
+        generator = torch.Generator().manual_seed(0)
+        base = torch.randn(given.numel, generator=generator).to(dtype)
+        models = [
+            (base + torch.randn(given.numel, generator=generator)).to(dtype) for _ in range(given.models)
+        ]
+        merged = base.clone()
+        expected = eager(base, models)
+        for block in (usual // 16, usual // 4, usual, usual * 4):
+            merged.copy_(base)
+            blocked(block, merged, models)
+            assert torch.equal(merged, expected), f"{name}: the blocked result is not the formula's"
+        ways = {
+            "memory read": partial(read_memory, [base, *models]),
+            "eager formula": partial(eager, base, models),
+            **{
+                f"reference, {block >> 10} KiB": partial(blocked, block, merged, models)
+                for block in (usual // 16, usual // 4, usual, usual * 4)
+            },
+        }
+        size = base.element_size() * given.numel / 1e9
+        moved = {way: (given.models + 1 if way == "memory read" else given.models + 2) * size for way in ways}
+        timed = {way: percentiles(s) for way, s in alternate(ways, given.rounds).items()}
+        limit = moved["memory read"] / timed["memory read"]["p50"]
+        for way, spread in timed.items():
+            speed = moved[way] / spread["p50"]
+            rows.append({
+                "way": way, "dtype": name, "n": given.models, "numel": given.numel, "state": "in memory",
+                **spread, "GB/s": speed, "of_limit": speed / limit,
+            })  # fmt: skip
+    record("reference.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
