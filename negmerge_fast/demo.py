@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def run(
     from tqdm import tqdm
 
     rows: list[dict[str, Any]] = []
-    curves: dict[str, list[Score]] = {}
+    curves: list[dict[str, list[Score]]] = []
     # Three steps that train, and one search for each method.
     steps = seeds * (settings.models + 2 + len(_methods([], torch.zeros(0))))
     with tqdm(total=steps, desc="demo", unit="step", leave=False, disable=True if quiet else None) as bar:
@@ -93,7 +94,7 @@ def run(
                 seed, output / f"seed-{seed}", settings, progress or (lambda: None), bar.update
             )
             rows += found
-            curves = curves or drawn
+            curves.append(drawn)
     summary = [_summarise(method, rows) for method in dict.fromkeys(row["method"] for row in rows)]
     picture = output / "forgetting.png"
     _draw(curves, picture)
@@ -188,7 +189,7 @@ def _train(network: nn.Module, data: Split, how: Training, seed: int, tick: Tick
     optimiser = torch.optim.AdamW(network.parameters(), lr=how.rate, weight_decay=how.decay)
     for _ in range(how.epochs):
         tick()
-        for batch in torch.randperm(len(data.digits), generator=generator).split(64):
+        for batch in torch.split(torch.randperm(len(data.digits), generator=generator), 64):
             images = data.images[batch]
             if how.shift:
                 rows, columns = torch.randint(-1, 2, (2,), generator=generator).tolist()
@@ -268,7 +269,7 @@ def _methods(finetuned: list[Flat], base: Flat) -> dict[str, list[Callable[[floa
         return lambda scale: base - scale * tau
 
     return {
-        "best single": [negated(lambda vectors, k=k: vectors[k]) for k in range(len(finetuned))],
+        "best single": [negated(partial(torch.select, dim=0, index=k)) for k in range(len(finetuned))],
         "uniform mean": [negated(lambda vectors: vectors.mean(0))],
         "TIES (top 20 %)": [negated(ties)],
         "MagMax": [negated(magmax)],
@@ -316,7 +317,7 @@ def _run_seed(
     kept = on_validation(base)
     curves = {}
     for method, candidates in _methods(finetuned, base).items():
-        found = []
+        found: list[Any] = []
         for merged in candidates:
             scores = [on_validation(merged(scale)) for scale in settings.grid]
             scale = choose_scale(settings.grid, scores, kept)
@@ -352,7 +353,7 @@ def _summarise(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return statistics.fmean(values) if values else None
 
     def deviation(key: str) -> float:
-        return statistics.pstdev(row[key] for row in of_method)
+        return float(statistics.pstdev(row[key] for row in of_method))
 
     return {
         "method": method,
@@ -383,25 +384,32 @@ def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str
     return "\n".join(lines)
 
 
-def _draw(curves: dict[str, list[Score]], path: Path) -> None:
+def _draw(curves: list[dict[str, list[Score]]], path: Path) -> None:
+    """One curve for each method, along λ, averaged over the seeds."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for method, scores in curves.items():
-        strong = method == "NegMerge"
-        axes.plot(
-            [100 * s.forget for s in scores], [100 * s.retain for s in scores], label=method, marker=".",
-            linewidth=2.5 if strong else 1.2, markersize=7 if strong else 4, zorder=3 if strong else 2,
-        )  # fmt: skip
-    kept = 100 * KEPT * next(iter(curves.values()))[0].retain
+    for method in curves[0]:
+        points = [
+            [
+                100 * statistics.fmean(values)
+                for values in zip(*((s.forget, s.retain) for s in scores), strict=True)
+            ]
+            for scores in zip(*(of_seed[method] for of_seed in curves), strict=True)
+        ]
+        style = (
+            {"color": "black", "linewidth": 2.2, "zorder": 3} if method == "NegMerge" else {"linewidth": 1.4}
+        )
+        axes.plot(*zip(*points, strict=True), label=method, marker=".", markersize=5, **style)
+    kept = 100 * KEPT * statistics.fmean(of_seed["NegMerge"][0].retain for of_seed in curves)
     axes.axhline(kept, color="black", linestyle="--", linewidth=1)
     axes.annotate("95 % of the original", (99, kept), va="bottom", ha="right", fontsize=9)
     axes.set(
         xlabel="accuracy on the digits to forget (%)", ylabel="accuracy on the digits to keep (%)",
-        xlim=(-2, 102), ylim=(40, 102), title="Forgetting as λ grows from 0 (top right), validation data, seed 0",
+        xlim=(-2, 102), ylim=(84, 101), title="Forgetting as λ grows from 0 (top right): validation data, mean of the seeds",
     )  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", framealpha=1)
     staged = path.with_name(f".{path.name}")
     figure.savefig(staged, dpi=130, format="png")
     os.replace(staged, path)

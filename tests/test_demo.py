@@ -1,0 +1,80 @@
+"""The demonstration, made small; and its rivals and its search on numbers worked by hand."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain import plain_merge
+from safetensors.torch import load_file
+
+from negmerge_fast import InputError, demo
+from negmerge_fast.demo import Score, Settings
+
+
+def test_the_search_takes_the_lowest_forget_accuracy_that_keeps_95_percent() -> None:
+    original = Score(0.9, 1.0)
+    scores = [Score(0.9, 1.0), Score(0.5, 0.96), Score(0.2, 0.95), Score(0.2, 0.97), Score(0.2, 0.97), Score(0.0, 0.94)]
+    assert demo.choose_scale([0, 1, 2, 3, 4, 5], scores, original) == 3
+    assert demo.choose_scale([0, 1], [original, Score(0.0, 0.1)], original) == 0
+
+
+def test_rivals_on_vectors_worked_by_hand() -> None:
+    vectors = torch.tensor([[4.0, -1.0, 0.0, 3.0, 0.1], [2.0, 5.0, 0.0, -4.0, 0.2]])
+    assert demo.magmax(vectors).tolist() == [4.0, 5.0, 0.0, -4.0, pytest.approx(0.2)]
+    # Two of five kept in each: [4, 0, 0, 3, 0] and [0, 5, 0, -4, 0]; the fourth's elected sign is the minus.
+    assert demo.ties(vectors, share=0.4).tolist() == [4.0, 5.0, 0.0, -4.0, 0.0]
+    assert demo.conflicting(vectors).tolist() == [0.0, 2.0, 0.0, -0.5, 0.0]
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(models=3, base_epochs=3, longest=2, grid=(0.0, 0.5, 1.0))
+    ticks: list[int] = []
+    report = tmp_path / "report.json"
+    result = demo.run(1, tmp_path / "out", report, lambda: ticks.append(1), quiet=True, settings=settings)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 110 for line in printed.splitlines()[:-1])
+    assert json.loads(report.read_text()) == result
+    methods = [row["method"] for row in result["summary"]]
+    assert methods[:2] == ["original", "retrained"] and methods[-1] == "NegMerge" and len(methods) == 8
+    assert all(method in printed for method in methods)
+    assert len(ticks) > 20
+    assert (tmp_path / "out" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
+
+    seed = tmp_path / "out" / "seed-0"
+    held = [load_file(seed / name / "model.safetensors") for name in ("base", *(f"finetuned-{k:02d}" for k in range(3)))]
+    merged = load_file(seed / "merged" / "model.safetensors")
+    (row,) = (row for row in result["rows"] if row["method"] == "NegMerge")
+    for name, base in held[0].items():
+        assert torch.equal(merged[name], plain_merge(base, [h[name] for h in held[1:]], row["lambda"])[0])
+    assert (seed / "merged" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "report", "message"),
+    [("file", None, "file: not a directory"), ("no/out", None, "no: no such directory"), ("out", "no/r.json", "no: no such directory")],
+)  # fmt: skip
+def test_bad_places_are_refused_before_any_training(
+    tmp_path: Path, output: str, report: str | None, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=message):
+        demo.run(1, tmp_path / output, tmp_path / report if report else None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"pip install 'negmerge_fast\[demo\]'"):
+        demo.run(1, tmp_path / "out")
