@@ -18,7 +18,14 @@ from negmerge_fast.demo import Score, Settings
 
 def test_the_search_takes_the_lowest_forget_accuracy_that_keeps_95_percent() -> None:
     original = Score(0.9, 1.0)
-    scores = [Score(0.9, 1.0), Score(0.5, 0.96), Score(0.2, 0.95), Score(0.2, 0.97), Score(0.2, 0.97), Score(0.0, 0.94)]
+    scores = [
+        Score(0.9, 1.0),
+        Score(0.5, 0.96),
+        Score(0.2, 0.95),
+        Score(0.2, 0.97),
+        Score(0.2, 0.97),
+        Score(0.0, 0.94),
+    ]
     assert demo.choose_scale([0, 1, 2, 3, 4, 5], scores, original) == 3
     assert demo.choose_scale([0, 1], [original, Score(0.0, 0.1)], original) == 0
 
@@ -46,7 +53,10 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "out" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
 
     seed = tmp_path / "out" / "seed-0"
-    held = [load_file(seed / name / "model.safetensors") for name in ("base", *(f"finetuned-{k:02d}" for k in range(3)))]
+    held = [
+        load_file(seed / name / "model.safetensors")
+        for name in ("base", *(f"finetuned-{k:02d}" for k in range(3)))
+    ]
     merged = load_file(seed / "merged" / "model.safetensors")
     (row,) = (row for row in result["rows"] if row["method"] == "NegMerge")
     for name, base in held[0].items():
