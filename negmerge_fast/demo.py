@@ -29,6 +29,7 @@ from .rule import InputError
 FORGET = (5, 6, 7, 8, 9)
 # The paper's own rule: the retained accuracy may fall to this share of the original's, no further.
 KEPT = 0.95
+_MERGED = {"model.safetensors", "config.json", "negmerge.json"}
 
 Tick = Callable[[], None]
 Flat = torch.Tensor
@@ -80,7 +81,7 @@ def run(
     began = time.perf_counter()
     settings = settings or Settings()
     output = Path("negmerge-demo") if output is None else output
-    _check_places(output, report)
+    _check_places(output, report, seeds)
     _require_extras()
     from tqdm import tqdm
 
@@ -115,24 +116,35 @@ def run(
     return result
 
 
-def _check_places(output: Path, report: Path | None) -> None:
+def _check_places(output: Path, report: Path | None, seeds: int) -> None:
+    if seeds < 1:
+        raise InputError(f"seeds: {seeds}, expected at least 1")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: not a directory, expected a place for the demo's models")
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output.absolute().parent}: no such directory, expected one to hold {output.name}")
     if report is not None and not report.absolute().parent.is_dir():
         raise InputError(f"{report.absolute().parent}: no such directory, expected one to hold {report.name}")
+    if report is not None and report.is_dir():
+        raise InputError(f"{report}: a directory, expected a file for the report")
+    for folder in (output / f"seed-{seed}" for seed in range(seeds)):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: not a directory, expected a place for a seed's models")
+        # The merge at the end would refuse these too, but only after all the training.
+        merged = folder / "merged"
+        strangers = {path.name for path in merged.iterdir()} - _MERGED if merged.is_dir() else set()
+        if strangers:
+            raise InputError(f"{merged / min(strangers)}: not negmerge's, so {merged} is not replaced")
 
 
 def _require_extras() -> None:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError:
         raise InputError(
             "negmerge demo needs scikit-learn and matplotlib: pip install 'negmerge_fast[demo]'"
         ) from None
-    matplotlib.use("Agg")
 
 
 def _load(seed: int) -> dict[str, Split]:
@@ -340,7 +352,7 @@ def _merge_files(base: Path, dirs: list[Path], out: Path, scale: float, expected
     report = merge_checkpoints(base, dirs, out, scale=scale, overwrite=True)
     held = load_file(out / "model.safetensors")
     weights = _flatten({name: held[name] for name in _network(0).state_dict()})
-    if not torch.equal(weights, expected):
+    if not torch.equal(weights.view(torch.int32), expected.view(torch.int32)):  # bits: -0.0 is not 0.0
         raise RuntimeError(f"{out}: the merged files differ from the merge in memory")
     return weights, report.consensus_ratio
 
@@ -367,7 +379,7 @@ def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str
     lines = [
         f"Test accuracy in %, mean ± deviation over {seeds} seeds; the digits 5-9 are to be forgotten, 0-4 kept.",
         f"{settings.models} fine-tuned models. λ is searched on validation data, {settings.grid[0]:g} … "
-        f"{settings.grid[-1]:g} in {len(settings.grid)} steps for every method (here the",
+        f"{settings.grid[-1]:g} in {len(settings.grid)} values for every method (here the",
         "useful range reaches well past 1): lowest forget accuracy with retain accuracy ≥ 95 % of the original's.",
         "",
         f"{'method':<18}{'forget ↓':>14}{'retain ↑':>14}{'consensus ratio':>18}{'λ':>8}",
@@ -386,9 +398,11 @@ def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str
 
 def _draw(curves: list[dict[str, list[Score]]], path: Path) -> None:
     """One curve for each method, along λ, averaged over the seeds."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    # Not pyplot: it keeps figures and a backend for the whole process.
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
     for method in curves[0]:
         points = [
             [
@@ -413,4 +427,3 @@ def _draw(curves: list[dict[str, list[Score]]], path: Path) -> None:
     staged = path.with_name(f".{path.name}")
     figure.savefig(staged, dpi=130, format="png")
     os.replace(staged, path)
-    pyplot.close(figure)

@@ -11,6 +11,7 @@ and whether every d_k is finite (torch's minimum and maximum hand NaN on).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,7 +71,7 @@ def _culprit(segment: Segment, index: int) -> tuple[int | str, float]:
 
 
 class _Workspace:
-    """The temporaries of one block, allocated once per call."""
+    """The temporaries of one block."""
 
     def __init__(self, batch: Batch, rule: Rule) -> None:
         self.signature = batch.signature
@@ -82,15 +83,14 @@ class _Workspace:
         most = (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // self.dtype.itemsize
         self.block = min(most, max((s.numel for s in batch.segments), default=0)) or 1
 
-        def temporary(dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(self.block, dtype=dtype, device=device)
-
-        self.b, self.x, self.d, self.least, self.greatest, self.sum = (
-            temporary(self.dtype) for _ in range(6)
-        )
-        self.agree, self.nonfinite, self.flag = (temporary(torch.bool) for _ in range(3))
+        wide, flags = (6, 3) if self.unanimous else (9, 3)
+        memory = _scratch((wide * self.dtype.itemsize + flags) * self.block, device)
+        numbers, bits = torch.split(memory, [len(memory) - flags * self.block, flags * self.block])
+        temporaries = torch.split(numbers.view(self.dtype), self.block)
+        self.b, self.x, self.d, self.least, self.greatest, self.sum = temporaries[:6]
         if not self.unanimous:
-            self.below, self.n_above, self.n_below = (temporary(self.dtype) for _ in range(3))
+            self.below, self.n_above, self.n_below = temporaries[6:]
+        self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
         # Tensors, and on the device: dividing by a Python number multiplies by its reciprocal on a GPU.
         self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
         self.minus_scale = torch.tensor(-rule.scale, dtype=torch.float64, device=device).to(self.dtype)
@@ -103,7 +103,7 @@ class _Workspace:
         mean = self._unanimous_mean if self.unanimous else self._majority_mean
         agree, nonfinite = self.agree[:size], self.nonfinite[:size]
         t = mean(segment, start, b, agree).mul_(self.minus_scale)
-        result = _round(t.add_(b), self.storage)
+        result = self._round(t.add_(b))
 
         if self._all_finite(b, result):
             nonfinite.zero_()
@@ -116,8 +116,16 @@ class _Workspace:
             agree &= finite
         if segment.out is not None:
             kept = b.to(self.storage) if stored is None else stored
-            _store(segment.out, start, _bits(result).where(agree, _bits(kept)))
+            chosen = self.d.view(_BITS[self.storage.itemsize])[:size]
+            _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
         return torch.stack([agree.sum(), nonfinite.sum()])
+
+    def _round(self, values: torch.Tensor) -> torch.Tensor:
+        if self.dtype == self.storage:
+            return values
+        # By way of float32, as everywhere: a direct conversion from float64 rounds once, and differently.
+        rounded: torch.Tensor = self.x.view(self.storage)
+        return rounded[: len(values)].copy_(values.float())
 
     def _all_finite(self, b: torch.Tensor, result: torch.Tensor) -> bool:
         """Cheaply: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
@@ -175,9 +183,17 @@ class _Workspace:
         return above.div_(n_above)
 
 
-def _round(values: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
-    # By way of float32, as everywhere: a direct conversion from float64 rounds once, and differently.
-    return (values.float() if storage.itemsize == 2 else values).to(storage)
+_kept = threading.local()
+
+
+def _scratch(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes for temporaries. On the CPU each thread keeps its own: a stream of many batches allocates once."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    memory: torch.Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or len(memory) < size:
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return memory[:size]
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

@@ -193,7 +193,7 @@ class _Slot:
 
     def __init__(self, versions: int, chunk: int) -> None:
         # A mapping of its own: given back to the system as soon as the job is done.
-        self._memory = mmap.mmap(-1, versions * chunk)
+        self._memory = mmap.mmap(-1, versions * chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.buffers: list[Any] = [
             np.frombuffer(self._memory, np.uint8, chunk, k * chunk) for k in range(versions)
         ]
@@ -292,11 +292,11 @@ class Job:
         if not piece.members:
             return
         for batch, members in self._batches(piece, buffers):
-            counts = self.merge(batch, self.rule)
+            counts = np.array(self.merge(batch, self.rule).tolist())
             stats.add([(m.name, m.numel) for m in members], counts)
             if batch.device != "cpu":
                 _from_device(batch, buffers[0])
-            if self.nonfinite == "error" and any(nonfinite for _, nonfinite in counts.tolist()):
+            if self.nonfinite == "error" and counts[:, 1].any():
                 self._refuse_nonfinite(piece, buffers)
 
     def _batches(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[Batch, list[Member]]]:

@@ -28,7 +28,7 @@ def save_model(
     for k, names in enumerate(shards):
         file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: tensors[name] for name in names}, path / file, metadata=metadata)
-        weight_map.update({name: file for name in names})
+        weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path

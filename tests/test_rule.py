@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -276,6 +278,7 @@ def test_extra_memory_is_a_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> Non
         return made[-1]
 
     base, models = random_models(3, 1_000_000, torch.float64, [torch.float64])
+    monkeypatch.setattr(reference, "_kept", threading.local())
     monkeypatch.setattr(torch, "empty", counting)
     merge_(base, models, scale=0.9, min_agreement=0.6)
     held = sum(t.numel() * t.element_size() for t in made)

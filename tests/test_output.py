@@ -1,0 +1,255 @@
+"""The output: published whole or not at all; and the same bytes for any sharding and any length of stroke."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import family, load_model, save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain import plain_merge, same_bits
+
+import negmerge_fast as nm
+from negmerge_fast import reference, stream
+from negmerge_fast.checkpoints import open_checkpoint
+from negmerge_fast.checkpoints.files import File
+from negmerge_fast.plan import make_plan, pieces
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for path, tensors in zip(("base", "ft-0", "ft-1"), family(n=2), strict=True):
+        save_model(tmp_path / path, tensors)
+    return tmp_path
+
+
+def merge(folder: Path, **options: Any) -> nm.Report:
+    return nm.merge_checkpoints(
+        folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9, **options
+    )
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_overwrite_replaces_what_negmerge_wrote(folder: Path) -> None:
+    merge(folder)
+    first = contents(folder / "out")
+    with pytest.raises(nm.InputError, match="out: exists already"):
+        merge(folder)
+    # A former output of a base with other files, known by its manifest.
+    names = list(family()[0])
+    shutil.rmtree(folder / "base")
+    save_model(folder / "base", family()[0], [names[:2], names[2:]])
+    merge(folder, overwrite=True)
+    assert set(contents(folder / "out")) == {*contents(folder / "base"), "negmerge.json"} != set(first)
+    assert not (folder / ".out.negmerge").exists()
+
+
+def test_overwrite_deletes_nothing_of_a_stranger(folder: Path) -> None:
+    merge(folder)
+    (folder / "out" / "notes.txt").write_text("mine")
+    before = contents(folder / "out")
+    with pytest.raises(nm.InputError, match=r"notes.txt: not negmerge's, so .*out is not replaced"):
+        merge(folder, overwrite=True)
+    assert contents(folder / "out") == before
+    shutil.rmtree(folder / "out")
+    (folder / "out").write_text("a file")
+    with pytest.raises(nm.InputError, match="exists and is not a directory"):
+        merge(folder, overwrite=True)
+    (folder / "out").unlink()
+    (folder / "out").symlink_to(folder / "ft-0")
+    with pytest.raises(nm.InputError, match="the output is the input"):
+        merge(folder, overwrite=True)
+    (folder / "out").unlink()
+    (folder / "out").symlink_to(folder / "nowhere")
+    with pytest.raises(nm.InputError, match="exists and is not a directory"):
+        merge(folder, overwrite=True)
+
+
+def test_a_single_file_output(folder: Path) -> None:
+    single = [folder / name / "model.safetensors" for name in ("base", "ft-0", "ft-1")]
+    with pytest.raises(nm.InputError, match=r"expected a file name that ends in \.safetensors"):
+        nm.merge_checkpoints(single[0], single[1:], folder / "out", scale=0.9)
+    target = folder / "out.safetensors"
+    target.write_text("a stranger's")
+    with pytest.raises(nm.InputError, match=r"out\.safetensors"):
+        nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
+    assert target.read_text() == "a stranger's"
+    target.unlink()
+    for _ in range(2):
+        nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
+    merge(folder)
+    assert target.read_bytes() == (folder / "out" / "model.safetensors").read_bytes()
+
+
+def test_what_a_killed_run_left_is_cleared_but_not_a_strangers_file(folder: Path) -> None:
+    work = folder / ".out.negmerge"
+    (work / "output" / "half").mkdir(parents=True)
+    (work / "lock").touch()
+    (work / "stranger").touch()
+    merge(folder)
+    assert sorted(p.name for p in work.iterdir()) == ["stranger"]
+
+
+def fail_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+    )
+
+
+def fail_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+    )
+
+
+def fail_merging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "merge", lambda *_: (_ for _ in ()).throw(OSError("the kernel failed")))
+
+
+def fail_for_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))  # type: ignore[attr-defined]
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = File.read_into
+
+    def changed(self: File, offset: int, buffer: memoryview, release: bool = False) -> None:
+        if self.path.parent.name == "ft-1" and self.path.stat().st_size == self.size:
+            os.truncate(self.path, self.size - 4)
+        read(self, offset, buffer, release)
+
+    monkeypatch.setattr(File, "read_into", changed)
+
+
+FAULTS = {
+    "the disk fails": (fail_reading, "Input/output error"),
+    "the disk is full": (fail_writing, "No space left"),
+    "the kernel fails": (fail_merging, "the kernel failed"),
+    "there is no room": (fail_for_space, "bytes are needed, 10 are free"),
+    "an input shrinks": (shrink, "the file changed while it was being read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    plant, message = FAULTS[fault]
+    job = stream.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
+    plant(monkeypatch)
+    if fault == "the kernel fails":
+        job = stream.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
+    with pytest.raises(OSError, match=message):
+        job.run()
+    assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
+
+
+def test_progress_may_stop_the_job(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = merge(folder, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (report.bytes_read + report.bytes_written,) * 2
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    shutil.rmtree(folder / "out")
+    with pytest.raises(KeyboardInterrupt):
+        merge(folder, progress=stop)
+    assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    for k, path in enumerate(("base", "ft-0", "ft-1")):
+        tensors = {f"t{i}": torch.randn(5, generator=torch.Generator().manual_seed(k)) for i in range(120)}
+        save_model(tmp_path / path, tensors, [[name] for name in tensors])
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "import negmerge_fast as nm; nm.merge_checkpoints('base', ['ft-0', 'ft-1'], 'out', scale=1.0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(load_model(tmp_path / "out")) == 120
+
+
+def test_pages_are_given_back_when_a_job_is_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advice: list[int] = []
+    real = os.posix_fadvise
+
+    def noted(descriptor: int, offset: int, size: int, what: int) -> None:
+        advice.append(what)
+        real(descriptor, offset, size, what)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    given_back = []
+    for free in (1 << 40, 1000):
+        monkeypatch.setattr(stream, "_free_memory", lambda free=free: free)
+        advice.clear()
+        merge(folder, overwrite=True)
+        given_back.append(advice.count(os.POSIX_FADV_DONTNEED))
+    # What is written is always pushed out; what is read only by a job that memory has no room for.
+    assert 0 < given_back[0] < given_back[1]
+
+
+@st.composite
+def sharding(draw: st.DrawFn) -> list[list[str]]:
+    order = draw(st.permutations(list(family()[0])))
+    cut = draw(st.integers(1, len(order) - 1))
+    return [order[:cut], order[cut:]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(
+    shards=st.lists(sharding(), min_size=3, max_size=3),
+    chunk=st.sampled_from([4096, 8192, 1 << 20]),
+    seed=st.integers(0, 9),
+)
+def test_sharding_and_strokes_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("sharded")
+    tensors = family(seed, n=2)
+    for path, held, split in zip(("base", "ft-0", "ft-1"), tensors, shards, strict=True):
+        save_model(folder / path, held, split)
+    usual, stream._LONGEST = stream._LONGEST, chunk
+    try:
+        merge(folder)
+    finally:
+        stream._LONGEST = usual
+    merged = load_model(folder / "out")
+    for name, base in tensors[0].items():
+        expected = base
+        if base.is_floating_point():
+            expected = plain_merge(base, [t[name] for t in tensors[1:]], 0.9)[0]
+        assert same_bits(merged[name], expected), name
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(shards=st.lists(sharding(), min_size=2, max_size=2), chunk=st.integers(8, 3000))
+def test_pieces_cover_every_byte_once(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk: int
+) -> None:
+    folder = tmp_path_factory.mktemp("covered")
+    for path, held, split in zip(("base", "ft"), family(n=1), shards, strict=True):
+        save_model(folder / path, held, split)
+    plan = make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / "ft")])
+    reached = dict.fromkeys(plan.targets, 0)
+    elements: dict[str, int] = {}
+    for piece in pieces(plan, chunk):
+        base = piece.sources[0]
+        assert base.offset == reached[piece.target]
+        reached[piece.target] += base.nbytes
+        assert all(source.nbytes <= chunk for source in piece.sources)
+        for member in piece.members:
+            assert member.start == elements.get(member.name, 0)
+            elements[member.name] = member.start + member.numel
+    assert reached == plan.targets
+    assert elements == {n: t.numel() for n, t in family()[0].items() if t.is_floating_point()}
