@@ -34,8 +34,7 @@ SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
 def merge(batch: Batch, rule: Rule) -> torch.Tensor:
     """Merge every segment of a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
     counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
-    with torch.inference_mode(), _subnormals_kept():
-        work = _Workspace(batch, rule)
+    with _at_work(batch, rule) as work:
         for row, segment in enumerate(batch.segments):
             for start in range(0, segment.numel, work.block):
                 counts[row] += work.merge_block(segment, start, min(work.block, segment.numel - start))
@@ -48,8 +47,7 @@ def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, floa
     Returns the segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
     "result") and the value found there; None if everything is finite.
     """
-    with torch.inference_mode(), _subnormals_kept():
-        work = _Workspace(batch, rule)
+    with _at_work(batch, rule) as work:
         for row, segment in enumerate(batch.segments):
             for start in range(0, segment.numel, work.block):
                 size = min(work.block, segment.numel - start)
@@ -93,7 +91,9 @@ class _Workspace:
         self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
         # Tensors, and on the device: dividing by a Python number multiplies by its reciprocal on a GPU.
         self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
-        self.minus_scale = torch.tensor(-rule.scale, dtype=torch.float64, device=device).to(self.dtype)
+        self.minus_scale = (
+            torch.tensor(-rule.scale, dtype=torch.float64, device="cpu").to(self.dtype).to(device)
+        )
 
     def merge_block(self, segment: Segment, start: int, size: int) -> torch.Tensor:
         """Merge elements start … start + size; leaves their non-finite flags in self.nonfinite."""
@@ -192,7 +192,7 @@ def _scratch(size: int, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
     memory: torch.Tensor | None = getattr(_kept, "memory", None)
     if memory is None or len(memory) < size:
-        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory[:size]
 
 
@@ -228,14 +228,30 @@ def _store(stream: Stream, start: int, bits: torch.Tensor) -> None:
 
 
 @contextmanager
-def _subnormals_kept() -> Iterator[None]:
-    """Undo torch.set_flush_denormal(True) for the call: it is a mode of the calling thread that changes results."""
-    smallest = torch.full((), 5e-324, dtype=torch.float64)
-    flushing = bool(smallest * 1.0 == 0)
+def _at_work(batch: Batch, rule: Rule) -> Iterator[_Workspace]:
+    """The temporaries of a batch; while they are in use, subnormals are kept.
+
+    torch.set_flush_denormal(True) is a mode of the calling thread, and of each of torch's own threads that was started
+    under it, for ever. The caller's is undone for the call; where another thread flushes, the caller works alone.
+    """
+    threads = torch.get_num_threads()
+    flushing = _flushes(torch.empty(1, dtype=torch.float32, device="cpu"))
     if flushing:
         torch.set_flush_denormal(False)
     try:
-        yield
+        with torch.inference_mode():
+            work = _Workspace(batch, rule)
+            if work.d.device.type == "cpu" and _flushes(work.d):
+                torch.set_num_threads(1)
+            yield work
     finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         if flushing:
             torch.set_flush_denormal(True)
+
+
+def _flushes(numbers: torch.Tensor) -> bool:
+    """Whether arithmetic on so many elements takes subnormals for zeros, in any thread that has a part in it."""
+    _bits(numbers).fill_(1)
+    return not bool(numbers.mul_(1.0).all())

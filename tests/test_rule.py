@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -166,6 +168,37 @@ def test_flushing_subnormals_in_the_caller_changes_nothing(dtype: str) -> None:
         assert float(torch.tensor(5e-324, dtype=torch.float64) * 1.0) == 0, "the caller's mode is given back"
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_threads_that_were_started_flushing_change_nothing() -> None:
+    """torch's own threads keep the mode for ever: a process of its own."""
+    code = """
+import torch
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+torch.ones(1 << 20).mul_(2)
+import negmerge_fast as nm
+smallest = [torch.full((1 << 20,), bits, dtype=torch.int32).view(torch.float32) for bits in (0, 1 << 20, 1 << 21)]
+assert (smallest[2] * 1.0).view(torch.int32).count_nonzero() == 0, 'nothing flushes here'
+merged = nm.merge(smallest[0], smallest[1:], scale=1.0)
+assert merged.view(torch.int32).count_nonzero() == 1 << 20
+assert torch.get_num_threads() == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_callers_defaults_change_nothing() -> None:
+    base, models = random_models(3, 100, torch.float32, [torch.float32])
+    expected = merge(base, models, scale=0.9)
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    try:
+        merged = merge(base, models, scale=0.9)
+        stats = merge_(base, models, scale=0.9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert same_bits(merged, expected) and same_bits(base, expected) and stats.elements == 100
 
 
 def test_rounding_of_float64_to_16_bits_goes_by_way_of_float32() -> None:
