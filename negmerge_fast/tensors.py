@@ -74,8 +74,11 @@ def merge(
     merged = {item.name: item.out for item in items}
     result: dict[str, Any] = {}
     for name, value in job.base.items():
-        untouched = value.clone() if isinstance(value, torch.Tensor) else value
-        result[name] = merged.get(job.tied.get(name, name), untouched)
+        owner = job.tied.get(name, name)
+        if owner in merged:
+            result[name] = merged[owner]
+        else:
+            result[name] = value.clone() if isinstance(value, torch.Tensor) else value
     return result[_ALONE] if isinstance(base, torch.Tensor) else result
 
 
