@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .checkpoints import open_checkpoint
+from .checkpoints.files import naming
 from .checkpoints.huggingface import MANIFEST
 from .rule import InputError
 
@@ -91,10 +92,11 @@ class Output:
             self._close()
             self._open = (name, os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC))
         descriptor, done = self._open[1], 0
-        while done < len(data):
-            done += os.pwrite(descriptor, data[done:], offset + done)
-        # Starts writing back what is dirty, without waiting, so that the sync at the end has little left to do.
-        os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+        with naming(self.target):
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], offset + done)
+            # Starts writing back what is dirty, without waiting, so that the sync at the end has little left to do.
+            os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
 
     def publish(self, manifest: Mapping[str, object]) -> None:
         """Sync everything and move it into place; manifest: what a directory says of itself."""
@@ -135,7 +137,8 @@ class Output:
             descriptor, self._open = self._open[1], None
             try:
                 if sync:
-                    os.fsync(descriptor)
+                    with naming(self.target):
+                        os.fsync(descriptor)
             finally:
                 os.close(descriptor)
 
@@ -181,7 +184,8 @@ class Output:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 if size:
-                    _allocate(descriptor, size)
+                    with naming(self.target):
+                        _allocate(descriptor, size)
             finally:
                 os.close(descriptor)
 

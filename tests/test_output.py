@@ -133,8 +133,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = {
-    "the disk fails": (fail_reading, "Input/output error"),
-    "the disk is full": (fail_writing, "No space left"),
+    "the disk fails": (fail_reading, r"Input/output error: '.*model\.safetensors'"),
+    "the disk is full": (fail_writing, r"No space left: '.*out'"),
     "the kernel fails": (fail_merging, "the kernel failed"),
     "there is no room": (fail_for_space, "bytes are needed, 10 are free"),
     "an input shrinks": (shrink, "the file changed while it was being read"),

@@ -53,7 +53,7 @@ class File:
 
     def read_into(self, offset: int, buffer: memoryview, release: bool = False) -> None:
         """Fill the buffer from a position; release: tell the system that the pages won't be read again."""
-        with self.open() as descriptor:
+        with self.open() as descriptor, naming(self.path):
             # One hint for the whole stroke: the kernel's own read-ahead starts small in a file just opened.
             os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
             done = 0
@@ -68,6 +68,17 @@ class File:
         buffer = bytearray(size)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of calls that take a descriptor name the file, like those of calls that take a path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:
