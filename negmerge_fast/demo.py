@@ -358,40 +358,34 @@ def _merge_files(base: Path, dirs: list[Path], out: Path, scale: float, expected
 
 
 def _summarise(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    of_method = [row for row in rows if row["method"] == method]
-
-    def mean(key: str) -> float | None:
-        values = [row[key] for row in of_method if row[key] is not None]
-        return statistics.fmean(values) if values else None
-
-    def deviation(key: str) -> float:
-        return float(statistics.pstdev(row[key] for row in of_method))
-
-    return {
-        "method": method,
-        "forget_mean": mean("forget"), "forget_std": deviation("forget"),
-        "retain_mean": mean("retain"), "retain_std": deviation("retain"),
-        "lambda_mean": mean("lambda"), "consensus_ratio_mean": mean("consensus_ratio"),
-    }  # fmt: skip
+    """Mean and deviation over the seeds of what a method has."""
+    summary: dict[str, Any] = {"method": method}
+    for key in ("forget", "retain", "consensus_ratio", "lambda"):
+        values = [row[key] for row in rows if row["method"] == method and row[key] is not None]
+        summary[f"{key}_mean"] = statistics.fmean(values) if values else None
+        summary[f"{key}_std"] = statistics.pstdev(values) if values else None
+    return summary
 
 
 def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str:
     lines = [
-        f"Test accuracy in %, mean ± deviation over {seeds} seeds; the digits 5-9 are to be forgotten, 0-4 kept.",
-        f"{settings.models} fine-tuned models. λ is searched on validation data, {settings.grid[0]:g} … "
-        f"{settings.grid[-1]:g} in {len(settings.grid)} values for every method (here the",
-        "useful range reaches well past 1): lowest forget accuracy with retain accuracy ≥ 95 % of the original's.",
+        f"The digits 5-9 are to be forgotten, 0-4 kept; {settings.models} models were fine-tuned on the former.",
+        f"Accuracy on test data and consensus ratio in %, mean ± deviation over {seeds} seeds. λ is searched on",
+        f"validation data, for every method in {len(settings.grid)} values from {settings.grid[0]:g} to "
+        f"{settings.grid[-1]:g} (on this problem the useful range",
+        "reaches well past 1): the lowest forget accuracy with a retain accuracy ≥ 95 % of the original's.",
         "",
-        f"{'method':<18}{'forget ↓':>14}{'retain ↑':>14}{'consensus ratio':>18}{'λ':>8}",
+        f"{'method':<18}{'forget ↓':>14}{'retain ↑':>14}{'consensus ratio':>18}{'λ':>15}",
     ]
+
+    def cell(row: dict[str, Any], key: str, factor: int, digits: int) -> str:
+        mean, deviation = row[f"{key}_mean"], row[f"{key}_std"]
+        return "-" if mean is None else f"{factor * mean:.{digits}f} ± {factor * deviation:>4.{digits}f}"
+
     for row in summary:
-        ratio, scale = row["consensus_ratio_mean"], row["lambda_mean"]
         lines.append(
-            f"{row['method']:<18}"
-            f"{100 * row['forget_mean']:>7.1f} ± {100 * row['forget_std']:<4.1f}"
-            f"{100 * row['retain_mean']:>7.1f} ± {100 * row['retain_std']:<4.1f}"
-            f"{'-' if ratio is None else f'{100 * ratio:.1f} %':>18}"
-            f"{'-' if scale is None else f'{scale:.2f}':>8}"
+            f"{row['method']:<18}{cell(row, 'forget', 100, 1):>14}{cell(row, 'retain', 100, 1):>14}"
+            f"{cell(row, 'consensus_ratio', 100, 1):>18}{cell(row, 'lambda', 1, 2):>15}"
         )
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     result = demo.run(1, tmp_path / "out", report, lambda: ticks.append(1), quiet=True, settings=settings)
     printed = capsys.readouterr().out
-    assert all(len(line) <= 110 for line in printed.splitlines()[:-1])
+    assert all(len(line) <= 100 for line in printed.splitlines()[:-1])
     assert json.loads(report.read_text()) == result
     methods = [row["method"] for row in result["summary"]]
     assert methods[:2] == ["original", "retrained"] and methods[-1] == "NegMerge" and len(methods) == 8
