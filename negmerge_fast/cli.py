@@ -39,9 +39,15 @@ class _Signals:
         if self.received is not None:
             raise _Stopped
 
+    def ignore(self) -> None:
+        """What happened has been said: a signal during the interpreter's own clean-up must not change the status."""
+        for number in _STATUS:
+            signal.signal(number, signal.SIG_IGN)
+
 
 def main() -> NoReturn:
     """The console script."""
+    _fill_standard_streams()
     signals = _Signals()  # before the imports that take long
     import click
 
@@ -50,6 +56,7 @@ def main() -> NoReturn:
     status = 0
     try:
         status = _commands(signals).main(prog_name="negmerge", standalone_mode=False) or 0
+        sys.stdout.flush()
     except _Stopped:
         assert signals.received is not None
         received = signal.Signals(signals.received)
@@ -64,12 +71,24 @@ def main() -> NoReturn:
     except InputError as error:
         status = _fail(str(error), 2)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
-        status = 1
-    except (OSError, MemoryError) as error:
+        status = 1  # whoever read the output has heard enough
+    except (OSError, MemoryError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
         status = _fail(_describe(error), 1)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # said above; the interpreter would say it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signals.ignore()
     sys.exit(status)
+
+
+def _fill_standard_streams() -> None:
+    """Where a standard stream is closed, open nothing in its place: a file of ours must not get its number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _describe(error: BaseException) -> str:
@@ -149,10 +168,10 @@ def _commands(signals: _Signals) -> Any:
         """
         from .stream import prepare
 
-        if report is not None:
-            _check_report(report, output)
         inputs = "task_vectors" if task_vectors else "finetuned"
         job = prepare(base, list(finetuned), output, inputs=inputs, **options)  # type: ignore[arg-type]
+        if report is not None:
+            _check_report(report, job)
         if dry_run:
             print(_plan_text(job))
             return
@@ -248,14 +267,16 @@ def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
     return report
 
 
-def _check_report(report: str, output: str) -> None:
+def _check_report(report: str, job: Any) -> None:
     from pathlib import Path
 
     from .rule import InputError
 
-    path, target = Path(os.path.abspath(report)), Path(os.path.abspath(output))
-    if path == target or target in path.parents:
-        raise InputError(f"{report}: is inside the output, expected another place for the report")
+    path = Path(os.path.realpath(report))
+    for place in (job.output.target, job.plan.base.path, *(model.path for model in job.plan.models)):
+        real = Path(os.path.realpath(place))
+        if path == real or real in path.parents:
+            raise InputError(f"{report}: is inside {place}, expected another place for the report")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
     if path.exists() and not path.is_file():

@@ -75,6 +75,8 @@ def edit_index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], o
     return edit
 
 
+THREE_TENSORS = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+TWO_SHARDS = [["a", "c"], ["b"]]
 SHARD = "model-00001-of-00002.safetensors"
 DIRECTORIES = {
     "missing shard": (lambda p: (p / SHARD).unlink(), "missing, but named in model.safetensors.index.json", SHARD),
@@ -96,11 +98,7 @@ DIRECTORIES = {
 
 @pytest.mark.parametrize("case", DIRECTORIES)
 def test_malformed_directories(tmp_path: Path, case: str) -> None:
-    path = save_model(
-        tmp_path / "model",
-        {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)},
-        [["a", "c"], ["b"]],
-    )
+    path = save_model(tmp_path / "model", THREE_TENSORS, TWO_SHARDS)
     assert len(open_checkpoint(path).tensors) == 3
     change, message, culprit = DIRECTORIES[case]
     change(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from checkpoint_files import family, load_model, negmerge, raw, save_model
 from plain import plain_merge, same_bits
 from safetensors.torch import save_file
+from test_checkpoints import DIRECTORIES, MALFORMED, SHARD, THREE_TENSORS, TWO_SHARDS
 
 from negmerge_fast import cli
 
@@ -204,7 +206,10 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "output in an input": (lambda p: None, ["--output", "base/out"], ["the output is inside the input base"]),
     "output above": (lambda p: None, ["--output", "."], ["the output is above the input base"]),
     "no parent": (lambda p: None, ["--output", "no/out"], ["no: no such directory, expected one to hold out"]),
-    "report in output": (lambda p: None, ["--report", "out/r.json"], ["out/r.json: is inside the output"]),
+    "report in output": (lambda p: None, ["--report", "out/r.json"], ["out/r.json: is inside", "/out, expected another place"]),
+    "report on an input": (
+        lambda p: None, ["--report", "ft-0/config.json"], ["ft-0/config.json: is inside ft-0, expected another place"],
+    ),
     "report nowhere": (lambda p: None, ["--report", "no/r.json"], ["no: no such directory, expected one to hold r.json"]),
     "unknown option": (lambda p: None, ["--fast"], ["No such option"]),
 }  # fmt: skip
@@ -221,6 +226,26 @@ def test_bad_input(run: Run, models: Any, tmp_path: Path, case: str) -> None:
     for message in messages:
         assert message in err
     assert nothing_left(tmp_path) and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("case", [*MALFORMED, *DIRECTORIES])
+def test_malformed_checkpoints(run: Run, tmp_path: Path, case: str) -> None:
+    """All that opening a checkpoint refuses, as a user meets it."""
+    for name in ("base", "ft-0", "ft-1"):
+        save_model(tmp_path / name, THREE_TENSORS, TWO_SHARDS)
+    if case in MALFORMED:
+        content, message = MALFORMED[case]
+        culprit = f"ft-1/{SHARD}"
+        (tmp_path / culprit).write_bytes(content)
+    else:
+        spoil, message, culprit = DIRECTORIES[case]
+        spoil(tmp_path / "ft-1")
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run("merge", "base", "ft-0", "ft-1", "--output", "out", "--scale", "0.9")
+    assert (status, out) == (2, "")
+    assert err.startswith("negmerge: ") and err.count("\n") == 1 and message in err
+    assert "ft-1" in err and culprit in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_no_models(run: Run, models: Any, tmp_path: Path) -> None:
@@ -336,6 +361,36 @@ def test_interrupted_while_modules_are_imported(tmp_path: Path, models: Any) -> 
             continue
         assert (process.returncode, err) == (130, "negmerge: interrupted\n")
         assert nothing_left(tmp_path)
+
+
+def test_interrupted_when_all_is_done(tmp_path: Path, models: Any) -> None:
+    """The output stands: no signal makes a failure of it, not even in the interpreter's last moments."""
+    process = subprocess.Popen([sys.executable, "-m", "negmerge_fast", *MERGE, "--quiet"], cwd=tmp_path)
+    while not (tmp_path / "out").exists() and process.poll() is None:
+        time.sleep(0.001)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.0005)
+    assert process.returncode == 0
+    check(tmp_path / "out", models)
+
+
+def test_standard_streams_that_fail_or_are_closed(tmp_path: Path, models: Any) -> None:
+    # Where standard output is buffered, it fails only when it is flushed.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full:
+        for stdout, said in ((full, "negmerge: No space left on device\n"), (writing, "")):
+            done = subprocess.run(
+                [sys.executable, "-m", "negmerge_fast", "info"],
+                stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (1, said)
+    os.close(writing)
+    shell = f"exec {sys.executable} -m negmerge_fast {' '.join(MERGE)} <&- >&- 2>&-"
+    assert subprocess.run(shell, shell=True, cwd=tmp_path).returncode == 0
+    check(tmp_path / "out", models)
 
 
 def peak_anonymous(command: list[str], folder: Path) -> int:
