@@ -29,6 +29,7 @@ from .rule import InputError
 FORGET = (5, 6, 7, 8, 9)
 # The paper's own rule: the retained accuracy may fall to this share of the original's, no further.
 KEPT = 0.95
+_PICTURE = "forgetting.png"
 _MERGED = {"model.safetensors", "config.json", "negmerge.json"}
 
 Tick = Callable[[], None]
@@ -87,7 +88,7 @@ def run(
 
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, list[Score]]] = []
-    # Three steps that train, and one search for each method.
+    # One for each model that is trained, and one for each method's search.
     steps = seeds * (settings.models + 2 + len(_methods([], torch.zeros(0))))
     with tqdm(total=steps, desc="demo", unit="step", leave=False, disable=True if quiet else None) as bar:
         for seed in range(seeds):
@@ -97,7 +98,7 @@ def run(
             rows += found
             curves.append(drawn)
     summary = [_summarise(method, rows) for method in dict.fromkeys(row["method"] for row in rows)]
-    picture = output / "forgetting.png"
+    picture = output / _PICTURE
     _draw(curves, picture)
     result = {
         "seeds": seeds,
@@ -123,7 +124,13 @@ def _check_places(output: Path, report: Path | None, seeds: int) -> None:
         raise InputError(f"{output}: not a directory, expected a place for the demo's models")
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output.absolute().parent}: no such directory, expected one to hold {output.name}")
-    if report is not None and not report.absolute().parent.is_dir():
+    if (output / _PICTURE).is_dir():
+        raise InputError(f"{output / _PICTURE}: a directory, expected a place for the picture")
+    if (
+        report is not None
+        and not report.absolute().parent.is_dir()
+        and report.absolute().parent != output.absolute()
+    ):
         raise InputError(f"{report.absolute().parent}: no such directory, expected one to hold {report.name}")
     if report is not None and report.is_dir():
         raise InputError(f"{report}: a directory, expected a file for the report")
@@ -311,7 +318,7 @@ def _run_seed(
         network.load_state_dict(original)
         _train(network, forget, _varied(k, settings.longest), 1000 * seed + k, tick)
         dirs.append(_save(network, folder / f"finetuned-{k:02d}"))
-        finetuned.append(_flatten(network.state_dict()).clone())
+        finetuned.append(_flatten(network.state_dict()))
         step()
 
     on_validation, on_test = (_Judge(network, data[part], tick) for part in ("validation", "test"))

@@ -43,7 +43,11 @@ def mismatches(
                 found.append(
                     f"{where(k, name)}: missing, expected {form.dtype} {form.shape} like {reference}"
                 )
-        found += [f"{where(k, name)}: not in {reference}" for name in model if name not in base]
+        found += [
+            f"{where(k, name)}: not in {reference}"
+            for name, form in model.items()
+            if name not in base and not (task_vectors and form.dtype in INTEGERS)
+        ]
     return found
 
 

@@ -118,7 +118,8 @@ class _Workspace:
             kept = b.to(self.storage) if stored is None else stored
             chosen = self.d.view(_BITS[self.storage.itemsize])[:size]
             _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
-        return torch.stack([agree.sum(), nonfinite.sum()])
+        # Not sum(), which makes an int64 of every flag first.
+        return torch.stack([torch.count_nonzero(agree), torch.count_nonzero(nonfinite)])
 
     def _round(self, values: torch.Tensor) -> torch.Tensor:
         if self.dtype == self.storage:
@@ -192,6 +193,7 @@ def _scratch(size: int, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
     memory: torch.Tensor | None = getattr(_kept, "memory", None)
     if memory is None or len(memory) < size:
+        _kept.memory = memory = None  # the old one goes before the new one comes
         memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory[:size]
 

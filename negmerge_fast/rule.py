@@ -42,7 +42,8 @@ class InputError(ValueError):
 class Rule:
     """What to compute, apart from the data.
 
-    scale: λ, any finite number (the paper searches 0 … 1).
+    scale: λ, any finite number (the paper searches 0 … 1). One that overflows the arithmetic type makes every element
+        that agrees non-finite.
     min_agreement: the share of models, in (0.5, 1], that must agree on the sign; 1.0 is the paper's unanimity.
     """
 
@@ -50,8 +51,9 @@ class Rule:
     min_agreement: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_number("scale", self.scale)
-        _require_number("min_agreement", self.min_agreement)
+        # As floats from here on: -scale of an unsigned or of an int would be another number, or another zero.
+        for name in ("scale", "min_agreement"):
+            object.__setattr__(self, name, _as_float(name, getattr(self, name)))
         if not math.isfinite(self.scale):
             raise InputError(f"scale: {self.scale}, expected a finite number")
         if not 0.5 < self.min_agreement <= 1.0:
@@ -63,9 +65,13 @@ class Rule:
         return max(math.ceil(self.min_agreement * models - 1e-9), models // 2 + 1)
 
 
-def _require_number(name: str, value: object) -> None:
+def _as_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: {value!r}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{name}: too large for a float, expected a finite number") from None
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

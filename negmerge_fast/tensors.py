@@ -78,7 +78,7 @@ def merge(
         if owner in merged:
             result[name] = merged[owner]
         else:
-            result[name] = value.clone() if isinstance(value, torch.Tensor) else value
+            result[name] = value.value if isinstance(value, _ExtraState) else value.clone()
     return result[_ALONE] if isinstance(base, torch.Tensor) else result
 
 
@@ -139,6 +139,10 @@ def merge_task_vectors(
     job = _Job.of(
         models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]"
     )
+    if isinstance(models[0], torch.Tensor) and not job.items:
+        raise InputError(
+            f"task_vectors[0]: {models[0].dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
+        )
     items = []
     for item in job.items:
         vectors = item.versions[1:]
@@ -151,6 +155,12 @@ def merge_task_vectors(
     merged = {item.name: item.out for item in items}
     result = {n: merged[job.tied.get(n, n)] for n in job.base if job.tied.get(n, n) in merged}
     return result[_ALONE] if isinstance(models[0], torch.Tensor) else result
+
+
+class _ExtraState(NamedTuple):
+    """What a module says of itself beside its tensors: the base's, untouched, whatever it is."""
+
+    value: Any
 
 
 class _Item(NamedTuple):
@@ -229,18 +239,18 @@ class _Job:
             counts = self.merges[batch.device](batch, rule)
             stats.add([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts)
             finish()
+            del batch, finish  # and with them the copies of scattered tensors, before the next are made
         return stats
 
     def run_in_place(self, rule: Rule) -> Stats:
-        _refuse_shared_memory(self.items, self.where)
+        _refuse_shared_memory(self.base, self.items, self.where)
         if self.nonfinite == "error":
             self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
-        stats = self.run([item._replace(out=item.versions[0]) for item in self.items], rule)
         for item in self.items:
             # Autograd must notice what is written through addresses, too.
             if not item.versions[0].is_inference():
                 torch.autograd.graph.increment_version(item.versions[0])
-        return stats
+        return self.run([item._replace(out=item.versions[0]) for item in self.items], rule)
 
     def refuse_nonfinite(self, items: list[_Item], rule: Rule, stats: Stats) -> None:
         """With nonfinite="error", name the first non-finite element, if there is one."""
@@ -250,10 +260,8 @@ class _Job:
             if found := backends.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 place = self.where(None if isinstance(version, str) else version, names[row])
-                what = "the result is" if version == "result" else "is"
-                raise InputError(
-                    f"{place}: element {index} in memory order {what} {value}, expected finite numbers"
-                )
+                what = "the result is not finite" if version == "result" else f"{value}"
+                raise InputError(f"{place}: element {index} in memory order: {what}, expected finite numbers")
 
 
 def _models(models: Sequence[Model], label: str) -> list[Model]:
@@ -276,11 +284,11 @@ def _named(model: Model, where: Callable[[str], str]) -> dict[str, Any]:
         )
     named: dict[str, Any] = {}
     for name, value in model.items():
-        if isinstance(value, torch.Tensor):
+        if str(name).endswith("_extra_state"):
+            named[name] = _ExtraState(value)
+        elif isinstance(value, torch.Tensor):
             _require_plain(value, where(name))
             named[name] = value.detach()
-        elif str(name).endswith("_extra_state"):
-            named[name] = value
         else:
             raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor")
     return named
@@ -288,7 +296,8 @@ def _named(model: Model, where: Callable[[str], str]) -> dict[str, Any]:
 
 def _require_plain(tensor: torch.Tensor, where: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        raise TypeError(f"{where}: {tensor.layout} tensor, expected a dense one")
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{where}: {kind} tensor, expected a dense one")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
     if tensor.is_meta:
@@ -313,11 +322,11 @@ def _other_devices(
     for k, model in enumerate(models):
         for name, tensor in base.items():
             if _is_float(tensor) and model[name].device != tensor.device:
-                yield f"{where(k, name)}: on {model[name].device}, expected {tensor.device} like base"
+                yield f"{where(k, name)}: on {model[name].device}, expected {tensor.device} like {where(None, name)}"
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
 
 
 def _tied(
@@ -336,7 +345,7 @@ def _tied(
             here, there = model[name], model[earlier]
             if _memory(here) != _memory(there) and not _same_bits(here, there):
                 raise InputError(
-                    f"{where(k, name)}: differs from {earlier!r}, expected equal: base ties the two"
+                    f"{where(k, name)}: differs from {earlier!r}, expected equal: {where(None, name)} is tied to it"
                 )
     return tied
 
@@ -346,20 +355,30 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(*as_bytes)
 
 
-def _refuse_shared_memory(items: list[_Item], where: Callable[[int | None, str], str]) -> None:
+def _refuse_shared_memory(
+    base: dict[str, Any], items: list[_Item], where: Callable[[int | None, str], str]
+) -> None:
     """Every element to be written must be written once, and read by nobody else."""
+    held = [(item.versions[0], True, where(None, item.name)) for item in items]
+    held += [(t, False, where(k, item.name)) for item in items for k, t in enumerate(item.versions[1:])]
+    # Integer tensors are the base's, untouched: a view of the weights as integers would not be.
+    held += [
+        (t, False, where(None, name))
+        for name, t in base.items()
+        if isinstance(t, torch.Tensor) and not _is_float(t)
+    ]
     spans = []
-    for item in items:
-        for k, tensor in enumerate(item.versions):
-            if tensor.numel():
-                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-                end = tensor.data_ptr() + (last + 1) * tensor.element_size()
-                label = where(k - 1 if k else None, item.name)
-                spans.append((str(tensor.device), tensor.data_ptr(), end, k == 0, label, tensor))
-                if k == 0 and _overlaps_itself(tensor):
-                    raise InputError(
-                        f"{label}: several of its elements share memory, expected one place for each"
-                    )
+    read: set[tuple[Any, ...]] = set()
+    for tensor, written, label in held:
+        if not tensor.numel() or (not written and _memory(tensor) in read):
+            continue
+        if written and _overlaps_itself(tensor):
+            raise InputError(f"{label}: several of its elements share memory, expected one place for each")
+        if not written:
+            read.add(_memory(tensor))
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        end = tensor.data_ptr() + (last + 1) * tensor.element_size()
+        spans.append((str(tensor.device), tensor.data_ptr(), end, written, label, tensor))
     active: list[Any] = []
     for span in sorted(spans, key=lambda s: s[:2]):
         device, start, _, written, label, tensor = span
@@ -428,7 +447,10 @@ def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, li
                     out.copy_(merged)
 
         device, signature = _key(item, task_vectors)
-        yield Batch(device, signature, [_segment([*copies, merged])]), [item.name], finish
+        batch = Batch(device, signature, [_segment([*copies, merged])])
+        del copies, versions
+        yield batch, [item.name], finish
+        del batch, finish, merged
 
 
 def _in_memory_order(tensors: list[Any]) -> list[Any]:

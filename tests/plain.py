@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 STORAGE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,3 +52,17 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         for t in (left, right)
     )
     return torch.equal(left_bytes, right_bytes)
+
+
+def peak_allocated(call: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator had given out during a call, on top of what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    changes = [
+        (e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, change in sorted(changes):
+        held += change
+        peak = max(peak, held)
+    return peak

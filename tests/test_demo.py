@@ -41,7 +41,7 @@ def test_rivals_on_vectors_worked_by_hand() -> None:
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(models=3, base_epochs=3, longest=2, grid=(0.0, 0.5, 1.0))
     ticks: list[int] = []
-    report = tmp_path / "report.json"
+    report = tmp_path / "out" / "report.json"
     result = demo.run(1, tmp_path / "out", report, lambda: ticks.append(1), quiet=True, settings=settings)
     printed = capsys.readouterr().out
     assert all(len(line) <= 100 for line in printed.splitlines()[:-1])
