@@ -1,18 +1,20 @@
 """The command line: thin, and quiet about everything but the job.
 
-Exit status: 0 done; 1 the job failed; 2 bad usage or bad input; 130 interrupted; 143 terminated. An error is one line.
+Exit status: 0 done; 1 the job failed; 2 bad usage or bad input; 129 hung up; 130 interrupted; 143 terminated. An error
+is one line.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Any, NoReturn
 
-_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-_WORD = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
+_WORD = {signal.SIGHUP: "hung up", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class _Stopped(BaseException):
@@ -20,14 +22,15 @@ class _Stopped(BaseException):
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM. While nothing is at stake (imports, checks) they end the process at once, without unwinding
+    """Ctrl-C, SIGTERM and SIGHUP, unless they are ignored already (by nohup, say). While nothing is at stake (imports, checks) they end the process at once, without unwinding
     somebody else's half-done import; during a job they are noted, and the job's own progress calls raise."""
 
     def __init__(self) -> None:
         self.guarded = False
         self.received: int | None = None
         for number in _STATUS:
-            signal.signal(number, self._receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -87,6 +90,8 @@ def _fill_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
@@ -174,12 +179,14 @@ def _commands(signals: _Signals) -> Any:
             _check_report(report, job)
         if dry_run:
             print(_plan_text(job))
+            _print_left_out(job.plan.base)
             return
         done = _run(job, signals, quiet)
         if report is not None:
             _write_report(report, done.to_json())
         if not quiet:
             print(_summary(job, done))
+            _print_left_out(job.plan.base)
 
     @negmerge.command()
     @click.argument("paths", nargs=-1, required=True)
@@ -268,6 +275,7 @@ def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
 
 
 def _check_report(report: str, job: Any) -> None:
+    import tempfile
     from pathlib import Path
 
     from .rule import InputError
@@ -279,8 +287,13 @@ def _check_report(report: str, job: Any) -> None:
             raise InputError(f"{report}: is inside {place}, expected another place for the report")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
-    if path.exists() and not path.is_file():
+    if report.endswith("/") or (path.exists() and not path.is_file()):
         raise InputError(f"{report}: not a regular file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{report}: cannot be written ({error.strerror})") from None
 
 
 def _write_report(path: str, text: str) -> None:
@@ -307,8 +320,13 @@ def _plan_text(job: Any) -> str:
         f"write     {_size(plan.bytes_written)}",
         f"memory    {_size(job.memory)}",
         f"backend   {job.backend} on {job.device}",
-        *[f"left out  {name}" for name in plan.base.left_out],
     ])  # fmt: skip
+
+
+def _print_left_out(base: Any) -> None:
+    """What lies in BASE and will not be in OUT: other weights, which were not merged, and hidden files."""
+    for name in base.left_out:
+        print(f"left out  {name}")
 
 
 def _summary(job: Any, done: Any) -> str:

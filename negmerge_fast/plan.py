@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from .checkpoints import Checkpoint, File, Tensor
@@ -106,13 +107,13 @@ def make_plan(
     if problems := mismatches(forms, forms_in, where, task_vectors):
         raise InputError("; ".join(problems))
 
-    merged = {name for name, tensor in chosen.items() if tensor.form.dtype in FLOAT_SIZES}
+    merged = [name for name, tensor in chosen.items() if tensor.form.dtype in FLOAT_SIZES]
+    held: dict[Path, list[tuple[str, Tensor]]] = {file.path: [] for file in base.weights.values()}
+    for name in merged:
+        held[chosen[name].file.path].append((name, chosen[name]))
     extents: list[Extent] = []
     for target, file in base.weights.items():
-        held = [
-            (name, tensor) for name, tensor in base.tensors.items() if tensor.file is file and name in merged
-        ]
-        extents += _extents(target, file, held, models, task_vectors)
+        extents += _extents(target, file, held[file.path], models, task_vectors)
     extents += [
         Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size
     ]
@@ -124,7 +125,7 @@ def _choose(tensors: Mapping[str, Tensor], include: str | None, exclude: str | N
     def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
         try:
             return re.compile(default if text is None else text)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
 
     wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")

@@ -1,7 +1,8 @@
 """Merging checkpoints in bounded memory: read ahead, merge, write behind.
 
 A few slots, each with one buffer per version of the model, go round: while one is being read into, another is merged,
-and a third written. Memory depends on the budget alone, not on the model or on the number of models.
+and a third written. Memory depends on the budget alone, not on the size of the model or on the number of models; what
+is known of each tensor (half a KiB for each version of it) is counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__, backends
-from .checkpoints import open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
 from .plan import Extent, Member, Plan, make_plan, pieces
 from .rule import (
     Batch,
@@ -49,8 +50,9 @@ _SLOTS = 3
 _READERS = 4
 # The longest stroke for one file, and the shortest worth a system call.
 _LONGEST, _SHORTEST = 2 << 20, 4096
-# What the interpreter's own objects take while a job runs.
-_OBJECTS = 4 << 20
+# What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
+_OBJECTS, _OF_A_TENSOR = 4 << 20, 512
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,16 @@ def prepare(
     rule = Rule(scale, min_agreement)
     require_choice("inputs", inputs, ("finetuned", "task_vectors"))
     require_choice("nonfinite", nonfinite, ("keep-base", "error"))
-    if threads is not None and threads < 1:
-        raise InputError(f"threads: {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(f"threads: {threads}, expected 1 … {_MOST_THREADS}")
     if isinstance(finetuned, (str, os.PathLike)):
         raise TypeError("finetuned: one path, expected a list of paths")
     if not finetuned:
         raise InputError("finetuned: no models, expected at least one")
-    for path in finetuned:
-        if os.path.realpath(path) == os.path.realpath(base):
-            raise InputError(f"{path}: is the base itself, expected a fine-tuned version of it")
     opened, models = open_checkpoint(base), [open_checkpoint(path) for path in finetuned]
+    for model in models:
+        if _identities(model) <= _identities(opened):
+            raise InputError(f"{model.path}: is the base itself, expected a fine-tuned version of it")
     plan = make_plan(opened, models, task_vectors=inputs == "task_vectors", include=include, exclude=exclude)
     target = Path(output)
     if not opened.is_directory and target.suffix != opened.path.suffix:
@@ -157,13 +159,18 @@ def prepare(
     place.check([opened.path, *(m.path for m in models), *files])
     device = "cpu" if device == "auto" else device
     name, merge = backends.choose(backend, device)
-    chunk, memory = _fit(parse_size(memory_budget), len(models))
+    tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
+    chunk, memory = _fit(parse_size(memory_budget), len(models), tensors)
     return Job(plan, rule, nonfinite, place, name, merge, device, chunk, memory, threads)
+
+
+def _identities(checkpoint: Checkpoint) -> set[tuple[int, int, int]]:
+    return {file.identity for file in checkpoint.weights.values()}
 
 
 def parse_size(size: int | str) -> int:
     """Bytes from "512MiB", "1.5 GB" or a number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(size), re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(size), re.IGNORECASE)
     if not found:
         raise InputError(f"memory_budget: {size!r}, expected a size such as 512MiB or 1GB")
     number, letter, binary = found.groups()
@@ -171,19 +178,24 @@ def parse_size(size: int | str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
-def _fit(budget: int, models: int) -> tuple[int, int]:
-    """The longest stroke that keeps a job within the budget, and the memory the job then takes, in bytes."""
+def _fit(budget: int, models: int, tensors: int) -> tuple[int, int]:
+    """The longest stroke that keeps a job within the budget, and the memory the job then takes, in bytes.
+
+    tensors: of all versions together.
+    """
 
     def memory(chunk: int) -> int:
         # A block of temporaries is as long as a stroke, in a wider type perhaps, or as reference.SCRATCH_BYTES allows.
-        return _SLOTS * (models + 1) * chunk + 14 * min(4 * chunk, 1 << 20) + _OBJECTS
+        return (
+            _SLOTS * (models + 1) * chunk + 14 * min(4 * chunk, 1 << 20) + _OBJECTS + tensors * _OF_A_TENSOR
+        )
 
     chunk = _LONGEST
     while memory(chunk) > budget and chunk > _SHORTEST:
         chunk //= 2
     if memory(chunk) > budget:
         raise InputError(
-            f"memory_budget: {budget:,} bytes, expected at least {memory(chunk):,} for {models} models"
+            f"memory_budget: {budget:,} bytes, expected at least {memory(chunk):,} for {models} models and their {tensors:,} tensors"
         )
     return chunk, memory(chunk)
 
@@ -227,7 +239,11 @@ class Job:
                 "scale": self.rule.scale,
                 "min_agreement": self.rule.min_agreement,
             }
-            self.output.publish({"negmerge_fast": __version__, **made_of})
+            self.output.finish({"negmerge_fast": __version__, **made_of})
+            if progress:  # the last moment to stop: syncing may have taken long
+                total = self.plan.bytes_read + self.plan.bytes_written
+                progress(total, total)
+            self.output.publish()
         return Report(
             **made_of,
             output=str(self.output.target),

@@ -32,7 +32,12 @@ class Output:
     """
 
     def __init__(self, target: Path, sizes: Mapping[str, int], *, directory: bool, overwrite: bool) -> None:
-        self.target = Path(os.path.abspath(target))
+        # Not abspath, for which a/.. is nothing even where a is a link; and a link at the very end stays one.
+        named = target.name not in ("", "..")
+        real = os.path.realpath(target.parent if named else target)
+        self.target = Path(real, target.name) if named else Path(real)
+        if not self.target.name:
+            raise InputError(f"{target}: the root of the file system, expected a path to a new place")
         self.sizes, self.directory, self.overwrite = sizes, directory, overwrite
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
@@ -41,9 +46,11 @@ class Output:
 
     def check(self, inputs: Iterable[Path]) -> None:
         """Refuse a place that must not be written: where an input is, or where something else is."""
-        real = Path(os.path.realpath(self.target))
+        real, work = Path(os.path.realpath(self.target)), Path(os.path.realpath(self.work))
         for path in inputs:
             found = Path(os.path.realpath(path))
+            if work == found or work in found.parents:
+                raise InputError(f"{path}: the input is inside {self.work}, which is cleared for the output")
             if real == found or real in found.parents or (found in real.parents and found.is_dir()):
                 relation = "is" if real == found else "is above" if real in found.parents else "is inside"
                 raise InputError(f"{self.target}: the output {relation} the input {path}")
@@ -58,18 +65,22 @@ class Output:
             return
         if not self.overwrite:
             raise InputError(f"{self.target}: exists already (--overwrite replaces what negmerge wrote)")
-        kind = "directory" if self.directory else "regular file"
-        if self.target.is_symlink() or (
-            self.target.is_dir() if not self.directory else not self.target.is_dir()
-        ):
+        if self.target.is_symlink() or self.target.is_dir() != self.directory:
+            kind = "directory" if self.directory else "regular file"
             raise InputError(f"{self.target}: exists and is not a {kind}: not replaced")
+        if os.path.ismount(self.target):
+            raise InputError(f"{self.target}: a mount point, expected a directory that can be replaced")
         if self.directory:
-            ours = {*self.sizes, MANIFEST, *_listed(self.target / MANIFEST)}
-            for found in sorted(p for p in self.target.rglob("*") if p.is_symlink() or not p.is_dir()):
-                if str(found.relative_to(self.target)) not in ours:
-                    raise InputError(f"{found}: not negmerge's, so {self.target} is not replaced")
+            self._refuse_strangers(self.target)
         else:
             open_checkpoint(self.target)
+
+    def _refuse_strangers(self, place: Path) -> None:
+        """place: where a directory is that was, or is to be, replaced."""
+        ours = {*self.sizes, MANIFEST, *_listed(place / MANIFEST)}
+        for found in sorted(p for p in place.rglob("*") if p.is_symlink() or not p.is_dir()):
+            if (name := str(found.relative_to(place))) not in ours:
+                raise InputError(f"{self.target / name}: not negmerge's, so {self.target} is not replaced")
 
     def __enter__(self) -> Output:
         self._acquire()
@@ -88,6 +99,8 @@ class Output:
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write a run of bytes of one file; a file is synced when the first run of another comes."""
+        if not data:
+            return
         if self._open is None or self._open[0] != name:
             self._close()
             self._open = (name, os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC))
@@ -98,9 +111,9 @@ class Output:
             # Starts writing back what is dirty, without waiting, so that the sync at the end has little left to do.
             os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
 
-    def publish(self, manifest: Mapping[str, object]) -> None:
-        """Sync everything and move it into place; manifest: what a directory says of itself."""
-        self._close(sync=True)
+    def finish(self, manifest: Mapping[str, object]) -> None:
+        """Bring everything to the disk; manifest: what a directory says of itself."""
+        self._close()
         if self.directory:
             listed = {**manifest, "files": sorted(self.sizes)}
             with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
@@ -109,17 +122,22 @@ class Output:
                 os.fsync(file.fileno())
             for folder, _, _ in os.walk(self._staged):
                 _sync_directory(folder)
+
+    def publish(self) -> None:
+        """Move what is finished into place."""
         self._check_existing()
         self._move()
         _sync_directory(self.target.parent)
 
     def _move(self) -> None:
-        exists = os.path.lexists(self.target)
+        exists = self.overwrite and os.path.lexists(self.target)
         if exists and not self.directory:
             os.replace(self._staged, self.target)
             return
         try:
             _rename(self._staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+            if exists:
+                self._refuse_late_strangers()
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOSYS):
                 raise
@@ -128,6 +146,14 @@ class Output:
                     f"{self.target}: this file system cannot exchange directories: remove it first"
                 ) from None
             os.rename(self._staged, self.target)
+
+    def _refuse_late_strangers(self) -> None:
+        """What was replaced is looked at again: a file may have come since the last look."""
+        try:
+            self._refuse_strangers(self._staged)
+        except InputError:
+            _rename(self._staged, self.target, _RENAME_EXCHANGE)
+            raise
 
     def _path(self, name: str) -> Path:
         return self._staged / name if self.directory else self._staged
@@ -148,6 +174,8 @@ class Output:
             if self.work.is_symlink():
                 raise InputError(f"{self.work}: a symbolic link, expected a directory of negmerge's own")
             self.work.mkdir(exist_ok=True)
+            if not lock.exists() and (found := next(self.work.iterdir(), None)):
+                raise InputError(f"{found}: not negmerge's, expected nothing of others in {self.work}")
             try:
                 descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # its holder has just finished and removed the directory

@@ -37,7 +37,20 @@ MALFORMED = {
     "dtype list": (raw({"a": entry(dtype=[])}, b"12345678"), "tensor 'a': unknown dtype []"),
     "negative": (raw({"a": entry(shape=(-2,))}, b"12345678"), "tensor 'a': shape [-2]"),
     "bool": (raw({"a": entry(shape=(True, 2))}, b"12345678"), "tensor 'a': shape [True, 2]"),
-    "huge": (raw({"a": entry(shape=(2**62, 2**62))}, b"12345678"), "tensor 'a': 8 bytes, expected"),
+    "huge": (
+        raw({"a": entry(shape=(2**62, 2**62))}, b"12345678"),
+        "tensor 'a': shape [4611686018427387904, 4611",
+    ),
+    "huge times none": (raw({"a": entry(0, 0, shape=(2**62, 2**62, 0))}), "no product over 2^64"),
+    "minus zero": (
+        raw(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
+        "tensor 'a': shape [-0.0]",
+    ),
+    "half a character": (
+        raw(b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+        "header is not JSON",
+    ),
+    "half metadata": (raw(b'{"__metadata__":{"a":"\\uD800"}}'), "header is not JSON"),
     "too huge": (raw({"a": entry(shape=(2**63,))}, b"12345678"), "tensor 'a': shape [9223372036854775808]"),
     "too many": (raw({"a": entry(shape=tuple([2**62] * 99_999))}, b""), "tensor 'a': shape"),
     "overlap": (raw({"a": entry(), "b": entry(4, 12)}, b"123456789012"), "tensor 'b' begins at byte"),
@@ -83,6 +96,8 @@ DIRECTORIES = {
     "truncated shard": (lambda p: os.truncate(p / SHARD, (p / SHARD).stat().st_size - 3), "truncated", SHARD),
     "outside": (edit_index(lambda m: m.update(a="../x")), "tensor 'a' is in '../x'", "index.json"),
     "absolute": (edit_index(lambda m: m.update(a="/etc/passwd")), "tensor 'a' is in '/etc/passwd'", "index.json"),
+    "the manifest": (edit_index(lambda m: m.update(a="negmerge.json")), "tensor 'a' is in 'negmerge.json'", "index.json"),
+    "index of 3 GB": (lambda p: os.truncate(p / "model.safetensors.index.json", 3 << 30), "expected an index of at most", "index.json"),
     "not there": (edit_index(lambda m: m.update(zz=SHARD)), "tensor 'zz' is missing", SHARD),
     "not named": (edit_index(lambda m: m.pop("c")), "tensor 'c' is not in", SHARD),
     "index": (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "no weight_map", "index.json"),
@@ -108,6 +123,7 @@ def test_malformed_directories(tmp_path: Path, case: str) -> None:
 def test_missing_and_strange_paths(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "no such file or directory")
     refused(tmp_path / "nothing.safetensors", "No such file")
+    refused(tmp_path / ("n" * 300), "File name too long")
     (tmp_path / "a.txt").touch()
     refused(tmp_path / "a.txt", "expected a directory")
     os.mkfifo(tmp_path / "f.npy")
@@ -145,6 +161,8 @@ def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:
         "model.gguf",
         "training_args.bin",
         ".hidden",
+        "model.ckpt.index",
+        "model.SafeTensors.bak",
         "README.md",
         "1_Pooling/config.json",
     ):
@@ -156,6 +174,8 @@ def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:
     assert sorted(opened.left_out) == [
         ".hidden",
         "link",
+        "model.SafeTensors.bak",
+        "model.ckpt.index",
         "model.gguf",
         "pytorch_model.bin",
         "training_args.bin",

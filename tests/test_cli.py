@@ -29,7 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
     """negmerge in this process, in the test's folder: importing torch anew for each case would take minutes."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in cli._STATUS}
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -200,7 +200,26 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no choice": (lambda p: None, ["--include", "zzz"], ["no tensor is chosen by include 'zzz'"]),
     "device": (lambda p: None, ["--device", "cuda:99"], ["torch has no device 'cuda:99' here"]),
     "nonsense device": (lambda p: None, ["--device", "abacus"], ["torch has no device 'abacus' here"]),
-    "threads": (lambda p: None, ["--threads", "0"], ["threads: 0, expected at least 1"]),
+    "threads": (lambda p: None, ["--threads", "0"], ["threads: 0, expected 1 … 1024"]),
+    "many threads": (lambda p: None, ["--threads", "99999999999"], ["threads: 99999999999, expected 1 … 1024"]),
+    "a size out of reach": (lambda p: None, ["--memory-budget", "9" * 400], ["expected a size such as 512MiB"]),
+    "deep pattern": (lambda p: None, ["--include", "(" * 5000], ["is not a regular expression"]),
+    "large pattern": (lambda p: None, ["--include", "a{99999999999}"], ["is not a regular expression"]),
+    "root": (lambda p: None, ["--output", "/"], ["/: the root of the file system"]),
+    "report is a folder": (lambda p: None, ["--report", "r.json/"], ["r.json/: not a regular file"]),
+    "report in /proc": (lambda p: None, ["--report", "/proc/r.json"], ["/proc/r.json: cannot be written"]),
+    "base in the work directory": (
+        lambda p: [(p / ".out.negmerge").mkdir(), (p / "base").rename(p / ".out.negmerge" / "output"),
+                   (p / "base").symlink_to(p / ".out.negmerge" / "output")],
+        [], ["base: the input is inside"],
+    ),
+    "a stranger in the work directory": (
+        lambda p: [(p / ".out.negmerge").mkdir(), (p / ".out.negmerge" / "notes").touch()], [], ["notes: not negmerge's"],
+    ),
+    "another name of the base": (
+        lambda p: [(p / "twin").mkdir(), *(os.link(f, p / "twin" / f.name) for f in (p / "base").iterdir())],
+        ["twin"], ["twin: is the base itself"],
+    ),
     "backend": (lambda p: None, ["--backend", "abacus"], ["'abacus' is not one of"]),
     "output is an input": (lambda p: None, ["--output", "ft-1"], ["the output is the input ft-1"]),
     "output in an input": (lambda p: None, ["--output", "base/out"], ["the output is inside the input base"]),
@@ -225,7 +244,7 @@ def test_bad_input(run: Run, models: Any, tmp_path: Path, case: str) -> None:
     assert err.startswith("negmerge: ") and err.count("\n") == 1 and "Traceback" not in err
     for message in messages:
         assert message in err
-    assert nothing_left(tmp_path) and sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path / "out").exists() and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("case", [*MALFORMED, *DIRECTORIES])
@@ -323,14 +342,16 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/*") if p.is_file()}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_stopped_in_the_middle(tmp_path: Path, number: int, status: int) -> None:
     process = start_slow(tmp_path)
     before = {name: h for name, h in hashes(tmp_path).items() if ".out" not in name}
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "")
-    assert err in ("negmerge: interrupted\n", "negmerge: terminated\n")
+    assert err in ("negmerge: interrupted\n", "negmerge: terminated\n", "negmerge: hung up\n")
     assert nothing_left(tmp_path) and hashes(tmp_path) == before
 
 

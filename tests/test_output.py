@@ -22,6 +22,7 @@ from negmerge_fast import reference, stream
 from negmerge_fast.checkpoints import open_checkpoint
 from negmerge_fast.checkpoints.files import File
 from negmerge_fast.plan import make_plan, pieces
+from negmerge_fast.writer import Output
 
 
 @pytest.fixture
@@ -99,6 +100,52 @@ def test_what_a_killed_run_left_is_cleared_but_not_a_strangers_file(folder: Path
     (work / "stranger").touch()
     merge(folder)
     assert sorted(p.name for p in work.iterdir()) == ["stranger"]
+
+
+def test_a_strangers_file_that_comes_at_the_last_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look and the exchange; the output is put back as it was."""
+    merge(folder)
+    check, before = Output._check_existing, contents(folder / "out")
+
+    def and_then(self: Output) -> None:
+        check(self)
+        (folder / "out" / "notes.txt").write_text("mine")
+
+    job = stream.prepare(folder / "base", [folder / "ft-0"], folder / "out", scale=0.5, overwrite=True)
+    monkeypatch.setattr(Output, "_check_existing", and_then)
+    with pytest.raises(nm.InputError, match=r"out/notes.txt: not negmerge's"):
+        job.run()
+    assert contents(folder / "out") == {**before, "notes.txt": b"mine"}
+    assert not (folder / ".out.negmerge").exists()
+
+
+def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = []
+    finish = Output.finish
+
+    def noted(self: Output, manifest: dict[str, object]) -> None:
+        finish(self, manifest)
+        finished.append(True)
+
+    def stop(done: int, total: int) -> None:
+        if finished:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "finish", noted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(folder, progress=stop)
+    assert finished and sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
+
+
+def test_a_link_on_the_way_to_the_output_is_followed(folder: Path) -> None:
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "deep" / "er")
+    report = nm.merge_checkpoints(folder / "base", [folder / "ft-0"], f"{folder}/link/../out", scale=0.9)
+    assert (
+        report.output == str(folder / "deep" / "out") and (folder / "deep" / "out" / "config.json").exists()
+    )
 
 
 def fail_reading(monkeypatch: pytest.MonkeyPatch) -> None:

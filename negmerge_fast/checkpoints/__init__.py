@@ -21,7 +21,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises InputError, in one line with the file's name, for whatever is missing or malformed.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if is_directory:
         return huggingface.open_directory(path)
     if path.suffix == ".safetensors":
         return safetensors.open_file(path)

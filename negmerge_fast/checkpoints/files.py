@@ -53,6 +53,8 @@ class File:
 
     def read_into(self, offset: int, buffer: memoryview, release: bool = False) -> None:
         """Fill the buffer from a position; release: tell the system that the pages won't be read again."""
+        if not buffer:
+            return
         with self.open() as descriptor, naming(self.path):
             # One hint for the whole stroke: the kernel's own read-ahead starts small in a file just opened.
             os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
@@ -64,10 +66,14 @@ class File:
             if release:
                 os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytearray:
+        """A few bytes, while a checkpoint is opened."""
         buffer = bytearray(size)
-        self.read_into(offset, memoryview(buffer))
-        return bytes(buffer)
+        try:
+            self.read_into(offset, memoryview(buffer))
+        except PermissionError as error:
+            raise InputError(f"{self.path}: {error.strerror}") from None
+        return buffer
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def _identity(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are as many as tensors times models
 class Tensor:
     """Where the bytes of a tensor are: little-endian, in row-major order."""
 
@@ -123,8 +129,8 @@ class Checkpoint:
         return self.kind == "directory"
 
 
-def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object in which no key comes twice."""
+def parse_json(raw: bytearray, path: Path, what: str) -> dict[str, Any]:
+    """A JSON object in which no key comes twice, no text is half a character, and no number is -0."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -135,7 +141,13 @@ def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_int=lambda text: -0.0 if text == "-0" else int(text),
+        )
+        if b"\\ud" in raw.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

@@ -13,11 +13,16 @@ from .safetensors import read_header
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 
-# Weights in other formats: copied, they would still remember what the merged weights forgot.
-_OTHER_WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".npy",
-    ".npz", ".pkl", ".tflite", ".mlmodel", ".index.json",
-)  # fmt: skip
+# Weights in other formats, and archives: copied, they would still remember what the merged weights forgot. They are
+# known by any part of the name behind a dot: model.onnx.data, model.ckpt.index, model.safetensors.bak.
+_OTHER_WEIGHTS = frozenset({
+    "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "keras", "msgpack", "onnx", "onnx_data", "ort", "gguf",
+    "ggml", "npy", "npz", "pkl", "pickle", "joblib", "tflite", "mlmodel", "mlpackage", "ot", "pdparams", "nemo",
+    "distcp", "engine", "zip", "tar", "tgz", "gz", "bz2", "xz", "zst", "7z",
+})  # fmt: skip
+
+# As for the header of a .safetensors file.
+_LONGEST_INDEX = 100_000_000
 
 # What negmerge writes beside the weights of its output; it speaks of that output only.
 MANIFEST = "negmerge.json"
@@ -25,7 +30,10 @@ MANIFEST = "negmerge.json"
 
 def open_directory(path: Path) -> Checkpoint:
     """Open a model directory."""
-    names = sorted(os.listdir(path))
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     if "adapter_config.json" in names:
         raise InputError(
             f"{path}: holds LoRA factors, expected whole weights: merge each adapter into its model first"
@@ -56,20 +64,22 @@ def _weights_name(path: Path, names: list[str]) -> str:
             )
     if not names:
         raise InputError(f"{path}: empty directory, expected {_SINGLE} or {_INDEX}")
-    other = next((name for name in names if name.endswith(_OTHER_WEIGHTS)), None)
+    other = next(filter(_is_other_weights, names), None)
     only = f"only {other} and the like" if other else "no weights"
     raise InputError(f"{path}: {only}, expected {_SINGLE} or {_INDEX}")
 
 
 def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, File]]:
     file = File.at(path / index)
+    if file.size > _LONGEST_INDEX:
+        raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_LONGEST_INDEX}")
     weight_map = parse_json(file.read(0, file.size), file.path, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file.path}: no weight_map, expected one of tensor names to shard files")
     for name, shard in weight_map.items():
         if (
             not isinstance(shard, str)
-            or shard in ("", ".", "..")
+            or shard in ("", ".", "..", MANIFEST)
             or "/" in shard
             or "\\" in shard
             or "\0" in shard
@@ -95,6 +105,10 @@ def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, F
     return tensors, weights
 
 
+def _is_other_weights(name: str) -> bool:
+    return not _OTHER_WEIGHTS.isdisjoint(name.lower().split(".")[1:])
+
+
 def _find_others(
     path: Path, below: str, weights: dict[str, File], others: dict[str, File], left_out: list[str]
 ) -> None:
@@ -106,7 +120,7 @@ def _find_others(
                 continue
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 _find_others(path, name + "/", weights, others, left_out)
-            elif entry.name.startswith(".") or name.endswith(_OTHER_WEIGHTS) or not entry.is_file():
+            elif entry.name.startswith(".") or _is_other_weights(entry.name) or not entry.is_file():
                 left_out.append(name)
             elif name != MANIFEST:
                 others[name] = File.at(path / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ def open_file(path: Path) -> Checkpoint:
         read = (
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
-        shape, fortran, dtype = read(head)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a header that Python 2 wrote
+            shape, fortran, dtype = read(head)
     except InputError:
         raise
     except Exception as error:  # numpy's header parser raises whatever the text makes it raise
@@ -40,8 +43,10 @@ def open_file(path: Path) -> Checkpoint:
         raise InputError(f"{path}: dtype {dtype.str}, expected one of {', '.join(_DTYPES)}")
     if fortran and len(shape) > 1:
         raise InputError(f"{path}: column-major order, expected row-major")
+    if len(shape) > 64 or any(extent < 0 for extent in shape):
+        raise InputError(f"{path}: shape {shape}, expected at most 64 non-negative integers")
     nbytes = math.prod(shape) * dtype.itemsize
-    if any(extent < 0 for extent in shape) or head.tell() + nbytes != file.size:
+    if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
     tensor = Tensor(Form(_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

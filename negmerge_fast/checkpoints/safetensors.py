@@ -7,6 +7,9 @@ against each other.
 from __future__ import annotations
 
 import math
+import sys
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,14 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     file = File.at(path)
     if file.size < 8:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
-    length = int.from_bytes(_read(file, 0, 8), "little")
+    length = int.from_bytes(file.read(0, 8), "little")
     if length > _LONGEST_HEADER:
         raise InputError(
             f"{path}: header of {length} bytes, expected at most {_LONGEST_HEADER}: not a safetensors file"
         )
     if 8 + length > file.size:
         raise InputError(f"{path}: {file.size} bytes, expected at least {8 + length}: truncated")
-    raw = _read(file, 8, length)
+    raw = file.read(8, length)
     if not raw.startswith(b"{"):
         raise InputError(f"{path}: header does not start with '{{': not a safetensors file")
     header = parse_json(raw, path, "header")
@@ -51,7 +54,10 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
         isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     ):
         raise InputError(f"{path}: __metadata__ is not a mapping of strings to strings")
-    tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in header.items()}
+    forms: dict[Form, Form] = {}  # tensors of one form share it
+    tensors = {
+        sys.intern(name): _tensor(file, 8 + length, name, entry, forms) for name, entry in header.items()
+    }
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)))
     position = 8 + length
     for name, tensor in ordered.items():
@@ -66,22 +72,15 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     return ordered, file
 
 
-def _read(file: File, offset: int, size: int) -> bytes:
-    try:
-        return file.read(offset, size)
-    except PermissionError as error:
-        raise InputError(f"{file.path}: {error.strerror}") from None
-
-
-def _tensor(file: File, start: int, name: str, entry: Any) -> Tensor:
+def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, Form]) -> Tensor:
     where = f"{file.path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise InputError(f"{where}: unknown dtype {dtype!r}")
-    if not _are_sizes(shape):
-        raise InputError(f"{where}: shape {shape!r}, expected non-negative integers")
+    if not _are_sizes(shape) or any(count >= 2**64 for count in accumulate(shape, mul)):
+        raise InputError(f"{where}: shape {shape!r}, expected non-negative integers, no product over 2^64")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{where}: data_offsets {offsets!r}, expected a begin and an end")
     bits = math.prod(shape) * _BITS[dtype]
@@ -89,7 +88,8 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> Tensor:
         raise InputError(
             f"{where}: {offsets[1] - offsets[0]} bytes, expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
         )
-    return Tensor(Form(dtype, tuple(shape)), file, start + offsets[0], offsets[1] - offsets[0])
+    form = Form(sys.intern(dtype), tuple(shape))
+    return Tensor(forms.setdefault(form, form), file, start + offsets[0], offsets[1] - offsets[0])
 
 
 def _are_sizes(value: Any) -> bool:
