@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 
 from . import backends
 from .layout import Form, mismatches
+from .overlap import memory, refuse_shared_memory
 from .rule import (
     FLOAT_SIZES,
     Batch,
@@ -242,8 +242,18 @@ class _Job:
             del batch, finish  # and with them the copies of scattered tensors, before the next are made
         return stats
 
+    def _uses(self) -> Iterator[tuple[torch.Tensor, bool, str]]:
+        """Every tensor that a merge in place uses, whether it is written, and what to call it."""
+        for item in self.items:
+            for k, tensor in enumerate(item.versions):
+                yield tensor, k == 0, self.where(k - 1 if k else None, item.name)
+        for name, tensor in self.base.items():
+            # Integer tensors are the base's, untouched: a view of the weights as integers would not be.
+            if isinstance(tensor, torch.Tensor) and not _is_float(tensor):
+                yield tensor, False, self.where(None, name)
+
     def run_in_place(self, rule: Rule) -> Stats:
-        _refuse_shared_memory(self.base, self.items, self.where)
+        refuse_shared_memory(self._uses())
         if self.nonfinite == "error":
             self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
         for item in self.items:
@@ -325,10 +335,6 @@ def _other_devices(
                 yield f"{where(k, name)}: on {model[name].device}, expected {tensor.device} like {where(None, name)}"
 
 
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
-
-
 def _tied(
     base: dict[str, Any], models: list[dict[str, Any]], where: Callable[[int | None, str], str]
 ) -> dict[str, str]:
@@ -338,12 +344,12 @@ def _tied(
     for name, tensor in base.items():
         if not _is_float(tensor) or not tensor.numel():
             continue
-        if (earlier := first.setdefault(_memory(tensor), name)) == name:
+        if (earlier := first.setdefault(memory(tensor), name)) == name:
             continue
         tied[name] = earlier
         for k, model in enumerate(models):
             here, there = model[name], model[earlier]
-            if _memory(here) != _memory(there) and not _same_bits(here, there):
+            if memory(here) != memory(there) and not _same_bits(here, there):
                 raise InputError(
                     f"{where(k, name)}: differs from {earlier!r}, expected equal: {where(None, name)} is tied to it"
                 )
@@ -353,75 +359,6 @@ def _tied(
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     as_bytes = [_flat(t.resolve_neg().contiguous()).view(torch.uint8) for t in (left, right)]
     return left.dtype == right.dtype and torch.equal(*as_bytes)
-
-
-def _refuse_shared_memory(
-    base: dict[str, Any], items: list[_Item], where: Callable[[int | None, str], str]
-) -> None:
-    """Every element to be written must be written once, and read by nobody else."""
-    held = [(item.versions[0], True, where(None, item.name)) for item in items]
-    held += [(t, False, where(k, item.name)) for item in items for k, t in enumerate(item.versions[1:])]
-    # Integer tensors are the base's, untouched: a view of the weights as integers would not be.
-    held += [
-        (t, False, where(None, name))
-        for name, t in base.items()
-        if isinstance(t, torch.Tensor) and not _is_float(t)
-    ]
-    spans = []
-    read: set[tuple[Any, ...]] = set()
-    for tensor, written, label in held:
-        if not tensor.numel() or (not written and _memory(tensor) in read):
-            continue
-        if written and _overlaps_itself(tensor):
-            raise InputError(f"{label}: several of its elements share memory, expected one place for each")
-        if not written:
-            read.add(_memory(tensor))
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        end = tensor.data_ptr() + (last + 1) * tensor.element_size()
-        spans.append((str(tensor.device), tensor.data_ptr(), end, written, label, tensor))
-    active: list[Any] = []
-    for span in sorted(spans, key=lambda s: s[:2]):
-        device, start, _, written, label, tensor = span
-        active = [a for a in active if a[0] == device and a[2] > start]
-        for other in active:
-            if (written or other[3]) and _share(other[5], tensor):
-                written_one, shared = (other[4], label) if other[3] else (label, other[4])
-                raise InputError(f"{shared}: shares memory with {written_one}, which is written in place")
-        active.append(span)
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
-
-
-class _Addresses:
-    """The addresses of a tensor as an array that numpy can reason about, and that nobody reads."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        size = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{size}",
-            "shape": tuple(tensor.shape),
-            "strides": tuple(s * size for s in tensor.stride()),
-            "data": (tensor.data_ptr(), True),
-        }
-
-
-def _share(left: torch.Tensor, right: torch.Tensor) -> bool:
-    try:
-        bound: Any = (
-            100_000  # steps of an exact search that usually takes a few; numpy's stubs know 0 and -1 only
-        )
-        return np.shares_memory(np.asarray(_Addresses(left)), np.asarray(_Addresses(right)), max_work=bound)
-    except np.exceptions.TooHardError:
-        return True
 
 
 def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:

@@ -20,11 +20,12 @@ ARROWS = {
     "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
     "demo": {"__init__", "rule"},
     "layout": {"rule"},
+    "overlap": {"rule"},
     "plan": {"checkpoints", "layout", "rule"},
     "reference": {"rule"},
     "rule": set(),
     "stream": {"__init__", "backends", "checkpoints", "plan", "rule", "writer"},
-    "tensors": {"backends", "layout", "rule"},
+    "tensors": {"backends", "layout", "overlap", "rule"},
     "writer": {"checkpoints", "rule"},
 }
 
