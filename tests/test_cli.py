@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -370,11 +371,18 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     check(tmp_path / "out", [load_model(tmp_path / name) for name in ("base", "ft-0", "ft-1")])
 
 
+def _catches(pid: int, number: signal.Signals) -> bool:
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def test_interrupted_while_modules_are_imported(tmp_path: Path, models: Any) -> None:
-    for delay in (0.25, 0.6, 1.0):
+    for delay in (0.0, 0.1, 0.3, 0.6):
         process = subprocess.Popen(
             [sys.executable, "-m", "negmerge_fast", *MERGE], cwd=tmp_path, stderr=subprocess.PIPE, text=True
         )
+        while not _catches(process.pid, signal.SIGTERM):  # main has begun
+            time.sleep(0.001)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
