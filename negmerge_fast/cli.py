@@ -22,8 +22,11 @@ class _Stopped(BaseException):
 
 
 class _Signals:
-    """Ctrl-C, SIGTERM and SIGHUP, unless they are ignored already (by nohup, say). While nothing is at stake (imports, checks) they end the process at once, without unwinding
-    somebody else's half-done import; during a job they are noted, and the job's own progress calls raise."""
+    """Ctrl-C, SIGTERM and SIGHUP, unless they are ignored already (by nohup, say).
+
+    While nothing is at stake (imports, checks) they end the process at once, without unwinding somebody else's
+    half-done import; during a job they are noted, and the job's own progress calls raise.
+    """
 
     def __init__(self) -> None:
         self.guarded = False

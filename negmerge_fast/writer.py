@@ -174,9 +174,12 @@ class Output:
             if self.work.is_symlink():
                 raise InputError(f"{self.work}: a symbolic link, expected a directory of negmerge's own")
             self.work.mkdir(exist_ok=True)
-            if not lock.exists() and (found := next(self.work.iterdir(), None)):
-                raise InputError(f"{found}: not negmerge's, expected nothing of others in {self.work}")
             try:
+                # Whatever negmerge has in there, it has beside its lock.
+                if (held := os.listdir(self.work)) and lock.name not in held:
+                    raise InputError(
+                        f"{self.work / held[0]}: not negmerge's, expected nothing of others in {self.work}"
+                    )
                 descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # its holder has just finished and removed the directory
                 continue
