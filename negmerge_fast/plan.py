@@ -50,11 +50,11 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """targets: every output file with its size in bytes. kept: how many tensors are the base's, untouched."""
+    """targets: every output file, with the file of the base that it mirrors. kept: how many tensors are the base's, untouched."""
 
     base: Checkpoint
     models: list[Checkpoint]
-    targets: dict[str, int]
+    targets: dict[str, File]
     extents: list[Extent]
     kept: int
 
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(self.targets.values())
+        return sum(file.size for file in self.targets.values())
 
 
 def make_plan(
@@ -117,7 +117,7 @@ def make_plan(
     extents += [
         Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size
     ]
-    targets = {name: file.size for name, file in {**base.weights, **base.others}.items()}
+    targets = {**base.weights, **base.others}
     return Plan(base, list(models), targets, extents, len(base.tensors) - len(merged))
 
 

@@ -13,11 +13,12 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from .checkpoints import open_checkpoint
+from .checkpoints import File, open_checkpoint
 from .checkpoints.files import naming
 from .checkpoints.huggingface import MANIFEST
 from .rule import InputError
@@ -28,17 +29,18 @@ _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 class Output:
     """The place of an output, and as a context manager the output while it grows.
 
-    sizes: its files, relative to target, in bytes; for a single file, the one name is target's own.
+    files: of the base, by what they are called relative to target; each has a file of its size here, for nobody who may
+        not use the base's. For a single file, the one name is target's own.
     """
 
-    def __init__(self, target: Path, sizes: Mapping[str, int], *, directory: bool, overwrite: bool) -> None:
+    def __init__(self, target: Path, files: Mapping[str, File], *, directory: bool, overwrite: bool) -> None:
         # Not abspath, for which a/.. is nothing even where a is a link; and a link at the very end stays one.
         named = target.name not in ("", "..")
         real = os.path.realpath(target.parent if named else target)
         self.target = Path(real, target.name) if named else Path(real)
         if not self.target.name:
             raise InputError(f"{target}: the root of the file system, expected a path to a new place")
-        self.sizes, self.directory, self.overwrite = sizes, directory, overwrite
+        self.files, self.directory, self.overwrite = files, directory, overwrite
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
         self._open: tuple[str, int] | None = None
@@ -77,7 +79,7 @@ class Output:
 
     def _refuse_strangers(self, place: Path) -> None:
         """place: where a directory is that was, or is to be, replaced."""
-        ours = {*self.sizes, MANIFEST, *_listed(place / MANIFEST)}
+        ours = {*self.files, MANIFEST, *_listed(place / MANIFEST)}
         for found in sorted(p for p in place.rglob("*") if p.is_symlink() or not p.is_dir()):
             if (name := str(found.relative_to(place))) not in ours:
                 raise InputError(f"{self.target / name}: not negmerge's, so {self.target} is not replaced")
@@ -115,7 +117,7 @@ class Output:
         """Bring everything to the disk; manifest: what a directory says of itself."""
         self._close()
         if self.directory:
-            listed = {**manifest, "files": sorted(self.sizes)}
+            listed = {**manifest, "files": sorted(self.files)}
             with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
                 file.write(json.dumps(listed, indent=2) + "\n")
                 file.flush()
@@ -202,21 +204,24 @@ class Output:
             self._staged.unlink(missing_ok=True)
 
     def _reserve(self) -> None:
-        needed, free = sum(self.sizes.values()), shutil.disk_usage(self.work).free
+        needed = sum(file.size for file in self.files.values())
+        free = shutil.disk_usage(self.work).free
         if needed > free:
             raise OSError(
                 errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent)
             )
         if self.directory:
             self._staged.mkdir()
-        for name, size in self.sizes.items():
+        for name, like in self.files.items():
             path = self._path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            # Writable to us, whatever the base is.
+            mode = like.mode | stat.S_IWUSR
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             try:
-                if size:
+                if like.size:
                     with naming(self.target):
-                        _allocate(descriptor, size)
+                        _allocate(descriptor, like.size)
             finally:
                 os.close(descriptor)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain import plain_merge, same_bits
 from safetensors.torch import load_file, save_file
 
 
@@ -79,3 +80,20 @@ def family(seed: int = 0, n: int = 3) -> list[dict[str, torch.Tensor]]:
 def negmerge(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "negmerge_fast", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+MERGE = ("merge", "base", "ft-0", "ft-1", "ft-2", "--output", "out", "--scale", "0.9")
+
+
+def check(out: Path, tensors: list[dict[str, torch.Tensor]], **options: Any) -> None:
+    merged = load_model(out)
+    assert set(merged) == set(tensors[0])
+    for name, base in tensors[0].items():
+        expected = base
+        if base.is_floating_point():
+            expected = plain_merge(base, [t[name] for t in tensors[1:]], 0.9, **options)[0]
+        assert same_bits(merged[name], expected), name
+
+
+def nothing_left(folder: Path) -> bool:
+    return not (folder / "out").exists() and not (folder / ".out.negmerge").exists()

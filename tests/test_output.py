@@ -121,6 +121,18 @@ def test_a_strangers_file_that_comes_at_the_last_moment(
     assert not (folder / ".out.negmerge").exists()
 
 
+def test_the_output_is_as_private_as_the_base(folder: Path) -> None:
+    (folder / "base" / "model.safetensors").chmod(0o400)
+    (folder / "base" / "config.json").chmod(0o640)
+    before = os.umask(0o022)
+    try:
+        merge(folder)
+    finally:
+        os.umask(before)
+    assert (folder / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o600
+    assert (folder / "out" / "config.json").stat().st_mode & 0o777 == 0o640
+
+
 def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = []
     finish = Output.finish
@@ -298,5 +310,5 @@ def test_pieces_cover_every_byte_once(
         for member in piece.members:
             assert member.start == elements.get(member.name, 0)
             elements[member.name] = member.start + member.numel
-    assert reached == plan.targets
+    assert reached == {name: file.size for name, file in plan.targets.items()}
     assert elements == {n: t.numel() for n, t in family()[0].items() if t.is_floating_point()}

@@ -21,11 +21,12 @@ from ..rule import InputError
 
 @dataclass(frozen=True)
 class File:
-    """A regular file as it was when it was opened first."""
+    """A regular file as it was when it was opened first. mode: who may do what with it."""
 
     path: Path
     size: int
     identity: tuple[int, int, int]
+    mode: int
 
     @classmethod
     def at(cls, path: Path) -> File:
@@ -38,7 +39,7 @@ class File:
         # Before opening it: opening a FIFO waits for ever.
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: not a regular file")
-        return cls(path, found.st_size, _identity(found))
+        return cls(path, found.st_size, _identity(found), stat.S_IMODE(found.st_mode) & 0o666)
 
     @contextmanager
     def open(self) -> Iterator[int]:

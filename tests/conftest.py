@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import family, save_model
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
+    """base, ft-0, ft-1 and ft-2 in the test's folder; base and ft-1 are sharded."""
+    tensors = family()
+    names = list(tensors[0])
+    save_model(tmp_path / "base", tensors[0], [names[:3], names[3:]])
+    save_model(tmp_path / "ft-0", tensors[1])
+    save_model(tmp_path / "ft-1", tensors[2], [names[::2], names[1::2]])
+    save_model(tmp_path / "ft-2", tensors[3])
+    return tensors
