@@ -50,7 +50,10 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """targets: every output file, with the file of the base that it mirrors. kept: how many tensors are the base's, untouched."""
+    """targets: every output file, with the file of the base that it mirrors.
+
+    kept: how many tensors are the base's, untouched.
+    """
 
     base: Checkpoint
     models: list[Checkpoint]
