@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +129,18 @@ def test_standard_streams_that_fail_or_are_closed(tmp_path: Path, models: Any) -
     shell = f"exec {sys.executable} -m negmerge_fast {' '.join(MERGE)} <&- >&- 2>&-"
     assert subprocess.run(shell, shell=True, cwd=tmp_path).returncode == 0
     check(tmp_path / "out", models)
+
+
+def test_a_terminal_sees_speed_and_time_left(tmp_path: Path, models: Any) -> None:
+    ours, its = pty.openpty()
+    # A terminal of no size, which this would be, has no room for a bar.
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-m", "negmerge_fast", *MERGE], cwd=tmp_path, stderr=its)
+    assert process.wait() == 0
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    os.close(its)
+    assert re.search(r"merge +\d+% \|.*\| [\d.]+k?B of [\d.]+kB, .*B/s, .* left", seen), seen
 
 
 def peak_anonymous(command: list[str], folder: Path) -> int:
