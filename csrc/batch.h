@@ -1,0 +1,34 @@
+// The whole contract between Python and the kernels: one plain struct, addresses as 64-bit integers.
+#pragma once
+
+#include <cstdint>
+
+namespace negmerge {
+
+// Storage types; native.py numbers them alike.
+enum Dtype : std::uint8_t { kF64, kF32, kF16, kBF16 };
+
+constexpr std::int64_t kSizes[] = {8, 4, 2, 2};
+
+// All segments have the same signature; rule.py says what that is.
+struct Batch {
+  Dtype result;            // of the base and of the output
+  const Dtype* dtypes;     // of each model's stream
+  std::int64_t n;          // models, at least 1
+  bool task_vectors;       // the models' streams hold d_k, not x_k
+  double scale;            // λ
+  std::int64_t required;   // how many models must agree on the sign of an element
+  std::int64_t segments;
+  const std::int64_t* table;  // [segments, 3 + n]: elements, then the addresses of base, out, x_1 … x_n; base 0: zeros, out 0: count only
+  std::int64_t* counts;       // [segments, 2]: agreed and non-finite are added
+
+  const std::int64_t* row(std::int64_t segment) const { return table + segment * (3 + n); }
+};
+
+inline bool is_double(const Batch& batch) {
+  bool found = batch.result == kF64;
+  for (std::int64_t k = 0; k < batch.n; ++k) found |= batch.dtypes[k] == kF64;
+  return found;
+}
+
+}  // namespace negmerge

@@ -1,0 +1,64 @@
+// negmerge_fast._native: addresses and sizes come in as integers, so that one build serves every version of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "batch.h"
+#include "merge_cpu.h"
+#ifdef NEGMERGE_WITH_CUDA
+#include "merge_cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace negmerge {
+namespace {
+
+Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
+               std::int64_t segments, std::uintptr_t table, std::uintptr_t counts) {
+  for (const char dtype : dtypes + static_cast<char>(result))
+    if (dtype < kF64 || dtype > kBF16) throw std::invalid_argument("no such storage type");
+  if (dtypes.empty()) throw std::invalid_argument("no models");
+  Batch batch;
+  batch.result = static_cast<Dtype>(result);
+  batch.dtypes = reinterpret_cast<const Dtype*>(dtypes.data());
+  batch.n = static_cast<std::int64_t>(dtypes.size());
+  batch.task_vectors = task_vectors;
+  batch.scale = scale;
+  batch.required = required;
+  batch.segments = segments;
+  batch.table = reinterpret_cast<const std::int64_t*>(table);
+  batch.counts = reinterpret_cast<std::int64_t*>(counts);
+  return batch;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The compiled kernels; native.py wraps them.";
+  m.attr("instruction_sets") = instruction_sets();
+  m.def(
+      "merge_cpu",
+      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
+         std::int64_t segments, std::uintptr_t table, std::uintptr_t counts, int threads,
+         const std::string& instruction_set) {
+        merge_cpu(batch_of(result, dtypes, task_vectors, scale, required, segments, table, counts), threads,
+                  instruction_set);
+      },
+      py::call_guard<py::gil_scoped_release>());
+#ifdef NEGMERGE_WITH_CUDA
+  m.attr("cuda") = true;
+  m.def(
+      "merge_cuda",
+      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
+         std::int64_t segments, std::uintptr_t table, std::uintptr_t counts, std::int64_t elements, int device,
+         std::uintptr_t stream) {
+        merge_cuda(batch_of(result, dtypes, task_vectors, scale, required, segments, table, counts), elements, device,
+                   stream);
+      },
+      py::call_guard<py::gil_scoped_release>());
+#else
+  m.attr("cuda") = false;
+#endif
+}
+
+}  // namespace negmerge

@@ -1,0 +1,125 @@
+// The CPU kernel: chooses the instruction set, shares a batch out among threads, and sets how they round.
+#include "merge_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#include "merge_loop.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace negmerge {
+
+void merge_loop_baseline(const Batch&, Place, std::int64_t);
+#ifdef __x86_64__
+void merge_loop_avx2(const Batch&, Place, std::int64_t);
+#endif
+
+namespace {
+
+// Elements that a thread takes at once: enough to forget what taking them costs, few enough that threads end together.
+constexpr std::int64_t kMostAtOnce = 65536, kFewestAtOnce = 4096;
+// Starting a thread takes as long as merging this much.
+constexpr std::int64_t kBytesPerThread = 1 << 19;
+
+struct Named {
+  const char* name;
+  Loop loop;
+};
+
+std::vector<Named> loops() {
+  std::vector<Named> found;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back({"avx2", merge_loop_avx2});
+#endif
+  found.push_back({"baseline", merge_loop_baseline});
+  return found;
+}
+
+// While it lives, this thread rounds to nearest, keeps subnormals and traps nothing, whatever its owner had asked for.
+class PlainArithmetic {
+ public:
+#if defined(__x86_64__)
+  PlainArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~PlainArithmetic() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  PlainArithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
+  }
+  ~PlainArithmetic() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  std::uint64_t before_;
+#endif
+};
+
+// All elements of a batch in one line, cut into pieces that the threads take as they come.
+class Shares {
+ public:
+  Shares(const Batch& batch, int threads) : batch_(batch), ends_(batch.segments) {
+    std::int64_t end = 0;
+    for (std::int64_t i = 0; i < batch.segments; ++i) ends_[i] = end += batch.row(i)[0];
+    piece_ = std::clamp(end / (8 * threads) / 1024 * 1024, kFewestAtOnce, kMostAtOnce);
+  }
+
+  std::int64_t elements() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  void work(Loop loop) {
+    const PlainArithmetic plain;
+    for (std::int64_t at; (at = next_.fetch_add(piece_, std::memory_order_relaxed)) < elements();) {
+      const std::int64_t segment = std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin();
+      const std::int64_t start = at - (segment ? ends_[segment - 1] : 0);
+      loop(batch_, {segment, start}, std::min(piece_, elements() - at));
+    }
+  }
+
+ private:
+  const Batch& batch_;
+  std::vector<std::int64_t> ends_;
+  std::int64_t piece_;
+  std::atomic<std::int64_t> next_{0};
+};
+
+std::int64_t bytes_per_element(const Batch& batch) {
+  std::int64_t bytes = kSizes[batch.result];
+  for (std::int64_t k = 0; k < batch.n; ++k) bytes += kSizes[batch.dtypes[k]];
+  return bytes;
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Named& each : loops()) names.push_back(each.name);
+  return names;
+}
+
+void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set) {
+  Loop loop = nullptr;
+  for (const Named& each : loops())
+    if (each.name == instruction_set) loop = each.loop;
+  if (!loop) throw std::invalid_argument("no instruction set " + instruction_set + " here");
+
+  Shares shares(batch, threads);
+  const std::int64_t worth = shares.elements() * bytes_per_element(batch) / kBytesPerThread;
+  std::vector<std::thread> helpers;
+  try {
+    for (std::int64_t i = 1; i < std::min<std::int64_t>(threads, worth); ++i)
+      helpers.emplace_back([&] { shares.work(loop); });
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that there are do the work.
+  }
+  shares.work(loop);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace negmerge

@@ -1,0 +1,17 @@
+// The CPU kernel as the bindings see it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "batch.h"
+
+namespace negmerge {
+
+// The instruction sets that were compiled in and that this machine has, best first.
+std::vector<std::string> instruction_sets();
+
+// Merges a batch on so many threads. Throws std::invalid_argument for an instruction set that is not one of the above.
+void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set);
+
+}  // namespace negmerge

@@ -1,0 +1,336 @@
+// The rule over a run of elements, on one thread. Compiled once for each instruction set (CMakeLists.txt).
+//
+// A tile is as many elements as keep their running values in the first-level cache. It is taken through the models in
+// groups of up to 8: within a group the running values stay in registers, and the hardware reads 8 streams well; meanwhile
+// the next group's tile is prefetched to the second-level cache. All models at once touch as many pages, a line at a
+// time; one model at a time moves all running values for every element: both are slower, bench/results/native.jsonl.
+#include "merge_loop.h"
+
+#include "dtypes.h"
+#include "merge_rule.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+// What is compiled for one instruction set must never be linked in place of the same thing for another: nothing here but
+// the loop itself has a name outside.
+namespace negmerge {
+namespace {
+
+constexpr int kTileBytes = 4096;  // of one running value; best of 2, 4 and 8 KiB
+constexpr int kGroup = 8;         // best of 4 and 8
+#ifdef __AVX2__
+constexpr int kPackBytes = 32;
+#else
+constexpr int kPackBytes = 16;
+#endif
+constexpr int kPacks = 2;  // worked on at once: their running values fit 16 registers
+
+template <class E, int lanes>
+struct Vector {
+  typedef E type __attribute__((vector_size(sizeof(E) * lanes)));
+};
+
+// Packs for one arithmetic type: of numbers, and of anything else with as many lanes.
+template <class T>
+struct Pack {
+  static constexpr int lanes = kPackBytes / sizeof(T);
+  template <class E>
+  using Of = typename Vector<E, lanes>::type;
+  using N = Of<T>;
+  using Mask = decltype(N{} < N{});
+  static constexpr int step = kPacks * lanes;
+  static constexpr int tile = kTileBytes / sizeof(T);
+};
+
+template <class E>
+NEGMERGE_INLINE E read(const char* from) {
+  E value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class To, class From>
+NEGMERGE_INLINE To convert(From from) {
+  return __builtin_convertvector(from, To);
+}
+
+// A pack of storage type S, as numbers of the arithmetic type.
+template <class S, class T>
+NEGMERGE_INLINE typename Pack<T>::N load(const char* from) {
+  using P = Pack<T>;
+  using N = typename P::N;
+  using F = typename P::template Of<typename S::Float>;
+  using Word = typename P::template Of<typename S::Word>;
+  const auto bits = read<typename P::template Of<typename S::Bits>>(from);
+#ifdef __F16C__
+  if constexpr (sizeof(bits) == 16 && S::kHalf) return (N)_mm256_cvtph_ps((__m128i)bits);
+  if constexpr (sizeof(bits) == 8 && S::kHalf) return (N)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadu_si64(from)));
+#endif
+  return convert<N>(S::template widen<F>(convert<Word>(bits)));
+}
+
+// Numbers in the range of S, rounded and stored.
+template <class S, class F>
+NEGMERGE_INLINE void store(char* to, F x) {
+  constexpr int lanes = sizeof(F) / sizeof(typename S::Float);
+  using Word = typename Vector<typename S::Word, lanes>::type;
+  using Bits = typename Vector<typename S::Bits, lanes>::type;
+  Bits bits;
+#ifdef __F16C__
+  if constexpr (S::kHalf && lanes == 8) bits = (Bits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+  else
+#endif
+    bits = convert<Bits>(S::template round<Word>(x));
+  memcpy(to, &bits, sizeof bits);
+}
+
+template <class Mask>
+NEGMERGE_INLINE bool all(Mask mask) {
+#if defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) == -1;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) == 0xffff;
+#else
+  const auto halves = bits_as<Vector<std::int64_t, 2>::type>(mask);
+  return (halves[0] & halves[1]) == -1;
+#endif
+}
+
+template <class T>
+NEGMERGE_INLINE T load_one(Dtype dtype, const char* from) {
+  switch (dtype) {
+    case kF64: return static_cast<T>(read<double>(from));
+    case kF32: return static_cast<T>(read<float>(from));
+    case kF16: return static_cast<T>(F16::widen<float>(std::uint32_t{read<std::uint16_t>(from)}));
+    default: return static_cast<T>(BF16::widen<float>(std::uint32_t{read<std::uint16_t>(from)}));
+  }
+}
+
+struct Counts {
+  std::int64_t agreed = 0, nonfinite = 0;
+};
+
+// What a loop needs of a batch, for one arithmetic type.
+template <class T>
+struct Work {
+  const Batch& batch;
+  Constants<T> constants;
+};
+
+// The part of a segment that is in one tile.
+struct Tile {
+  const std::int64_t* row = nullptr;  // null: there is none
+  std::int64_t segment = 0, start = 0;
+  int count = 0;
+
+  const char* base(const Batch& b) const { return row[1] ? reinterpret_cast<const char*>(row[1]) + start * kSizes[b.result] : nullptr; }
+  char* out(const Batch& b) const { return row[2] ? reinterpret_cast<char*>(row[2]) + start * kSizes[b.result] : nullptr; }
+  const char* model(const Batch& b, std::int64_t k) const { return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]]; }
+};
+
+alignas(64) const char kZeros[2 * kTileBytes] = {};
+
+// Elements begin … end of a tile, one by one: what is left over, and what may not be finite.
+template <class T, class S, template <class, class> class Seen>
+__attribute__((noinline)) void merge_each(const Work<T>& work, const Tile& tile, int begin, int end, Counts& counts) {
+  const Batch& batch = work.batch;
+  using Bits = typename S::Bits;
+  const char* base = tile.base(batch);
+  char* out = tile.out(batch);
+  for (int i = begin; i < end; ++i) {
+    const Bits bits = base ? read<Bits>(base + i * sizeof(Bits)) : Bits{};
+    const T b = static_cast<T>(S::template widen<typename S::Float>(static_cast<typename S::Word>(bits)));
+    Seen<T, T> seen;
+    for (std::int64_t k = 0; k < batch.n; ++k) {
+      const T x = load_one<T>(batch.dtypes[k], tile.model(batch, k) + i * kSizes[batch.dtypes[k]]);
+      seen.see(batch.task_vectors ? x : x - b);
+    }
+    const auto outcome = finish<S>(bits, seen, work.constants);
+    counts.agreed += outcome.agreed;
+    counts.nonfinite += !outcome.finite;
+    if (out) memcpy(out + i * sizeof(Bits), &outcome.bits, sizeof(Bits));
+  }
+}
+
+// Streams that will be read next, to be prefetched a line at a time.
+struct Ahead {
+  const char* streams[kGroup + 1];
+  std::int64_t sizes[kGroup + 1];
+  int count = 0;
+
+  void add(const char* stream, std::int64_t size) {
+    streams[count] = stream;
+    sizes[count++] = size;
+  }
+  NEGMERGE_INLINE void prefetch(int element) const {
+    for (int k = 0; k < count; ++k) __builtin_prefetch(streams[k] + element * sizes[k], 0, 2);
+  }
+};
+
+// How many models from k on are taken together: of one storage type, 8, 4, 2 or 1.
+int group_at(const Batch& batch, std::int64_t k) {
+  int same = 1;
+  while (same < kGroup && k + same < batch.n && batch.dtypes[k + same] == batch.dtypes[k]) ++same;
+  return same == 8 ? 8 : same >= 4 ? 4 : same >= 2 ? 2 : 1;
+}
+
+// Takes whole packs of a tile through G models of storage type M. from: what is subtracted.
+template <class T, class M, class Seen, int G>
+void see(const char* const* x, const typename Pack<T>::N* from, Seen* seen, int packs, bool first, const Ahead& ahead) {
+  constexpr int bytes = Pack<T>::lanes * sizeof(typename M::Bits);
+  const char* streams[G];
+  for (int k = 0; k < G; ++k) streams[k] = x[k];
+  for (int at = 0; at < packs; at += kPacks) {
+    ahead.prefetch(at * Pack<T>::lanes);
+    Seen s[kPacks];
+    typename Pack<T>::N b[kPacks];
+    for (int j = 0; j < kPacks; ++j) {
+      b[j] = from[at + j];
+      if (!first) s[j] = seen[at + j];
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < G; ++k)
+#pragma GCC unroll 2
+      for (int j = 0; j < kPacks; ++j) s[j].see(load<M, T>(streams[k] + (at + j) * bytes) - b[j]);
+    for (int j = 0; j < kPacks; ++j) seen[at + j] = s[j];
+  }
+}
+
+template <class T, class Seen, int G>
+void see(Dtype dtype, const char* const* x, const typename Pack<T>::N* from, Seen* seen, int packs, bool first,
+         const Ahead& ahead) {
+  switch (dtype) {
+    case kF64:
+      if constexpr (sizeof(T) == 8) see<T, F64, Seen, G>(x, from, seen, packs, first, ahead);
+      break;
+    case kF32: see<T, F32, Seen, G>(x, from, seen, packs, first, ahead); break;
+    case kF16: see<T, F16, Seen, G>(x, from, seen, packs, first, ahead); break;
+    case kBF16: see<T, BF16, Seen, G>(x, from, seen, packs, first, ahead); break;
+  }
+}
+
+// Whole packs of a tile, from what was seen to what is stored. A step in which anything may not be finite is done again,
+// element by element.
+template <class T, class S, template <class, class> class Seen>
+void finish_packs(const Work<T>& work, const Tile& tile, const Seen<T, typename Pack<T>::N>* seen, int packs, Counts& counts) {
+  using P = Pack<T>;
+  using N = typename P::N;
+  using F = typename P::template Of<typename S::Float>;
+  constexpr int bytes = P::lanes * sizeof(typename S::Bits);
+  const Batch& batch = work.batch;
+  const char* base = tile.base(batch) ? tile.base(batch) : kZeros;
+  char* out = tile.out(batch);
+  typename P::Mask agreed{};
+  for (int at = 0; at < packs; at += kPacks) {
+    typename P::Mask agree[kPacks], sure = N{} == N{};
+    F result[kPacks];
+    for (int j = 0; j < kPacks; ++j) {
+      const Seen<T, N>& s = seen[at + j];
+      const N b = load<S, T>(base + (at + j) * bytes);
+      agree[j] = s.agree(work.constants);
+      result[j] = convert<F>(agree[j] ? negated(b, s, work.constants) : b);
+      // A sum is finite only if all that was added is; one that overflows is a false alarm.
+      sure &= (s.sum - s.sum == N{}) & convert<typename P::Mask>(in_range<S>(result[j]));
+    }
+    if (__builtin_expect(!all(sure), 0)) {
+      merge_each<T, S, Seen>(work, tile, at * P::lanes, (at + kPacks) * P::lanes, counts);
+      continue;
+    }
+    for (int j = 0; j < kPacks; ++j) {
+      agreed -= agree[j];
+      if (out) store<S>(out + (at + j) * bytes, result[j]);
+    }
+  }
+  for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane];
+}
+
+template <class T, class S, template <class, class> class Seen>
+void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts& counts) {
+  using P = Pack<T>;
+  using N = typename P::N;
+  alignas(64) N from[P::tile / P::lanes];
+  alignas(64) Seen<T, N> seen[P::tile / P::lanes];
+  const Batch& batch = work.batch;
+  const int packs = tile.count / P::step * kPacks;
+  const char* base = tile.base(batch);
+  if (batch.task_vectors || !base) base = kZeros;
+  for (int at = 0; at < packs; ++at) from[at] = load<S, T>(base + at * P::lanes * sizeof(typename S::Bits));
+  for (std::int64_t k = 0, group; k < batch.n; k += group) {
+    group = group_at(batch, k);
+    const char* x[kGroup];
+    for (int i = 0; i < group; ++i) x[i] = tile.model(batch, k + i);
+    Ahead ahead;
+    const std::int64_t following = k + group;
+    if (following < batch.n) {
+      for (int i = 0; i < group_at(batch, following); ++i) ahead.add(tile.model(batch, following + i), kSizes[batch.dtypes[following + i]]);
+    } else if (next.row) {
+      if (next.base(batch)) ahead.add(next.base(batch), kSizes[batch.result]);
+      for (int i = 0; i < group_at(batch, 0); ++i) ahead.add(next.model(batch, i), kSizes[batch.dtypes[i]]);
+    }
+    const Dtype dtype = batch.dtypes[k];
+    switch (group) {
+      case 8: see<T, Seen<T, N>, 8>(dtype, x, from, seen, packs, k == 0, ahead); break;
+      case 4: see<T, Seen<T, N>, 4>(dtype, x, from, seen, packs, k == 0, ahead); break;
+      case 2: see<T, Seen<T, N>, 2>(dtype, x, from, seen, packs, k == 0, ahead); break;
+      default: see<T, Seen<T, N>, 1>(dtype, x, from, seen, packs, k == 0, ahead); break;
+    }
+  }
+  finish_packs<T, S, Seen>(work, tile, seen, packs, counts);
+  merge_each<T, S, Seen>(work, tile, packs * P::lanes, tile.count, counts);
+}
+
+// The tile at a place, and the place after it.
+template <class T>
+Tile tile_at(const Batch& batch, Place& place, std::int64_t& elements) {
+  while (place.segment < batch.segments && place.start == batch.row(place.segment)[0]) place = {place.segment + 1, 0};
+  if (!elements || place.segment == batch.segments) return {};
+  const std::int64_t* row = batch.row(place.segment);
+  std::int64_t count = row[0] - place.start;
+  if (count > Pack<T>::tile) count = Pack<T>::tile;
+  if (count > elements) count = elements;
+  const Tile tile{row, place.segment, place.start, static_cast<int>(count)};
+  place.start += count;
+  elements -= count;
+  return tile;
+}
+
+template <class T, class S, template <class, class> class Seen>
+void merge_run(const Batch& batch, Place place, std::int64_t elements) {
+  const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)};
+  const Work<T> work{batch, constants};
+  for (Tile tile = tile_at<T>(batch, place, elements); tile.row;) {
+    const Tile next = tile_at<T>(batch, place, elements);
+    Counts counts;
+    merge_tile<T, S, Seen>(work, tile, next, counts);
+    __atomic_fetch_add(batch.counts + 2 * tile.segment, counts.agreed, __ATOMIC_RELAXED);
+    __atomic_fetch_add(batch.counts + 2 * tile.segment + 1, counts.nonfinite, __ATOMIC_RELAXED);
+    tile = next;
+  }
+}
+
+template <class T, class S>
+void merge_run(const Batch& batch, Place from, std::int64_t elements) {
+  batch.required == batch.n ? merge_run<T, S, Unanimous>(batch, from, elements) : merge_run<T, S, Majority>(batch, from, elements);
+}
+
+template <class T>
+void merge_run(const Batch& batch, Place from, std::int64_t elements) {
+  switch (batch.result) {
+    case kF64:
+      if constexpr (sizeof(T) == 8) merge_run<T, F64>(batch, from, elements);
+      break;
+    case kF32: merge_run<T, F32>(batch, from, elements); break;
+    case kF16: merge_run<T, F16>(batch, from, elements); break;
+    case kBF16: merge_run<T, BF16>(batch, from, elements); break;
+  }
+}
+
+}  // namespace
+
+void NEGMERGE_LOOP(const Batch& batch, Place from, std::int64_t elements) {
+  is_double(batch) ? merge_run<double>(batch, from, elements) : merge_run<float>(batch, from, elements);
+}
+
+}  // namespace negmerge

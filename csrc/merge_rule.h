@@ -1,0 +1,101 @@
+// The rule of NegMerge for one element, for host and device: read this first.
+//
+//     d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+//     agree = all d_k > 0  or  all d_k < 0
+//     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
+//
+// N is a number of the arithmetic type T (float or double), or a pack of them: GCC's vectors have the same operators,
+// and comparing two of them gives a mask where comparing two numbers gives a bool. negmerge_fast/rule.py says the rule
+// to the bit. Built without fused multiply-adds and without fast-math; nothing here allocates or fails.
+#pragma once
+
+#ifdef __CUDACC__
+#define NEGMERGE_INLINE __host__ __device__ __forceinline__
+#else
+#define NEGMERGE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace negmerge {
+
+// What is the same for all elements. scale: λ; n: how many models; required: how many must agree on the sign.
+template <class T>
+struct Constants {
+  T scale, n, required;
+};
+
+// All d_k of an element, taken in in the order of the models.
+//
+// least and greatest ignore a NaN, the sum does not. The sum is NaN, too, after infinities of both signs, and one of
+// those at least is a d_k. So some d_k is not finite exactly when the sum is NaN or least or greatest is infinite.
+template <class T, class N>
+struct Unanimous {
+  static constexpr T kInf = T(__builtin_huge_val());
+  N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
+
+  NEGMERGE_INLINE void see(N d) {
+    sum = sum + d;
+    least = d < least ? d : least;
+    greatest = d > greatest ? d : greatest;
+  }
+  NEGMERGE_INLINE auto finite() const { return (sum == sum) & (least > N{} - kInf) & (greatest < N{} + kInf); }
+  NEGMERGE_INLINE auto agree(const Constants<T>&) const { return (least > N{}) | (greatest < N{}); }
+  NEGMERGE_INLINE N mean(const Constants<T>& c) const { return sum / c.n; }
+};
+
+// The same for min_agreement below 1: the mean is over the models that agree, added in the same order.
+template <class T, class N>
+struct Majority : Unanimous<T, N> {
+  N above = N{}, below = N{}, n_above = N{}, n_below = N{};
+
+  NEGMERGE_INLINE void see(N d) {
+    Unanimous<T, N>::see(d);
+    const N zero = N{}, one = N{} + T(1);
+    // Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
+    above = above + (d > zero ? d : zero);
+    below = below + (d < zero ? d : zero);
+    n_above = n_above + (d > zero ? one : zero);
+    n_below = n_below + (d < zero ? one : zero);
+  }
+  NEGMERGE_INLINE auto agree(const Constants<T>& c) const {
+    return (n_above >= N{} + c.required) | (n_below >= N{} + c.required);
+  }
+  NEGMERGE_INLINE N mean(const Constants<T>& c) const {
+    const auto up = n_above >= N{} + c.required;
+    return (up ? above : below) / (up ? n_above : n_below);
+  }
+};
+
+// What comes out where the models agree, before it is rounded to storage.
+template <class T, class N, class Seen>
+NEGMERGE_INLINE N negated(N b, const Seen& seen, const Constants<T>& c) {
+  const N t = c.scale * -seen.mean(c);
+  return b + t;
+}
+
+// Whether a result is still finite when it is rounded to storage.
+template <class S, class F>
+NEGMERGE_INLINE auto in_range(F x) {
+  return (x < F{} + S::kOverflow) & (x > F{} - S::kOverflow);
+}
+
+// What became of an element: bits to store; whether the result was taken; whether everything was finite.
+template <class Bits>
+struct Outcome {
+  Bits bits;
+  bool agreed, finite;
+};
+
+// The end of the rule for one element. S: the storage type of base and output, of dtypes.h.
+template <class S, class T, class Seen>
+NEGMERGE_INLINE Outcome<typename S::Bits> finish(typename S::Bits base, const Seen& seen, const Constants<T>& c) {
+  using Float = typename S::Float;
+  using Word = typename S::Word;
+  const T b = static_cast<T>(S::template widen<Float>(static_cast<Word>(base)));
+  const Float result = static_cast<Float>(negated(b, seen, c));  // from double to 16 bits: by way of float
+  const bool agree = seen.agree(c);
+  const bool finite = seen.finite() && b - b == T(0) && (!agree || in_range<S>(result));
+  if (agree && finite) return {static_cast<typename S::Bits>(S::template round<Word>(result)), true, true};
+  return {base, false, finite};
+}
+
+}  // namespace negmerge
