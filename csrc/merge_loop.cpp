@@ -6,6 +6,8 @@
 // time; one model at a time moves all running values for every element: both are slower, bench/results/native.jsonl.
 #include "merge_loop.h"
 
+#include <type_traits>
+
 #include "dtypes.h"
 #include "merge_rule.h"
 
@@ -25,6 +27,7 @@ constexpr int kPackBytes = 32;
 #else
 constexpr int kPackBytes = 16;
 #endif
+constexpr int kLine = 64;
 constexpr int kPacks = 2;  // worked on at once: their running values fit 16 registers
 
 template <class E, int lanes>
@@ -56,6 +59,29 @@ NEGMERGE_INLINE To convert(From from) {
   return __builtin_convertvector(from, To);
 }
 
+// The compiler's own conversions of 16-bit integers take five instructions for these two.
+#ifdef __AVX2__
+// 16-bit integers to the upper halves of 32-bit ones.
+NEGMERGE_INLINE __m256i upper_halves(const char* from) {
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_shuffle_epi8(twice, order);
+}
+#endif
+
+// 32-bit integers that fit 16 bits.
+template <class Bits, class Words>
+NEGMERGE_INLINE Bits narrowed(Words words) {
+#ifdef __AVX2__
+  if constexpr (sizeof(Bits) == 16 && sizeof(Words) == 32) {
+    const __m256i all = (__m256i)words;
+    return (Bits)_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  }
+#endif
+  return convert<Bits>(words);
+}
+
 // A pack of storage type S, as numbers of the arithmetic type.
 template <class S, class T>
 NEGMERGE_INLINE typename Pack<T>::N load(const char* from) {
@@ -64,6 +90,9 @@ NEGMERGE_INLINE typename Pack<T>::N load(const char* from) {
   using F = typename P::template Of<typename S::Float>;
   using Word = typename P::template Of<typename S::Word>;
   const auto bits = read<typename P::template Of<typename S::Bits>>(from);
+#ifdef __AVX2__
+  if constexpr (sizeof(bits) == 16 && std::is_same_v<S, BF16>) return (N)upper_halves(from);
+#endif
 #ifdef __F16C__
   if constexpr (sizeof(bits) == 16 && S::kHalf) return (N)_mm256_cvtph_ps((__m128i)bits);
   if constexpr (sizeof(bits) == 8 && S::kHalf) return (N)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadu_si64(from)));
@@ -82,7 +111,7 @@ NEGMERGE_INLINE void store(char* to, F x) {
   if constexpr (S::kHalf && lanes == 8) bits = (Bits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
   else
 #endif
-    bits = convert<Bits>(S::template round<Word>(x));
+    bits = narrowed<Bits>(S::template round<Word>(x));
   memcpy(to, &bits, sizeof bits);
 }
 
@@ -130,7 +159,7 @@ struct Tile {
   const char* model(const Batch& b, std::int64_t k) const { return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]]; }
 };
 
-alignas(64) const char kZeros[2 * kTileBytes] = {};
+alignas(64) const char kZeros[kTileBytes] = {};
 
 // Elements begin … end of a tile, one by one: what is left over, and what may not be finite.
 template <class T, class S, template <class, class> class Seen>
@@ -156,16 +185,14 @@ __attribute__((noinline)) void merge_each(const Work<T>& work, const Tile& tile,
 
 // Streams that will be read next, to be prefetched a line at a time.
 struct Ahead {
-  const char* streams[kGroup + 1];
-  std::int64_t sizes[kGroup + 1];
+  const char* streams[kGroup];
   int count = 0;
+  std::int64_t size = 0;  // of an element
 
-  void add(const char* stream, std::int64_t size) {
-    streams[count] = stream;
-    sizes[count++] = size;
-  }
-  NEGMERGE_INLINE void prefetch(int element) const {
-    for (int k = 0; k < count; ++k) __builtin_prefetch(streams[k] + element * sizes[k], 0, 2);
+  NEGMERGE_INLINE void prefetch(std::int64_t element) const {
+    const std::int64_t offset = element * size;
+    if (offset % kLine) return;
+    for (int k = 0; k < count; ++k) __builtin_prefetch(streams[k] + offset, 0, 2);
   }
 };
 
@@ -214,25 +241,25 @@ void see(Dtype dtype, const char* const* x, const typename Pack<T>::N* from, See
 // Whole packs of a tile, from what was seen to what is stored. A step in which anything may not be finite is done again,
 // element by element.
 template <class T, class S, template <class, class> class Seen>
-void finish_packs(const Work<T>& work, const Tile& tile, const Seen<T, typename Pack<T>::N>* seen, int packs, Counts& counts) {
+void finish_packs(const Work<T>& work, const Tile& tile, const typename Pack<T>::N* b,
+                  const Seen<T, typename Pack<T>::N>* seen, int packs, const char* ahead, Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
   using F = typename P::template Of<typename S::Float>;
   constexpr int bytes = P::lanes * sizeof(typename S::Bits);
   const Batch& batch = work.batch;
-  const char* base = tile.base(batch) ? tile.base(batch) : kZeros;
   char* out = tile.out(batch);
   typename P::Mask agreed{};
   for (int at = 0; at < packs; at += kPacks) {
+    if (at * bytes % kLine == 0) __builtin_prefetch(ahead + at * bytes, 0, 2);
     typename P::Mask agree[kPacks], sure = N{} == N{};
     F result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
       const Seen<T, N>& s = seen[at + j];
-      const N b = load<S, T>(base + (at + j) * bytes);
       agree[j] = s.agree(work.constants);
-      result[j] = convert<F>(agree[j] ? negated(b, s, work.constants) : b);
+      result[j] = convert<F>(agree[j] ? negated(b[at + j], s, work.constants) : b[at + j]);
       // A sum is finite only if all that was added is; one that overflows is a false alarm.
-      sure &= (s.sum - s.sum == N{}) & convert<typename P::Mask>(in_range<S>(result[j]));
+      sure &= (magnitude(s.sum) < N{} + s.kInf) & convert<typename P::Mask>(in_range<S>(result[j]));
     }
     if (__builtin_expect(!all(sure), 0)) {
       merge_each<T, S, Seen>(work, tile, at * P::lanes, (at + kPacks) * P::lanes, counts);
@@ -246,29 +273,33 @@ void finish_packs(const Work<T>& work, const Tile& tile, const Seen<T, typename 
   for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane];
 }
 
+// The group from model k on, in a tile.
+Ahead ahead_of(const Batch& batch, const Tile& tile, std::int64_t k) {
+  Ahead ahead;
+  if (!tile.row) return ahead;
+  ahead.count = group_at(batch, k);
+  ahead.size = kSizes[batch.dtypes[k]];
+  for (int i = 0; i < ahead.count; ++i) ahead.streams[i] = tile.model(batch, k + i);
+  return ahead;
+}
+
 template <class T, class S, template <class, class> class Seen>
 void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
-  alignas(64) N from[P::tile / P::lanes];
+  alignas(64) N b[P::tile / P::lanes];
   alignas(64) Seen<T, N> seen[P::tile / P::lanes];
   const Batch& batch = work.batch;
   const int packs = tile.count / P::step * kPacks;
-  const char* base = tile.base(batch);
-  if (batch.task_vectors || !base) base = kZeros;
-  for (int at = 0; at < packs; ++at) from[at] = load<S, T>(base + at * P::lanes * sizeof(typename S::Bits));
+  const char* base = tile.base(batch) ? tile.base(batch) : kZeros;
+  for (int at = 0; at < packs; ++at) b[at] = load<S, T>(base + at * P::lanes * sizeof(typename S::Bits));
+  const N* from = batch.task_vectors ? reinterpret_cast<const N*>(kZeros) : b;
   for (std::int64_t k = 0, group; k < batch.n; k += group) {
     group = group_at(batch, k);
     const char* x[kGroup];
     for (int i = 0; i < group; ++i) x[i] = tile.model(batch, k + i);
-    Ahead ahead;
-    const std::int64_t following = k + group;
-    if (following < batch.n) {
-      for (int i = 0; i < group_at(batch, following); ++i) ahead.add(tile.model(batch, following + i), kSizes[batch.dtypes[following + i]]);
-    } else if (next.row) {
-      if (next.base(batch)) ahead.add(next.base(batch), kSizes[batch.result]);
-      for (int i = 0; i < group_at(batch, 0); ++i) ahead.add(next.model(batch, i), kSizes[batch.dtypes[i]]);
-    }
+    const bool last = k + group == batch.n;
+    const Ahead ahead = last ? ahead_of(batch, next, 0) : ahead_of(batch, tile, k + group);
     const Dtype dtype = batch.dtypes[k];
     switch (group) {
       case 8: see<T, Seen<T, N>, 8>(dtype, x, from, seen, packs, k == 0, ahead); break;
@@ -277,7 +308,7 @@ void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts&
       default: see<T, Seen<T, N>, 1>(dtype, x, from, seen, packs, k == 0, ahead); break;
     }
   }
-  finish_packs<T, S, Seen>(work, tile, seen, packs, counts);
+  finish_packs<T, S, Seen>(work, tile, b, seen, packs, next.row ? next.base(batch) : base, counts);
   merge_each<T, S, Seen>(work, tile, packs * P::lanes, tile.count, counts);
 }
 

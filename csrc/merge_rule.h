@@ -72,10 +72,21 @@ NEGMERGE_INLINE N negated(N b, const Seen& seen, const Constants<T>& c) {
   return b + t;
 }
 
+// |x|, for packs without a comparison.
+template <class N>
+NEGMERGE_INLINE N magnitude(N x) {
+  using Mask = decltype(x < x);
+  if constexpr (sizeof(Mask) != sizeof(N)) {
+    return x < N{} ? -x : x;
+  } else {
+    return (N)((Mask)x & ~(Mask)-N{});
+  }
+}
+
 // Whether a result is still finite when it is rounded to storage.
 template <class S, class F>
 NEGMERGE_INLINE auto in_range(F x) {
-  return (x < F{} + S::kOverflow) & (x > F{} - S::kOverflow);
+  return magnitude(x) < F{} + S::kOverflow;
 }
 
 // What became of an element: bits to store; whether the result was taken; whether everything was finite.

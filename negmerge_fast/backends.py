@@ -13,11 +13,18 @@ if TYPE_CHECKING:
     from .rule import Batch, Rule
 
 # In the order in which "auto" prefers them.
-NAMES = ("torch",)
+NAMES = ("cuda", "cpu", "torch")
+
+# Those that several threads may call at once, on batches of their own.
+CONCURRENT = frozenset({"cpu"})
 
 
 def why_not(name: str, device: str) -> str | None:
     """Why a backend cannot run on a device here; None if it can."""
+    if name != "torch":
+        from . import native
+
+        return native.why_not(name, device)
     try:
         import torch
     except ImportError as error:
@@ -37,11 +44,26 @@ def choose(backend: str, device: str) -> tuple[str, Merge]:
     for name in NAMES if backend == "auto" else (backend,):
         reason = why_not(name, device)
         if reason is None:
-            from . import reference
-
-            return name, reference.merge
+            return name, _merge_of(name)
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def _merge_of(name: str) -> Merge:
+    if name == "torch":
+        from . import reference
+
+        return reference.merge
+    from . import native
+
+    return native.merge_cpu if name == "cpu" else native.merge_cuda
+
+
+def usual_threads() -> int:
+    """How many threads merge on the CPU unless told otherwise: torch's number, or what it would be."""
+    from . import native
+
+    return native.usual_threads()
 
 
 def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:

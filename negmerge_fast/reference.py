@@ -31,10 +31,10 @@ DEVICE_BLOCK_BYTES = 64 * 1024 * 1024
 SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
 
 
-def merge(batch: Batch, rule: Rule) -> torch.Tensor:
+def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Merge every segment of a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
     counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
-    with _at_work(batch, rule) as work:
+    with _at_work(batch, rule, threads) as work:
         for row, segment in enumerate(batch.segments):
             for start in range(0, segment.numel, work.block):
                 counts[row] += work.merge_block(segment, start, min(work.block, segment.numel - start))
@@ -230,13 +230,15 @@ def _store(stream: Stream, start: int, bits: torch.Tensor) -> None:
 
 
 @contextmanager
-def _at_work(batch: Batch, rule: Rule) -> Iterator[_Workspace]:
+def _at_work(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
     """The temporaries of a batch; while they are in use, subnormals are kept.
 
     torch.set_flush_denormal(True) is a mode of the calling thread, and of each of torch's own threads that was started
     under it, for ever. The caller's is undone for the call; where another thread flushes, the caller works alone.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    if threads is not None and threads != before:
+        torch.set_num_threads(threads)
     flushing = _flushes(torch.empty(1, dtype=torch.float32, device="cpu"))
     if flushing:
         torch.set_flush_denormal(False)
@@ -247,8 +249,8 @@ def _at_work(batch: Batch, rule: Rule) -> Iterator[_Workspace]:
                 torch.set_num_threads(1)
             yield work
     finally:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
         if flushing:
             torch.set_flush_denormal(True)
 

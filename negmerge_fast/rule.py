@@ -140,9 +140,12 @@ class Counts(Protocol):
 
 
 class Merge(Protocol):
-    """The one function of a backend. It writes the outputs and returns the counts, without waiting for a device."""
+    """The one function of a backend. It writes the outputs and returns the counts, without waiting for a device.
 
-    def __call__(self, batch: Batch, rule: Rule) -> Counts: ...
+    threads: how many may work on it, where they are the CPU's; None: as many as usual.
+    """
+
+    def __call__(self, batch: Batch, rule: Rule, threads: int | None = None) -> Counts: ...
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Merging checkpoints in bounded memory: read ahead, merge, write behind.
+"""Merging checkpoints in bounded memory.
 
-A few slots, each with one buffer per version of the model, go round: while one is being read into, another is merged,
-and a third written. Memory depends on the budget alone, not on the size of the model or on the number of models; what
-is known of each tensor (half a KiB for each version of it) is counted.
+A few workers, each with one buffer per version of the model, take the pieces of a plan as they come, and read, merge and
+write them: while one waits for the disk, others compute, and what was read is still in the cache when it is merged.
+Memory depends on the budget alone, not on the size of the model or on the number of models; what is known of each
+tensor (half a KiB for each version of it) is counted.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import mmap
 import os
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -45,9 +45,8 @@ from .writer import Output
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 
-# One being read, one merged, one written.
-_SLOTS = 3
-_READERS = 4
+# Where one merges at a time: one reads, one merges, one writes.
+_FEWEST_WORKERS = 3
 # The longest stroke for one file, and the shortest worth a system call.
 _LONGEST, _SHORTEST = 2 << 20, 4096
 # What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
@@ -160,8 +159,11 @@ def prepare(
     device = "cpu" if device == "auto" else device
     name, merge = backends.choose(backend, device)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    chunk, memory = _fit(parse_size(memory_budget), len(models), tensors)
-    return Job(plan, rule, nonfinite, place, name, merge, device, chunk, memory, threads)
+    most = (threads or backends.usual_threads()) if name in backends.CONCURRENT else 0
+    workers, chunk, memory = _fit(
+        parse_size(memory_budget), len(models), tensors, max(most, _FEWEST_WORKERS)
+    )
+    return Job(plan, rule, nonfinite, place, name, merge, device, workers, chunk, memory, threads)
 
 
 def _identities(checkpoint: Checkpoint) -> set[tuple[int, int, int]]:
@@ -178,44 +180,87 @@ def parse_size(size: int | str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
-def _fit(budget: int, models: int, tensors: int) -> tuple[int, int]:
-    """The longest stroke that keeps a job within the budget, and the memory the job then takes, in bytes.
+def _fit(budget: int, models: int, tensors: int, workers: int) -> tuple[int, int, int]:
+    """As many workers and as long strokes as the budget allows, and the memory that the job then takes, in bytes.
 
     tensors: of all versions together.
     """
 
-    def memory(chunk: int) -> int:
+    def memory() -> int:
         # A block of temporaries is as long as a stroke, in a wider type perhaps, or as reference.SCRATCH_BYTES allows.
         return (
-            _SLOTS * (models + 1) * chunk + 14 * min(4 * chunk, 1 << 20) + _OBJECTS + tensors * _OF_A_TENSOR
+            workers * (models + 1) * chunk + 14 * min(4 * chunk, 1 << 20) + _OBJECTS + tensors * _OF_A_TENSOR
         )
 
     chunk = _LONGEST
-    while memory(chunk) > budget and chunk > _SHORTEST:
+    while memory() > budget and chunk > _SHORTEST:
         chunk //= 2
-    if memory(chunk) > budget:
+        if chunk < _LONGEST // 8 and workers > _FEWEST_WORKERS:
+            workers, chunk = max(workers // 2, _FEWEST_WORKERS), _LONGEST
+    if memory() > budget:
         raise InputError(
-            f"memory_budget: {budget:,} bytes, expected at least {memory(chunk):,} for {models} models and their {tensors:,} tensors"
+            f"memory_budget: {budget:,} bytes, expected at least {memory():,} for {models} models and their {tensors:,} tensors"
         )
-    return chunk, memory(chunk)
+    return workers, chunk, memory()
 
 
-class _Slot:
-    """One buffer per version of the model, and the work under way in them."""
+class _Buffers:
+    """Memory of one worker: a buffer for each version of the model."""
 
     def __init__(self, versions: int, chunk: int) -> None:
         # A mapping of its own: given back to the system as soon as the job is done.
-        self._memory = mmap.mmap(-1, versions * chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.buffers: list[Any] = [
-            np.frombuffer(self._memory, np.uint8, chunk, k * chunk) for k in range(versions)
-        ]
-        self.reads: list[Future[None]] = []
-        self.written: Future[None] | None = None
+        memory = mmap.mmap(-1, versions * chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.each: list[Any] = [np.frombuffer(memory, np.uint8, chunk, k * chunk) for k in range(versions)]
+
+
+class _Pieces:
+    """The pieces of a plan, numbered, for several workers to take; none after a stop."""
+
+    def __init__(self, coming: Iterator[Extent]) -> None:
+        self._coming, self._lock, self._stopped = enumerate(coming), Lock(), False
+
+    def take(self) -> tuple[int, Extent] | None:
+        with self._lock:
+            return None if self._stopped else next(self._coming, None)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+class _Done(NamedTuple):
+    """What a worker says of a piece: how many bytes it moved, and what was counted; or why it failed."""
+
+    moved: int = 0
+    counted: Sequence[tuple[list[tuple[str, int]], Any]] = ()
+    error: BaseException | None = None
+
+
+# Numbers of pieces and what became of them; None: a worker has ended.
+_Queue: TypeAlias = "SimpleQueue[tuple[int, _Done] | None]"
+# The number of no piece: a worker failed before it took one.
+_NONE = -1
+
+
+def _in_order(done: _Queue, workers: int) -> Iterator[_Done]:
+    """What became of the pieces, in their order, until all workers have ended."""
+    early: dict[int, _Done] = {}
+    following = 0
+    while workers:
+        if (message := done.get()) is None:
+            workers -= 1
+            continue
+        number, piece = message
+        if number == _NONE:
+            yield piece
+        early[number] = piece
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """A merge of checkpoints that was found to be possible. memory: the bytes it will allocate."""
+    """A merge of checkpoints that was found to be possible. memory: the bytes it will allocate; chunk: its longest stroke."""
 
     plan: Plan
     rule: Rule
@@ -224,6 +269,7 @@ class Job:
     backend: str
     merge: Merge
     device: str
+    workers: int
     chunk: int
     memory: int
     threads: int | None
@@ -231,7 +277,7 @@ class Job:
     def run(self, progress: Progress | None = None) -> Report:
         """Do it: the output is published whole, or nothing is left of it."""
         began = time.perf_counter()
-        with self.output, _torch_threads(self.threads):
+        with self.output:
             stats = self._stream(progress)
             made_of: dict[str, Any] = {
                 "base": str(self.plan.base.path),
@@ -260,60 +306,62 @@ class Job:
 
     def _stream(self, progress: Progress | None) -> Stats:
         stats = Stats()
-        total, done = self.plan.bytes_read + self.plan.bytes_written, 0
-        slots = cycle([_Slot(len(self.plan.models) + 1, self.chunk) for _ in range(_SLOTS)])
-        waiting: deque[tuple[Extent, _Slot]] = deque()
+        total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
+        taken = _Pieces(pieces(self.plan, self.chunk))
+        done: _Queue = SimpleQueue()
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = total > _free_memory() // 2
-        with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as writer:
-
-            def fill(piece: Extent) -> None:
-                slot = next(slots)
-                if slot.written is not None:
-                    slot.written.result()
-                slot.reads = [
-                    readers.submit(s.file.read_into, s.offset, memoryview(b)[: s.nbytes], release)
-                    for s, b in zip(piece.sources, slot.buffers, strict=False)
-                ]
-                waiting.append((piece, slot))
-
-            try:
-                coming = pieces(self.plan, self.chunk)
-                for piece in islice(coming, _SLOTS - 1):
-                    fill(piece)
-                while waiting:
-                    piece, slot = waiting.popleft()
-                    for read in slot.reads:
-                        read.result()
-                    self._merge(piece, slot.buffers, stats)
-                    base = piece.sources[0]
-                    data = memoryview(slot.buffers[0])[: base.nbytes]
-                    slot.written = writer.submit(self.output.write, piece.target, base.offset, data)
-                    if (following := next(coming, None)) is not None:
-                        fill(following)
-                    done += base.nbytes + sum(s.nbytes for s in piece.sources)
-                    if progress:
-                        progress(done, total)
-            except BaseException:
-                readers.shutdown(cancel_futures=True)
-                writer.shutdown(cancel_futures=True)
-                raise
-            for _ in range(_SLOTS):
-                if (written := next(slots).written) is not None:
-                    written.result()
+        turns = nullcontext() if self.backend in backends.CONCURRENT else Lock()
+        workers = [Thread(target=self._work, args=(taken, done, turns, release)) for _ in range(self.workers)]
+        for worker in workers:
+            worker.start()
+        try:
+            for piece in _in_order(done, self.workers):
+                if piece.error is not None:
+                    raise piece.error
+                for runs, counts in piece.counted:
+                    stats.add(runs, counts)
+                moved += piece.moved
+                if progress:
+                    progress(moved, total)
+        finally:
+            taken.stop()
+            for worker in workers:
+                worker.join()
         return stats
 
-    def _merge(self, piece: Extent, buffers: list[Any], stats: Stats) -> None:
-        """Merge one piece in place on the base's buffer."""
+    def _work(
+        self, taken: _Pieces, done: _Queue, turns: AbstractContextManager[Any], release: bool
+    ) -> None:
+        """One worker: read, merge and write pieces until there are no more."""
+        number = _NONE
+        try:
+            buffers = _Buffers(len(self.plan.models) + 1, self.chunk).each
+            while (next_piece := taken.take()) is not None:
+                number, piece = next_piece
+                for source, buffer in zip(piece.sources, buffers, strict=False):
+                    source.file.read_into(source.offset, memoryview(buffer)[: source.nbytes], release)
+                with turns:
+                    counted = list(self._merge(piece, buffers))
+                base = piece.sources[0]
+                self.output.write(piece.target, base.offset, memoryview(buffers[0])[: base.nbytes])
+                done.put((number, _Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
+        except BaseException as error:
+            done.put((number, _Done(error=error)))
+        done.put(None)
+
+    def _merge(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[list[tuple[str, int]], Any]]:
+        """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
         if not piece.members:
             return
+        threads = 1 if self.backend in backends.CONCURRENT else self.threads
         for batch, members in self._batches(piece, buffers):
-            counts = np.array(self.merge(batch, self.rule).tolist())
-            stats.add([(m.name, m.numel) for m in members], counts)
+            counts = np.array(self.merge(batch, self.rule, threads).tolist())
             if batch.device != "cpu":
                 _from_device(batch, buffers[0])
             if self.nonfinite == "error" and counts[:, 1].any():
                 self._refuse_nonfinite(piece, buffers)
+            yield [(m.name, m.numel) for m in members], counts
 
     def _batches(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[Batch, list[Member]]]:
         """One batch for each signature in the piece."""
@@ -364,21 +412,6 @@ def _from_device(batch: Batch, buffer: Any) -> None:
     out = batch.segments[0].out
     assert out is not None
     torch.from_numpy(buffer).copy_(out.owner)
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    if threads is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _free_memory() -> int:

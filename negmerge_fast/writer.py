@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from .checkpoints import File, open_checkpoint
@@ -43,7 +44,9 @@ class Output:
         self.files, self.directory, self.overwrite = files, directory, overwrite
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
-        self._open: tuple[str, int] | None = None
+        self._open: dict[str, int] = {}
+        self._unwritten = {name: file.size for name, file in files.items()}
+        self._files_lock = Lock()
         self._lock = -1
 
     def check(self, inputs: Iterable[Path]) -> None:
@@ -100,22 +103,31 @@ class Output:
         self._release()
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write a run of bytes of one file; a file is synced when the first run of another comes."""
+        """Write a run of bytes of one file, from any thread; a file that is complete is synced."""
         if not data:
             return
-        if self._open is None or self._open[0] != name:
-            self._close()
-            self._open = (name, os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC))
-        descriptor, done = self._open[1], 0
+        descriptor, done = self._descriptor(name), 0
         with naming(self.target):
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
             # Starts writing back what is dirty, without waiting, so that the sync at the end has little left to do.
             os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+        with self._files_lock:
+            self._unwritten[name] -= len(data)
+            complete = not self._unwritten[name]
+        if complete:
+            self._close(name)
+
+    def _descriptor(self, name: str) -> int:
+        with self._files_lock:
+            if name not in self._open:
+                self._open[name] = os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC)
+            return self._open[name]
 
     def finish(self, manifest: Mapping[str, object]) -> None:
         """Bring everything to the disk; manifest: what a directory says of itself."""
-        self._close()
+        if missing := [name for name, count in self._unwritten.items() if count]:
+            raise RuntimeError(f"{self.target}: {missing[0]} was not written whole")
         if self.directory:
             listed = {**manifest, "files": sorted(self.files)}
             with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
@@ -160,15 +172,15 @@ class Output:
     def _path(self, name: str) -> Path:
         return self._staged / name if self.directory else self._staged
 
-    def _close(self, sync: bool = True) -> None:
-        if self._open is not None:
-            descriptor, self._open = self._open[1], None
-            try:
-                if sync:
-                    with naming(self.target):
-                        os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    def _close(self, name: str, sync: bool = True) -> None:
+        with self._files_lock:
+            descriptor = self._open.pop(name)
+        try:
+            if sync:
+                with naming(self.target):
+                    os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _acquire(self) -> None:
         lock = self.work / "lock"
@@ -226,7 +238,8 @@ class Output:
                 os.close(descriptor)
 
     def _release(self) -> None:
-        self._close(sync=False)
+        for name in list(self._open):
+            self._close(name, sync=False)
         self._clear()
         # The lock's file last: until it is gone, nobody else can hold the lock.
         (self.work / "lock").unlink(missing_ok=True)

@@ -15,11 +15,12 @@ ROOT = Path(negmerge_fast.__file__).parent
 ARROWS = {
     "__init__": {"rule", "stream", "tensors"},
     "__main__": {"cli"},
-    "backends": {"reference", "rule"},
+    "backends": {"native", "reference", "rule"},
     "checkpoints": {"checkpoints", "layout", "rule"},
     "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
     "demo": {"__init__", "rule"},
     "layout": {"rule"},
+    "native": {"__init__", "rule"},
     "overlap": {"rule"},
     "plan": {"checkpoints", "layout", "rule"},
     "reference": {"rule"},

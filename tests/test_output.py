@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from plain import plain_merge, same_bits
 
 import negmerge_fast as nm
-from negmerge_fast import reference, stream
+from negmerge_fast import native, stream
 from negmerge_fast.checkpoints import open_checkpoint
 from negmerge_fast.checkpoints.files import File
 from negmerge_fast.plan import make_plan, pieces
@@ -173,7 +173,7 @@ def fail_writing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fail_merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "merge", lambda *_: (_ for _ in ()).throw(OSError("the kernel failed")))
+    monkeypatch.setattr(native, "merge_cpu", lambda *_: (_ for _ in ()).throw(OSError("the kernel failed")))
 
 
 def fail_for_space(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""The compiled kernels of csrc/ behind the one function of every backend.
+
+A batch becomes a table of addresses, and the kernels are given integers: they know neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .rule import Batch, InputError, Rule
+
+if TYPE_CHECKING:
+    import torch
+
+# As csrc/batch.h numbers them.
+_NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why the "cpu" or the "cuda" kernel cannot run on a device here; None if it can."""
+    if device.partition(":")[0] != name:
+        return f"works on {name}, not on {device}"
+    try:
+        from . import _native
+    except ImportError as error:
+        return f"not built: {error}"
+    if name == "cpu":
+        return None
+    if not _native.cuda:
+        return "not built"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        return f"torch finds {torch.cuda.device_count()} CUDA devices"
+    return None
+
+
+def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
+    """Merge every segment of a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
+    from . import _native
+
+    table = _table(batch)
+    counts = np.zeros((len(batch.segments), 2), np.int64)
+    _native.merge_cpu(
+        *_signature(batch, rule),
+        table.ctypes.data,
+        counts.ctypes.data,
+        threads or usual_threads(),
+        instruction_set(),
+    )
+    return counts
+
+
+def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def instruction_set() -> str:
+    """The best of this machine's that there is code for; NEGMERGE_CPU asks for another, so that all can be tested."""
+    from . import _native
+
+    found: list[str] = _native.instruction_sets
+    if (asked := os.environ.get("NEGMERGE_CPU", found[0])) not in found:
+        raise InputError(f"NEGMERGE_CPU: {asked!r}, expected one of {', '.join(found)}")
+    return asked
+
+
+def usual_threads() -> int:
+    """torch's number where torch is loaded; else what it would be: OpenMP's, or one for each processor of ours."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return int(torch.get_num_threads())
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def _signature(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
+    result, models, task_vectors = batch.signature
+    numbers = bytes(_NUMBERS[dtype] for dtype in models)
+    return (
+        _NUMBERS[result],
+        numbers,
+        task_vectors,
+        rule.scale,
+        rule.required(len(models)),
+        len(batch.segments),
+    )
+
+
+def _table(batch: Batch) -> np.ndarray[Any, Any]:
+    """int64[segments, 3 + n]: elements, then the addresses of base, out and the models; 0 where there is none."""
+    rows = [
+        (
+            segment.numel,
+            segment.base.address if segment.base else 0,
+            segment.out.address if segment.out else 0,
+            *[stream.address for stream in segment.models],
+        )
+        for segment in batch.segments
+    ]
+    # An address may have its highest bit set.
+    return np.array(rows, np.uint64).reshape(len(rows), 3 + len(batch.signature.models)).view(np.int64)
