@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "merge_rule.h"
+
 namespace negmerge {
 
 // Storage types; native.py numbers them alike.
@@ -22,7 +24,7 @@ struct Batch {
   const std::int64_t* table;  // [segments, 3 + n]: elements, then the addresses of base, out, x_1 … x_n; base 0: zeros, out 0: count only
   std::int64_t* counts;       // [segments, 2]: agreed and non-finite are added
 
-  const std::int64_t* row(std::int64_t segment) const { return table + segment * (3 + n); }
+  NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return table + segment * (3 + n); }
 };
 
 inline bool is_double(const Batch& batch) {

@@ -47,13 +47,14 @@ PYBIND11_MODULE(_native, m) {
       py::call_guard<py::gil_scoped_release>());
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
+  m.attr("cuda_tile") = kCudaTile;
   m.def(
       "merge_cuda",
       [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
-         std::int64_t segments, std::uintptr_t table, std::uintptr_t counts, std::int64_t elements, int device,
+         std::int64_t segments, std::uintptr_t memory, std::uintptr_t counts, std::int64_t tiles, int device,
          std::uintptr_t stream) {
-        merge_cuda(batch_of(result, dtypes, task_vectors, scale, required, segments, table, counts), elements, device,
-                   stream);
+        merge_cuda(batch_of(result, dtypes, task_vectors, scale, required, segments, 0, counts),
+                   reinterpret_cast<const std::int64_t*>(memory), tiles, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
 #else

@@ -1,11 +1,277 @@
+// The CUDA kernel: one launch for a batch.
+//
+// Blocks take equal runs of tiles, so that a batch of one large segment and one of thousands of small ones are the same
+// work. A thread takes 16 bytes of the base, and for these elements all models, up to 8 loads under way at once. What a
+// thread counts, it adds up over a segment; a warp adds that to the segment's counts at once.
 #include "merge_cuda.h"
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
+#include <string>
+
+#include "dtypes.h"
+#include "merge_rule.h"
 
 namespace negmerge {
+namespace {
 
-void merge_cuda(const Batch&, std::int64_t, int, std::uint64_t) { throw std::runtime_error("not yet"); }
+constexpr int kThreads = 256;
+constexpr int kGroup = 8;        // models whose loads are under way at once
+
+// segments: the number of tiles before each segment, and whether all its addresses are multiples of 16.
+struct Tiling {
+  const std::int64_t* segments;
+  std::int64_t tiles;
+};
+
+template <class T>
+struct Work {
+  Batch batch;
+  Tiling tiling;
+  Constants<T> constants;
+};
+
+// The most bytes of them: they and the running values are held in registers.
+template <class Seen>
+constexpr int kGroupBytes = sizeof(Seen) > 24 ? 64 : 128;
+
+// Elements of a thread at a time: 16 bytes of the base, fewer where their running values would not fit the registers.
+template <class T, class S>
+constexpr int kElements = sizeof(T) == 8 && sizeof(typename S::Bits) == 2 ? 4 : 16 / sizeof(typename S::Bits);
+
+// E neighbouring elements, loaded and stored 16 bytes at a time, or all at once where they are fewer.
+template <class M, int E>
+struct alignas(E * sizeof(typename M::Bits) < 16 ? E * sizeof(typename M::Bits) : 16) Elements {
+  typename M::Bits bits[E];
+};
+
+// One element at any address; the hardware loads and stores only at multiples of its size.
+template <class M>
+__device__ typename M::Bits load_one(const char* from) {
+  using Bits = typename M::Bits;
+  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(Bits) == 0) return *reinterpret_cast<const Bits*>(from);
+  Bits bits = 0;
+  for (unsigned i = 0; i < sizeof(Bits); ++i)
+    bits |= static_cast<Bits>(static_cast<Bits>(static_cast<unsigned char>(from[i])) << (8 * i));
+  return bits;
+}
+
+template <class S>
+__device__ void store_one(char* to, typename S::Bits bits) {
+  using Bits = typename S::Bits;
+  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(Bits) == 0) {
+    *reinterpret_cast<Bits*>(to) = bits;
+    return;
+  }
+  for (unsigned i = 0; i < sizeof(Bits); ++i) to[i] = static_cast<char>(bits >> (8 * i));
+}
+
+template <class M, int E>
+__device__ Elements<M, E> load(const char* from) {
+  if constexpr (E == 1) return {{load_one<M>(from)}};
+  else return *reinterpret_cast<const Elements<M, E>*>(from);
+}
+
+template <class T, class M>
+__device__ T widen(typename M::Bits bits) {
+  return static_cast<T>(M::template widen<typename M::Float>(static_cast<typename M::Word>(bits)));
+}
+
+// Takes E elements through G models of storage type M. All loads first, before anything of the base is looked at, which is
+// on its way, too.
+template <class T, class S, class M, int E, int G, class Seen>
+__device__ void see(const std::int64_t* addresses, std::int64_t element, const Elements<S, E>& base, bool task_vectors,
+                    Seen (&seen)[E]) {
+  Elements<M, E> x[G];
+#pragma unroll
+  for (int k = 0; k < G; ++k)
+    x[k] = load<M, E>(reinterpret_cast<const char*>(addresses[k]) + element * sizeof(typename M::Bits));
+#pragma unroll
+  for (int e = 0; e < E; ++e) {
+    const T from = task_vectors ? T(0) : widen<T, S>(base.bits[e]);
+#pragma unroll
+    for (int k = 0; k < G; ++k) seen[e].see(widen<T, M>(x[k].bits[e]) - from);
+  }
+}
+
+// The same for `same` models of one storage type, in groups.
+template <class T, class S, class M, int E, class Seen>
+__device__ void see(const std::int64_t* addresses, std::int64_t same, std::int64_t element, const Elements<S, E>& base,
+                    bool task_vectors, Seen (&seen)[E]) {
+  constexpr int fit = kGroupBytes<Seen> / (E * static_cast<int>(sizeof(typename M::Bits)));
+  constexpr int G = fit < kGroup ? fit : kGroup;
+  std::int64_t k = 0;
+  for (; k + G <= same; k += G) see<T, S, M, E, G>(addresses + k, element, base, task_vectors, seen);
+  if constexpr (G > 4) {
+    if (same - k >= 4) see<T, S, M, E, 4>(addresses + k, element, base, task_vectors, seen), k += 4;
+  }
+  if constexpr (G > 2) {
+    if (same - k >= 2) see<T, S, M, E, 2>(addresses + k, element, base, task_vectors, seen), k += 2;
+  }
+  if constexpr (G > 1) {
+    if (same - k >= 1) see<T, S, M, E, 1>(addresses + k, element, base, task_vectors, seen);
+  }
+}
+
+struct Counts {
+  int agreed = 0, nonfinite = 0;
+};
+
+// E elements of a segment, from all models to what is stored.
+template <class T, class S, class Seen, int E>
+__device__ void merge(const Work<T>& work, const std::int64_t* row, std::int64_t element, Counts& counts) {
+  const Batch& batch = work.batch;
+  const std::int64_t offset = element * sizeof(typename S::Bits);
+  Elements<S, E> stored = {};
+  if (row[1]) stored = load<S, E>(reinterpret_cast<const char*>(row[1]) + offset);
+  Seen seen[E];
+  for (std::int64_t k = 0, same; k < batch.n; k += same) {
+    const Dtype dtype = batch.dtypes[k];
+    for (same = 1; k + same < batch.n && batch.dtypes[k + same] == dtype;) ++same;
+    const std::int64_t* addresses = row + 3 + k;
+    switch (dtype) {
+      case kF64:
+        if constexpr (sizeof(T) == 8) see<T, S, F64, E>(addresses, same, element, stored, batch.task_vectors, seen);
+        break;
+      case kF32: see<T, S, F32, E>(addresses, same, element, stored, batch.task_vectors, seen); break;
+      case kF16: see<T, S, F16, E>(addresses, same, element, stored, batch.task_vectors, seen); break;
+      case kBF16: see<T, S, BF16, E>(addresses, same, element, stored, batch.task_vectors, seen); break;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E; ++e) {
+    const auto outcome = finish<S>(stored.bits[e], seen[e], work.constants);
+    stored.bits[e] = outcome.bits;
+    counts.agreed += outcome.agreed;
+    counts.nonfinite += !outcome.finite;
+  }
+  if (!row[2]) return;
+  char* out = reinterpret_cast<char*>(row[2]) + offset;
+  if constexpr (E == 1) store_one<S>(out, stored.bits[0]);
+  else *reinterpret_cast<Elements<S, E>*>(out) = stored;
+}
+
+__device__ void add_for_warp(std::int64_t* to, int count) {
+  const int total = __reduce_add_sync(0xffffffffu, count);
+  if (threadIdx.x % 32 == 0 && total) atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(total));
+}
+
+template <class T, class S, template <class, class> class Seen>
+__global__ void __launch_bounds__(kThreads, 1) merge_tiles(const __grid_constant__ Work<T> work) {
+  constexpr int E = kElements<T, S>;
+  const Batch& batch = work.batch;
+  const std::int64_t* segments = work.tiling.segments;
+  const std::int64_t tiles = work.tiling.tiles;
+  std::int64_t tile = tiles * blockIdx.x / gridDim.x;
+  const std::int64_t end = tiles * (blockIdx.x + 1) / gridDim.x;
+
+  // The last segment with no more tiles before it than this one has.
+  std::int64_t segment = 0;
+  for (std::int64_t above = batch.segments; above - segment > 1;) {
+    const std::int64_t middle = (segment + above) / 2;
+    (segments[2 * middle] <= tile ? segment : above) = middle;
+  }
+  while (tile < end) {
+    const std::int64_t first = segments[2 * segment], next = segments[2 * segment + 2];
+    const std::int64_t last = next < end ? next : end;
+    const std::int64_t* row = batch.row(segment);
+    Counts counts;
+    const std::int64_t whole = (last - first) * kCudaTile, stop = whole < row[0] ? whole : row[0];
+    std::int64_t element = (tile - first) * kCudaTile;
+    if (segments[2 * segment + 1]) {
+      std::int64_t own = element + threadIdx.x * E;
+      for (; own + E <= stop; own += kThreads * E) merge<T, S, Seen<T, T>, E>(work, row, own, counts);
+      element = stop - stop % E;
+    }
+    for (std::int64_t own = element + threadIdx.x; own < stop; own += kThreads)
+      merge<T, S, Seen<T, T>, 1>(work, row, own, counts);
+    add_for_warp(batch.counts + 2 * segment, counts.agreed);
+    add_for_warp(batch.counts + 2 * segment + 1, counts.nonfinite);
+    tile = last;
+    ++segment;
+  }
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device the current one, and gives the caller's back.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "no current device");
+    check(cudaSetDevice(device), "device");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
+void require_on_device(const void* memory, int device, const char* what) {
+  cudaPointerAttributes found;
+  check(cudaPointerGetAttributes(&found, memory), what);
+  if (found.type != cudaMemoryTypeDevice || found.device != device)
+    throw std::invalid_argument(std::string(what) + " is not in the memory of CUDA device " + std::to_string(device));
+}
+
+void require_stream_of(cudaStream_t stream, int device) {
+#if CUDART_VERSION >= 12080
+  int found = device;
+  check(cudaStreamGetDevice(stream, &found), "stream");
+  if (found != device) throw std::invalid_argument("the stream is not one of CUDA device " + std::to_string(device));
+#else
+  check(cudaStreamQuery(stream) == cudaErrorNotReady ? cudaSuccess : cudaGetLastError(), "stream");
+#endif
+}
+
+template <class T, class S, template <class, class> class Seen>
+void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
+  Work<T> work{batch, tiling, {static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)}};
+  void (*const kernel)(Work<T>) = merge_tiles<T, S, Seen>;
+  int processors = 0, resident = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "no code for this device");
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident));
+  void* arguments[] = {&work};
+  check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream), "launch");
+}
+
+template <class T, class S>
+void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
+  if (batch.required == batch.n) launch<T, S, Unanimous>(batch, tiling, device, stream);
+  else launch<T, S, Majority>(batch, tiling, device, stream);
+}
+
+template <class T>
+void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
+  switch (batch.result) {
+    case kF64:
+      if constexpr (sizeof(T) == 8) launch<T, F64>(batch, tiling, device, stream);
+      break;
+    case kF32: launch<T, F32>(batch, tiling, device, stream); break;
+    case kF16: launch<T, F16>(batch, tiling, device, stream); break;
+    case kBF16: launch<T, BF16>(batch, tiling, device, stream); break;
+  }
+}
+
+}  // namespace
+
+void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, int device, std::uint64_t stream_address) {
+  if (!tiles) return;
+  const OnDevice current(device);
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  require_stream_of(stream, device);
+  require_on_device(memory, device, "the table");
+  require_on_device(batch.counts, device, "the memory for the counts");
+  Batch there = batch;
+  there.table = memory + 2 * (batch.segments + 1);
+  there.dtypes = reinterpret_cast<const Dtype*>(there.row(batch.segments));
+  const Tiling tiling{memory, tiles};
+  is_double(batch) ? launch<double>(there, tiling, device, stream) : launch<float>(there, tiling, device, stream);
+}
 
 }  // namespace negmerge

@@ -7,8 +7,13 @@
 
 namespace negmerge {
 
-// Launches a merge on a stream of a device and returns; batch.table and batch.counts are in the device's memory, and so
-// is all that the table points to. elements: of the longest segment. Throws std::runtime_error with CUDA's reason.
-void merge_cuda(const Batch& batch, std::int64_t elements, int device, std::uint64_t stream);
+// A segment is cut into tiles of so many elements, the last one shorter.
+constexpr std::int64_t kCudaTile = 4096;
+
+// Launches a merge on a stream of a device, and returns. batch.table is not looked at, batch.counts and all addresses are
+// of the device's memory. memory, too: int64[segments + 1, 2], the number of tiles before each segment and whether all of
+// its addresses are multiples of 16; then the table; then the models' storage types, a byte each. tiles: of all segments.
+// Throws std::runtime_error with CUDA's reason, std::invalid_argument where device, stream and memory are not of one kind.
+void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, int device, std::uint64_t stream);
 
 }  // namespace negmerge

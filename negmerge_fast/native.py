@@ -59,7 +59,26 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
 
 
 def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    raise NotImplementedError
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
+    import torch
+
+    from . import _native
+
+    device = torch.device(batch.device)
+    memory, tiles = _cuda_memory(batch, _native.cuda_tile)
+    with torch.cuda.device(device):
+        # Both come from torch's allocator, which gives them to nobody before this stream is done with them.
+        on_device = torch.from_numpy(memory).to(torch.cuda.current_device())
+        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
+        _native.merge_cuda(
+            *_signature(batch, rule),
+            on_device.data_ptr(),
+            counts.data_ptr(),
+            tiles,
+            on_device.device.index,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return counts
 
 
 def instruction_set() -> str:
@@ -106,3 +125,14 @@ def _table(batch: Batch) -> np.ndarray[Any, Any]:
     ]
     # An address may have its highest bit set.
     return np.array(rows, np.uint64).reshape(len(rows), 3 + len(batch.signature.models)).view(np.int64)
+
+
+def _cuda_memory(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
+    """What merge_cuda.h calls memory: tiles before each segment and whether it is aligned; the table; the models' types."""
+    table = _table(batch)
+    tiles = np.zeros((len(table) + 1, 2), np.int64)
+    np.cumsum(-(table[:, 0] // -tile), out=tiles[1:, 0])
+    tiles[:-1, 1] = np.bitwise_or.reduce(table[:, 1:], axis=1) % 16 == 0
+    dtypes = bytes(_NUMBERS[dtype] for dtype in batch.signature.models)
+    padded = np.frombuffer(dtypes.ljust(-(len(dtypes) // -8) * 8, b"\0"), np.int64)
+    return np.concatenate([tiles.ravel(), table.ravel(), padded]), int(tiles[-1, 0])
