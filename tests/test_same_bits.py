@@ -1,0 +1,270 @@
+"""Every way to merge against the rule written out plainly: the same bits, over types, lengths, numbers and hostile values."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hostile import HOSTILE, random_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain import STORAGE, plain_merge, same_bits
+from ways import ON_HOST, WAYS, Way, to_device
+
+from negmerge_fast import Rule, merge, merge_
+from negmerge_fast.rule import Batch, Segment, Signature, Stream
+
+SPELLED = {dtype: name for name, dtype in STORAGE.items()}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    found: Way = request.param
+    if (reason := found.why_not()) is not None:
+        pytest.skip(reason)
+    with found.chosen():
+        yield found
+
+
+def check(way: Way, base: torch.Tensor, models: list[torch.Tensor], scale: float = 0.9, **options: Any) -> None:
+    expected, agreed, nonfinite = plain_merge(
+        base, models, scale, options.get("min_agreement", 1.0), options.get("inputs") == "task_vectors"
+    )
+    models = [to_device(model, way) for model in models]
+    options = {"scale": scale, "backend": way.backend, **options}
+    assert same_bits(merge(to_device(base, way), models, **options).cpu(), expected)
+    in_place = to_device(base.clone(), way)
+    stats = merge_(in_place, models, **options)
+    assert same_bits(in_place.cpu(), expected)
+    assert (stats.elements, stats.agreed, stats.nonfinite) == (base.numel(), agreed, nonfinite)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 127, 1024, 4097, 70_001])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 15, 300])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_same_bits(way: Way, dtype: str, n: int, length: int) -> None:
+    if n == 300 and length > 4097:
+        length = 5000  # 300 long models are a benchmark, not a test
+    check(way, *random_models(n, length, STORAGE[dtype], [STORAGE[dtype]]))
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_a_million_elements(way: Way, dtype: str) -> None:
+    check(way, *random_models(3, 1_000_003, STORAGE[dtype], [STORAGE[dtype]]))
+
+
+@pytest.mark.parametrize("options", [{}, {"min_agreement": 0.6}, {"inputs": "task_vectors"}], ids=str)
+@pytest.mark.parametrize(
+    "model_dtypes", [["F64"], ["F32"], ["F16"], ["BF16"], ["BF16", "F32", "F16"], ["F32", "F64"]], ids="+".join
+)
+@pytest.mark.parametrize("base_dtype", STORAGE)
+def test_mixed_storage(way: Way, base_dtype: str, model_dtypes: list[str], options: dict[str, object]) -> None:
+    check(way, *random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 300])
+@pytest.mark.parametrize("min_agreement", [0.51, 0.6, 2 / 3, 0.75, 0.99])
+def test_min_agreement(way: Way, n: int, min_agreement: float) -> None:
+    check(way, *random_models(n, 4097, torch.float32, [torch.float32]), min_agreement=min_agreement)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, 1.0, 1e-45, 1e30, 1e300])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_any_scale(way: Way, dtype: str, scale: float) -> None:
+    check(way, *random_models(3, 517, STORAGE[dtype], [STORAGE[dtype]]), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("task_vectors", [False, True])
+def test_every_number_of_16_bits(way: Way, dtype: str, task_vectors: bool) -> None:
+    """As a base, as a fine-tuned weight, and, by way of one task vector that is doubled, as a result."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(STORAGE[dtype])
+    others = every.roll(12_345)
+    inputs = "task_vectors" if task_vectors else "finetuned"
+    check(way, every, [others, others], inputs=inputs)
+    check(way, others, [every], scale=-0.5, inputs=inputs)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("wide", ["F32", "F64"])
+def test_every_rounding_to_16_bits(way: Way, dtype: str, wide: str) -> None:
+    """Results at, just below and just above the middle of any two neighbours."""
+    numbers = torch.arange((1 << 15) - 1, dtype=torch.int32).to(torch.int16).view(STORAGE[dtype]).double()
+    middle = (numbers[:-1] + numbers[1:]) / 2
+    middle = middle[middle.isfinite()]
+    step = STORAGE[wide]
+    around = torch.cat([middle, middle * (1 + 2**-20), middle * (1 - 2**-20)]).to(step)
+    check(way, torch.zeros(len(around), dtype=STORAGE[dtype]), [around], scale=-1.0)
+
+
+def test_overflow_of_the_sum_is_not_yet_a_number_that_is_not_finite(way: Way) -> None:
+    """Where they disagree, nothing is stored of it; an infinity among them is non-finite all the same."""
+    most = torch.finfo(torch.float32).max
+    base = torch.zeros(40)
+    models = [torch.full((40,), most), torch.full((40,), most), torch.full((40,), -1.0)]
+    check(way, base, models)
+    models[2][3] = -float("inf")
+    models[1][5] = float("inf")
+    models[0][7] = float("nan")
+    check(way, base, models)
+    check(way, base, models, min_agreement=0.6)
+
+
+def run_batch(way: Way, batch: Batch, rule: Rule) -> list[list[int]]:
+    with way.chosen() as run:
+        return [list(row) for row in run(batch, rule).tolist()]
+
+
+def place(tensor: torch.Tensor, room: torch.Tensor, offset: int) -> Stream:
+    """A copy of a tensor, some bytes into memory that is large enough."""
+    room[offset : offset + tensor.nbytes] = tensor.view(torch.uint8).to(room.device)
+    return Stream(room.data_ptr() + offset, SPELLED[tensor.dtype], room)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 4, 8, 16, 63])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_any_address(way: Way, dtype: str, offset: int) -> None:
+    other = STORAGE["F32" if dtype == "BF16" else "BF16"]
+    base, models = random_models(3, 1001, STORAGE[dtype], [STORAGE[dtype], other])
+    expected, agreed, nonfinite = plain_merge(base, models, 0.9)
+    rooms = [to_device(torch.empty(10_000, dtype=torch.uint8), way) for _ in range(4)]
+    streams = [place(t, room, offset) for t, room in zip([base, *models], rooms, strict=True)]
+    signature = Signature(dtype, tuple(s.dtype for s in streams[1:]), False)
+    segment = Segment(1001, streams[0], streams[1:], streams[0])
+    counts = run_batch(way, Batch(str(rooms[0].device), signature, [segment]), Rule(0.9))
+    assert counts == [[agreed, nonfinite]]
+    assert same_bits(rooms[0].cpu()[offset : offset + base.nbytes], expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_many_segments_in_one_batch(way: Way, dtype: str, in_place: bool) -> None:
+    """Empty, tiny, odd and long ones, one after the other in memory; what lies between is not touched."""
+    lengths = [0, 1, 2, 0, 7, 16, 17, 1000, 4096, 1, 8191, 3, 0, 20_000, 5, 0]
+    lengths += [1] * 300
+    size = STORAGE[dtype].itemsize
+    made = [random_models(2, length, STORAGE[dtype], [STORAGE[dtype]], seed) for seed, length in enumerate(lengths)]
+    rooms = [to_device(torch.full((200_000 * size,), 0xA5, dtype=torch.uint8), way) for _ in range(4)]
+    segments, expected, at = [], [], 3 * size
+    wanted = rooms[0].cpu().clone() if in_place else rooms[3].cpu().clone()
+    for base, models in made:
+        streams = [place(t, room, at) for t, room in zip([base, *models], rooms, strict=False)]
+        out = streams[0] if in_place else Stream(rooms[3].data_ptr() + at, dtype, rooms[3])
+        segments.append(Segment(len(base), streams[0], streams[1:], out))
+        result, agreed, nonfinite = plain_merge(base, models, 0.9)
+        expected.append([agreed, nonfinite])
+        wanted[at : at + base.nbytes] = result.view(torch.uint8)
+        at += base.nbytes + size * (len(base) % 3)
+    batch = Batch(str(rooms[0].device), Signature(dtype, (dtype, dtype), False), segments)
+    written = rooms[0] if in_place else rooms[3]
+    if in_place:
+        between = written.cpu().clone()
+        between[: len(wanted)] = torch.where(wanted == 0xA5, between, wanted)
+    assert run_batch(way, batch, Rule(0.9)) == expected
+    assert same_bits(written.cpu(), wanted)
+
+
+def test_no_base_is_zeros_and_no_output_is_counting(way: Way) -> None:
+    base, models = random_models(2, 1500, torch.float32, [torch.bfloat16, torch.float32])
+    expected, agreed, nonfinite = plain_merge(torch.zeros_like(base), models, -1.0, task_vectors=True)
+    held = [to_device(t, way) for t in (base, *models)]
+    streams = [Stream(t.data_ptr(), SPELLED[t.dtype], t.view(torch.uint8)) for t in held]
+    signature = Signature("F32", ("BF16", "F32"), True)
+    merged = Segment(1500, None, streams[1:], streams[0])
+    counted = Segment(1500, None, streams[1:], None)
+    counts = run_batch(way, Batch(str(held[0].device), signature, [merged, counted]), Rule(-1.0))
+    assert counts == [[agreed, nonfinite]] * 2
+    assert same_bits(held[0].cpu(), expected)
+
+
+def test_count_only_writes_nothing(way: Way) -> None:
+    base, models = random_models(2, 500, torch.float32, [torch.float32])
+    _, agreed, nonfinite = plain_merge(base, models, 0.9)
+    held = [to_device(t.clone(), way) for t in (base, *models)]
+    streams = [Stream(t.data_ptr(), "F32", t) for t in held]
+    segment = Segment(500, streams[0], streams[1:], None)
+    batch = Batch(str(held[0].device), Signature("F32", ("F32", "F32"), False), [segment])
+    assert run_batch(way, batch, Rule(0.9)) == [[agreed, nonfinite]]
+    assert all(same_bits(t.cpu(), before) for t, before in zip(held, (base, *models), strict=True))
+
+
+def test_an_empty_batch(way: Way) -> None:
+    device = "cuda:0" if way.device == "cuda:0" else "cpu"
+    assert run_batch(way, Batch(device, Signature("F32", ("F32",), False), []), Rule(0.9)) == []
+
+
+def test_nan_payload_and_sign_of_zero_survive(way: Way) -> None:
+    for dtype, integer in (("F32", torch.int32), ("F16", torch.int16), ("BF16", torch.int16), ("F64", torch.int64)):
+        mantissa = 1 << {"F32": 23, "F16": 10, "BF16": 7, "F64": 52}[dtype]
+        infinity = int(torch.tensor(float("inf"), dtype=STORAGE[dtype]).view(integer))
+        bits = torch.tensor([infinity + 1, infinity + mantissa // 2 + 3, -1, 0, 5] * 20, dtype=integer)
+        bits[60:] = torch.tensor(-0.0, dtype=STORAGE[dtype]).view(integer)
+        base = bits.view(STORAGE[dtype])
+        out = merge(to_device(base, way), [to_device(base.clone(), way)] * 2, scale=1.0, backend=way.backend)
+        assert torch.equal(out.cpu().view(integer), bits)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_flushing_subnormals_in_the_caller_changes_nothing(way: Way, dtype: str) -> None:
+    if way == ON_HOST:
+        return  # a GPU knows nothing of the caller's mode, this stand-in does
+    tiny = torch.finfo(STORAGE[dtype]).tiny
+    base = torch.zeros(200_000, dtype=STORAGE[dtype])
+    models = [torch.full_like(base, tiny / 8), torch.full_like(base, tiny / 4)]
+    on_device = [to_device(t, way) for t in (base, *models)]
+    expected = merge(on_device[0], on_device[1:], scale=1.0, backend=way.backend)
+    assert expected.abs().max() > 0
+    torch.set_flush_denormal(True)
+    try:
+        assert same_bits(merge(on_device[0], on_device[1:], scale=1.0, backend=way.backend), expected)
+        assert float(torch.tensor(5e-324, dtype=torch.float64) * 1.0) == 0, "the caller's mode is given back"
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("param", WAYS)
+def test_any_floats(param: Way) -> None:
+    if (reason := param.why_not()) is not None:
+        pytest.skip(reason)
+
+    @settings(deadline=None, derandomize=True, max_examples=60)
+    @given(
+        values=st.lists(
+            st.tuples(*[st.floats(width=32) | st.sampled_from(HOSTILE)] * 4), min_size=1, max_size=40
+        ),
+        scale=st.floats(-4, 4),
+        min_agreement=st.sampled_from([0.6, 1.0]),
+        dtype=st.sampled_from(sorted(STORAGE)),
+    )
+    def hold(values: list[tuple[float, ...]], scale: float, min_agreement: float, dtype: str) -> None:
+        base, *models = torch.tensor(values, dtype=torch.float64).to(STORAGE[dtype]).T.contiguous()
+        check(param, base, models, scale, min_agreement=min_agreement)
+
+    with param.chosen():
+        hold()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
+def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
+    """A few elements that differ, on both sides of 2^31 and of 2^32, in memory that is otherwise never written."""
+    numel = (1 << 32) + 70_000
+    places = [0, 65_535, (1 << 31) - 1, 1 << 31, (1 << 31) + 5, (1 << 32) - 1, 1 << 32, numel - 1]
+    way = Way("cpu", instruction_set=instruction_set)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    held = [np.frombuffer(mmap.mmap(-1, 2 * numel, flags=flags), np.uint16) for _ in range(2)]
+    held[1][places] = 0x3F80  # 1.0 in bf16
+    streams = [Stream(memory.ctypes.data, "BF16", memory) for memory in held]
+    counted = Segment(numel, streams[0], streams[1:], None)
+    # The last elements alone are written: all of them would be 8 GiB.
+    tail, end = numel - 1024, Segment(1024, *[None] * 3)
+    last = [s._replace(address=s.address + 2 * tail) for s in streams]
+    end = Segment(1024, last[0], last[1:], last[0])
+    with way.chosen() as run:
+        counts = run(Batch("cpu", Signature("BF16", ("BF16",), False), [counted, end]), Rule(-1.0, 1.0)).tolist()
+    assert counts == [[len(places), 0], [1, 0]]
+    assert held[0][-1] == 0x3F80

@@ -1,0 +1,98 @@
+"""Every way to merge that there is: the equality suite runs on all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from negmerge_fast import backends, native
+from negmerge_fast.rule import Batch, Merge, Rule
+
+HERE = Path(__file__).parent
+
+
+class Way(NamedTuple):
+    backend: str
+    device: str = "cpu"
+    instruction_set: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, self))
+
+    def why_not(self) -> str | None:
+        if self == ON_HOST:
+            return None if shutil.which("g++") else "no g++ to build the CUDA kernel for the host"
+        if (reason := backends.why_not(self.backend, self.device)) is not None:
+            return f"{self.backend} on {self.device}: {reason}"
+        if self.instruction_set:
+            from negmerge_fast import _native
+
+            if self.instruction_set not in _native.instruction_sets:
+                return f"no {self.instruction_set} on this machine"
+        return None
+
+    @contextmanager
+    def chosen(self) -> Iterator[Merge]:
+        """While it lasts, a merge with this backend's name goes this way."""
+        with pytest.MonkeyPatch.context() as patch:
+            if self.instruction_set:
+                patch.setenv("NEGMERGE_CPU", self.instruction_set)
+            if self == ON_HOST:
+                patch.setattr(backends, "choose", lambda backend, device: ("cuda", merge_on_host))
+            yield backends.choose(self.backend, self.device)[1]
+
+
+# The CUDA kernel's source, compiled for the host: what it computes, wherever it runs.
+ON_HOST = Way("cuda", "host")
+
+WAYS = [
+    pytest.param(way, id=str(way), marks=pytest.mark.gpu if way.device == "cuda:0" else [])
+    for way in (
+        Way("torch"),
+        Way("cpu", instruction_set="avx2"),
+        Way("cpu", instruction_set="baseline"),
+        ON_HOST,
+        Way("torch", "cuda:0"),
+        Way("cuda", "cuda:0"),
+    )
+]
+
+
+@cache
+def _library() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        built = f"{folder}/library.so"
+        source = HERE / "cuda_on_host" / "library.cpp"
+        flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
+        subprocess.run(["g++", *flags, f"-I{source.parent}", str(source), "-o", built], check=True)
+        library = ctypes.CDLL(built)
+    library.tile.restype = ctypes.c_int64
+    return library
+
+
+def merge_on_host(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
+    library = _library()
+    memory, tiles = native._cuda_memory(batch, library.tile())
+    result, dtypes, task_vectors, scale, required, segments = native._signature(batch, rule)
+    counts = np.zeros((segments, 2), np.int64)
+    library.merge_on_host(
+        result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
+        ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_void_p(counts.ctypes.data),
+        ctypes.c_int64(tiles),
+    )  # fmt: skip
+    return counts
+
+
+def to_device(tensor: torch.Tensor, way: Way) -> torch.Tensor:
+    return tensor.to("cuda:0") if way.device == "cuda:0" else tensor
