@@ -203,12 +203,11 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(stream: Stream, start: int, size: int) -> torch.Tensor:
-    owner = (
-        stream.owner
-        if isinstance(stream.owner, torch.Tensor)
-        else torch.frombuffer(stream.owner, dtype=torch.uint8)
-    )
-    memory = owner.view(torch.uint8)
+    owner = stream.owner
+    if not isinstance(owner, torch.Tensor):
+        owner = torch.frombuffer(owner, dtype=torch.uint8)
+    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
+    memory = owner.as_strided((owner.numel(),), (1,)).view(torch.uint8)
     first = stream.address - memory.data_ptr() + start * FLOAT_SIZES[stream.dtype]
     return memory[first : first + size * FLOAT_SIZES[stream.dtype]]
 

@@ -85,8 +85,9 @@ class Stream(NamedTuple):
 
     address: of the first element, in bytes; any alignment.
     dtype: storage type, a key of FLOAT_SIZES.
-    owner: keeps the address valid for as long as work on it may run: a flat torch
-        tensor that covers the run (on a device, the only way to reach it), or anything with a writable buffer.
+    owner: keeps the address valid for as long as work on it may run: a contiguous torch
+        tensor, of any shape, that covers the run (on a device, the only way to reach it), or anything with a
+        writable buffer.
     """
 
     address: int

@@ -6,7 +6,9 @@ signature a batch: one call of a backend. Everything is checked before the first
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +16,7 @@ import torch
 
 from . import backends
 from .layout import Form, mismatches
-from .overlap import memory, refuse_shared_memory
+from .overlap import plainly_apart, refuse_shared_memory, tied
 from .rule import (
     FLOAT_SIZES,
     Batch,
@@ -36,6 +38,10 @@ _SPELLED = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
     torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
 }  # fmt: skip
+
+_FLOATS = {dtype: spelled for dtype, spelled in _SPELLED.items() if spelled in FLOAT_SIZES}
+# Nothing else at first sight: a subclass may hold its numbers elsewhere.
+_PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
 
 # The name of the one tensor of a model that is just a tensor.
 _ALONE = ""
@@ -67,17 +73,17 @@ def merge(
     weights stay tied. Raises InputError (a ValueError) or TypeError naming model and tensor.
     """
     rule = Rule(scale, min_agreement)
-    job = _Job.of(base, finetuned, "finetuned", inputs, nonfinite, backend)
+    job = _Job(base, finetuned, "finetuned", inputs, nonfinite, backend)
     items = [item._replace(out=torch.empty_like(item.versions[0])) for item in job.items]
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
     merged = {item.name: item.out for item in items}
     result: dict[str, Any] = {}
-    for name, value in job.base.items():
-        owner = job.tied.get(name, name)
-        if owner in merged:
+    for name in job.names:
+        if (owner := job.tied.get(name, name)) in merged:
             result[name] = merged[owner]
         else:
+            value = job.untouched[name]
             result[name] = value.value if isinstance(value, _ExtraState) else value.clone()
     return result[_ALONE] if isinstance(base, torch.Tensor) else result
 
@@ -100,7 +106,7 @@ def merge_(
     Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
     """
     rule = Rule(scale, min_agreement)
-    return _Job.of(base, finetuned, "finetuned", inputs, nonfinite, backend).run_in_place(rule)
+    return _Job(base, finetuned, "finetuned", inputs, nonfinite, backend).run_in_place(rule)
 
 
 def negate_(
@@ -117,7 +123,7 @@ def negate_(
     tensors may be missing. One multiplication and one addition, rounded each, in float32 (float64 for fp64).
     """
     rule = Rule(scale)
-    job = _Job.of(base, [tau], "tau", "task_vectors", nonfinite, backend)
+    job = _Job(base, [tau], "tau", "task_vectors", nonfinite, backend)
     return job.run_in_place(rule)
 
 
@@ -136,7 +142,7 @@ def merge_task_vectors(
     """
     rule = Rule(-1.0, min_agreement)
     models = _models(task_vectors, "task_vectors")
-    job = _Job.of(
+    job = _Job(
         models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]"
     )
     if isinstance(models[0], torch.Tensor) and not job.items:
@@ -149,11 +155,13 @@ def merge_task_vectors(
         widest = vectors[0].dtype
         for vector in vectors:
             widest = torch.promote_types(widest, vector.dtype)
-        items.append(_Item(item.name, [None, *vectors], torch.empty_like(vectors[0], dtype=widest)))
+        out = torch.empty_like(vectors[0], dtype=widest)
+        segment = item.segment and item.segment._replace(base=None)
+        items.append(_Item(item.name, [None, *vectors], segment, out))
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
     merged = {item.name: item.out for item in items}
-    result = {n: merged[job.tied.get(n, n)] for n in job.base if job.tied.get(n, n) in merged}
+    result = {n: merged[job.tied.get(n, n)] for n in job.names if job.tied.get(n, n) in merged}
     return result[_ALONE] if isinstance(models[0], torch.Tensor) else result
 
 
@@ -164,50 +172,35 @@ class _ExtraState(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """All versions of one tensor: the base (None: zeros), the models'; out None: count only."""
+    """All versions of one tensor: the base (None: zeros), the models'; out None: count only.
+
+    segment: theirs, without out, if they were seen to be flat.
+    """
 
     name: str
     versions: list[Any]
+    segment: Segment | None = None
     out: torch.Tensor | None = None
 
-    @property
-    def result(self) -> torch.dtype:
-        first = self.versions[0] if self.out is None else self.out
-        return torch.float64 if first is None else first.dtype
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the searches for cycles that thousands of new tuples set off, each through all objects of the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Job:
     """One call: the tensors paired by name and checked, and how to run and describe them."""
 
+    @_uncollected()
     def __init__(
         self,
-        base: dict[str, Any],
-        models: list[dict[str, Any]],
-        where: Callable[[int | None, str], str],
-        inputs: Inputs,
-        nonfinite: NonFinite,
-        backend: str,
-        reference: str,
-    ) -> None:
-        self.base, self.where = base, where
-        self.task_vectors, self.nonfinite = inputs == "task_vectors", nonfinite
-        problems = mismatches(
-            _forms(base), [_forms(m) for m in models], where, self.task_vectors, reference
-        ) or list(_other_devices(base, models, where))
-        if problems:
-            raise InputError("; ".join(problems))
-        self.tied = _tied(base, models, where)
-        self.items = [
-            _Item(name, [tensor, *(m[name] for m in models)])
-            for name, tensor in base.items()
-            if _is_float(tensor) and name not in self.tied
-        ]
-        devices = {str(item.versions[0].device) for item in self.items}
-        self.merges = {device: backends.choose(backend, device)[1] for device in devices or {"cpu"}}
-
-    @classmethod
-    def of(
-        cls,
         base: Model,
         finetuned: Sequence[Model],
         label: str,
@@ -215,7 +208,7 @@ class _Job:
         nonfinite: NonFinite,
         backend: str,
         reference: str = "base",
-    ) -> _Job:
+    ) -> None:
         require_choice("inputs", inputs, ("finetuned", "task_vectors"))
         require_choice("nonfinite", nonfinite, ("keep-base", "error"))
 
@@ -223,15 +216,40 @@ class _Job:
             model = reference if k is None else label if label == "tau" else f"{label}[{k}]"
             return model if name == _ALONE else f"{model}[{name!r}]"
 
-        named_base = _named(base, partial(where, None))
+        self.where, self.task_vectors, self.nonfinite = where, inputs == "task_vectors", nonfinite
+        named = [_named(base, where(None, _ALONE))]
         models = _models(finetuned, label)
         for k, model in enumerate(models):
             if isinstance(model, torch.Tensor) != isinstance(base, torch.Tensor):
                 raise TypeError(
                     f"{where(k, _ALONE)}: {type(model).__name__}, but {reference} is {type(base).__name__}"
                 )
-        named = [_named(model, partial(where, k)) for k, model in enumerate(models)]
-        return cls(named_base, named, where, inputs, nonfinite, backend, reference)
+        named += [_named(model, where(k, _ALONE)) for k, model in enumerate(models)]
+        self._pair(named, reference)
+        devices = {str(device) for device in {item.versions[0].device for item in self.items}}
+        self.merges = {device: backends.choose(backend, device)[1] for device in devices or {"cpu"}}
+
+    def _pair(self, named: list[dict[str, Any]], reference: str) -> None:
+        self.names = list(named[0])
+        # As a rule these are all, and nothing is left for the closer look that follows.
+        flat = {name: item for name in self.names if (item := _look(name, named))}
+        base, *models = rest = [
+            _checked({n: v for n, v in model.items() if n not in flat}, partial(self.where, k))
+            for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
+        ]
+        problems = mismatches(
+            _forms(base), [_forms(m) for m in models], self.where, self.task_vectors, reference
+        ) or list(_other_devices(base, models, self.where))
+        if problems:
+            raise InputError("; ".join(problems))
+        items = {
+            name: flat.get(name) or _Item(name, [m[name] for m in rest])
+            for name in self.names
+            if name in flat or _is_float(base[name])
+        }
+        self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
+        self.items = [item for name, item in items.items() if name not in self.tied]
+        self.untouched = {name: value for name, value in base.items() if name not in items}
 
     def run(self, items: list[_Item], rule: Rule) -> Stats:
         stats = Stats()
@@ -242,25 +260,27 @@ class _Job:
             del batch, finish  # and with them the copies of scattered tensors, before the next are made
         return stats
 
-    def _uses(self) -> Iterator[tuple[torch.Tensor, bool, str]]:
-        """Every tensor that a merge in place uses, whether it is written, and what to call it."""
-        for item in self.items:
-            for k, tensor in enumerate(item.versions):
-                yield tensor, k == 0, self.where(k - 1 if k else None, item.name)
-        for name, tensor in self.base.items():
-            # Integer tensors are the base's, untouched: a view of the weights as integers would not be.
-            if isinstance(tensor, torch.Tensor) and not _is_float(tensor):
-                yield tensor, False, self.where(None, name)
-
     def run_in_place(self, rule: Rule) -> Stats:
-        refuse_shared_memory(self._uses())
+        # They are the base's, untouched: a view of the weights as integers would not be.
+        integers = {n: t for n, t in self.untouched.items() if isinstance(t, torch.Tensor)}
+        flat = [item.segment for item in self.items if item.segment]
+        if len(flat) < len(self.items) or not plainly_apart(flat, integers.values()):
+            refuse_shared_memory(self._uses(integers))
         if self.nonfinite == "error":
             self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
         for item in self.items:
             # Autograd must notice what is written through addresses, too.
             if not item.versions[0].is_inference():
                 torch.autograd.graph.increment_version(item.versions[0])
-        return self.run([item._replace(out=item.versions[0]) for item in self.items], rule)
+        return self.run([_Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items], rule)
+
+    def _uses(self, integers: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool, str]]:
+        """Every tensor that a merge in place uses, whether it is written, and what to call it."""
+        for item in self.items:
+            for k, tensor in enumerate(item.versions):
+                yield tensor, k == 0, self.where(k - 1 if k else None, item.name)
+        for name, tensor in integers.items():
+            yield tensor, False, self.where(None, name)
 
     def refuse_nonfinite(self, items: list[_Item], rule: Rule, stats: Stats) -> None:
         """With nonfinite="error", name the first non-finite element, if there is one."""
@@ -282,26 +302,57 @@ def _models(models: Sequence[Model], label: str) -> list[Model]:
     return listed
 
 
-def _named(model: Model, where: Callable[[str], str]) -> dict[str, Any]:
-    """Names to detached tensors; a module's extra state is kept as it is."""
+def _named(model: Model, where: str) -> dict[str, Any]:
     if isinstance(model, torch.Tensor):
-        model = {_ALONE: model}
-    elif isinstance(model, torch.nn.Module):
-        model = model.state_dict()
-    elif not isinstance(model, Mapping):
-        raise TypeError(
-            f"{where(_ALONE)}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module"
-        )
-    named: dict[str, Any] = {}
-    for name, value in model.items():
+        return {_ALONE: model}
+    if isinstance(model, torch.nn.Module):
+        return dict(model.state_dict())
+    if isinstance(model, Mapping):
+        return dict(model.items())
+    raise TypeError(f"{where}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module")
+
+
+def _look(name: str, models: list[dict[str, Any]]) -> _Item | None:
+    """The tensors of a name with their segment, if all are plain, contiguous, of one shape and on one device.
+
+    This is most of what a merge of many small tensors costs: each is visited once, and no view of it is made.
+    """
+    if str(name).endswith("_extra_state"):
+        return None
+    streams: list[Stream] = []
+    shape = device = None
+    for model in models:
+        tensor: Any = model.get(name)
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+            return None
+        dtype = _FLOATS.get(tensor.dtype)
+        if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
+            return None
+        if shape is None:
+            shape, device = tensor.shape, tensor.device
+        elif tensor.shape != shape or tensor.device != device:
+            return None
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        # What Stream(...) does, less a call of a Python function: a tenth of it all.
+        streams.append(tuple.__new__(Stream, (tensor.data_ptr(), dtype, tensor)))
+    if tensor.is_meta:
+        return None
+    return _Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
+
+
+def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
+    """The tensors, detached; a module's extra state is kept as it is."""
+    checked: dict[str, Any] = {}
+    for name, value in named.items():
         if str(name).endswith("_extra_state"):
-            named[name] = _ExtraState(value)
+            checked[name] = _ExtraState(value)
         elif isinstance(value, torch.Tensor):
             _require_plain(value, where(name))
-            named[name] = value.detach()
+            checked[name] = value.detach()
         else:
             raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor")
-    return named
+    return checked
 
 
 def _require_plain(tensor: torch.Tensor, where: str) -> None:
@@ -315,7 +366,7 @@ def _require_plain(tensor: torch.Tensor, where: str) -> None:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and _SPELLED.get(value.dtype) in FLOAT_SIZES
+    return isinstance(value, torch.Tensor) and value.dtype in _FLOATS
 
 
 def _forms(named: dict[str, Any]) -> dict[str, Form]:
@@ -335,44 +386,18 @@ def _other_devices(
                 yield f"{where(k, name)}: on {model[name].device}, expected {tensor.device} like {where(None, name)}"
 
 
-def _tied(
-    base: dict[str, Any], models: list[dict[str, Any]], where: Callable[[int | None, str], str]
-) -> dict[str, str]:
-    """Names whose memory has an earlier name already, and that name. The models must hold equal values for both."""
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for name, tensor in base.items():
-        if not _is_float(tensor) or not tensor.numel():
-            continue
-        if (earlier := first.setdefault(memory(tensor), name)) == name:
-            continue
-        tied[name] = earlier
-        for k, model in enumerate(models):
-            here, there = model[name], model[earlier]
-            if memory(here) != memory(there) and not _same_bits(here, there):
-                raise InputError(
-                    f"{where(k, name)}: differs from {earlier!r}, expected equal: {where(None, name)} is tied to it"
-                )
-    return tied
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    as_bytes = [_flat(t.resolve_neg().contiguous()).view(torch.uint8) for t in (left, right)]
-    return left.dtype == right.dtype and torch.equal(*as_bytes)
-
-
 def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
     """Batches, the names of their segments, and what to do when one is merged."""
-    groups: dict[tuple[str, Signature], list[tuple[str, Segment]]] = {}
+    groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}
     scattered = []
     for item in items:
-        flat = _in_memory_order([*item.versions, item.out])
-        if all(t is None or (t.is_contiguous() and not t.is_neg()) for t in flat):
-            groups.setdefault(_key(item, task_vectors), []).append((item.name, _segment(flat)))
+        if segment := _where_it_is(item):
+            key = item.versions[1].device, _signature(segment, task_vectors)
+            groups.setdefault(key, []).append((item.name, segment))
         else:
             scattered.append(item)
     for (device, signature), members in groups.items():
-        yield Batch(device, signature, [s for _, s in members]), [n for n, _ in members], lambda: None
+        yield Batch(str(device), signature, [s for _, s in members]), [n for n, _ in members], lambda: None
     for item in scattered:  # one at a time, for their flat copies are extra memory
         *versions, out = _in_memory_order([*item.versions, item.out])
         copies = [None if t is None else t.resolve_neg().contiguous() for t in versions]
@@ -383,11 +408,32 @@ def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, li
                 with torch.inference_mode():
                     out.copy_(merged)
 
-        device, signature = _key(item, task_vectors)
-        batch = Batch(device, signature, [_segment([*copies, merged])])
-        del copies, versions
+        segment = _segment([*copies, merged])
+        batch = Batch(str(item.versions[1].device), _signature(segment, task_vectors), [segment])
+        del copies, versions, segment
         yield batch, [item.name], finish
         del batch, finish, merged
+
+
+def _where_it_is(item: _Item) -> Segment | None:
+    """The segment that reads and writes the tensors themselves, if they are flat in the order of the first one's strides."""
+    if item.segment:
+        numel, base, models, _ = item.segment
+        return Segment(numel, base, models, base if item.out is item.versions[0] else _stream(item.out))
+    tensors = _in_memory_order([*item.versions, item.out])
+    if all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors):
+        return _segment(tensors)
+    return None
+
+
+def _signature(segment: Segment, task_vectors: bool) -> Signature:
+    result: Any = segment.out or segment.base
+    return Signature(result.dtype, tuple([m.dtype for m in segment.models]), task_vectors)
+
+
+def _segment(contiguous: list[Any]) -> Segment:
+    base, *models, out = map(_stream, contiguous)
+    return Segment(contiguous[1].numel(), base, [m for m in models if m], out)
 
 
 def _in_memory_order(tensors: list[Any]) -> list[Any]:
@@ -397,19 +443,7 @@ def _in_memory_order(tensors: list[Any]) -> list[Any]:
     return [None if t is None else t.permute(order) for t in tensors]
 
 
-def _key(item: _Item, task_vectors: bool) -> tuple[str, Signature]:
-    models = item.versions[1:]
-    signature = Signature(_SPELLED[item.result], tuple(_SPELLED[m.dtype] for m in models), task_vectors)
-    return str(models[0].device), signature
-
-
-def _segment(contiguous: list[Any]) -> Segment:
-    base, *models, out = (
-        None if t is None else Stream(t.data_ptr(), _SPELLED[t.dtype], _flat(t)) for t in contiguous
+def _stream(contiguous: torch.Tensor | None) -> Stream | None:
+    return (
+        None if contiguous is None else Stream(contiguous.data_ptr(), _SPELLED[contiguous.dtype], contiguous)
     )
-    return Segment(contiguous[1].numel(), base, [m for m in models if m is not None], out)
-
-
-def _flat(contiguous: torch.Tensor) -> torch.Tensor:
-    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
-    return contiguous.as_strided((contiguous.numel(),), (1,))

@@ -339,3 +339,51 @@ def test_the_order_of_names_changes_no_bit() -> None:
     forward = nm.merge(models[0], models[1:], scale=0.9)
     mixed = nm.merge(backwards[0], [models[1], backwards[2], models[3]], scale=0.9)
     assert all(same_bits(forward[name], mixed[name]) for name in forward)
+
+
+def test_tensors_of_all_kinds_in_one_model() -> None:
+    """Those that are flat as they are, those that are not, and one dimension whose stride says nothing."""
+    odd = torch.empty(7).as_strided((1, 2), (5, 1))
+    shapes = {"flat": torch.empty(3, 4), "scattered": torch.empty(3, 8)[:, ::2], "dense": torch.empty(4, 3).T}
+    shapes |= {"scalar": torch.empty(()), "odd": odd, "none": torch.empty(0), "one": odd[:, :1][0]}
+    models: list[dict[str, torch.Tensor]] = [{} for _ in range(3)]
+    for seed, (name, like) in enumerate(shapes.items()):
+        for model, values in zip(models, versions(*like.shape, n=2, seed=seed), strict=True):
+            storage = torch.empty(like.untyped_storage().nbytes() // 4)
+            model[name] = storage.as_strided(like.shape, like.stride()).copy_(values)
+    plain = {name: expected([m[name].contiguous() for m in models]) for name in shapes}
+    merged = nm.merge(models[0], models[1:], scale=0.9)
+    stats = nm.merge_(models[0], models[1:], scale=0.9)
+    for name in shapes:
+        assert same_bits(merged[name], plain[name]) and same_bits(models[0][name], plain[name])
+        assert stats.tensors[name].elements == plain[name].numel()
+
+
+def test_a_model_of_integers_only() -> None:
+    base = {"n": torch.arange(3)}
+    assert nm.merge_(base, [{"n": torch.zeros(3, dtype=torch.int64)}], scale=1.0).elements == 0
+    assert base["n"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, that these kinds of tensor are on their way out
+def test_problems_are_found_among_tensors_that_fit() -> None:
+    good = {f"t{i}": torch.ones(4) for i in range(5)}
+    other = {name: tensor + 1 for name, tensor in good.items()}
+    for wrong, message in {
+        torch.ones(5): r"finetuned\[1\]\['t3'\]: shape \(5,\), expected \(4,\) like base",
+        torch.ones(4, dtype=torch.int64): r"finetuned\[1\]\['t3'\]: dtype I64",
+        torch.ones(4, device="meta"): r"finetuned\[1\]\['t3'\]: a meta tensor holds no data",
+        torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8): r"\['t3'\]: quantized tensor",
+        torch.nested.nested_tensor([torch.ones(4)]): r"\['t3'\]: nested tensor",
+        good["t2"]: r"finetuned\[1\]\['t3'\]: shares memory with base\['t2'\]",
+    }.items():
+        with pytest.raises((nm.InputError, TypeError), match=message):
+            nm.merge_(good, [other, {**other, "t3": wrong}], scale=1.0)
+    nm.merge_(good, [other, {**other, "t3": other["t2"]}], scale=1.0)
+
+
+def test_neighbours_in_one_memory_are_apart() -> None:
+    memory = torch.randn(4, 3, 10)
+    models = [{str(i): m[i] for i in range(3)} for m in memory.clone()]
+    nm.merge_(models[0], models[1:], scale=0.9)
+    assert all(same_bits(models[0][str(i)], expected([m[i] for m in memory])) for i in range(3))
