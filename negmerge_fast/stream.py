@@ -160,9 +160,7 @@ def prepare(
     name, merge = backends.choose(backend, device)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
     most = (threads or backends.usual_threads()) if name in backends.CONCURRENT else 0
-    workers, chunk, memory = _fit(
-        parse_size(memory_budget), len(models), tensors, max(most, _FEWEST_WORKERS)
-    )
+    workers, chunk, memory = _fit(parse_size(memory_budget), len(models), tensors, max(most, _FEWEST_WORKERS))
     return Job(plan, rule, nonfinite, place, name, merge, device, workers, chunk, memory, threads)
 
 
@@ -330,9 +328,7 @@ class Job:
                 worker.join()
         return stats
 
-    def _work(
-        self, taken: _Pieces, done: _Queue, turns: AbstractContextManager[Any], release: bool
-    ) -> None:
+    def _work(self, taken: _Pieces, done: _Queue, turns: AbstractContextManager[Any], release: bool) -> None:
         """One worker: read, merge and write pieces until there are no more."""
         number = _NONE
         try:

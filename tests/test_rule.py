@@ -1,4 +1,4 @@
-"""The reference against the rule written out plainly: the same bits, over types, lengths, numbers and hostile values."""
+"""The rule itself, and what the reference alone has to keep; test_same_bits.py is for all backends."""
 
 from __future__ import annotations
 
@@ -11,91 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import STORAGE, peak_allocated, plain_merge, same_bits
+from plain import STORAGE, peak_allocated, same_bits
 
-from negmerge_fast import InputError, Rule, merge, merge_, reference, rule
-
-HOSTILE = [
-    0.0,
-    -0.0,
-    1e-45,
-    -1e-45,
-    1e-40,
-    6e-8,
-    float("inf"),
-    -float("inf"),
-    float("nan"),
-    3.4e38,
-    -3.4e38,
-    65504.0,
-    1.0,
-]
-
-
-def random_models(
-    n: int, length: int, base_dtype: torch.dtype, dtypes: list[torch.dtype], seed: int = 0
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A base and n fine-tuned versions that lean to one side, with hostile values strewn in."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(length, generator=generator, dtype=torch.float64)
-    lean = torch.randn(length, generator=generator, dtype=torch.float64)
-    models = [
-        base + lean * 0.1 + 0.05 * torch.randn(length, generator=generator, dtype=torch.float64)
-        for _ in range(n)
-    ]
-    versions = [
-        v.to(t)
-        for v, t in zip(
-            [base, *models], [base_dtype, *(dtypes[k % len(dtypes)] for k in range(n))], strict=True
-        )
-    ]
-    for version in versions:
-        where = torch.randint(length, (min(length, 40),), generator=generator) if length else []
-        for place in where:
-            version[place] = HOSTILE[int(torch.randint(len(HOSTILE), (), generator=generator))]
-        if length > 8:  # an element that is zero in all, and one that none has changed
-            version[0] = 0.0
-            version[1] = float(versions[0][1])
-    return versions[0], versions[1:]
-
-
-def check(base: torch.Tensor, models: list[torch.Tensor], **options: object) -> None:
-    scale = 0.9
-    expected, agreed, nonfinite = plain_merge(
-        base, models, scale, options.get("min_agreement", 1.0), options.get("inputs") == "task_vectors"
-    )
-    out = merge(base, models, scale=scale, **options)
-    assert same_bits(out, expected)
-    in_place = base.clone()
-    stats = merge_(in_place, models, scale=scale, **options)
-    assert same_bits(in_place, expected)
-    assert (stats.elements, stats.agreed, stats.nonfinite) == (base.numel(), agreed, nonfinite)
-
-
-@pytest.mark.parametrize("length", [0, 1, 127, 4097, 1_000_003])
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 300])
-@pytest.mark.parametrize("dtype", STORAGE)
-def test_same_bits(dtype: str, n: int, length: int) -> None:
-    if n == 300 and length > 4097:
-        length = 5000  # 300 models of a million elements are a benchmark, not a test
-    check(*random_models(n, length, STORAGE[dtype], [STORAGE[dtype]]))
-
-
-@pytest.mark.parametrize("options", [{}, {"min_agreement": 0.6}, {"inputs": "task_vectors"}], ids=str)
-@pytest.mark.parametrize(
-    "model_dtypes", [["F64"], ["F32"], ["F16"], ["BF16"], ["BF16", "F32", "F16"], ["F32", "F64"]]
-)
-@pytest.mark.parametrize("base_dtype", STORAGE)
-def test_mixed_storage(base_dtype: str, model_dtypes: list[str], options: dict[str, object]) -> None:
-    check(*random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 300])
-@pytest.mark.parametrize("min_agreement", [0.51, 0.6, 2 / 3, 0.75, 0.99])
-def test_min_agreement(n: int, min_agreement: float) -> None:
-    check(*random_models(n, 4097, torch.float32, [torch.float32]), min_agreement=min_agreement)
+from negmerge_fast import InputError, Rule, merge, merge_, reference
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -103,12 +24,12 @@ def test_general_path_of_a_unanimous_rule_is_the_fast_path(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, models = random_models(8, 4097, STORAGE[dtype], [STORAGE[dtype]])
-    expected = merge(base, models, scale=0.7)
+    expected = merge(base, models, scale=0.7, backend="torch")
     monkeypatch.setattr(
         reference._Workspace, "_unanimous_mean", lambda self, *_: pytest.fail("not the general path")
     )
     monkeypatch.setattr(Rule, "required", lambda self, models: _Unequal(models))
-    assert same_bits(merge(base, models, scale=0.7), expected)
+    assert same_bits(merge(base, models, scale=0.7, backend="torch"), expected)
 
 
 class _Unequal(int):
@@ -120,73 +41,22 @@ class _Unequal(int):
     __hash__ = int.__hash__
 
 
-def test_addresses_need_not_be_aligned() -> None:
-    base, models = random_models(3, 1001, torch.float32, [torch.float32, torch.bfloat16])
-    expected, agreed, nonfinite = plain_merge(base, models, 0.9)
-    memory, streams = [], []
-    for tensor, dtype in zip([base, *models], ["F32", "F32", "BF16", "F32"], strict=True):
-        room = np.empty(tensor.numel() * tensor.element_size() + 1, np.uint8)
-        room[1:] = tensor.view(torch.uint8).numpy()
-        memory.append(room)
-        streams.append(rule.Stream(room.ctypes.data + 1, dtype, room))
-    segment = rule.Segment(1001, streams[0], streams[1:], streams[0])
-    signature = rule.Signature("F32", ("F32", "BF16", "F32"), False)
-    counts = reference.merge(rule.Batch("cpu", signature, [segment]), Rule(0.9))
-    assert counts.tolist() == [[agreed, nonfinite]]
-    assert memory[0][1:].tobytes() == expected.numpy().tobytes()
-
-
-def test_count_only_writes_nothing() -> None:
-    base, models = random_models(2, 500, torch.float32, [torch.float32])
-    before = base.clone()
-    _, agreed, nonfinite = plain_merge(base, models, 0.9)
-    streams = [rule.Stream(t.data_ptr(), "F32", t) for t in (base, *models)]
-    batch = rule.Batch(
-        "cpu",
-        rule.Signature("F32", ("F32", "F32"), False),
-        [rule.Segment(500, streams[0], streams[1:], None)],
-    )
-    assert reference.merge(batch, Rule(0.9)).tolist() == [[agreed, nonfinite]]
-    assert same_bits(base, before)
-
-
-def test_nan_payload_and_sign_of_zero_survive() -> None:
-    bits = torch.tensor([0x7FC12345, 0x7F812345, -0x80000000, -0x3EDCBB], dtype=torch.int32)
-    base = bits.view(torch.float32)
-    out = merge(base, [base.clone(), base.clone()], scale=1.0)
-    assert torch.equal(out.view(torch.int32), bits)
-
-
-@pytest.mark.parametrize("dtype", ["F32", "F64"])
-def test_flushing_subnormals_in_the_caller_changes_nothing(dtype: str) -> None:
-    tiny = torch.finfo(STORAGE[dtype]).tiny
-    base = torch.zeros(200_000, dtype=STORAGE[dtype])
-    models = [torch.full_like(base, tiny / 8), torch.full_like(base, tiny / 4)]
-    expected = merge(base, models, scale=1.0)
-    assert expected.abs().max() > 0
-    torch.set_flush_denormal(True)
-    try:
-        assert same_bits(merge(base, models, scale=1.0), expected)
-        assert float(torch.tensor(5e-324, dtype=torch.float64) * 1.0) == 0, "the caller's mode is given back"
-    finally:
-        torch.set_flush_denormal(False)
-
-
-def test_threads_that_were_started_flushing_change_nothing() -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_threads_that_were_started_flushing_change_nothing(backend: str) -> None:
     """torch's own threads keep the mode for ever: a process of its own."""
     code = """
-import torch
+import sys, torch
 torch.set_num_threads(2)
 torch.set_flush_denormal(True)
 torch.ones(1 << 20).mul_(2)
 import negmerge_fast as nm
 smallest = [torch.full((1 << 20,), bits, dtype=torch.int32).view(torch.float32) for bits in (0, 1 << 20, 1 << 21)]
 assert (smallest[2] * 1.0).view(torch.int32).count_nonzero() == 0, 'nothing flushes here'
-merged = nm.merge(smallest[0], smallest[1:], scale=1.0)
+merged = nm.merge(smallest[0], smallest[1:], scale=1.0, backend=sys.argv[1])
 assert merged.view(torch.int32).count_nonzero() == 1 << 20
 assert torch.get_num_threads() == 2
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, backend], check=True)
 
 
 def test_the_callers_defaults_change_nothing() -> None:
@@ -272,21 +142,6 @@ def test_any_kind_of_number_is_the_float_it_equals(scale: Any) -> None:
     assert Rule(1, np.float32(0.6)).required(25) == Rule(1, float(np.float32(0.6))).required(25)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(
-    values=st.lists(st.tuples(*[st.floats(width=32)] * 4), min_size=1, max_size=30),
-    scale=st.floats(-4, 4),
-    min_agreement=st.sampled_from([0.6, 1.0]),
-)
-def test_any_floats(values: list[tuple[float, ...]], scale: float, min_agreement: float) -> None:
-    base, *models = torch.tensor(values, dtype=torch.float32).T.contiguous()
-    out, agreed, nonfinite = plain_merge(base, models, scale, min_agreement)
-    merged = base.clone()
-    stats = merge_(merged, models, scale=scale, min_agreement=min_agreement)
-    assert same_bits(merged, out)
-    assert (stats.agreed, stats.nonfinite) == (agreed, nonfinite)
-
-
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(
     block=st.integers(1, 300),
@@ -296,12 +151,12 @@ def test_any_floats(values: list[tuple[float, ...]], scale: float, min_agreement
 )
 def test_block_size_and_threads_change_no_bit(block: int, threads: int, n: int, dtype: str) -> None:
     base, models = random_models(n, 1000, STORAGE[dtype], [STORAGE[dtype]])
-    expected = merge(base, models, scale=0.9)
+    expected = merge(base, models, scale=0.9, backend="torch")
     before, size = torch.get_num_threads(), reference.CPU_BLOCK_BYTES
     try:
         torch.set_num_threads(threads)
         reference.CPU_BLOCK_BYTES = block * 8
-        assert same_bits(merge(base, models, scale=0.9), expected)
+        assert same_bits(merge(base, models, scale=0.9, backend="torch"), expected)
     finally:
         torch.set_num_threads(before)
         reference.CPU_BLOCK_BYTES = size
@@ -328,5 +183,5 @@ def test_extra_memory_is_a_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> Non
     """The most that is ever allocated: by a general merge in double precision, rounded to another type."""
     base, models = random_models(3, 1_000_000, torch.bfloat16, [torch.float64])
     monkeypatch.setattr(reference, "_kept", threading.local())
-    peak = peak_allocated(lambda: merge_(base, models, scale=0.9, min_agreement=0.6))
+    peak = peak_allocated(lambda: merge_(base, models, scale=0.9, min_agreement=0.6, backend="torch"))
     assert reference.CPU_BLOCK_BYTES < peak <= reference.SCRATCH_BYTES

@@ -30,7 +30,9 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
         yield found
 
 
-def check(way: Way, base: torch.Tensor, models: list[torch.Tensor], scale: float = 0.9, **options: Any) -> None:
+def check(
+    way: Way, base: torch.Tensor, models: list[torch.Tensor], scale: float = 0.9, **options: Any
+) -> None:
     expected, agreed, nonfinite = plain_merge(
         base, models, scale, options.get("min_agreement", 1.0), options.get("inputs") == "task_vectors"
     )
@@ -59,10 +61,14 @@ def test_a_million_elements(way: Way, dtype: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"min_agreement": 0.6}, {"inputs": "task_vectors"}], ids=str)
 @pytest.mark.parametrize(
-    "model_dtypes", [["F64"], ["F32"], ["F16"], ["BF16"], ["BF16", "F32", "F16"], ["F32", "F64"]], ids="+".join
+    "model_dtypes",
+    [["F64"], ["F32"], ["F16"], ["BF16"], ["BF16", "F32", "F16"], ["F32", "F64"]],
+    ids="+".join,
 )
 @pytest.mark.parametrize("base_dtype", STORAGE)
-def test_mixed_storage(way: Way, base_dtype: str, model_dtypes: list[str], options: dict[str, object]) -> None:
+def test_mixed_storage(
+    way: Way, base_dtype: str, model_dtypes: list[str], options: dict[str, object]
+) -> None:
     check(way, *random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
 
 
@@ -147,7 +153,10 @@ def test_many_segments_in_one_batch(way: Way, dtype: str, in_place: bool) -> Non
     lengths = [0, 1, 2, 0, 7, 16, 17, 1000, 4096, 1, 8191, 3, 0, 20_000, 5, 0]
     lengths += [1] * 300
     size = STORAGE[dtype].itemsize
-    made = [random_models(2, length, STORAGE[dtype], [STORAGE[dtype]], seed) for seed, length in enumerate(lengths)]
+    made = [
+        random_models(2, length, STORAGE[dtype], [STORAGE[dtype]], seed)
+        for seed, length in enumerate(lengths)
+    ]
     rooms = [to_device(torch.full((200_000 * size,), 0xA5, dtype=torch.uint8), way) for _ in range(4)]
     segments, expected, at = [], [], 3 * size
     wanted = rooms[0].cpu().clone() if in_place else rooms[3].cpu().clone()
@@ -198,7 +207,12 @@ def test_an_empty_batch(way: Way) -> None:
 
 
 def test_nan_payload_and_sign_of_zero_survive(way: Way) -> None:
-    for dtype, integer in (("F32", torch.int32), ("F16", torch.int16), ("BF16", torch.int16), ("F64", torch.int64)):
+    for dtype, integer in (
+        ("F32", torch.int32),
+        ("F16", torch.int16),
+        ("BF16", torch.int16),
+        ("F64", torch.int64),
+    ):
         mantissa = 1 << {"F32": 23, "F16": 10, "BF16": 7, "F64": 52}[dtype]
         infinity = int(torch.tensor(float("inf"), dtype=STORAGE[dtype]).view(integer))
         bits = torch.tensor([infinity + 1, infinity + mantissa // 2 + 3, -1, 0, 5] * 20, dtype=integer)
@@ -248,6 +262,18 @@ def test_any_floats(param: Way) -> None:
         hold()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [2, 9])
+def test_threads_change_no_bit(way: Way, n: int, threads: int) -> None:
+    """Enough elements for all of them; more threads than processors, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(way, *random_models(n, 300_001, torch.bfloat16, [torch.float32]))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
 def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
@@ -265,6 +291,8 @@ def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     last = [s._replace(address=s.address + 2 * tail) for s in streams]
     end = Segment(1024, last[0], last[1:], last[0])
     with way.chosen() as run:
-        counts = run(Batch("cpu", Signature("BF16", ("BF16",), False), [counted, end]), Rule(-1.0, 1.0)).tolist()
+        counts = run(
+            Batch("cpu", Signature("BF16", ("BF16",), False), [counted, end]), Rule(-1.0, 1.0)
+        ).tolist()
     assert counts == [[len(places), 0], [1, 0]]
     assert held[0][-1] == 0x3F80
