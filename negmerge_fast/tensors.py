@@ -6,9 +6,7 @@ signature a batch: one call of a backend. Everything is checked before the first
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +15,7 @@ import torch
 from . import backends
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
+from .process import uncollected, uninterrupted
 from .rule import (
     FLOAT_SIZES,
     Batch,
@@ -101,7 +100,8 @@ def merge_(
     """merge, in place on base; the arguments are merge's. Tied weights are updated once.
 
     Nothing is written if anything is refused: fine-tuned versions that share memory with base included, and with
-    nonfinite="error" any non-finite element (which costs a second reading of everything).
+    nonfinite="error" any non-finite element (which costs a second reading of everything). Once it writes, it finishes:
+    Ctrl-C comes after that.
 
     Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
     """
@@ -183,22 +183,10 @@ class _Item(NamedTuple):
     out: torch.Tensor | None = None
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the searches for cycles that thousands of new tuples set off, each through all objects of the process."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class _Job:
     """One call: the tensors paired by name and checked, and how to run and describe them."""
 
-    @_uncollected()
+    @uncollected()
     def __init__(
         self,
         base: Model,
@@ -272,7 +260,9 @@ class _Job:
             # Autograd must notice what is written through addresses, too.
             if not item.versions[0].is_inference():
                 torch.autograd.graph.increment_version(item.versions[0])
-        return self.run([_Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items], rule)
+        items = [_Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
+        with uninterrupted():
+            return self.run(items, rule)
 
     def _uses(self, integers: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool, str]]:
         """Every tensor that a merge in place uses, whether it is written, and what to call it."""

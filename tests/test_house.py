@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,11 @@ ARROWS = {
     "native": {"__init__", "rule"},
     "overlap": {"rule"},
     "plan": {"checkpoints", "layout", "rule"},
+    "process": set(),
     "reference": {"rule"},
     "rule": set(),
     "stream": {"__init__", "backends", "checkpoints", "plan", "rule", "writer"},
-    "tensors": {"backends", "layout", "overlap", "rule"},
+    "tensors": {"backends", "layout", "overlap", "process", "rule"},
     "writer": {"checkpoints", "rule"},
 }
 
@@ -86,10 +88,29 @@ def test_public_names_are_all_there() -> None:
 
 
 def test_the_formula_stands_in_the_same_words_everywhere() -> None:
-    formula = (
-        "agree = all d_k > 0  or  all d_k < 0\n    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b"
-    )
-    readme = ROOT.parent / "README.md"
-    places = [ROOT / "rule.py", ROOT / "reference.py", *([readme] if readme.exists() else [])]
-    for place in places:
-        assert formula in place.read_text(encoding="utf-8"), place
+    formula = """
+d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+agree = all d_k > 0  or  all d_k < 0
+out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
+"""
+    project = ROOT.parent
+    for place in (
+        ROOT / "rule.py",
+        ROOT / "reference.py",
+        project / "README.md",
+        project / "csrc" / "merge_rule.h",
+    ):
+        lines = place.read_text(encoding="utf-8").splitlines()
+        assert formula in "\n".join(line.strip("/ ") for line in lines), place
+
+
+def test_the_kernels_know_no_files_and_no_torch() -> None:
+    own = {path.name for path in (ROOT.parent / "csrc").iterdir()}
+    allowed = {
+        "algorithm", "atomic", "cstdint", "cstring", "stdexcept", "string", "system_error", "thread", "type_traits", "vector",
+        "cuda_fp16.h", "cuda_runtime.h", "immintrin.h", "pybind11/pybind11.h", "pybind11/stl.h",
+    }  # fmt: skip
+    for name in own:
+        if name.endswith((".h", ".cpp", ".cu")):
+            text = (ROOT.parent / "csrc" / name).read_text(encoding="utf-8")
+            assert set(re.findall(r'#include [<"](.*)[>"]', text)) <= allowed | own, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from plain import peak_allocated, plain_merge, same_bits
 
 import negmerge_fast as nm
+from negmerge_fast import native
+from negmerge_fast.rule import Batch, Rule
 
 
 def versions(
@@ -383,3 +386,23 @@ def test_neighbours_in_one_memory_are_apart() -> None:
     models = [{str(i): m[i] for i in range(3)} for m in memory.clone()]
     nm.merge_(models[0], models[1:], scale=0.9)
     assert all(same_bits(models[0][str(i)], expected([m[i] for m in memory])) for i in range(3))
+
+
+def test_ctrl_c_comes_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never half-updated: two batches, and the signal at the first."""
+    made = {"single": versions(50), "half": [t.half() for t in versions(50)]}
+    base, *finetuned = [{name: tensors[k].clone() for name, tensors in made.items()} for k in range(4)]
+    merge_cpu, calls = native.merge_cpu, []
+
+    def interrupted(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
+        calls.append(batch)
+        signal.raise_signal(signal.SIGINT)
+        return merge_cpu(batch, rule, threads)
+
+    monkeypatch.setattr(native, "merge_cpu", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nm.merge_(base, finetuned, scale=0.9, backend="cpu")
+    assert len(calls) == 2
+    for name, tensors in made.items():
+        assert same_bits(base[name], expected(tensors))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
