@@ -25,6 +25,7 @@ from .checkpoints.huggingface import MANIFEST
 from .rule import InputError
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Output:
@@ -110,8 +111,7 @@ class Output:
         with naming(self.target):
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
-            # Starts writing back what is dirty, without waiting, so that the sync at the end has little left to do.
-            os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+            _start_writing_back(descriptor, offset, len(data))
         with self._files_lock:
             self._unwritten[name] -= len(data)
             complete = not self._unwritten[name]
@@ -268,6 +268,13 @@ def _allocate(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
+
+
+def _start_writing_back(descriptor: int, offset: int, size: int) -> None:
+    """So that the sync at the end has little left to do; not posix_fadvise(DONTNEED), which waits for every processor."""
+    sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if sync_file_range is not None:  # a hint: what it returns does not matter
+        sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def _rename(source: Path, target: Path, flags: int) -> None:

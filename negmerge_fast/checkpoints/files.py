@@ -6,6 +6,7 @@ one descriptor per reading thread, and a file that shrinks or fails is an error,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -57,9 +58,10 @@ class File:
         if not buffer:
             return
         with self.open() as descriptor, naming(self.path):
-            # One hint for the whole stroke: the kernel's own read-ahead starts small in a file just opened.
-            os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
-            done = 0
+            done = _read_cached(descriptor, offset, buffer)
+            if done < len(buffer):
+                # One hint for the whole stroke: the kernel's own read-ahead starts small in a file just opened.
+                os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
             while done < len(buffer):
                 if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
                     raise OSError(f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes")
@@ -75,6 +77,16 @@ class File:
         except PermissionError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
         return buffer
+
+
+def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int:
+    """Read what is in the page cache, and say how much that was: where it is all, looking for each page costs a tenth."""
+    try:
+        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return 0
+        raise
 
 
 @contextmanager
