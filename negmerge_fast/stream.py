@@ -340,7 +340,7 @@ class Job:
                 with turns:
                     counted = list(self._merge(piece, buffers))
                 base = piece.sources[0]
-                self.output.write(piece.target, base.offset, memoryview(buffers[0])[: base.nbytes])
+                self.output.write(piece.target, base.offset, memoryview(buffers[0])[: base.nbytes], release)
                 done.put((number, _Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
         except BaseException as error:
             done.put((number, _Done(error=error)))

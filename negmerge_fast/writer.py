@@ -103,15 +103,21 @@ class Output:
     ) -> None:
         self._release()
 
-    def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write a run of bytes of one file, from any thread; a file that is complete is synced."""
+    def write(self, name: str, offset: int, data: memoryview, release: bool = False) -> None:
+        """Write a run of bytes of one file, from any thread; a file that is complete is synced.
+
+        release: give the pages back to the system, as far as they are on the disk already.
+        """
         if not data:
             return
         descriptor, done = self._descriptor(name), 0
         with naming(self.target):
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
-            _start_writing_back(descriptor, offset, len(data))
+            if release:
+                os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+            else:
+                _start_writing_back(descriptor, offset, len(data))
         with self._files_lock:
             self._unwritten[name] -= len(data)
             complete = not self._unwritten[name]
@@ -271,7 +277,7 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 def _start_writing_back(descriptor: int, offset: int, size: int) -> None:
-    """So that the sync at the end has little left to do; not posix_fadvise(DONTNEED), which waits for every processor."""
+    """So that the sync at the end has little left to do. posix_fadvise(DONTNEED) does that, too, but waits for all CPUs."""
     sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if sync_file_range is not None:  # a hint: what it returns does not matter
         sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
