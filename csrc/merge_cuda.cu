@@ -41,37 +41,58 @@ constexpr int kGroupBytes = sizeof(Seen) > 24 ? 64 : 128;
 template <class T, class S>
 constexpr int kElements = sizeof(T) == 8 && sizeof(typename S::Bits) == 2 ? 4 : 16 / sizeof(typename S::Bits);
 
-// E neighbouring elements, loaded and stored 16 bytes at a time, or all at once where they are fewer.
+// E neighbouring elements of one type.
 template <class M, int E>
-struct alignas(E * sizeof(typename M::Bits) < 16 ? E * sizeof(typename M::Bits) : 16) Elements {
+struct Elements {
   typename M::Bits bits[E];
 };
 
-// One element at any address; the hardware loads and stores only at multiples of its size.
-template <class M>
-__device__ typename M::Bits load_one(const char* from) {
-  using Bits = typename M::Bits;
-  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(Bits) == 0) return *reinterpret_cast<const Bits*>(from);
-  Bits bits = 0;
-  for (unsigned i = 0; i < sizeof(Bits); ++i)
-    bits |= static_cast<Bits>(static_cast<Bits>(static_cast<unsigned char>(from[i])) << (8 * i));
-  return bits;
+// What one instruction loads or stores of so many bytes.
+template <int bytes> struct Access { using type = uint4; };
+template <> struct Access<8> { using type = uint2; };
+template <> struct Access<4> { using type = unsigned; };
+template <> struct Access<2> { using type = unsigned short; };
+
+// Aligned to 16 bytes, or to their size where they are fewer. Nothing is read twice or soon again: past the caches' bulk.
+template <class V>
+__device__ V load(const char* from) {
+  using Part = typename Access<sizeof(V)>::type;
+  Part parts[sizeof(V) / sizeof(Part)];
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(V) / sizeof(Part); ++i) parts[i] = __ldcs(reinterpret_cast<const Part*>(from) + i);
+  return bits_as<V>(parts);
 }
 
-template <class S>
-__device__ void store_one(char* to, typename S::Bits bits) {
-  using Bits = typename S::Bits;
-  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(Bits) == 0) {
-    *reinterpret_cast<Bits*>(to) = bits;
-    return;
-  }
-  for (unsigned i = 0; i < sizeof(Bits); ++i) to[i] = static_cast<char>(bits >> (8 * i));
+template <class V>
+__device__ void store(char* to, const V& value) {
+  using Part = typename Access<sizeof(V)>::type;
+  Part parts[sizeof(V) / sizeof(Part)];
+  memcpy(parts, &value, sizeof value);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(V) / sizeof(Part); ++i) __stcs(reinterpret_cast<Part*>(to) + i, parts[i]);
+}
+
+// One element at any address; the hardware loads and stores only at multiples of its size.
+template <class V>
+__device__ V load_anywhere(const char* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(V) == 0) return load<V>(from);
+  unsigned char bytes[sizeof(V)];
+  for (unsigned i = 0; i < sizeof(V); ++i) bytes[i] = __ldcs(reinterpret_cast<const unsigned char*>(from) + i);
+  return bits_as<V>(bytes);
+}
+
+template <class V>
+__device__ void store_anywhere(char* to, const V& value) {
+  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(V) == 0) return store(to, value);
+  unsigned char bytes[sizeof(V)];
+  memcpy(bytes, &value, sizeof value);
+  for (unsigned i = 0; i < sizeof(V); ++i) __stcs(reinterpret_cast<unsigned char*>(to) + i, bytes[i]);
 }
 
 template <class M, int E>
-__device__ Elements<M, E> load(const char* from) {
-  if constexpr (E == 1) return {{load_one<M>(from)}};
-  else return *reinterpret_cast<const Elements<M, E>*>(from);
+__device__ Elements<M, E> load_elements(const char* from) {
+  using V = Elements<M, E>;
+  return E == 1 ? load_anywhere<V>(from) : load<V>(from);
 }
 
 template <class T, class M>
@@ -87,7 +108,7 @@ __device__ void see(const std::int64_t* addresses, std::int64_t element, const E
   Elements<M, E> x[G];
 #pragma unroll
   for (int k = 0; k < G; ++k)
-    x[k] = load<M, E>(reinterpret_cast<const char*>(addresses[k]) + element * sizeof(typename M::Bits));
+    x[k] = load_elements<M, E>(reinterpret_cast<const char*>(addresses[k]) + element * sizeof(typename M::Bits));
 #pragma unroll
   for (int e = 0; e < E; ++e) {
     const T from = task_vectors ? T(0) : widen<T, S>(base.bits[e]);
@@ -125,7 +146,7 @@ __device__ void merge(const Work<T>& work, const std::int64_t* row, std::int64_t
   const Batch& batch = work.batch;
   const std::int64_t offset = element * sizeof(typename S::Bits);
   Elements<S, E> stored = {};
-  if (row[1]) stored = load<S, E>(reinterpret_cast<const char*>(row[1]) + offset);
+  if (row[1]) stored = load_elements<S, E>(reinterpret_cast<const char*>(row[1]) + offset);
   Seen seen[E];
   for (std::int64_t k = 0, same; k < batch.n; k += same) {
     const Dtype dtype = batch.dtypes[k];
@@ -149,8 +170,7 @@ __device__ void merge(const Work<T>& work, const std::int64_t* row, std::int64_t
   }
   if (!row[2]) return;
   char* out = reinterpret_cast<char*>(row[2]) + offset;
-  if constexpr (E == 1) store_one<S>(out, stored.bits[0]);
-  else *reinterpret_cast<Elements<S, E>*>(out) = stored;
+  E == 1 ? store_anywhere(out, stored) : store(out, stored);
 }
 
 __device__ void add_for_warp(std::int64_t* to, int count) {

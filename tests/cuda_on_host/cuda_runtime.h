@@ -18,6 +18,17 @@ struct dim3 {
 };
 inline dim3 gridDim, blockIdx, threadIdx;
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+template <class V>
+V __ldcs(const V* from) { return *from; }
+template <class V>
+void __stcs(V* to, V value) { *to = value; }
+
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemoryType { cudaMemoryTypeDevice };
