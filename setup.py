@@ -143,14 +143,23 @@ class BuildNative(build_ext):
     """setuptools says where the library goes: into the wheel or, for an editable install, into the source."""
 
     def run(self) -> None:
-        library = Path(self.get_ext_fullpath("negmerge_fast._native")).absolute()
+        library, info = self.files()
         library.parent.mkdir(parents=True, exist_ok=True)
-        info = library.with_suffix(".json")
-        for old in (library, info):
-            old.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)
+        info.unlink(missing_ok=True)
         built = build_what_can_be(library)
         info.write_text(json.dumps(built, indent=2) + "\n")
         print(f"negmerge_fast._native: {json.dumps(built)}", flush=True)
+
+    def files(self) -> list[Path]:
+        """The library, and what is said of it."""
+        library = Path(self.get_ext_fullpath("negmerge_fast._native")).absolute()
+        return [library, library.with_suffix(".json")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For an editable install that links to each file on its own: what a wheel would have where, and where it is."""
+        built = Path(self.build_lib, "negmerge_fast")
+        return {str(built / file.name): str(file) for file in self.files() if file.exists()}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ ARROWS = {
     "__init__": {"rule", "stream", "tensors"},
     "__main__": {"cli"},
     "backends": {"reference", "rule"},
+    "build_info": set(),
     "checkpoints": {"checkpoints", "layout", "rule"},
     "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
     "demo": {"__init__", "rule"},
