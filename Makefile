@@ -32,8 +32,13 @@ ci:
 clean:
 	git clean -xfd
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
-	$(PIP) -e '.[$*]'
+# The package and its kernels are built once; what a target needs comes on top.
+$(VENV)/.package: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
+	$(PIP) 'negmerge_fast[$*]'
 	@touch $@
 
 # mypy looks into the packages that the code imports.

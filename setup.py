@@ -1,8 +1,172 @@
-"""What pyproject.toml cannot say: which folders are packages. The compiled part will be built from here, too."""
+"""What pyproject.toml cannot say: which folders are packages, and how the compiled part is built.
 
-from setuptools import setup
+CMake builds negmerge_fast._native out of csrc/. A machine that lacks what it takes gets the package without it, or
+without its CUDA kernel; why is written beside the library, where negmerge_fast/build_info.py reads it.
 
-setup(
-    packages=["negmerge_fast", "negmerge_fast.checkpoints"],
-    package_data={"negmerge_fast": ["py.typed"]},
-)
+The environment variable NEGMERGE_CUDA says whether the CUDA kernel is compiled: 0 no, 1 yes or fail; by default, if it can be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import textwrap
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path(__file__).resolve().with_name("csrc")
+
+
+class NotBuilt(Exception):
+    """Why the library, or one with CUDA, was not built: one line."""
+
+
+def cuda_wanted(value: str | None) -> bool | None:
+    """What NEGMERGE_CUDA says; None: if it can be had."""
+    if value not in (None, "0", "1"):
+        raise SystemExit(f"NEGMERGE_CUDA={value}: expected 0, 1 or not set")
+    return None if value is None else value == "1"
+
+
+def architectures(listed: str) -> list[int]:
+    """The GPUs to compile for, of those that `nvcc --list-gpu-arch` lists in no order: 80, 90 and the newest.
+
+    Others start from the intermediate code that comes along for each of the three.
+    """
+    known = {int(number) for number in re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)}
+    if not known:
+        raise NotBuilt("nvcc lists no GPU architectures")
+    return sorted(known & {80, 90, max(known)})
+
+
+def first_error(output: str) -> str | None:
+    """What a compiler or, if none has anything to say, CMake complained of first, as one line."""
+    compiler = re.search(r"^.*(?:\berror|\bfatal\s*): .*$", output, re.MULTILINE)
+    cmake = re.search(r"^CMake Error.*\n((?:  .*\n|\n)+)", output, re.MULTILINE)
+    found = compiler[0] if compiler else cmake[1] if cmake else ""
+    return textwrap.shorten(found, 200, placeholder=" ...") or None
+
+
+def run(*command: str | Path) -> str:
+    """Runs a program; returns and prints what it printed."""
+    environment = {**os.environ, "LC_ALL": "C"}  # first_error reads English
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            text=True,
+            errors="backslashreplace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except OSError as error:
+        raise NotBuilt(f"{command[0]}: {error.strerror}") from None
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise NotBuilt(first_error(done.stdout) or f"{command[0]} ended with exit status {done.returncode}")
+    return done.stdout
+
+
+def program(*names: str) -> str:
+    """The first of these programs that is on PATH or beside this Python."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    for name in names:
+        if found := shutil.which(name, path=path):
+            return found
+    raise NotBuilt(f"no {' or '.join(names)} on PATH")
+
+
+def build(library: Path, cuda: bool) -> list[int]:
+    """Builds the library, and returns the GPU architectures that it has code for."""
+    options = {}
+    gpus = []
+    if cuda:
+        nvcc = os.environ.get("CUDACXX") or program("nvcc")
+        gpus = architectures(run(nvcc, "--list-gpu-arch"))
+        options = {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(map(str, gpus))}
+    if "CXX" not in os.environ:
+        program("c++", "g++", "clang++")  # CMake would say less clearly that there is none
+    try:
+        import pybind11
+    except ImportError:
+        raise NotBuilt("pybind11 is not installed") from None
+    cmake = program("cmake")
+    options |= {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(library.parent),
+        "CMAKE_MAKE_PROGRAM": program("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    # Always a new folder: CMake would keep to the compilers and programs of an earlier build, which may be gone.
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            cmake,
+            "-S",
+            CSRC,
+            "-B",
+            folder,
+            "-G",
+            "Ninja",
+            *(f"-D{name}={value}" for name, value in options.items()),
+        )
+        run(cmake, "--build", folder)
+    return gpus
+
+
+def build_what_can_be(library: Path) -> dict[str, object]:
+    """Builds with CUDA, without, or not at all; returns what negmerge_fast/build_info.py says of it."""
+    wanted = cuda_wanted(os.environ.get("NEGMERGE_CUDA"))
+    no_cuda = "left out by NEGMERGE_CUDA=0"
+    if wanted is not False:
+        try:
+            return {"cpu": None, "cuda": None, "cuda_architectures": build(library, cuda=True)}
+        except NotBuilt as error:
+            no_cuda = str(error)
+    if wanted:
+        raise SystemExit(f"NEGMERGE_CUDA=1, but the CUDA kernel cannot be compiled: {no_cuda}")
+    try:
+        return {"cpu": None, "cuda": no_cuda, "cuda_architectures": build(library, cuda=False)}
+    except NotBuilt as error:
+        return {"cpu": str(error), "cuda": str(error), "cuda_architectures": []}
+
+
+class BuildNative(build_ext):
+    """setuptools says where the library goes: into the wheel or, for an editable install, into the source."""
+
+    def run(self) -> None:
+        library, info = self.files()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
+        info.unlink(missing_ok=True)
+        built = build_what_can_be(library)
+        info.write_text(json.dumps(built, indent=2) + "\n")
+        print(f"negmerge_fast._native: {json.dumps(built)}", flush=True)
+
+    def files(self) -> list[Path]:
+        """The library, and what is said of it."""
+        library = Path(self.get_ext_fullpath("negmerge_fast._native")).absolute()
+        return [library, library.with_suffix(".json")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For an editable install that links to each file on its own: what a wheel would have where, and where it is."""
+        built = Path(self.build_lib, "negmerge_fast")
+        return {str(built / file.name): str(file) for file in self.files() if file.exists()}
+
+
+if __name__ == "__main__":
+    setup(
+        packages=["negmerge_fast", "negmerge_fast.checkpoints"],
+        package_data={"negmerge_fast": ["py.typed"]},
+        # With or without a library in it, the wheel is for one Python on one kind of machine: what it says of its build is.
+        ext_modules=[Extension("negmerge_fast._native", sources=[])],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -1,12 +1,26 @@
-"""The README's Python use, with the installed wheel: from tensors, and the checkpoints that the gate merges next."""
+"""The README's Python use, with the installed wheel: from tensors, and the checkpoints that the gate merges next.
 
+The arguments say of the CPU kernel and of the CUDA kernel that they are "compiled", or what is in the reason why not.
+"""
+
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
+from negmerge_fast.build_info import build_info
+
+built = build_info()
+print(f"negmerge_fast {nm.__version__} from {nm.__file__}: {built}")
+for reason, expected in zip((built["cpu"], built["cuda"]), sys.argv[1:], strict=True):
+    assert (reason is None) if expected == "compiled" else (expected in str(reason)), (reason, expected)
+if built["cpu"] is None:
+    native = importlib.import_module("negmerge_fast._native")
+    assert native.cuda == (built["cuda"] is None)
 
 generator = torch.Generator().manual_seed(0)
 base = {"weight": torch.randn(1000, 100, generator=generator)}
@@ -19,4 +33,4 @@ for name, model in [("base", base), ("ft-0", finetuned[0]), ("ft-1", finetuned[1
     Path(name).mkdir()
     save_file(model, f"{name}/model.safetensors", metadata={"format": "pt"})
     Path(name, "config.json").write_text(json.dumps({"name": name}))
-print(f"negmerge_fast {nm.__version__} from {nm.__file__}: {stats}")
+print(stats)

@@ -36,6 +36,15 @@ def why_not(name: str, device: str) -> str | None:
     return None
 
 
+def details(name: str) -> str:
+    """What a person may want to know of a backend beside whether it can run."""
+    if name == "torch":
+        return ""
+    from . import native
+
+    return native.details(name)
+
+
 def choose(backend: str, device: str) -> tuple[str, Merge]:
     """The name and the merge function of a backend for one device; "auto" takes the first that can run there."""
     if backend not in ("auto", *NAMES):

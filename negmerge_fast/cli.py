@@ -359,7 +359,7 @@ def _info() -> str:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from .backends import NAMES, why_not
+    from .backends import NAMES, details, why_not
 
     lines = [f"negmerge_fast {_version()}", f"python {platform.python_version()} on {platform.platform()}"]
     for package in ("torch", "numpy", "safetensors"):
@@ -377,7 +377,8 @@ def _info() -> str:
         pass
     lines.append(f"devices {', '.join(devices)}")
     for name in NAMES:
-        for device in devices:
+        own = devices if name == "torch" else [d for d in devices if d.startswith(name)]
+        for device in own or [f"{name}:0"]:
             reason = why_not(name, device)
-            lines.append(f"backend {name} on {device}: {'usable' if reason is None else reason}")
+            lines.append(f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .build_info import build_info
 from .rule import Batch, InputError, Rule
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ _NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
 def why_not(name: str, device: str) -> str | None:
     """Why the "cpu" or the "cuda" kernel cannot run on a device here; None if it can."""
     if device.partition(":")[0] != name:
-        return f"works on {name}, not on {device}"
+        return f"is for {name}, not for {device}"
+    built = build_info()
+    if (reason := built["cpu" if name == "cpu" else "cuda"]) is not None:
+        return f"not built: {reason}"
     try:
-        from . import _native
+        from . import _native  # noqa: F401
     except ImportError as error:
-        return f"not built: {error}"
+        return f"cannot be loaded: {error}"
     if name == "cpu":
         return None
-    if not _native.cuda:
-        return "not built"
     import torch
 
     if not torch.cuda.is_available():
@@ -40,6 +42,16 @@ def why_not(name: str, device: str) -> str | None:
     if index >= torch.cuda.device_count():
         return f"torch finds {torch.cuda.device_count()} CUDA devices"
     return None
+
+
+def details(name: str) -> str:
+    """What the kernel was compiled for, if it was."""
+    built = build_info()
+    if built["cpu" if name == "cpu" else "cuda"] is not None:
+        return ""
+    if name == "cpu":
+        return f" ({instruction_set()}, {usual_threads()} threads)"
+    return f" (compiled for {', '.join(f'sm_{number}' for number in built['cuda_architectures'])})"
 
 
 def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:

@@ -19,9 +19,16 @@ STREAMS = ("F64", "F32", "F16", "BF16")
 def _cuobjdump() -> str | None:
     """On the path; or where the packages triton and nvidia-cuda-cuobjdump keep it."""
     places = [shutil.which("cuobjdump")]
-    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_cuobjdump/bin")):
+    for package, inside in (
+        ("triton", "backends/nvidia/bin"),
+        ("nvidia", "cu13/bin"),
+        ("nvidia", "cuda_cuobjdump/bin"),
+    ):
         found = find_spec(package)
-        places += [str(Path(folder) / inside / "cuobjdump") for folder in (found and found.submodule_search_locations) or []]
+        places += [
+            str(Path(folder) / inside / "cuobjdump")
+            for folder in (found and found.submodule_search_locations) or []
+        ]
     return next((place for place in places if place and Path(place).exists()), None)
 
 
@@ -36,7 +43,11 @@ def _dump(what: str) -> dict[str, str]:
     kernels = {}
     for part in re.split(r"^Fatbin \w+ code:$", done.stdout, flags=re.MULTILINE)[1:]:
         arch = re.search(r"^arch = (\S+)", part, re.MULTILINE)
-        pattern = r"^\s+Function : (\S+)$" if what == "sass" else r"^\.(?:visible )?entry (\S+)\($|^\.visible \.entry (\S+)\("
+        pattern = (
+            r"^\s+Function : (\S+)$"
+            if what == "sass"
+            else r"^\.(?:visible )?entry (\S+)\($|^\.visible \.entry (\S+)\("
+        )
         pieces = re.split(pattern, part, flags=re.MULTILINE)
         del arch, pieces
     return kernels

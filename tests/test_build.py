@@ -1,0 +1,165 @@
+"""How the kernels are compiled, what is said of it, and what the library depends on. No compiler runs here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from negmerge_fast import build_info
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("negmerge_setup", ROOT / "setup.py")
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+
+
+def test_what_is_said_of_this_build_is_true() -> None:
+    info = build_info.build_info()
+    if info["cpu"] is None:
+        from negmerge_fast import _native
+
+        assert _native.cuda == (info["cuda"] is None) == bool(info["cuda_architectures"])
+    else:
+        assert importlib.util.find_spec("negmerge_fast._native") is None
+    for reason in (info["cpu"], info["cuda"]):
+        assert reason is None or "/csrc/" not in reason, f"our own source does not compile: {reason}"
+
+
+def test_the_library_brings_no_cuda_and_no_torch_into_a_process() -> None:
+    pytest.importorskip("negmerge_fast._native")
+    code = "import negmerge_fast._native; print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    files = {Path(line.split()[-1]).name for line in maps.splitlines() if ".so" in line}
+    assert any(name.startswith("_native.") for name in files)
+    assert not [name for name in files if any(part in name for part in ("cuda", "nvidia", "torch", "c10"))]
+
+
+def test_without_a_file_the_reason_is_that_nothing_was_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build_info, "__file__", str(tmp_path / "build_info.py"))
+    info = build_info.build_info()
+    assert "pip install" in info["cpu"] and "pip install" in info["cuda"]
+    assert info["cuda_architectures"] == []
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, None), ("0", False), ("1", True)])
+def test_cuda_is_asked_for_by_a_variable(value: str | None, wanted: bool | None) -> None:
+    assert setup.cuda_wanted(value) is wanted
+
+
+@pytest.mark.parametrize("value", ["", "yes", "2", " 1"])
+def test_other_values_of_the_variable_are_refused(value: str) -> None:
+    with pytest.raises(SystemExit, match=f"^NEGMERGE_CUDA={value}: expected 0, 1 or not set$"):
+        setup.cuda_wanted(value)
+
+
+@pytest.mark.parametrize(
+    ("listed", "chosen"),
+    [
+        ("compute_75 compute_80 compute_90 compute_100 compute_110 compute_103 compute_121", [80, 90, 121]),
+        ("compute_50 compute_80 compute_86 compute_90 compute_90a", [80, 90]),
+        ("compute_52 compute_70 compute_80 compute_86", [80, 86]),
+        ("compute_90 compute_100 compute_100f compute_140 compute_140a", [90, 140]),
+    ],
+)
+def test_gpus_are_80_and_90_and_the_newest(listed: str, chosen: list[int]) -> None:
+    assert setup.architectures(listed.replace(" ", "\n") + "\n") == chosen
+
+
+def test_a_compiler_that_lists_no_gpus_is_none() -> None:
+    with pytest.raises(setup.NotBuilt, match="no GPU architectures"):
+        setup.architectures("usage: nvcc\n")
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        (
+            "[1/6] Building a.o\nFAILED: a.o\na.cpp:3:7: error: no 'x'\n  3 | x\na.cpp:9:9: error: no 'y'",
+            "a.cpp:3:7: error: no 'x'",
+        ),
+        ("a.cpp:1:10: fatal error: b.h: No such file", "a.cpp:1:10: fatal error: b.h: No such file"),
+        ("nvcc fatal   : Unsupported gpu architecture", "nvcc fatal : Unsupported gpu architecture"),
+        (
+            "-- Found\nCMake Error at a.cmake:7 (message):\n  Could\n  not find\n\n  Python.\nCall Stack:\n  b:1",
+            "Could not find Python.",
+        ),
+        (
+            "CMake Error at a:1 (b):\n  It said\n\n    a.cu(1): error: #error old",
+            "a.cu(1): error: #error old",
+        ),
+        ("CMake Error at a:1 (b):\n  " + "long " * 100, "long " * 39 + "..."),
+        ("-- no errors here", None),
+    ],
+)
+def test_the_reason_is_the_first_error_on_one_line(output: str, error: str | None) -> None:
+    assert setup.first_error(output + "\n") == error
+
+
+def test_a_program_that_is_missing_or_fails_is_named(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(setup.NotBuilt, match=r"^/nonexistent/nvcc: No such file or directory$"):
+        setup.run("/nonexistent/nvcc", "--list-gpu-arch")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho something; exit 3\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(setup.NotBuilt, match=f"^{nvcc} ended with exit status 3$"):
+        setup.run(nvcc)
+    assert "something" in capfd.readouterr().out
+
+
+def test_cuda_that_cannot_be_had_is_left_out_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def build(library: Path, cuda: bool) -> list[int]:
+        tried.append(cuda)
+        if cuda:
+            raise setup.NotBuilt("no nvcc on PATH")
+        return []
+
+    monkeypatch.setattr(setup, "build", build)
+    monkeypatch.delenv("NEGMERGE_CUDA", raising=False)
+    no_cuda = {"cpu": None, "cuda": "no nvcc on PATH", "cuda_architectures": []}
+    assert setup.build_what_can_be(Path("library.so")) == no_cuda
+    monkeypatch.setenv("NEGMERGE_CUDA", "0")
+    assert "NEGMERGE_CUDA=0" in setup.build_what_can_be(Path("library.so"))["cuda"]
+    assert tried == [True, False, False]
+    monkeypatch.setenv("NEGMERGE_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"NEGMERGE_CUDA=1, but .*: no nvcc on PATH$"):
+        setup.build_what_can_be(Path("library.so"))
+    assert tried == [True, False, False, True]
+
+
+def build_without_compilers(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("CXX", "CUDACXX", "NEGMERGE_CUDA")
+    }
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
+    environment = {**kept, "PATH": str(folder / "empty"), **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_build_succeeds_and_nothing_of_an_earlier_one_stays(tmp_path: Path) -> None:
+    library = tmp_path / "negmerge_fast" / f"_native{build_info.EXTENSION_SUFFIXES[0]}"
+    library.parent.mkdir()
+    library.write_text("an earlier build's")
+    done = build_without_compilers(tmp_path)
+    assert done.returncode == 0, done.stderr
+    (file,) = library.parent.iterdir()
+    info = json.loads(file.read_text())
+    assert file == library.with_suffix(".json")
+    assert info["cpu"] == info["cuda"] == "no c++ or g++ or clang++ on PATH"
+    assert json.dumps(info) in done.stdout
+
+    done = build_without_compilers(tmp_path, NEGMERGE_CUDA="1")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("NEGMERGE_CUDA=1, but ")
+    assert list(library.parent.iterdir()) == []
