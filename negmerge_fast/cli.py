@@ -380,5 +380,7 @@ def _info() -> str:
         own = devices if name == "torch" else [d for d in devices if d.startswith(name)]
         for device in own or [f"{name}:0"]:
             reason = why_not(name, device)
-            lines.append(f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}")
+            lines.append(
+                f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
+            )
     return "\n".join(lines)

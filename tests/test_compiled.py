@@ -1,7 +1,8 @@
-"""What the compilers made of the kernels: looked at, not run. No GPU is needed."""
+"""What the compiler made of the CUDA kernel: read, not run, so that no GPU is needed."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,42 +13,67 @@ from pathlib import Path
 import pytest
 
 from negmerge_fast import _native
+from negmerge_fast.build_info import build_info
 
-STREAMS = ("F64", "F32", "F16", "BF16")
+# Arithmetic and storage type, and rule, as they stand in a mangled name.
+KERNELS = [
+    f"merge_tilesI{arithmetic}NS_{len(storage)}{storage}ENS_{len(rule)}{rule}E"
+    for arithmetic, storages in (("f", ("F32", "F16", "BF16")), ("d", ("F64", "F32", "F16", "BF16")))
+    for storage in storages
+    for rule in ("Unanimous", "Majority")
+]
 
 
-def _cuobjdump() -> str | None:
-    """On the path; or where the packages triton and nvidia-cuda-cuobjdump keep it."""
-    places = [shutil.which("cuobjdump")]
-    for package, inside in (
-        ("triton", "backends/nvidia/bin"),
-        ("nvidia", "cu13/bin"),
-        ("nvidia", "cuda_cuobjdump/bin"),
-    ):
-        found = find_spec(package)
-        places += [
-            str(Path(folder) / inside / "cuobjdump")
-            for folder in (found and found.submodule_search_locations) or []
-        ]
-    return next((place for place in places if place and Path(place).exists()), None)
+def _tools() -> str | None:
+    """A folder with cuobjdump and nvdisasm: on the path, or of the packages nvidia-cuda-cuobjdump or triton."""
+    places = [Path(tool).parent for tool in [shutil.which("cuobjdump")] if tool]
+    for package, inside in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        if found := find_spec(package):
+            places += [Path(folder, inside) for folder in found.submodule_search_locations or []]
+    return next((str(place) for place in places if (place / "cuobjdump").exists()), None)
 
 
 @cache
-def _dump(what: str) -> dict[str, str]:
-    """The code of each kernel, by architecture and name: SASS or PTX."""
-    if not _native.cuda:
-        pytest.skip("built without CUDA")
-    if (tool := _cuobjdump()) is None:
-        pytest.skip("no cuobjdump")
-    done = subprocess.run([tool, f"-{what}", _native.__file__], capture_output=True, text=True, check=True)
-    kernels = {}
-    for part in re.split(r"^Fatbin \w+ code:$", done.stdout, flags=re.MULTILINE)[1:]:
-        arch = re.search(r"^arch = (\S+)", part, re.MULTILINE)
-        pattern = (
-            r"^\s+Function : (\S+)$"
-            if what == "sass"
-            else r"^\.(?:visible )?entry (\S+)\($|^\.visible \.entry (\S+)\("
+def _kernels(what: str) -> dict[tuple[str, str], str]:
+    """The code of each kernel in the library, by architecture and name; what: "sass" or "ptx"."""
+    if (reason := build_info()["cuda"]) is not None:
+        pytest.skip(f"no CUDA kernel: {reason}")
+    if (tools := _tools()) is None:
+        pytest.skip("no cuobjdump to read the CUDA kernel with")
+    path = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [f"{tools}/cuobjdump", f"-{what}", _native.__file__],
+        capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
+    )  # fmt: skip
+    found = {}
+    for part in re.split(r"^Fatbin .* code:$", done.stdout, flags=re.MULTILINE):
+        for text in re.split(r"Function : |^\.entry ", part, flags=re.MULTILINE)[1:]:
+            arch = re.search(r"^arch = (\w+)$", part, re.MULTILINE)
+            name = next((kernel for kernel in KERNELS if kernel in text.partition("\n")[0]), None)
+            assert arch and name, text[:200]
+            found[arch[1], name] = text
+    return found
+
+
+def test_every_kernel_is_there_for_every_architecture() -> None:
+    architectures = [f"sm_{number}" for number in build_info()["cuda_architectures"]]
+    assert {"sm_80", "sm_90"} <= set(architectures) or not architectures
+    for what in ("sass", "ptx"):
+        assert set(_kernels(what)) == {(arch, name) for arch in architectures for name in KERNELS}
+
+
+def test_machine_code_loads_16_bytes_at_a_time_and_keeps_to_its_registers() -> None:
+    for (arch, name), code in _kernels("sass").items():
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name} for {arch} uses local memory"
+        # One base, and models in groups of 8, 4, 2 and 1; two loads at a time where registers are short.
+        assert len(re.findall(r"\bLDG\.E\S*\.128\b", code)) >= 8, f"{name} for {arch}"
+        assert re.search(r"\bSTG\.E\S*\.(128|64)\b", code), f"{name} for {arch}"
+
+
+def test_intermediate_code_divides_as_ieee_does_and_fuses_nothing() -> None:
+    for (arch, name), code in _kernels("ptx").items():
+        width = 64 if "merge_tilesId" in name else 32
+        assert f"div.rn.f{width}" in code, f"{name} for {arch}"
+        assert not re.search(r"\bfma\.|\bdiv\.(approx|full)|\.ftz|\brcp\.|\bmad\.\S*f(32|64)", code), (
+            f"{name} for {arch}"
         )
-        pieces = re.split(pattern, part, flags=re.MULTILINE)
-        del arch, pieces
-    return kernels
