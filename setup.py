@@ -62,7 +62,7 @@ def run(*command: str | Path) -> str:
     environment = {**os.environ, "LC_ALL": "C"}  # first_error reads English
     try:
         done = subprocess.run(
-            command, env=environment, text=True, errors="replace", stdout=PIPE, stderr=STDOUT
+            command, env=environment, text=True, errors="backslashreplace", stdout=PIPE, stderr=STDOUT
         )
     except OSError as error:
         raise NotBuilt(f"{command[0]}: {error.strerror}") from None
