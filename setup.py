@@ -3,7 +3,8 @@
 CMake builds negmerge_fast._native out of csrc/. A machine that lacks what it takes gets the package without it, or
 without its CUDA kernel; why is written beside the library, where negmerge_fast/build_info.py reads it.
 
-The environment variable NEGMERGE_CUDA says whether the CUDA kernel is compiled: 0 no, 1 yes or fail; by default, if it can be.
+The environment variable NEGMERGE_CUDA says whether the CUDA kernel is compiled: 0 no, 1 yes or fail; if it is not set,
+where it can be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sysconfig
 import tempfile
 import textwrap
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -60,12 +62,7 @@ def run(*command: str | Path) -> str:
     environment = {**os.environ, "LC_ALL": "C"}  # first_error reads English
     try:
         done = subprocess.run(
-            command,
-            env=environment,
-            text=True,
-            errors="backslashreplace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            command, env=environment, text=True, errors="backslashreplace", stdout=PIPE, stderr=STDOUT
         )
     except OSError as error:
         raise NotBuilt(f"{command[0]}: {error.strerror}") from None
@@ -109,14 +106,7 @@ def build(library: Path, cuda: bool) -> list[int]:
     # Always a new folder: CMake would keep to the compilers and programs of an earlier build, which may be gone.
     with tempfile.TemporaryDirectory() as folder:
         run(
-            cmake,
-            "-S",
-            CSRC,
-            "-B",
-            folder,
-            "-G",
-            "Ninja",
-            *(f"-D{name}={value}" for name, value in options.items()),
+            cmake, "-S", CSRC, "-B", folder, "-G", "Ninja", *(f"-D{name}={options[name]}" for name in options)
         )
         run(cmake, "--build", folder)
     return gpus
