@@ -3,7 +3,7 @@
 // A tile is as many elements as keep their running values in the first-level cache. It is taken through the models in
 // groups of up to 8: within a group the running values stay in registers, and the hardware reads 8 streams well; meanwhile
 // the next group's tile is prefetched to the second-level cache. All models at once touch as many pages, a line at a
-// time; one model at a time moves all running values for every element: both are slower, bench/results/native.jsonl.
+// time; one model at a time moves all running values for every element: both are slower, bench/results/loop.jsonl.
 #include "merge_loop.h"
 
 #include <type_traits>
@@ -20,8 +20,21 @@
 namespace negmerge {
 namespace {
 
-constexpr int kTileBytes = 4096;  // of one running value; best of 2, 4 and 8 KiB
-constexpr int kGroup = 8;         // best of 4 and 8
+// bench/loop.py compiles others; these won, bench/results/loop.jsonl.
+#ifndef NEGMERGE_TILE_BYTES
+#define NEGMERGE_TILE_BYTES 4096
+#endif
+#ifndef NEGMERGE_GROUP
+#define NEGMERGE_GROUP 8
+#endif
+#ifndef NEGMERGE_PREFETCH
+#define NEGMERGE_PREFETCH 1
+#endif
+#ifndef NEGMERGE_PAST_CACHE
+#define NEGMERGE_PAST_CACHE 1
+#endif
+constexpr int kTileBytes = NEGMERGE_TILE_BYTES;  // of one running value
+constexpr int kGroup = NEGMERGE_GROUP;           // models at once
 #ifdef __AVX2__
 constexpr int kPackBytes = 32;
 #else
@@ -100,9 +113,9 @@ NEGMERGE_INLINE typename Pack<T>::N load(const char* from) {
   return convert<N>(S::template widen<F>(convert<Word>(bits)));
 }
 
-// Numbers in the range of S, rounded and stored.
+// Numbers in the range of S, rounded and stored; past_cache: where nobody will read them soon, and the address allows it.
 template <class S, class F>
-NEGMERGE_INLINE void store(char* to, F x) {
+NEGMERGE_INLINE void store(char* to, F x, [[maybe_unused]] bool past_cache) {
   constexpr int lanes = sizeof(F) / sizeof(typename S::Float);
   using Word = typename Vector<typename S::Word, lanes>::type;
   using Bits = typename Vector<typename S::Bits, lanes>::type;
@@ -112,7 +125,18 @@ NEGMERGE_INLINE void store(char* to, F x) {
   else
 #endif
     bits = narrowed<Bits>(S::template round<Word>(x));
+#ifdef __AVX2__
+  if constexpr (sizeof bits == 32)
+    if (past_cache) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)bits);
+#endif
   memcpy(to, &bits, sizeof bits);
+}
+
+// Whether an output has whole packs of 32 bytes to store, apart from the base: it would be read into the cache first.
+template <class S, class T>
+bool past_cache(const char* out, const char* base) {
+  return NEGMERGE_PAST_CACHE && out != base && Pack<T>::lanes * sizeof(typename S::Bits) == 32 &&
+         reinterpret_cast<std::uintptr_t>(out) % 32 == 0;
 }
 
 template <class Mask>
@@ -191,7 +215,7 @@ struct Ahead {
 
   NEGMERGE_INLINE void prefetch(std::int64_t element) const {
     const std::int64_t offset = element * size;
-    if (offset % kLine) return;
+    if (!NEGMERGE_PREFETCH || offset % kLine) return;
     for (int k = 0; k < count; ++k) __builtin_prefetch(streams[k] + offset, 0, 2);
   }
 };
@@ -200,7 +224,7 @@ struct Ahead {
 int group_at(const Batch& batch, std::int64_t k) {
   int same = 1;
   while (same < kGroup && k + same < batch.n && batch.dtypes[k + same] == batch.dtypes[k]) ++same;
-  return same == 8 ? 8 : same >= 4 ? 4 : same >= 2 ? 2 : 1;
+  return same >= 8 ? 8 : same >= 4 ? 4 : same >= 2 ? 2 : 1;
 }
 
 // Takes whole packs of a tile through G models of storage type M. from: what is subtracted.
@@ -249,17 +273,19 @@ void finish_packs(const Work<T>& work, const Tile& tile, const typename Pack<T>:
   constexpr int bytes = P::lanes * sizeof(typename S::Bits);
   const Batch& batch = work.batch;
   char* out = tile.out(batch);
+  const bool past = past_cache<S, T>(out, tile.base(batch));
   typename P::Mask agreed{};
   for (int at = 0; at < packs; at += kPacks) {
-    if (at * bytes % kLine == 0) __builtin_prefetch(ahead + at * bytes, 0, 2);
+    if (NEGMERGE_PREFETCH && at * bytes % kLine == 0) __builtin_prefetch(ahead + at * bytes, 0, 2);
     typename P::Mask agree[kPacks], sure = N{} == N{};
     F result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
       const Seen<T, N>& s = seen[at + j];
+      const N negative = negated(b[at + j], s, work.constants);
       agree[j] = s.agree(work.constants);
-      result[j] = convert<F>(agree[j] ? negated(b[at + j], s, work.constants) : b[at + j]);
-      // A sum is finite only if all that was added is; one that overflows is a false alarm.
-      sure &= (magnitude(s.sum) < N{} + s.kInf) & convert<typename P::Mask>(in_range<S>(result[j]));
+      result[j] = convert<F>(agree[j] ? negative : b[at + j]);
+      sure &= convert<typename P::Mask>(in_range<S>(s.kResultTells ? convert<F>(negative) : result[j]));
+      if (!s.kResultTells) sure &= magnitude(s.sum) < N{} + s.kInf;
     }
     if (__builtin_expect(!all(sure), 0)) {
       merge_each<T, S, Seen>(work, tile, at * P::lanes, (at + kPacks) * P::lanes, counts);
@@ -267,7 +293,7 @@ void finish_packs(const Work<T>& work, const Tile& tile, const typename Pack<T>:
     }
     for (int j = 0; j < kPacks; ++j) {
       agreed -= agree[j];
-      if (out) store<S>(out + (at + j) * bytes, result[j]);
+      if (out) store<S>(out + (at + j) * bytes, result[j], past);
     }
   }
   for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane];
@@ -339,6 +365,9 @@ void merge_run(const Batch& batch, Place place, std::int64_t elements) {
     __atomic_fetch_add(batch.counts + 2 * tile.segment + 1, counts.nonfinite, __ATOMIC_RELAXED);
     tile = next;
   }
+#ifdef __AVX2__
+  _mm_sfence();  // what went past the cache is there for the thread that waits for this one
+#endif
 }
 
 template <class T, class S>

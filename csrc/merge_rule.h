@@ -30,6 +30,8 @@ struct Constants {
 template <class T, class N>
 struct Unanimous {
   static constexpr T kInf = T(__builtin_huge_val());
+  // Where the result is finite, the sum was, and with it b and every d_k: a quick test, with false alarms.
+  static constexpr bool kResultTells = true;
   N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
 
   NEGMERGE_INLINE void see(N d) {
@@ -45,6 +47,7 @@ struct Unanimous {
 // The same for min_agreement below 1: the mean is over the models that agree, added in the same order.
 template <class T, class N>
 struct Majority : Unanimous<T, N> {
+  static constexpr bool kResultTells = false;
   N above = N{}, below = N{}, n_above = N{}, n_below = N{};
 
   NEGMERGE_INLINE void see(N d) {
