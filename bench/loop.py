@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 AVX2 = ["-mavx2", "-mf16c"]
 WAYS = {
     "as built": [],
-    "all models at once, 16 elements": ["-DNEGMERGE_TILE_BYTES=64"],
+    "all models at once (tiles of one step)": ["-DNEGMERGE_TILE_BYTES=64"],
     "one model at a time": ["-DNEGMERGE_GROUP=1"],
     "4 models at a time": ["-DNEGMERGE_GROUP=4"],
     "tile of 2 KiB": ["-DNEGMERGE_TILE_BYTES=2048"],

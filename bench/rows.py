@@ -8,7 +8,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,19 @@ def _commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
-def alternate(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round. One round runs them all in turn, so that a drift of the machine hits all."""
+def alternate(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: time.sleep(0.02),
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round. One round runs them all in turn, so that a drift of the machine hits all.
+
+    before: done before each, and not timed; threads of the way before must have stopped waiting for more work, busily.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
+            before()
             began = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - began)

@@ -45,10 +45,11 @@ from .writer import Output
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 
-# Where one merges at a time: one reads, one merges, one writes.
-_FEWEST_WORKERS = 3
-# The longest stroke for one file, and the shortest worth a system call.
-_LONGEST, _SHORTEST = 2 << 20, 4096
+# One reads, one merges, one writes, where only one may merge at a time; where all may, two keep each other company.
+_WORKERS_IN_TURNS, _FEWEST_WORKERS = 3, 2
+# The longest stroke for one file (best of 256 KiB to 4 MiB: what was read is still in the cache when it is merged), and
+# the shortest worth a system call.
+_LONGEST, _SHORTEST = 1 << 20, 4096
 # What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
 _OBJECTS, _OF_A_TENSOR = 4 << 20, 512
 _MOST_THREADS = 1024
@@ -159,8 +160,10 @@ def prepare(
     device = "cpu" if device == "auto" else device
     name, merge = backends.choose(backend, device)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    most = (threads or backends.usual_threads()) if name in backends.CONCURRENT else 0
-    workers, chunk, memory = _fit(parse_size(memory_budget), len(models), tensors, max(most, _FEWEST_WORKERS))
+    most = _WORKERS_IN_TURNS
+    if name in backends.CONCURRENT:
+        most = max(threads or backends.usual_threads(), _FEWEST_WORKERS)
+    workers, chunk, memory = _fit(parse_size(memory_budget), len(models), tensors, most)
     return Job(plan, rule, nonfinite, place, name, merge, device, workers, chunk, memory, threads)
 
 

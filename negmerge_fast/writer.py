@@ -26,6 +26,7 @@ from .rule import InputError
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _SYNC_FILE_RANGE_WRITE = 2
+_TMPFS = 0x01021994
 
 
 class Output:
@@ -230,6 +231,8 @@ class Output:
             )
         if self.directory:
             self._staged.mkdir()
+        # There, to reserve a page is to fetch it, one after the other; whoever writes it can do that.
+        in_memory = _is_tmpfs(self.work)
         for name, like in self.files.items():
             path = self._path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +242,10 @@ class Output:
             try:
                 if like.size:
                     with naming(self.target):
-                        _allocate(descriptor, like.size)
+                        if in_memory:
+                            os.ftruncate(descriptor, like.size)
+                        else:
+                            _allocate(descriptor, like.size)
             finally:
                 os.close(descriptor)
 
@@ -265,6 +271,12 @@ def _listed(manifest: Path) -> list[str]:
         return [name for name in files if isinstance(name, str)]
     except (OSError, ValueError, TypeError, KeyError):
         return []
+
+
+def _is_tmpfs(path: Path) -> bool:
+    found = ctypes.create_string_buffer(256)  # struct statfs, whose first field says
+    failed = ctypes.CDLL(None).statfs(os.fsencode(path), found)
+    return not failed and ctypes.c_long.from_buffer(found).value == _TMPFS
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -47,7 +47,8 @@ class File:
         """A file descriptor for positioned reads."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if _identity(os.fstat(descriptor)) != self.identity or os.fstat(descriptor).st_size != self.size:
+            found = os.fstat(descriptor)
+            if _identity(found) != self.identity or found.st_size != self.size:
                 raise OSError(f"{self.path}: the file changed while it was being read")
             yield descriptor
         finally:
