@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import __version__, backends
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, Reader, open_checkpoint
 from .plan import Extent, Member, Plan, make_plan, pieces
 from .rule import (
     Batch,
@@ -53,6 +53,8 @@ _LONGEST, _SHORTEST = 1 << 20, 4096
 # What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
 _OBJECTS, _OF_A_TENSOR = 4 << 20, 512
 _MOST_THREADS = 1024
+# Of inputs, by all workers together: a process may usually have 1,024.
+_OPEN_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -336,15 +338,21 @@ class Job:
         number = _NONE
         try:
             buffers = _Buffers(len(self.plan.models) + 1, self.chunk).each
-            while (next_piece := taken.take()) is not None:
-                number, piece = next_piece
-                for source, buffer in zip(piece.sources, buffers, strict=False):
-                    source.file.read_into(source.offset, memoryview(buffer)[: source.nbytes], release)
-                with turns:
-                    counted = list(self._merge(piece, buffers))
-                base = piece.sources[0]
-                self.output.write(piece.target, base.offset, memoryview(buffers[0])[: base.nbytes], release)
-                done.put((number, _Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
+            with Reader(max(_OPEN_FILES // self.workers, 1)) as reader:
+                while (next_piece := taken.take()) is not None:
+                    number, piece = next_piece
+                    for source, buffer in zip(piece.sources, buffers, strict=False):
+                        reader.read_into(
+                            source.file, source.offset, memoryview(buffer)[: source.nbytes], release
+                        )
+                    with turns:
+                        counted = list(self._merge(piece, buffers))
+                    base = piece.sources[0]
+                    self.output.write(
+                        piece.target, base.offset, memoryview(buffers[0])[: base.nbytes], release
+                    )
+                    done.put((number, _Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
+                number = _NONE
         except BaseException as error:
             done.put((number, _Done(error=error)))
         done.put(None)
@@ -383,7 +391,8 @@ class Job:
     def _refuse_nonfinite(self, piece: Extent, buffers: list[Any]) -> None:
         """Name the first non-finite element of a piece; its base was overwritten and is read again."""
         base = piece.sources[0]
-        base.file.read_into(base.offset, memoryview(buffers[0])[: base.nbytes])
+        with Reader(1) as reader:
+            reader.read_into(base.file, base.offset, memoryview(buffers[0])[: base.nbytes])
         for batch, members in self._batches(piece, buffers):
             if found := backends.first_nonfinite(batch, self.rule):
                 row, element, version, value = found

@@ -24,6 +24,7 @@ from .checkpoints.files import naming
 from .checkpoints.huggingface import MANIFEST
 from .rule import InputError
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _SYNC_FILE_RANGE_WRITE = 2
 _TMPFS = 0x01021994
@@ -275,7 +276,7 @@ def _listed(manifest: Path) -> list[str]:
 
 def _is_tmpfs(path: Path) -> bool:
     found = ctypes.create_string_buffer(256)  # struct statfs, whose first field says
-    failed = ctypes.CDLL(None).statfs(os.fsencode(path), found)
+    failed = _LIBC.statfs(os.fsencode(path), found)
     return not failed and ctypes.c_long.from_buffer(found).value == _TMPFS
 
 
@@ -290,17 +291,17 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _start_writing_back(descriptor: int, offset: int, size: int) -> None:
     """So that the sync at the end has little left to do. posix_fadvise(DONTNEED) does that, too, but waits for all CPUs."""
-    sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if sync_file_range is not None:  # a hint: what it returns does not matter
-        sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+    if hasattr(_LIBC, "sync_file_range"):  # a hint: what it returns does not matter
+        _LIBC.sync_file_range(
+            descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE
+        )
 
 
 def _rename(source: Path, target: Path, flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
+    if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     here = -100  # AT_FDCWD
-    if libc.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
+    if _LIBC.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(target))
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from plain import plain_merge, same_bits
 import negmerge_fast as nm
 from negmerge_fast import native, stream
 from negmerge_fast.checkpoints import open_checkpoint
-from negmerge_fast.checkpoints.files import File
+from negmerge_fast.checkpoints.files import File, Reader
 from negmerge_fast.plan import make_plan, pieces
 from negmerge_fast.writer import Output
 
@@ -180,15 +181,25 @@ def fail_for_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))  # type: ignore[attr-defined]
 
 
+def at_the_first_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
+    """Changes ft-1's file once it is being read."""
+    read, changed = Reader.read_into, []
+
+    def and_change(self: Reader, file: File, *arguments: Any) -> None:
+        read(self, file, *arguments)
+        if file.path.parent.name == "ft-1" and not changed:
+            changed.append(True)
+            change(file.path)
+
+    monkeypatch.setattr(Reader, "read_into", and_change)
+
+
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = File.read_into
+    at_the_first_read(monkeypatch, lambda path: os.truncate(path, path.stat().st_size - 4))
 
-    def changed(self: File, offset: int, buffer: memoryview, release: bool = False) -> None:
-        if self.path.parent.name == "ft-1" and self.path.stat().st_size == self.size:
-            os.truncate(self.path, self.size - 4)
-        read(self, offset, buffer, release)
 
-    monkeypatch.setattr(File, "read_into", changed)
+def overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_the_first_read(monkeypatch, lambda path: os.utime(path, ns=(0, 0)))
 
 
 FAULTS = {
@@ -196,7 +207,8 @@ FAULTS = {
     "the disk is full": (fail_writing, r"No space left: '.*out'"),
     "the kernel fails": (fail_merging, "the kernel failed"),
     "there is no room": (fail_for_space, "bytes are needed, 10 are free"),
-    "an input shrinks": (shrink, "the file changed while it was being read"),
+    "an input shrinks": (shrink, "ends at byte|the file changed while it was being read"),
+    "an input is overwritten": (overwrite, "ft-1/.*: the file changed while it was being read"),
 }
 
 

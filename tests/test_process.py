@@ -25,12 +25,12 @@ from checkpoint_files import MERGE, check, load_model, negmerge, nothing_left, s
 SLOW = """
 import sys, time
 from negmerge_fast import cli, stream
-from negmerge_fast.checkpoints.files import File
-read, stream._LONGEST = File.read_into, 4096
+from negmerge_fast.checkpoints.files import Reader
+read, stream._LONGEST = Reader.read_into, 4096
 def slow(self, *a):
     time.sleep(0.02)
     read(self, *a)
-File.read_into = slow
+Reader.read_into = slow
 cli.main()
 """
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..rule import InputError
 from . import huggingface, npy, safetensors
-from .files import Checkpoint, File, Tensor
+from .files import Checkpoint, File, Reader, Tensor
 
-__all__ = ["Checkpoint", "File", "Tensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "File", "Reader", "Tensor", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

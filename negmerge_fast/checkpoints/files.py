@@ -1,7 +1,7 @@
 """What all formats share: the parts of an opened checkpoint, and reading files by position.
 
-A read opens the file, makes sure that it still is the one that was inspected, and closes it: any number of shards needs
-one descriptor per reading thread, and a file that shrinks or fails is an error, where a memory map would be a SIGBUS.
+A few files are open at a time, whatever the number of shards, and each is looked at when it is opened and closed: still the
+one that was inspected. One that shrinks or fails is an error, where a memory map would be a SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..layout import Form
 from ..rule import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as a key, it is itself: what it holds is slow to hash
 class File:
     """A regular file as it was when it was opened first. mode: who may do what with it."""
 
@@ -42,42 +42,84 @@ class File:
             raise InputError(f"{path}: not a regular file")
         return cls(path, found.st_size, _identity(found), stat.S_IMODE(found.st_mode) & 0o666)
 
-    @contextmanager
-    def open(self) -> Iterator[int]:
+    def open(self) -> int:
         """A file descriptor for positioned reads."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found = os.fstat(descriptor)
-            if _identity(found) != self.identity or found.st_size != self.size:
-                raise OSError(f"{self.path}: the file changed while it was being read")
-            yield descriptor
-        finally:
+            self.refuse_change(descriptor)
+        except OSError:
             os.close(descriptor)
+            raise
+        return descriptor
 
-    def read_into(self, offset: int, buffer: memoryview, release: bool = False) -> None:
-        """Fill the buffer from a position; release: tell the system that the pages won't be read again."""
-        if not buffer:
-            return
-        with self.open() as descriptor, naming(self.path):
-            done = _read_cached(descriptor, offset, buffer)
-            if done < len(buffer):
-                # One hint for the whole stroke: the kernel's own read-ahead starts small in a file just opened.
-                os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
-            while done < len(buffer):
-                if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
-                    raise OSError(f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes")
-                done += got
-            if release:
-                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+    def refuse_change(self, descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        if _identity(found) != self.identity or found.st_size != self.size:
+            raise OSError(f"{self.path}: the file changed while it was being read")
 
     def read(self, offset: int, size: int) -> bytearray:
         """A few bytes, while a checkpoint is opened."""
         buffer = bytearray(size)
         try:
-            self.read_into(offset, memoryview(buffer))
+            with Reader(1) as reader:
+                reader.read_into(self, offset, memoryview(buffer))
         except PermissionError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
         return buffer
+
+
+class Reader:
+    """Reads files by position, and keeps the last few of them open, `most` at a time.
+
+    A file that it lets go of in peace is still the one that was inspected: else what was read of it is an error.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: dict[File, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        while self._open:
+            self._close(next(iter(self._open)), check=kind is None)
+
+    def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> None:
+        """Fill the buffer from a position; release: tell the system that the pages won't be read again."""
+        if not buffer:
+            return
+        descriptor = self._descriptor(file)
+        try:
+            done = _read_cached(descriptor, offset, buffer)
+            if done < len(buffer):
+                # One hint for the whole stroke: the kernel's own read-ahead is shorter.
+                os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
+            while done < len(buffer):
+                if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
+                    raise OSError(f"{file.path}: ends at byte {offset + done}, expected {file.size} bytes")
+                done += got
+            if release:
+                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise _named(error, file.path) from None
+
+    def _descriptor(self, file: File) -> int:
+        descriptor = self._open.pop(file, None)
+        if descriptor is None:
+            if len(self._open) == self._most:
+                self._close(next(iter(self._open)), check=True)
+            descriptor = file.open()
+        self._open[file] = descriptor  # the last one again
+        return descriptor
+
+    def _close(self, file: File, check: bool) -> None:
+        descriptor = self._open.pop(file)
+        try:
+            if check:
+                file.refuse_change(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int:
@@ -96,9 +138,13 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise _named(error, path) from None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    if error.errno is None or error.filename is not None:
+        return error
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:
