@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,8 +54,8 @@ _LONGEST, _SHORTEST = 1 << 20, 4096
 # What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
 _OBJECTS, _OF_A_TENSOR = 4 << 20, 512
 _MOST_THREADS = 1024
-# Of inputs, by all workers together: a process may usually have 1,024.
-_OPEN_FILES = 256
+# Inputs that all workers together keep open: a share of what the process may, which is usually 1,024.
+_OPEN_FILES = 256 if (most := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < 0 else min(most // 4, 256)
 
 
 @dataclass(frozen=True)
