@@ -40,6 +40,7 @@ _SPELLED = {
 
 _FLOATS = {dtype: spelled for dtype, spelled in _SPELLED.items() if spelled in FLOAT_SIZES}
 # Nothing else at first sight: a subclass may hold its numbers elsewhere.
+_STRIDED = torch.strided
 _PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
 
 # The name of the one tensor of a model that is just a tensor.
@@ -311,21 +312,25 @@ def _look(name: str, models: list[dict[str, Any]]) -> _Item | None:
         return None
     streams: list[Stream] = []
     shape = device = None
-    for model in models:
-        tensor: Any = model.get(name)
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
-            return None
-        dtype = _FLOATS.get(tensor.dtype)
-        if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
-            return None
-        if shape is None:
-            shape, device = tensor.shape, tensor.device
-        elif tensor.shape != shape or tensor.device != device:
-            return None
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        # What Stream(...) does, less a call of a Python function: a tenth of it all.
-        streams.append(tuple.__new__(Stream, (tensor.data_ptr(), dtype, tensor)))
+    try:
+        for model in models:
+            tensor: Any = model.get(name)
+            if type(tensor) not in _PLAIN or tensor.layout is not _STRIDED:
+                return None
+            dtype = _FLOATS.get(tensor.dtype)
+            if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
+                return None
+            place = tensor.is_cpu or tensor.device  # the former is had sooner
+            if shape is None:
+                shape, device = tensor.shape, place
+            elif tensor.shape != shape or place != device:
+                return None
+            if tensor.requires_grad:
+                tensor = tensor.detach()
+            # What Stream(...) does, less a call of a Python function: a tenth of it all.
+            streams.append(tuple.__new__(Stream, (tensor.data_ptr(), dtype, tensor)))
+    except RuntimeError:  # of a nested tensor, which has no shape
+        return None
     if tensor.is_meta:
         return None
     return _Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
