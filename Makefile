@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint format bench ci clean
+.PHONY: demo test slow sanitize lint format bench tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Lengths beyond 2^32: a few GB of address space, a minute.
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+sanitize:
+	tests/sanitize/run
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -21,10 +28,15 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Prints a table and appends to bench/results/; needs 6 GB of memory and 6 GB of disk for a while.
+# Prints tables and appends to bench/results/; needs 6 GB of memory, 6 GB of disk and a tmpfs for a while.
 bench: $(VENV)/.test
-	$(BIN)/python bench/reference.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/checkpoints.py
+
+# What the constants in the code were chosen by; the same, for the reference and for the CPU kernel.
+tune: $(VENV)/.test
+	$(BIN)/python bench/reference.py
+	$(BIN)/python bench/loop.py
 
 ci:
 	.ci/run

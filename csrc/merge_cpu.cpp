@@ -109,12 +109,14 @@ void merge_cpu(const Batch& batch, int threads, const std::string& instruction_s
     if (each.name == instruction_set) loop = each.loop;
   if (!loop) throw std::invalid_argument("no instruction set " + instruction_set + " here");
 
+  threads = std::max(threads, 1);
   Shares shares(batch, threads);
   const std::int64_t worth = shares.elements() * bytes_per_element(batch) / kBytesPerThread;
+  const std::int64_t wanted = std::min<std::int64_t>(threads, worth);
   std::vector<std::thread> helpers;
+  helpers.reserve(std::max<std::int64_t>(wanted, 1));  // so that nothing but a thread can fail from here on
   try {
-    for (std::int64_t i = 1; i < std::min<std::int64_t>(threads, worth); ++i)
-      helpers.emplace_back([&] { shares.work(loop); });
+    for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { shares.work(loop); });
   } catch (const std::system_error&) {
     // The system gives no more threads: those that there are do the work.
   }

@@ -281,18 +281,20 @@ def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     numel = (1 << 32) + 70_000
     places = [0, 65_535, (1 << 31) - 1, 1 << 31, (1 << 31) + 5, (1 << 32) - 1, 1 << 32, numel - 1]
     way = Way("cpu", instruction_set=instruction_set)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     held = [np.frombuffer(mmap.mmap(-1, 2 * numel, flags=flags), np.uint16) for _ in range(2)]
     held[1][places] = 0x3F80  # 1.0 in bf16
     streams = [Stream(memory.ctypes.data, "BF16", memory) for memory in held]
-    counted = Segment(numel, streams[0], streams[1:], None)
-    # The last elements alone are written: all of them would be 8 GiB.
-    tail, end = numel - 1024, Segment(1024, *[None] * 3)
-    last = [s._replace(address=s.address + 2 * tail) for s in streams]
-    end = Segment(1024, last[0], last[1:], last[0])
+    # Counted are all; only so many are written as pass 2^31, for they take real memory: 4 GiB.
+    written = (1 << 31) + 70_000
+    segments = [
+        Segment(numel, streams[0], streams[1:], None),
+        Segment(written, streams[0], streams[1:], streams[0]),
+    ]
+    signature = Signature("BF16", ("BF16",), False)
     with way.chosen() as run:
-        counts = run(
-            Batch("cpu", Signature("BF16", ("BF16",), False), [counted, end]), Rule(-1.0, 1.0)
-        ).tolist()
-    assert counts == [[len(places), 0], [1, 0]]
-    assert held[0][-1] == 0x3F80
+        counts = [run(Batch("cpu", signature, [segment]), Rule(-1.0)).tolist() for segment in segments]
+    changed = [place for place in places if place < written]
+    assert counts == [[[len(places), 0]], [[len(changed), 0]]]
+    assert np.flatnonzero(held[0][:written]).tolist() == changed
+    assert (held[0][changed] == 0x3F80).all()
