@@ -8,6 +8,7 @@ inputs once, in the same rounds. A speed is given only to a result that has the 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,7 +54,6 @@ def batch_of(
 
 def large(dtype: str, models: int, numel: int, rounds: int) -> list[dict[str, Any]]:
     base, finetuned = make(numel, models, DTYPES[dtype])
-    # Every way has a base of its own to write on, merged again in each round: the time does not depend on the values.
     merged, out = base.clone(), torch.empty_like(base)
     in_place = batch_of([merged], [[m] for m in finetuned], [merged], dtype)
     beside = batch_of([base], [[m] for m in finetuned], [out], dtype)
@@ -76,7 +76,7 @@ def large(dtype: str, models: int, numel: int, rounds: int) -> list[dict[str, An
         }
     size = base.element_size() * numel / 1e9
     moved = {way: (models + 1 if way == "memory read" else models + 2) * size for way in ways}
-    timed = {way: percentiles(s) for way, s in alternate(ways, rounds).items()}
+    timed = {way: percentiles(s) for way, s in alternate(ways, rounds, partial(fresh, merged, base)).items()}
     limit = moved["memory read"] / timed["memory read"]["p50"]
     return [
         {
@@ -86,6 +86,12 @@ def large(dtype: str, models: int, numel: int, rounds: int) -> list[dict[str, An
         }
         for way, spread in timed.items()
     ]  # fmt: skip
+
+
+def fresh(merged: torch.Tensor, base: torch.Tensor) -> None:
+    """Merged in place again and again, a base grows beyond its type; and torch's threads are given time to rest."""
+    merged.copy_(base)
+    time.sleep(0.02)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

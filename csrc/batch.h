@@ -27,7 +27,7 @@ struct Batch {
   NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return table + segment * (3 + n); }
 };
 
-inline bool is_double(const Batch& batch) {
+NEGMERGE_INLINE bool is_double(const Batch& batch) {
   bool found = batch.result == kF64;
   for (std::int64_t k = 0; k < batch.n; ++k) found |= batch.dtypes[k] == kF64;
   return found;

@@ -3,14 +3,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 
+#include "arithmetic.h"
 #include "merge_loop.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <cpuid.h>
 #endif
 
 namespace negmerge {
@@ -26,41 +27,29 @@ namespace {
 constexpr std::int64_t kMostAtOnce = 65536, kFewestAtOnce = 4096;
 // Starting a thread takes as long as merging this much.
 constexpr std::int64_t kBytesPerThread = 1 << 19;
+constexpr int kMostThreads = 1024;
 
 struct Named {
   const char* name;
   Loop loop;
 };
 
+#ifdef __x86_64__
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
+
 std::vector<Named> loops() {
   std::vector<Named> found;
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back({"avx2", merge_loop_avx2});
+  if (__builtin_cpu_supports("avx2") && has_f16c()) found.push_back({"avx2", merge_loop_avx2});
 #endif
   found.push_back({"baseline", merge_loop_baseline});
   return found;
 }
-
-// While it lives, this thread rounds to nearest, keeps subnormals and traps nothing, whatever its owner had asked for.
-class PlainArithmetic {
- public:
-#if defined(__x86_64__)
-  PlainArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~PlainArithmetic() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#elif defined(__aarch64__)
-  PlainArithmetic() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
-  }
-  ~PlainArithmetic() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
-
- private:
-  std::uint64_t before_;
-#endif
-};
 
 // All elements of a batch in one line, cut into pieces that the threads take as they come.
 class Shares {
@@ -109,16 +98,15 @@ void merge_cpu(const Batch& batch, int threads, const std::string& instruction_s
     if (each.name == instruction_set) loop = each.loop;
   if (!loop) throw std::invalid_argument("no instruction set " + instruction_set + " here");
 
-  threads = std::max(threads, 1);
+  threads = std::clamp(threads, 1, kMostThreads);
   Shares shares(batch, threads);
   const std::int64_t worth = shares.elements() * bytes_per_element(batch) / kBytesPerThread;
   const std::int64_t wanted = std::min<std::int64_t>(threads, worth);
   std::vector<std::thread> helpers;
-  helpers.reserve(std::max<std::int64_t>(wanted, 1));  // so that nothing but a thread can fail from here on
   try {
     for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { shares.work(loop); });
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that there are do the work.
+  } catch (const std::exception&) {
+    // The system gives no more threads, or no memory for them: those that there are do the work.
   }
   shares.work(loop);
   for (std::thread& helper : helpers) helper.join();

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "arithmetic.h"
 #include "dtypes.h"
 #include "merge_rule.h"
 
@@ -238,16 +239,6 @@ void require_on_device(const void* memory, int device, const char* what) {
     throw std::invalid_argument(std::string(what) + " is not in the memory of CUDA device " + std::to_string(device));
 }
 
-void require_stream_of(cudaStream_t stream, int device) {
-#if CUDART_VERSION >= 12080
-  int found = device;
-  check(cudaStreamGetDevice(stream, &found), "stream");
-  if (found != device) throw std::invalid_argument("the stream is not one of CUDA device " + std::to_string(device));
-#else
-  check(cudaStreamQuery(stream) == cudaErrorNotReady ? cudaSuccess : cudaGetLastError(), "stream");
-#endif
-}
-
 template <class T, class S, template <class, class> class Seen>
 void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
   Work<T> work{batch, tiling, {static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)}};
@@ -283,8 +274,8 @@ void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t s
 void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, int device, std::uint64_t stream_address) {
   if (!tiles) return;
   const OnDevice current(device);
+  const PlainArithmetic plain;  // λ is rounded here
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  require_stream_of(stream, device);
   require_on_device(memory, device, "the table");
   require_on_device(batch.counts, device, "the memory for the counts");
   Batch there = batch;

@@ -13,7 +13,8 @@ constexpr std::int64_t kCudaTile = 4096;
 // Launches a merge on a stream of a device, and returns. batch.table is not looked at, batch.counts and all addresses are
 // of the device's memory. memory, too: int64[segments + 1, 2], the number of tiles before each segment and whether all of
 // its addresses are multiples of 16; then the table; then the models' storage types, a byte each. tiles: of all segments.
-// Throws std::runtime_error with CUDA's reason, std::invalid_argument where device, stream and memory are not of one kind.
+// Throws std::runtime_error with CUDA's reason, for a stream of another device, too, and std::invalid_argument for memory
+// that is not the device's.
 void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, int device, std::uint64_t stream);
 
 }  // namespace negmerge

@@ -183,7 +183,15 @@ struct Tile {
   const char* model(const Batch& b, std::int64_t k) const { return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]]; }
 };
 
+// A base of zeros.
 alignas(64) const char kZeros[kTileBytes] = {};
+
+// Memory for a tile's running values, which the first group writes: constructing them would be half a tile's work.
+template <class Seen, int count>
+union Unwritten {
+  Unwritten() {}
+  Seen each[count];
+};
 
 // Elements begin … end of a tile, one by one: what is left over, and what may not be finite.
 template <class T, class S, template <class, class> class Seen>
@@ -314,7 +322,7 @@ void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts&
   using P = Pack<T>;
   using N = typename P::N;
   alignas(64) N b[P::tile / P::lanes];
-  alignas(64) Seen<T, N> seen[P::tile / P::lanes];
+  alignas(64) Unwritten<Seen<T, N>, P::tile / P::lanes> seen;
   const Batch& batch = work.batch;
   const int packs = tile.count / P::step * kPacks;
   const char* base = tile.base(batch) ? tile.base(batch) : kZeros;
@@ -328,13 +336,13 @@ void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts&
     const Ahead ahead = last ? ahead_of(batch, next, 0) : ahead_of(batch, tile, k + group);
     const Dtype dtype = batch.dtypes[k];
     switch (group) {
-      case 8: see<T, Seen<T, N>, 8>(dtype, x, from, seen, packs, k == 0, ahead); break;
-      case 4: see<T, Seen<T, N>, 4>(dtype, x, from, seen, packs, k == 0, ahead); break;
-      case 2: see<T, Seen<T, N>, 2>(dtype, x, from, seen, packs, k == 0, ahead); break;
-      default: see<T, Seen<T, N>, 1>(dtype, x, from, seen, packs, k == 0, ahead); break;
+      case 8: see<T, Seen<T, N>, 8>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
+      case 4: see<T, Seen<T, N>, 4>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
+      case 2: see<T, Seen<T, N>, 2>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
+      default: see<T, Seen<T, N>, 1>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
     }
   }
-  finish_packs<T, S, Seen>(work, tile, b, seen, packs, next.row ? next.base(batch) : base, counts);
+  finish_packs<T, S, Seen>(work, tile, b, seen.each, packs, next.row && next.base(batch) ? next.base(batch) : base, counts);
   merge_each<T, S, Seen>(work, tile, packs * P::lanes, tile.count, counts);
 }
 

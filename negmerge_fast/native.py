@@ -38,9 +38,13 @@ def why_not(name: str, device: str) -> str | None:
 
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    index = torch.device(device).index or 0
-    if index >= torch.cuda.device_count():
-        return f"torch finds {torch.cuda.device_count()} CUDA devices"
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return f"torch has no device {device!r} here: {str(error).splitlines()[0]}"
+    number = 10 * capability[0] + capability[1]
+    if number < min(built["cuda_architectures"]):
+        return f"compiled for sm_{min(built['cuda_architectures'])} and later, the device is sm_{number}"
     return None
 
 
@@ -79,8 +83,9 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
     device = torch.device(batch.device)
     memory, tiles = _cuda_memory(batch, _native.cuda_tile)
     with torch.cuda.device(device):
-        # Both come from torch's allocator, which gives them to nobody before this stream is done with them.
-        on_device = torch.from_numpy(memory).to(torch.cuda.current_device())
+        # All three come from torch's allocators, which give them to nobody before this stream is done with them.
+        # From pinned memory, or the copy would wait for all that the stream has to do.
+        on_device = torch.from_numpy(memory).pin_memory().to(torch.cuda.current_device(), non_blocking=True)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
         _native.merge_cuda(
             *_signature(batch, rule),
@@ -107,7 +112,7 @@ def usual_threads() -> int:
     """torch's number where torch is loaded; else what it would be: OpenMP's, or one for each processor of ours."""
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
 
 

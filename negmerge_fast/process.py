@@ -23,16 +23,17 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of what must not be left half done; other signals, and other threads, have no exception."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = []
-    signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    """Signals that Python handles, Ctrl-C first of all, wait for the end of what must not be left half done."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other runs handlers
+        handlers = {n: h for n in signal.valid_signals() if callable(h := signal.getsignal(n))}
+    received: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in received:
+            signal.raise_signal(late)

@@ -16,12 +16,11 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import Any, NamedTuple, TypeAlias
+from threading import Semaphore, Thread
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +40,7 @@ from .rule import (
     Stream,
     require_choice,
 )
+from .workers import NONE, Done, Pieces, Queue, in_order, join
 from .writer import Output
 
 Progress = Callable[[int, int], None]
@@ -48,14 +48,14 @@ PathLike = str | os.PathLike[str]
 
 # One reads, one merges, one writes, where only one may merge at a time; where all may, two keep each other company.
 _WORKERS_IN_TURNS, _FEWEST_WORKERS = 3, 2
+# Temporaries of the reference, reference.SCRATCH_BYTES; each worker keeps its own.
+_SCRATCH = 14
 # The longest stroke for one file (best of 256 KiB to 4 MiB: what was read is still in the cache when it is merged), and
 # the shortest worth a system call.
 _LONGEST, _SHORTEST = 1 << 20, 4096
 # What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
 _OBJECTS, _OF_A_TENSOR = 4 << 20, 512
 _MOST_THREADS = 1024
-# Inputs that all workers together keep open: a share of what the process may, which is usually 1,024.
-_OPEN_FILES = 256 if (most := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < 0 else min(most // 4, 256)
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,11 @@ def prepare(
     device = "cpu" if device == "auto" else device
     name, merge = backends.choose(backend, device)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    most = _WORKERS_IN_TURNS
+    most, scratch = _WORKERS_IN_TURNS, _SCRATCH
     if name in backends.CONCURRENT:
-        most = max(threads or backends.usual_threads(), _FEWEST_WORKERS)
-    workers, chunk, memory = _fit(parse_size(memory_budget), len(models), tensors, most)
+        most, scratch = max(threads or backends.usual_threads(), _FEWEST_WORKERS), 0
+    most = min(most, max(_most_open_files() // 2, _FEWEST_WORKERS), _MOST_THREADS)
+    workers, chunk, memory = _fit(parse_size(memory_budget), len(models), tensors, most, scratch)
     return Job(plan, rule, nonfinite, place, name, merge, device, workers, chunk, memory, threads)
 
 
@@ -184,17 +185,16 @@ def parse_size(size: int | str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
-def _fit(budget: int, models: int, tensors: int, workers: int) -> tuple[int, int, int]:
+def _fit(budget: int, models: int, tensors: int, workers: int, scratch: int) -> tuple[int, int, int]:
     """As many workers and as long strokes as the budget allows, and the memory that the job then takes, in bytes.
 
-    tensors: of all versions together.
+    tensors: of all versions together. scratch: how many temporaries a worker has, beside its buffers.
     """
 
     def memory() -> int:
         # A block of temporaries is as long as a stroke, in a wider type perhaps, or as reference.SCRATCH_BYTES allows.
-        return (
-            workers * (models + 1) * chunk + 14 * min(4 * chunk, 1 << 20) + _OBJECTS + tensors * _OF_A_TENSOR
-        )
+        of_a_worker = (models + 1) * chunk + scratch * min(4 * chunk, 1 << 20)
+        return workers * of_a_worker + _OBJECTS + tensors * _OF_A_TENSOR
 
     chunk = _LONGEST
     while memory() > budget and chunk > _SHORTEST:
@@ -208,58 +208,17 @@ def _fit(budget: int, models: int, tensors: int, workers: int) -> tuple[int, int
     return workers, chunk, memory()
 
 
-class _Buffers:
+def _buffers(versions: int, chunk: int) -> list[Any]:
     """Memory of one worker: a buffer for each version of the model."""
-
-    def __init__(self, versions: int, chunk: int) -> None:
-        # A mapping of its own: given back to the system as soon as the job is done.
-        memory = mmap.mmap(-1, versions * chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.each: list[Any] = [np.frombuffer(memory, np.uint8, chunk, k * chunk) for k in range(versions)]
+    # A mapping of its own: given back to the system as soon as the job is done.
+    memory = mmap.mmap(-1, versions * chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return [np.frombuffer(memory, np.uint8, chunk, k * chunk) for k in range(versions)]
 
 
-class _Pieces:
-    """The pieces of a plan, numbered, for several workers to take; none after a stop."""
-
-    def __init__(self, coming: Iterator[Extent]) -> None:
-        self._coming, self._lock, self._stopped = enumerate(coming), Lock(), False
-
-    def take(self) -> tuple[int, Extent] | None:
-        with self._lock:
-            return None if self._stopped else next(self._coming, None)
-
-    def stop(self) -> None:
-        self._stopped = True
-
-
-class _Done(NamedTuple):
-    """What a worker says of a piece: how many bytes it moved, and what was counted; or why it failed."""
-
-    moved: int = 0
-    counted: Sequence[tuple[list[tuple[str, int]], Any]] = ()
-    error: BaseException | None = None
-
-
-# Numbers of pieces and what became of them; None: a worker has ended.
-_Queue: TypeAlias = "SimpleQueue[tuple[int, _Done] | None]"
-# The number of no piece: a worker failed before it took one.
-_NONE = -1
-
-
-def _in_order(done: _Queue, workers: int) -> Iterator[_Done]:
-    """What became of the pieces, in their order, until all workers have ended."""
-    early: dict[int, _Done] = {}
-    following = 0
-    while workers:
-        if (message := done.get()) is None:
-            workers -= 1
-            continue
-        number, piece = message
-        if number == _NONE:
-            yield piece
-        early[number] = piece
-        while following in early:
-            yield early.pop(following)
-            following += 1
+def _most_open_files() -> int:
+    """Inputs that all workers together keep open: a share of what the process may, which is usually 1,024."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 256 if most < 0 else min(most // 4, 256)
 
 
 @dataclass(frozen=True)
@@ -311,16 +270,19 @@ class Job:
     def _stream(self, progress: Progress | None) -> Stats:
         stats = Stats()
         total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
-        taken = _Pieces(pieces(self.plan, self.chunk))
-        done: _Queue = SimpleQueue()
+        taken = Pieces(pieces(self.plan, self.chunk), ahead=4 * self.workers)
+        done: Queue = SimpleQueue()
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = total > _free_memory() // 2
-        turns = nullcontext() if self.backend in backends.CONCURRENT else Lock()
+        threads = (self.threads or backends.usual_threads()) if self.backend in backends.CONCURRENT else 1
+        turns = Semaphore(threads)
         workers = [Thread(target=self._work, args=(taken, done, turns, release)) for _ in range(self.workers)]
-        for worker in workers:
-            worker.start()
+        started = []
         try:
-            for piece in _in_order(done, self.workers):
+            for worker in workers:
+                worker.start()
+                started.append(worker)
+            for piece in in_order(done, self.workers):
                 if piece.error is not None:
                     raise piece.error
                 for runs, counts in piece.counted:
@@ -328,35 +290,41 @@ class Job:
                 moved += piece.moved
                 if progress:
                     progress(moved, total)
+                taken.settled()
         finally:
-            taken.stop()
-            for worker in workers:
-                worker.join()
+            taken.stop(self.workers)
+            join(started)
         return stats
 
-    def _work(self, taken: _Pieces, done: _Queue, turns: AbstractContextManager[Any], release: bool) -> None:
+    def _work(self, taken: Pieces, done: Queue, turns: Semaphore, release: bool) -> None:
         """One worker: read, merge and write pieces until there are no more."""
-        number = _NONE
+        number = NONE
         try:
-            buffers = _Buffers(len(self.plan.models) + 1, self.chunk).each
-            with Reader(max(_OPEN_FILES // self.workers, 1)) as reader:
+            buffers = _buffers(len(self.plan.models) + 1, self.chunk)
+            with Reader(max(_most_open_files() // self.workers, 1)) as reader:
                 while (next_piece := taken.take()) is not None:
                     number, piece = next_piece
-                    for source, buffer in zip(piece.sources, buffers, strict=False):
-                        reader.read_into(
-                            source.file, source.offset, memoryview(buffer)[: source.nbytes], release
-                        )
+                    self._read(piece, reader, buffers, release)
                     with turns:
                         counted = list(self._merge(piece, buffers))
                     base = piece.sources[0]
                     self.output.write(
                         piece.target, base.offset, memoryview(buffers[0])[: base.nbytes], release
                     )
-                    done.put((number, _Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
-                number = _NONE
+                    done.put((number, Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
+                    number = NONE
         except BaseException as error:
-            done.put((number, _Done(error=error)))
+            done.put((number, Done(error=error)))
         done.put(None)
+
+    def _read(self, piece: Extent, reader: Reader, buffers: list[Any], release: bool) -> None:
+        first, *others = piece.sources
+        cached = reader.read_into(first.file, first.offset, memoryview(buffers[0])[: first.nbytes], release)
+        if not cached:  # nor are the others, then: the disk may fetch them all at once
+            for source in others:
+                reader.expect(source.file, source.offset, source.nbytes)
+        for source, buffer in zip(others, buffers[1:], strict=False):
+            reader.read_into(source.file, source.offset, memoryview(buffer)[: source.nbytes], release)
 
     def _merge(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[list[tuple[str, int]], Any]]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
@@ -407,6 +375,7 @@ class Job:
                 raise InputError(
                     f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
+        raise RuntimeError("a number that is not finite was counted, and is not found again")
 
 
 def _to_device(buffers: list[Any], device: str) -> list[Any]:

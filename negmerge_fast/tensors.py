@@ -101,8 +101,8 @@ def merge_(
     """merge, in place on base; the arguments are merge's. Tied weights are updated once.
 
     Nothing is written if anything is refused: fine-tuned versions that share memory with base included, and with
-    nonfinite="error" any non-finite element (which costs a second reading of everything). Once it writes, it finishes:
-    Ctrl-C comes after that.
+    nonfinite="error" any non-finite element (which costs a second reading of everything). Ctrl-C waits until all is
+    written; only memory that is missing for the flat copy of a scattered tensor can stop it on the way.
 
     Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
     """
@@ -274,7 +274,6 @@ class _Job:
             yield tensor, False, self.where(None, name)
 
     def refuse_nonfinite(self, items: list[_Item], rule: Rule, stats: Stats) -> None:
-        """With nonfinite="error", name the first non-finite element, if there is one."""
         if self.nonfinite == "keep-base" or not stats.nonfinite:
             return
         for batch, names, _ in _batches(items, self.task_vectors):
@@ -328,7 +327,9 @@ def _look(name: str, models: list[dict[str, Any]]) -> _Item | None:
             if tensor.requires_grad:
                 tensor = tensor.detach()
             # What Stream(...) does, less a call of a Python function: a tenth of it all.
-            streams.append(tuple.__new__(Stream, (tensor.data_ptr(), dtype, tensor)))
+            if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
+                return None
+            streams.append(tuple.__new__(Stream, (address, dtype, tensor)))
     except RuntimeError:  # of a nested tensor, which has no shape
         return None
     if tensor.is_meta:
@@ -358,6 +359,10 @@ def _require_plain(tensor: torch.Tensor, where: str) -> None:
         raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
     if tensor.is_meta:
         raise InputError(f"{where}: a meta tensor holds no data, expected one that does")
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    behind = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.numel() and behind > tensor.untyped_storage().nbytes():
+        raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
 
 
 def _is_float(value: Any) -> bool:
@@ -391,9 +396,8 @@ def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, li
             groups.setdefault(key, []).append((item.name, segment))
         else:
             scattered.append(item)
-    for (device, signature), members in groups.items():
-        yield Batch(str(device), signature, [s for _, s in members]), [n for n, _ in members], lambda: None
-    for item in scattered:  # one at a time, for their flat copies are extra memory
+    # First, and one at a time: their flat copies are extra memory, which may not be there.
+    for item in scattered:
         *versions, out = _in_memory_order([*item.versions, item.out])
         copies = [None if t is None else t.resolve_neg().contiguous() for t in versions]
         merged = None if out is None else torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -408,6 +412,8 @@ def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, li
         del copies, versions, segment
         yield batch, [item.name], finish
         del batch, finish, merged
+    for (device, signature), members in groups.items():
+        yield Batch(str(device), signature, [s for _, s in members]), [n for n, _ in members], lambda: None
 
 
 def _where_it_is(item: _Item) -> Segment | None:

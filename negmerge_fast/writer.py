@@ -48,7 +48,7 @@ class Output:
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
         self._open: dict[str, int] = {}
-        self._unwritten = {name: file.size for name, file in files.items()}
+        self._unwritten: dict[str, int] = {}
         self._files_lock = Lock()
         self._lock = -1
 
@@ -91,6 +91,7 @@ class Output:
                 raise InputError(f"{self.target / name}: not negmerge's, so {self.target} is not replaced")
 
     def __enter__(self) -> Output:
+        self._unwritten = {name: file.size for name, file in self.files.items()}
         self._acquire()
         try:
             self._clear()
@@ -108,7 +109,7 @@ class Output:
     def write(self, name: str, offset: int, data: memoryview, release: bool = False) -> None:
         """Write a run of bytes of one file, from any thread; a file that is complete is synced.
 
-        release: give the pages back to the system, as far as they are on the disk already.
+        release: give its pages back to the system then.
         """
         if not data:
             return
@@ -116,15 +117,12 @@ class Output:
         with naming(self.target):
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
-            if release:
-                os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
-            else:
-                _start_writing_back(descriptor, offset, len(data))
+            _start_writing_back(descriptor, offset, len(data))
         with self._files_lock:
             self._unwritten[name] -= len(data)
             complete = not self._unwritten[name]
         if complete:
-            self._close(name)
+            self._close(name, release=release)
 
     def _descriptor(self, name: str) -> int:
         with self._files_lock:
@@ -180,13 +178,15 @@ class Output:
     def _path(self, name: str) -> Path:
         return self._staged / name if self.directory else self._staged
 
-    def _close(self, name: str, sync: bool = True) -> None:
+    def _close(self, name: str, sync: bool = True, release: bool = False) -> None:
         with self._files_lock:
             descriptor = self._open.pop(name)
         try:
             if sync:
                 with naming(self.target):
                     os.fsync(descriptor)
+            if release:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 

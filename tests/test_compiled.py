@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from negmerge_fast import _native
 from negmerge_fast.build_info import build_info
 
 # Arithmetic and storage type, and rule, as they stand in a mangled name.
@@ -40,6 +39,8 @@ def _kernels(what: str) -> dict[tuple[str, str], str]:
         pytest.skip(f"no CUDA kernel: {reason}")
     if (tools := _tools()) is None:
         pytest.skip("no cuobjdump to read the CUDA kernel with")
+    from negmerge_fast import _native
+
     path = os.pathsep.join([tools, os.environ.get("PATH", "")])
     done = subprocess.run(
         [f"{tools}/cuobjdump", f"-{what}", _native.__file__],

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from hypothesis import strategies as st
 from plain import plain_merge, same_bits
 
 import negmerge_fast as nm
-from negmerge_fast import native, stream
-from negmerge_fast.checkpoints import open_checkpoint
+from negmerge_fast import native, reference, stream
+from negmerge_fast.checkpoints import files, open_checkpoint
 from negmerge_fast.checkpoints.files import File, Reader
 from negmerge_fast.plan import make_plan, pieces
+from negmerge_fast.stream import Job
 from negmerge_fast.writer import Output
 
 
@@ -267,6 +270,99 @@ def test_pages_are_given_back_when_a_job_is_large(folder: Path, monkeypatch: pyt
         merge(folder, overwrite=True)
         given_back.append(advice.count(os.POSIX_FADV_DONTNEED))
     assert given_back[0] == 0 < given_back[1]
+
+
+def test_every_file_is_on_the_disk_before_it_is_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    fsync, publish = os.fsync, Output.publish
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def after(self: Output) -> None:
+        assert synced >= set(self.files)
+        publish(self)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Output, "publish", after)
+    merge(folder)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int, backend: str
+) -> None:
+    module, name = (native, "merge_cpu") if backend == "cpu" else (reference, "merge")
+    real, lock, now, most = getattr(module, name), threading.Lock(), 0, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)
+        try:
+            return real(*arguments)
+        finally:
+            with lock:
+                now -= 1
+
+    merge(folder, backend="torch")
+    expected = contents(folder / "out")
+    monkeypatch.setattr(stream, "_LONGEST", 512)
+    monkeypatch.setattr(stream, "_SHORTEST", 512)
+    monkeypatch.setattr(module, name, counted)
+    merge(folder, overwrite=True, threads=threads, backend=backend)
+    merged = contents(folder / "out")
+    assert merged.keys() == expected.keys()
+    assert all(merged[n] == expected[n] for n in merged if n != "negmerge.json")
+    assert 1 <= most <= (threads if backend == "cpu" else 1)
+
+
+def test_the_first_error_in_the_order_of_the_pieces_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a later one comes sooner; and no worker goes on long after it."""
+    calls = []
+
+    def failing(self: Job, piece: Any, *arguments: Any) -> None:
+        calls.append(piece)
+        number = len(calls)
+        time.sleep(0.2 if number == 1 else 0)
+        raise OSError(f"piece {number}")
+
+    monkeypatch.setattr(Job, "_read", failing)
+    monkeypatch.setattr(stream, "_LONGEST", 512)
+    monkeypatch.setattr(stream, "_SHORTEST", 512)
+    with pytest.raises(OSError, match="piece 1"):
+        merge(folder, threads=3)
+    assert len(calls) <= 3
+
+
+def test_a_thread_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, start, started = threading.active_count(), threading.Thread.start, []
+
+    def refused(self: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        merge(folder)
+    assert threading.active_count() == before
+    assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
+
+
+def test_without_reads_that_do_not_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_NOWAIT", None)
+    merge(folder)
+    assert (folder / "out" / "config.json").exists()
 
 
 @st.composite

@@ -170,9 +170,6 @@ def test_many_segments_in_one_batch(way: Way, dtype: str, in_place: bool) -> Non
         at += base.nbytes + size * (len(base) % 3)
     batch = Batch(str(rooms[0].device), Signature(dtype, (dtype, dtype), False), segments)
     written = rooms[0] if in_place else rooms[3]
-    if in_place:
-        between = written.cpu().clone()
-        between[: len(wanted)] = torch.where(wanted == 0xA5, between, wanted)
     assert run_batch(way, batch, Rule(0.9)) == expected
     assert same_bits(written.cpu(), wanted)
 
@@ -225,7 +222,7 @@ def test_nan_payload_and_sign_of_zero_survive(way: Way) -> None:
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
 def test_flushing_subnormals_in_the_caller_changes_nothing(way: Way, dtype: str) -> None:
     if way == ON_HOST:
-        return  # a GPU knows nothing of the caller's mode, this stand-in does
+        pytest.skip("a GPU knows nothing of the caller's mode; this stand-in does")
     tiny = torch.finfo(STORAGE[dtype]).tiny
     base = torch.zeros(200_000, dtype=STORAGE[dtype])
     models = [torch.full_like(base, tiny / 8), torch.full_like(base, tiny / 4)]

@@ -406,3 +406,14 @@ def test_ctrl_c_comes_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> No
     for name, tensors in made.items():
         assert same_bits(base[name], expected(tensors))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_memory_that_was_freed_or_cut_is_refused() -> None:
+    """As fully sharded training leaves it between uses."""
+    for kept in (0, 64):
+        for which in (0, 1):
+            held = [t.T for t in versions(40, 50)] if kept else versions(40, 50)
+            held[which].untyped_storage().resize_(kept)
+            where = r"finetuned\[0\]" if which else "base"
+            with pytest.raises(nm.InputError, match=f"{where}: its memory has been freed, or cut"):
+                nm.merge_(held[0], held[1:], scale=0.9)

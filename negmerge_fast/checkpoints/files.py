@@ -68,6 +68,10 @@ class File:
         return buffer
 
 
+# Pythons built for an old C library have it not.
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+
+
 class Reader:
     """Reads files by position, and keeps the last few of them open, `most` at a time.
 
@@ -82,17 +86,30 @@ class Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        changed = None
         while self._open:
-            self._close(next(iter(self._open)), check=kind is None)
+            try:
+                self._close(next(iter(self._open)), check=kind is None)
+            except OSError as error:
+                changed = changed or error
+        if changed:
+            raise changed
 
-    def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> None:
-        """Fill the buffer from a position; release: tell the system that the pages won't be read again."""
+    def expect(self, file: File, offset: int, size: int) -> None:
+        """Say that this will be read next: the system may fetch it meanwhile."""
+        os.posix_fadvise(self._descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool:
+        """Fill the buffer from a position, and say whether all of it was cached.
+
+        release: tell the system that the pages won't be read again.
+        """
         if not buffer:
-            return
+            return True
         descriptor = self._descriptor(file)
         try:
             done = _read_cached(descriptor, offset, buffer)
-            if done < len(buffer):
+            if not (cached := done == len(buffer)):
                 # One hint for the whole stroke: the kernel's own read-ahead is shorter.
                 os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
             while done < len(buffer):
@@ -103,6 +120,7 @@ class Reader:
                 os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise _named(error, file.path) from None
+        return cached
 
     def _descriptor(self, file: File) -> int:
         descriptor = self._open.pop(file, None)
@@ -124,8 +142,10 @@ class Reader:
 
 def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int:
     """Read what is in the page cache, and say how much that was: where it is all, looking for each page costs a tenth."""
+    if _NOWAIT is None:
+        return 0
     try:
-        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+        return os.preadv(descriptor, [buffer], offset, _NOWAIT)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
             return 0

@@ -10,8 +10,6 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-#define CUDART_VERSION 13000
-
 struct dim3 {
   unsigned x;
   explicit dim3(unsigned x = 1) : x(x) {}
@@ -41,7 +39,6 @@ using cudaStream_t = void*;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void*) {
   *found = {cudaMemoryTypeDevice, 0};
   return cudaSuccess;
