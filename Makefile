@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Lengths beyond 2^32: a few GB of address space, a minute.
+# Lengths beyond 2^31 and 2^32: 4 GiB of memory, a minute.
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 

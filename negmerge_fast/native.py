@@ -24,7 +24,7 @@ _NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
 def why_not(name: str, device: str) -> str | None:
     """Why the "cpu" or the "cuda" kernel cannot run on a device here; None if it can."""
     if device.partition(":")[0] != name:
-        return f"is for {name}, not for {device}"
+        return f"is for tensors on {name}, not on {device}"
     built = build_info()
     if (reason := built["cpu" if name == "cpu" else "cuda"]) is not None:
         return f"not built: {reason}"

@@ -160,7 +160,8 @@ def prepare(
     place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite)
     files = (f.path for c in (opened, *models) for f in {**c.weights, **c.others}.values())
     place.check([opened.path, *(m.path for m in models), *files])
-    device = "cpu" if device == "auto" else device
+    if device == "auto":
+        device = "cuda:0" if backend == "cuda" else "cpu"
     name, merge = backends.choose(backend, device)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
     most, scratch = _WORKERS_IN_TURNS, _SCRATCH

@@ -190,6 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["twin"], ["twin: is the base itself"],
     ),
     "backend": (lambda p: None, ["--backend", "abacus"], ["'abacus' is not one of"]),
+    "kernel of another device": (lambda p: None, ["--backend", "cpu", "--device", "cuda:0"], ["is for tensors on cpu, not on cuda:0"]),
     "output is an input": (lambda p: None, ["--output", "ft-1"], ["the output is the input ft-1"]),
     "output in an input": (lambda p: None, ["--output", "base/out"], ["the output is inside the input base"]),
     "output above": (lambda p: None, ["--output", "."], ["the output is above the input base"]),

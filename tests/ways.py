@@ -53,7 +53,7 @@ class Way(NamedTuple):
             yield backends.choose(self.backend, self.device)[1]
 
 
-# The CUDA kernel's source, compiled for the host: what it computes, wherever it runs.
+# The CUDA kernel's source, compiled for the host: all but the device's own conversions of F16, streams and warps.
 ON_HOST = Way("cuda", "host")
 
 WAYS = [
