@@ -13,12 +13,10 @@ import numpy as np
 
 from .build_info import build_info
 from .rule import Batch, InputError, Rule
+from .table import NUMBERS, device_memory, table_of
 
 if TYPE_CHECKING:
     import torch
-
-# As csrc/batch.h numbers them.
-_NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
 
 
 def why_not(name: str, device: str) -> str | None:
@@ -62,7 +60,7 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
     """Merge every segment of a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
     from . import _native
 
-    table = _table(batch)
+    table = table_of(batch)
     counts = np.zeros((len(batch.segments), 2), np.int64)
     _native.merge_cpu(
         *_signature(batch, rule),
@@ -81,7 +79,7 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
     from . import _native
 
     device = torch.device(batch.device)
-    memory, tiles = _cuda_memory(batch, _native.cuda_tile)
+    memory, tiles = device_memory(batch, _native.cuda_tile)
     with torch.cuda.device(device):
         # All three come from torch's allocators, which give them to nobody before this stream is done with them.
         # From pinned memory, or the copy would wait for all that the stream has to do.
@@ -118,38 +116,12 @@ def usual_threads() -> int:
 
 def _signature(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
     result, models, task_vectors = batch.signature
-    numbers = bytes(_NUMBERS[dtype] for dtype in models)
+    numbers = bytes(NUMBERS[dtype] for dtype in models)
     return (
-        _NUMBERS[result],
+        NUMBERS[result],
         numbers,
         task_vectors,
         rule.scale,
         rule.required(len(models)),
         len(batch.segments),
     )
-
-
-def _table(batch: Batch) -> np.ndarray[Any, Any]:
-    """int64[segments, 3 + n]: elements, then the addresses of base, out and the models; 0 where there is none."""
-    rows = [
-        (
-            segment.numel,
-            segment.base.address if segment.base else 0,
-            segment.out.address if segment.out else 0,
-            *[stream.address for stream in segment.models],
-        )
-        for segment in batch.segments
-    ]
-    # An address may have its highest bit set.
-    return np.array(rows, np.uint64).reshape(len(rows), 3 + len(batch.signature.models)).view(np.int64)
-
-
-def _cuda_memory(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
-    """What merge_cuda.h calls memory: tiles before each segment and whether it is aligned; the table; the models' types."""
-    table = _table(batch)
-    tiles = np.zeros((len(table) + 1, 2), np.int64)
-    np.cumsum(-(table[:, 0] // -tile), out=tiles[1:, 0])
-    tiles[:-1, 1] = np.bitwise_or.reduce(table[:, 1:], axis=1) % 16 == 0
-    dtypes = bytes(_NUMBERS[dtype] for dtype in batch.signature.models)
-    padded = np.frombuffer(dtypes.ljust(-(len(dtypes) // -8) * 8, b"\0"), np.int64)
-    return np.concatenate([tiles.ravel(), table.ravel(), padded]), int(tiles[-1, 0])

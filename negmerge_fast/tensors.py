@@ -13,35 +13,21 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from . import backends
+from .flat import FLOATS, SPELLED, Item, batches, look, require_plain
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
 from .process import uncollected, uninterrupted
 from .rule import (
     FLOAT_SIZES,
-    Batch,
     InputError,
     Inputs,
     NonFinite,
     Rule,
-    Segment,
-    Signature,
     Stats,
-    Stream,
     require_choice,
 )
 
 Model: TypeAlias = "torch.Tensor | Mapping[str, torch.Tensor] | torch.nn.Module"
-
-_SPELLED = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
-    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
-}  # fmt: skip
-
-_FLOATS = {dtype: spelled for dtype, spelled in _SPELLED.items() if spelled in FLOAT_SIZES}
-# Nothing else at first sight: a subclass may hold its numbers elsewhere.
-_STRIDED = torch.strided
-_PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
 
 # The name of the one tensor of a model that is just a tensor.
 _ALONE = ""
@@ -158,7 +144,7 @@ def merge_task_vectors(
             widest = torch.promote_types(widest, vector.dtype)
         out = torch.empty_like(vectors[0], dtype=widest)
         segment = item.segment and item.segment._replace(base=None)
-        items.append(_Item(item.name, [None, *vectors], segment, out))
+        items.append(Item(item.name, [None, *vectors], segment, out))
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
     merged = {item.name: item.out for item in items}
@@ -170,18 +156,6 @@ class _ExtraState(NamedTuple):
     """What a module says of itself beside its tensors: the base's, untouched, whatever it is."""
 
     value: Any
-
-
-class _Item(NamedTuple):
-    """All versions of one tensor: the base (None: zeros), the models'; out None: count only.
-
-    segment: theirs, without out, if they were seen to be flat.
-    """
-
-    name: str
-    versions: list[Any]
-    segment: Segment | None = None
-    out: torch.Tensor | None = None
 
 
 class _Job:
@@ -221,7 +195,7 @@ class _Job:
     def _pair(self, named: list[dict[str, Any]], reference: str) -> None:
         self.names = list(named[0])
         # As a rule these are all, and nothing is left for the closer look that follows.
-        flat = {name: item for name in self.names if (item := _look(name, named))}
+        flat = {name: item for name in self.names if (item := look(name, named))}
         base, *models = rest = [
             _checked({n: v for n, v in model.items() if n not in flat}, partial(self.where, k))
             for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
@@ -232,7 +206,7 @@ class _Job:
         if problems:
             raise InputError("; ".join(problems))
         items = {
-            name: flat.get(name) or _Item(name, [m[name] for m in rest])
+            name: flat.get(name) or Item(name, [m[name] for m in rest])
             for name in self.names
             if name in flat or _is_float(base[name])
         }
@@ -240,9 +214,9 @@ class _Job:
         self.items = [item for name, item in items.items() if name not in self.tied]
         self.untouched = {name: value for name, value in base.items() if name not in items}
 
-    def run(self, items: list[_Item], rule: Rule) -> Stats:
+    def run(self, items: list[Item], rule: Rule) -> Stats:
         stats = Stats()
-        for batch, names, finish in _batches(items, self.task_vectors):
+        for batch, names, finish in batches(items, self.task_vectors):
             counts = self.merges[batch.device](batch, rule)
             stats.add([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts)
             finish()
@@ -261,7 +235,7 @@ class _Job:
             # Autograd must notice what is written through addresses, too.
             if not item.versions[0].is_inference():
                 torch.autograd.graph.increment_version(item.versions[0])
-        items = [_Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
+        items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with uninterrupted():
             return self.run(items, rule)
 
@@ -273,10 +247,10 @@ class _Job:
         for name, tensor in integers.items():
             yield tensor, False, self.where(None, name)
 
-    def refuse_nonfinite(self, items: list[_Item], rule: Rule, stats: Stats) -> None:
+    def refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
         if self.nonfinite == "keep-base" or not stats.nonfinite:
             return
-        for batch, names, _ in _batches(items, self.task_vectors):
+        for batch, names, _ in batches(items, self.task_vectors):
             if found := backends.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 place = self.where(None if isinstance(version, str) else version, names[row])
@@ -302,41 +276,6 @@ def _named(model: Model, where: str) -> dict[str, Any]:
     raise TypeError(f"{where}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module")
 
 
-def _look(name: str, models: list[dict[str, Any]]) -> _Item | None:
-    """The tensors of a name with their segment, if all are plain, contiguous, of one shape and on one device.
-
-    This is most of what a merge of many small tensors costs: each is visited once, and no view of it is made.
-    """
-    if str(name).endswith("_extra_state"):
-        return None
-    streams: list[Stream] = []
-    shape = device = None
-    try:
-        for model in models:
-            tensor: Any = model.get(name)
-            if type(tensor) not in _PLAIN or tensor.layout is not _STRIDED:
-                return None
-            dtype = _FLOATS.get(tensor.dtype)
-            if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
-                return None
-            place = tensor.is_cpu or tensor.device  # the former is had sooner
-            if shape is None:
-                shape, device = tensor.shape, place
-            elif tensor.shape != shape or place != device:
-                return None
-            if tensor.requires_grad:
-                tensor = tensor.detach()
-            # What Stream(...) does, less a call of a Python function: a tenth of it all.
-            if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
-                return None
-            streams.append(tuple.__new__(Stream, (address, dtype, tensor)))
-    except RuntimeError:  # of a nested tensor, which has no shape
-        return None
-    if tensor.is_meta:
-        return None
-    return _Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
-
-
 def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
     """The tensors, detached; a module's extra state is kept as it is."""
     checked: dict[str, Any] = {}
@@ -344,34 +283,20 @@ def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, An
         if str(name).endswith("_extra_state"):
             checked[name] = _ExtraState(value)
         elif isinstance(value, torch.Tensor):
-            _require_plain(value, where(name))
+            require_plain(value, where(name))
             checked[name] = value.detach()
         else:
             raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor")
     return checked
 
 
-def _require_plain(tensor: torch.Tensor, where: str) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{where}: {kind} tensor, expected a dense one")
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
-    if tensor.is_meta:
-        raise InputError(f"{where}: a meta tensor holds no data, expected one that does")
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    behind = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    if tensor.numel() and behind > tensor.untyped_storage().nbytes():
-        raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
-
-
 def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in _FLOATS
+    return isinstance(value, torch.Tensor) and value.dtype in FLOATS
 
 
 def _forms(named: dict[str, Any]) -> dict[str, Form]:
     return {
-        name: Form(_SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        name: Form(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
         for name, t in named.items()
         if isinstance(t, torch.Tensor)
     }
@@ -384,67 +309,3 @@ def _other_devices(
         for name, tensor in base.items():
             if _is_float(tensor) and model[name].device != tensor.device:
                 yield f"{where(k, name)}: on {model[name].device}, expected {tensor.device} like {where(None, name)}"
-
-
-def _batches(items: list[_Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
-    """Batches, the names of their segments, and what to do when one is merged."""
-    groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}
-    scattered = []
-    for item in items:
-        if segment := _where_it_is(item):
-            key = item.versions[1].device, _signature(segment, task_vectors)
-            groups.setdefault(key, []).append((item.name, segment))
-        else:
-            scattered.append(item)
-    # First, and one at a time: their flat copies are extra memory, which may not be there.
-    for item in scattered:
-        *versions, out = _in_memory_order([*item.versions, item.out])
-        copies = [None if t is None else t.resolve_neg().contiguous() for t in versions]
-        merged = None if out is None else torch.empty_like(out, memory_format=torch.contiguous_format)
-
-        def finish(out: torch.Tensor | None = out, merged: torch.Tensor | None = merged) -> None:
-            if out is not None and merged is not None:
-                with torch.inference_mode():
-                    out.copy_(merged)
-
-        segment = _segment([*copies, merged])
-        batch = Batch(str(item.versions[1].device), _signature(segment, task_vectors), [segment])
-        del copies, versions, segment
-        yield batch, [item.name], finish
-        del batch, finish, merged
-    for (device, signature), members in groups.items():
-        yield Batch(str(device), signature, [s for _, s in members]), [n for n, _ in members], lambda: None
-
-
-def _where_it_is(item: _Item) -> Segment | None:
-    """The segment that reads and writes the tensors themselves, if they are flat in the order of the first one's strides."""
-    if item.segment:
-        numel, base, models, _ = item.segment
-        return Segment(numel, base, models, base if item.out is item.versions[0] else _stream(item.out))
-    tensors = _in_memory_order([*item.versions, item.out])
-    if all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors):
-        return _segment(tensors)
-    return None
-
-
-def _signature(segment: Segment, task_vectors: bool) -> Signature:
-    result: Any = segment.out or segment.base
-    return Signature(result.dtype, tuple([m.dtype for m in segment.models]), task_vectors)
-
-
-def _segment(contiguous: list[Any]) -> Segment:
-    base, *models, out = map(_stream, contiguous)
-    return Segment(contiguous[1].numel(), base, [m for m in models if m], out)
-
-
-def _in_memory_order(tensors: list[Any]) -> list[Any]:
-    """The tensors with their dimensions in the order of the first one's strides: flat wherever it is dense."""
-    first = next(t for t in tensors if t is not None)
-    order = sorted(range(first.dim()), key=lambda i: -first.stride(i))
-    return [None if t is None else t.permute(order) for t in tensors]
-
-
-def _stream(contiguous: torch.Tensor | None) -> Stream | None:
-    return (
-        None if contiguous is None else Stream(contiguous.data_ptr(), _SPELLED[contiguous.dtype], contiguous)
-    )

@@ -18,6 +18,7 @@ import torch
 
 from negmerge_fast import backends, native
 from negmerge_fast.rule import Batch, Merge, Rule
+from negmerge_fast.table import device_memory
 
 HERE = Path(__file__).parent
 
@@ -83,7 +84,7 @@ def _library() -> Any:
 
 def merge_on_host(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
     library = _library()
-    memory, tiles = native._cuda_memory(batch, library.tile())
+    memory, tiles = device_memory(batch, library.tile())
     result, dtypes, task_vectors, scale, required, segments = native._signature(batch, rule)
     counts = np.zeros((segments, 2), np.int64)
     library.merge_on_host(

@@ -1,0 +1,42 @@
+"""A batch as the integers that kernels are given: they know neither torch nor numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .rule import Batch
+
+# Storage types as the kernels number them (csrc/batch.h, kernels/merge.py).
+NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
+
+
+def table_of(batch: Batch) -> np.ndarray[Any, Any]:
+    """int64[segments, 3 + n]: elements, then the addresses of base, out and the models; 0 where there is none."""
+    rows = [
+        (
+            segment.numel,
+            segment.base.address if segment.base else 0,
+            segment.out.address if segment.out else 0,
+            *[stream.address for stream in segment.models],
+        )
+        for segment in batch.segments
+    ]
+    # An address may have its highest bit set.
+    return np.array(rows, np.uint64).reshape(len(rows), 3 + len(batch.signature.models)).view(np.int64)
+
+
+def device_memory(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
+    """What a kernel on a device reads, and the number of its tiles, each of so many elements of one segment.
+
+    int64[segments + 1, 2], the tiles before each segment and whether all its addresses are multiples of 16; then the
+    table; then the models' storage types, a byte each.
+    """
+    table = table_of(batch)
+    tiles = np.zeros((len(table) + 1, 2), np.int64)
+    np.cumsum(-(table[:, 0] // -tile), out=tiles[1:, 0])
+    tiles[:-1, 1] = np.bitwise_or.reduce(table[:, 1:], axis=1) % 16 == 0
+    dtypes = bytes(NUMBERS[dtype] for dtype in batch.signature.models)
+    padded = np.frombuffer(dtypes.ljust(-(len(dtypes) // -8) * 8, b"\0"), np.int64)
+    return np.concatenate([tiles.ravel(), table.ravel(), padded]), int(tiles[-1, 0])
