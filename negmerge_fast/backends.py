@@ -5,22 +5,29 @@ Every backend is one function, merge(batch, rule) -> counts; rule.py says what i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from .rule import InputError, Merge
-
-if TYPE_CHECKING:
-    from .rule import Batch, Rule
+from .rule import FLOAT_SIZES, Batch, InputError, Merge, Rule, Signature
 
 # In the order in which "auto" prefers them.
-NAMES = ("cuda", "cpu", "torch")
+NAMES = ("cuda", "triton", "cpu", "torch")
 
 # Those that several threads may call at once, on batches of their own.
 CONCURRENT = frozenset({"cpu"})
 
+# Those that must give the reference's bits on the very device before they are used there. The CPU's kernel is not among
+# them: a merge of files would have to import torch for it.
+_TRIED = frozenset({"cuda", "triton"})
+
 
 def why_not(name: str, device: str) -> str | None:
     """Why a backend cannot run on a device here; None if it can."""
+    if name == "triton":
+        try:
+            from .kernels import merge
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+        return merge.why_not(device)
     if name != "torch":
         from . import native
 
@@ -38,24 +45,47 @@ def why_not(name: str, device: str) -> str | None:
 
 def details(name: str) -> str:
     """What a person may want to know of a backend beside whether it can run."""
-    if name == "torch":
+    if name not in ("cuda", "cpu"):
         return ""
     from . import native
 
     return native.details(name)
 
 
-def choose(backend: str, device: str) -> tuple[str, Merge]:
-    """The name and the merge function of a backend for one device; "auto" takes the first that can run there."""
+def choose(
+    backend: str, device: str, rule: Rule | None = None, signatures: Iterable[Signature] = ()
+) -> tuple[str, Merge]:
+    """The name and the merge function of a backend for one device; "auto" takes the first that can run there.
+
+    Where it is to be used for the first time for one of the signatures, it is tried on it, if it has to be.
+    """
     if backend not in ("auto", *NAMES):
         raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
     reasons = []
     for name in NAMES if backend == "auto" else (backend,):
-        reason = why_not(name, device)
+        # Triton on the CPU is an interpreter, for tests.
+        if (backend, name, device) == ("auto", "triton", "cpu"):
+            continue
+        reason = why_not(name, device) or (rule and _distrust(name, device, rule, signatures))
         if reason is None:
             return name, _merge_of(name)
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def _distrust(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
+    if name not in _TRIED:
+        return None
+    from . import trust
+
+    tried = (trust.distrust(name, _merge_of(name), device, signature, rule) for signature in signatures)
+    return next(filter(None, tried), None)
+
+
+def self_test(name: str, device: str) -> str | None:
+    """Why a backend that can run is not used on a device for one of the storage types; None if it gives the right bits."""
+    signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
+    return _distrust(name, device, Rule(1.0), signatures)
 
 
 def _merge_of(name: str) -> Merge:
@@ -63,6 +93,10 @@ def _merge_of(name: str) -> Merge:
         from . import reference
 
         return reference.merge
+    if name == "triton":
+        from .kernels import merge
+
+        return merge.merge
     from . import native
 
     return native.merge_cpu if name == "cpu" else native.merge_cuda

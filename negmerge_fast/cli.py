@@ -359,10 +359,10 @@ def _info() -> str:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from .backends import NAMES, details, why_not
+    from .backends import NAMES, details, self_test, why_not
 
     lines = [f"negmerge_fast {_version()}", f"python {platform.python_version()} on {platform.platform()}"]
-    for package in ("torch", "numpy", "safetensors"):
+    for package in ("torch", "triton", "numpy", "safetensors"):
         try:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -377,9 +377,9 @@ def _info() -> str:
         pass
     lines.append(f"devices {', '.join(devices)}")
     for name in NAMES:
-        own = devices if name == "torch" else [d for d in devices if d.startswith(name)]
-        for device in own or [f"{name}:0"]:
-            reason = why_not(name, device)
+        kind = {"cuda": "cuda", "cpu": "cpu"}.get(name, "")
+        for device in [d for d in devices if d.startswith(kind)] or [f"{kind}:0"]:
+            reason = why_not(name, device) or self_test(name, device)
             lines.append(
                 f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
             )

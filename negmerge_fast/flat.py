@@ -82,6 +82,16 @@ def require_plain(tensor: torch.Tensor, where: str) -> None:
         raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
 
 
+def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> Iterator[Signature]:
+    """Those of the batches on one device, before there are batches; each may come more than once."""
+    for item in items:
+        if item.versions[1].device == device:
+            written = item.versions[0] if item.out is None else item.out
+            yield Signature(
+                FLOATS[written.dtype], tuple([FLOATS[m.dtype] for m in item.versions[1:]]), task_vectors
+            )
+
+
 def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
     """Batches, the names of their segments, and what to do when one is merged."""
     groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}

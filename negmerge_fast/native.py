@@ -13,7 +13,7 @@ import numpy as np
 
 from .build_info import build_info
 from .rule import Batch, InputError, Rule
-from .table import NUMBERS, device_memory, table_of
+from .table import NUMBERS, device_memory, table_of, upload
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,7 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
     device = torch.device(batch.device)
     memory, tiles = device_memory(batch, _native.cuda_tile)
     with torch.cuda.device(device):
-        # All three come from torch's allocators, which give them to nobody before this stream is done with them.
-        # From pinned memory, or the copy would wait for all that the stream has to do.
-        on_device = torch.from_numpy(memory).pin_memory().to(torch.cuda.current_device(), non_blocking=True)
+        on_device = upload(memory, f"cuda:{torch.cuda.current_device()}")
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
         _native.merge_cuda(
             *_signature(batch, rule),

@@ -162,7 +162,8 @@ def prepare(
     place.check([opened.path, *(m.path for m in models), *files])
     if device == "auto":
         device = "cuda:0" if backend == "cuda" else "cpu"
-    name, merge = backends.choose(backend, device)
+    signatures = {member.signature for extent in plan.extents for member in extent.members}
+    name, merge = backends.choose(backend, device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
     most, scratch = _WORKERS_IN_TURNS, _SCRATCH
     if name in backends.CONCURRENT:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .rule import Batch
+
+if TYPE_CHECKING:
+    import torch
 
 # Storage types as the kernels number them (csrc/batch.h, kernels/merge.py).
 NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
@@ -40,3 +43,20 @@ def device_memory(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
     dtypes = bytes(NUMBERS[dtype] for dtype in batch.signature.models)
     padded = np.frombuffer(dtypes.ljust(-(len(dtypes) // -8) * 8, b"\0"), np.int64)
     return np.concatenate([tiles.ravel(), table.ravel(), padded]), int(tiles[-1, 0])
+
+
+def upload(memory: np.ndarray[Any, Any], device: str) -> torch.Tensor:
+    """int64 on a device, where work on its current stream may read it; waits for nothing."""
+    import torch
+
+    there = torch.device(device)
+    if there.type == "cpu":
+        return torch.from_numpy(memory)
+    if there.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A copy would be repeated from memory that is gone by then; these numbers travel in the launches themselves.
+        on_device = torch.zeros(len(memory), dtype=torch.int64, device=there)
+        torch._foreach_add_(list(on_device.unbind()), memory.tolist())
+        return on_device
+    # From pinned memory, or the copy would wait for all that the stream has to do. torch's allocators give neither to
+    # anybody before this stream is done with them.
+    return torch.from_numpy(memory).pin_memory().to(there, non_blocking=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from . import backends
-from .flat import FLOATS, SPELLED, Item, batches, look, require_plain
+from .flat import FLOATS, SPELLED, Item, batches, look, require_plain, signatures
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
 from .process import uncollected, uninterrupted
@@ -179,7 +179,8 @@ class _Job:
             model = reference if k is None else label if label == "tau" else f"{label}[{k}]"
             return model if name == _ALONE else f"{model}[{name!r}]"
 
-        self.where, self.task_vectors, self.nonfinite = where, inputs == "task_vectors", nonfinite
+        self.where, self.task_vectors = where, inputs == "task_vectors"
+        self.nonfinite, self.backend = nonfinite, backend
         named = [_named(base, where(None, _ALONE))]
         models = _models(finetuned, label)
         for k, model in enumerate(models):
@@ -189,8 +190,8 @@ class _Job:
                 )
         named += [_named(model, where(k, _ALONE)) for k, model in enumerate(models)]
         self._pair(named, reference)
-        devices = {str(device) for device in {item.versions[0].device for item in self.items}}
-        self.merges = {device: backends.choose(backend, device)[1] for device in devices or {"cpu"}}
+        if not self.items:
+            backends.choose(backend, "cpu")  # refuses what there is not
 
     def _pair(self, named: list[dict[str, Any]], reference: str) -> None:
         self.names = list(named[0])
@@ -216,8 +217,15 @@ class _Job:
 
     def run(self, items: list[Item], rule: Rule) -> Stats:
         stats = Stats()
+        # For all devices first: nothing is written if one of them has no such backend.
+        merges = {
+            str(device): backends.choose(
+                self.backend, str(device), rule, signatures(items, device, self.task_vectors)
+            )[1]
+            for device in {item.versions[1].device for item in items}
+        }
         for batch, names, finish in batches(items, self.task_vectors):
-            counts = self.merges[batch.device](batch, rule)
+            counts = merges[batch.device](batch, rule)
             stats.add([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts)
             finish()
             del batch, finish  # and with them the copies of scattered tensors, before the next are made

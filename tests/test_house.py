@@ -16,12 +16,13 @@ ROOT = Path(negmerge_fast.__file__).parent
 ARROWS = {
     "__init__": {"rule", "stream", "tensors"},
     "__main__": {"cli"},
-    "backends": {"native", "reference", "rule"},
+    "backends": {"kernels", "native", "reference", "rule", "trust"},
     "build_info": set(),
     "checkpoints": {"checkpoints", "layout", "rule"},
     "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
     "demo": {"__init__", "rule"},
     "flat": {"rule"},
+    "kernels": {"rule", "table"},
     "layout": {"rule"},
     "native": {"__init__", "build_info", "rule", "table"},
     "overlap": {"rule"},
@@ -32,14 +33,21 @@ ARROWS = {
     "stream": {"__init__", "backends", "checkpoints", "plan", "rule", "workers", "writer"},
     "table": {"rule"},
     "tensors": {"backends", "flat", "layout", "overlap", "process", "rule"},
+    "trust": {"reference", "rule"},
     "workers": {"plan"},
     "writer": {"checkpoints", "rule"},
 }
 
 
+# Each module with its place in the package: kernels/ lies beside it.
+MODULES = {path: path.relative_to(ROOT).parts for path in ROOT.rglob("*.py")}
+MODULES |= {path: ("kernels", path.name) for path in (ROOT.parent / "kernels").glob("*.py")}
+ROOMS = {parts[0].removesuffix(".py") for parts in MODULES.values()}
+
+
 def imports(path: Path) -> set[str]:
     """The rooms of the package that a module imports, anywhere in it."""
-    package = path.relative_to(ROOT).parts[:-1]
+    package = MODULES[path][:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,18 +63,15 @@ def imports(path: Path) -> set[str]:
             parts = module.split(".")
             if parts[0] == "negmerge_fast":
                 room = parts[1] if len(parts) > 1 else "__init__"
-                found.add(room if (ROOT / room).is_dir() or (ROOT / f"{room}.py").exists() else "__init__")
+                found.add(room if room in ROOMS else "__init__")
     return found
 
 
 def test_every_room_imports_only_what_it_may() -> None:
-    rooms = set()
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).parts
-        room = parts[0] if len(parts) > 1 else path.stem
-        rooms.add(room)
+    for path, parts in MODULES.items():
+        room = parts[0].removesuffix(".py")
         assert imports(path) <= ARROWS[room], f"{path.name} imports {imports(path) - ARROWS[room]}"
-    assert rooms == set(ARROWS)
+    assert set(ARROWS) == ROOMS
 
 
 def run(code: str) -> str:
@@ -103,6 +108,7 @@ out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
         ROOT / "reference.py",
         project / "README.md",
         project / "csrc" / "merge_rule.h",
+        project / "kernels" / "merge.py",
     ):
         lines = place.read_text(encoding="utf-8").splitlines()
         assert formula in "\n".join(line.strip("/ ") for line in lines), place

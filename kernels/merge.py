@@ -1,0 +1,373 @@
+"""The rule in Triton, for every GPU that it reaches: one kernel, one launch for a batch.
+
+    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    agree = all d_k > 0  or  all d_k < 0
+    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
+
+negmerge_fast/rule.py says it to the bit. Numbers are loaded and stored as integers of their size; bf16 is widened and
+rounded with integers, so that what Triton's interpreter computes is what a GPU does. Programs take equal runs of tiles,
+so that a batch of one large segment and one of thousands of small ones are the same work.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from ..rule import FLOAT_SIZES, Batch, Rule, Signature
+from ..table import NUMBERS, device_memory, upload
+
+# Storage types, as negmerge_fast/table.py numbers them.
+F64 = tl.constexpr(0)
+F32 = tl.constexpr(1)
+F16 = tl.constexpr(2)
+BF16 = tl.constexpr(3)
+MIXED = tl.constexpr(4)  # the models' types differ, and are looked up
+
+# An aligned segment is loaded 16 bytes at a time, up to a multiple of so many elements; the rest as an unaligned one.
+WIDE = tl.constexpr(16)
+
+# In one integer: elements that agreed, and so many times those that were not finite.
+NONFINITE = tl.constexpr(1 << 15)
+
+
+@triton.jit
+def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements as integers. ALIGNED: the address is a multiple of 16; else it is anything."""
+    if DTYPE == F64:
+        size: tl.constexpr = 8
+        kind: tl.constexpr = tl.int64
+    elif DTYPE == F32:
+        size: tl.constexpr = 4
+        kind: tl.constexpr = tl.int32
+    else:
+        size: tl.constexpr = 2
+        kind: tl.constexpr = tl.int16
+    # Nothing is read twice: it need not stay in a cache.
+    if ALIGNED:
+        start = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
+        bits = tl.load(start + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    elif address % size == 0:
+        bits = tl.load(address.to(tl.pointer_type(kind)) + offsets, mask=mask, other=0)
+    else:
+        first = address.to(tl.pointer_type(tl.uint8)) + offsets * size
+        bits = tl.load(first, mask=mask, other=0).to(kind)
+        for i in tl.static_range(1, size):
+            bits |= tl.load(first + i, mask=mask, other=0).to(kind) << (8 * i)
+    return bits
+
+
+@triton.jit
+def _store(address, offsets, mask, bits, ALIGNED: tl.constexpr):
+    size: tl.constexpr = bits.dtype.primitive_bitwidth // 8
+    if ALIGNED:
+        start = tl.multiple_of(address.to(tl.pointer_type(bits.dtype)), 16)
+        tl.store(start + offsets, bits, mask=mask, eviction_policy="evict_first")
+    elif address % size == 0:
+        tl.store(address.to(tl.pointer_type(bits.dtype)) + offsets, bits, mask=mask)
+    else:
+        first = address.to(tl.pointer_type(tl.uint8)) + offsets * size
+        for i in tl.static_range(size):
+            tl.store(first + i, (bits >> (8 * i)).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _widen(bits, DTYPE: tl.constexpr, T: tl.constexpr):
+    """Numbers of the arithmetic type, exactly."""
+    if DTYPE == F64:
+        x = bits.to(tl.float64, bitcast=True)
+    elif DTYPE == F32:
+        x = bits.to(tl.float32, bitcast=True)
+    elif DTYPE == F16:
+        x = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(T)
+
+
+@triton.jit
+def _numbers(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
+    return _widen(_load(address, offsets, mask, DTYPE, ALIGNED), DTYPE, T)
+
+
+@triton.jit
+def _round(x, DTYPE: tl.constexpr):
+    """Integers to store, and whether they are finite numbers; from float64 to 16 bits by way of float32."""
+    if DTYPE == F64:
+        bits = x.to(tl.int64, bitcast=True)
+        finite = x - x == 0
+    elif DTYPE == F32:
+        narrow = x.to(tl.float32)
+        bits = narrow.to(tl.int32, bitcast=True)
+        finite = narrow - narrow == 0
+    elif DTYPE == F16:
+        narrow = x.to(tl.float32)
+        bits = narrow.to(tl.float16).to(tl.int16, bitcast=True)
+        finite = tl.abs(narrow) < 65520.0
+    else:
+        narrow = x.to(tl.float32)
+        u = narrow.to(tl.uint32, bitcast=True)
+        bits = ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).to(tl.int16)
+        finite = tl.abs(narrow) < 3.3961775292304957e38  # half-way from the greatest bf16 to 2^128
+    return bits, finite
+
+
+@triton.jit
+def _divide(a, b, T: tl.constexpr):
+    # In float32 "/" is an approximation.
+    if T == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def _see(d, total, least, greatest, below, n_above, n_below, UNANIMOUS: tl.constexpr):
+    """Takes a model in. least and greatest ignore a NaN, total keeps it. total: of all or, for a majority, those above 0."""
+    least = tl.where(d < least, d, least)
+    greatest = tl.where(d > greatest, d, greatest)
+    if UNANIMOUS:
+        total += d
+    else:
+        # Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
+        total += tl.where(d < 0, 0.0, d)
+        below += tl.where(d < 0, d, 0.0)
+        n_above += tl.where(d > 0, 1.0, 0.0)
+        n_below += tl.where(d < 0, 1.0, 0.0)
+    return total, least, greatest, below, n_above, n_below
+
+
+@triton.jit
+def _model(
+    row, dtypes, k, offsets, mask, KIND: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Numbers of model k, whose storage type is KIND or, if that is MIXED, known only now."""
+    address = tl.load(row + 3 + k)
+    if KIND < MIXED:
+        x = _numbers(address, offsets, mask, KIND, T, ALIGNED)
+    else:
+        dtype = tl.load(dtypes + k)
+        if dtype == 1:
+            x = _numbers(address, offsets, mask, F32, T, ALIGNED)
+        elif dtype == 2:
+            x = _numbers(address, offsets, mask, F16, T, ALIGNED)
+        elif dtype == 3:
+            x = _numbers(address, offsets, mask, BF16, T, ALIGNED)
+        elif T == tl.float64:
+            x = _numbers(address, offsets, mask, F64, T, ALIGNED)
+        else:
+            x = tl.zeros([BLOCK], T)
+    return x
+
+
+@triton.jit
+def _merge(
+    row, dtypes, n, required, scale, offsets, mask,
+    T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, REST: tl.constexpr,
+    REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Merges the elements of a block whose mask is set; returns what each adds to the counts."""
+    base = tl.load(row + 1)
+    stored = _load(base, offsets, tl.where(base != 0, mask, False), RESULT, ALIGNED)
+    zero = tl.zeros([BLOCK], T)
+    b = _widen(stored, RESULT, T)
+    origin = zero if TASK_VECTORS else b
+    total, least, greatest = zero, zero + float("inf"), zero - float("inf")
+    below, n_above, n_below = zero, zero, zero
+    # All loads of a group are under way at once.
+    if GROUP > 0:
+        for first in range(0, n - REST, GROUP):
+            for k in tl.static_range(GROUP):
+                x = _model(row, dtypes, first + k, offsets, mask, KIND, T, ALIGNED, BLOCK)
+                total, least, greatest, below, n_above, n_below = _see(
+                    x - origin, total, least, greatest, below, n_above, n_below, UNANIMOUS
+                )
+    for k in tl.static_range(REST):
+        x = _model(row, dtypes, n - REST + k, offsets, mask, (REST_KINDS >> (4 * k)) & 15, T, ALIGNED, BLOCK)
+        total, least, greatest, below, n_above, n_below = _see(
+            x - origin, total, least, greatest, below, n_above, n_below, UNANIMOUS
+        )
+
+    if UNANIMOUS:
+        agree = (least > 0) | (greatest < 0)
+        mean = _divide(total, zero + n, T)
+    else:
+        up = n_above >= required
+        agree = up | (n_below >= required)
+        mean = _divide(tl.where(up, total, below), tl.where(up, n_above, n_below), T)
+    result, in_range = _round(b + scale * -mean, RESULT)
+    finite = (total == total) & (least > -float("inf")) & (greatest < float("inf")) & (b - b == 0)
+    finite = finite & (in_range | (agree == 0))
+    agree = agree & finite
+    out = tl.load(row + 2)
+    _store(out, offsets, tl.where(out != 0, mask, False), tl.where(agree, result, stored), ALIGNED)
+    return (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
+
+
+@triton.jit
+def _add(counts, counted):
+    tl.atomic_add(counts, tl.sum(counted % NONFINITE).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 1, tl.sum(counted // NONFINITE).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["memory", "counts", "scale", "segments", "tiles", "run", "n", "required"])
+def merge_tiles(
+    memory, counts, scale, segments, tiles, run, n, required,
+    T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, REST: tl.constexpr,
+    REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: `run` tiles of BLOCK elements, of as many segments as they happen to be of.
+
+    memory: what negmerge_fast/table.py calls device memory. counts: int64[segments, 2], agreed and non-finite are added.
+    scale: λ, one float64. T: the arithmetic type. RESULT: the storage type of base and output. KIND: that of all models, or
+    MIXED. The models are taken GROUP at a time (0: there is no group), the last REST unrolled; REST_KINDS: the storage
+    types of those, four bits each.
+    """
+    tile = tl.program_id(0).to(tl.int64) * run
+    end = tl.minimum(tile + run, tiles)
+    table = memory + 2 * (segments + 1)
+    dtypes = (table + segments.to(tl.int64) * (3 + n)).to(tl.pointer_type(tl.uint8))
+    rounded_scale = tl.load(scale).to(T)
+
+    # The last segment with no more tiles before it than this one has.
+    segment = tl.zeros([], tl.int64)
+    above = segment + segments
+    while above - segment > 1:
+        middle = (segment + above) // 2
+        started = tl.load(memory + 2 * middle) <= tile
+        segment = tl.where(started, middle, segment)
+        above = tl.where(started, above, middle)
+
+    while tile < end:
+        first = tl.load(memory + 2 * segment)
+        last = tl.minimum(tl.load(memory + 2 * segment + 2), end)
+        row = table + segment * (3 + n)
+        numel = tl.load(row)
+        wide = tl.where(tl.load(memory + 2 * segment + 1) != 0, numel // WIDE, 0) * WIDE
+        to = counts + 2 * segment
+        counted = tl.zeros([BLOCK], tl.int32)
+        while tile < last:
+            start = (tile - first) * BLOCK
+            offsets = start + tl.arange(0, BLOCK)
+            if start < wide:
+                counted += _merge(
+                    row, dtypes, n, required, rounded_scale, offsets, offsets < wide,
+                    T, RESULT, KIND, GROUP, REST, REST_KINDS, TASK_VECTORS, UNANIMOUS, True, BLOCK,
+                )  # fmt: skip
+            if start + BLOCK > wide:
+                few = _merge(
+                    row, dtypes, n, required, rounded_scale, offsets, (offsets >= wide) & (offsets < numel),
+                    T, RESULT, KIND, 1, 0, 0, TASK_VECTORS, UNANIMOUS, False, BLOCK,
+                )  # fmt: skip
+                _add(to, few)
+            tile += 1
+        _add(to, counted)
+        segment += 1
+
+
+class Launch(NamedTuple):
+    """How the kernel is specialised and launched, beside what the data say.
+
+    elements: of a thread at a time. group: models whose loads are under way at once. threads: of a program. run: the
+    most tiles of a program.
+    """
+
+    elements: int
+    group: int
+    threads: int
+    run: int
+
+    @property
+    def tile(self) -> int:
+        return self.elements * self.threads
+
+
+def usual_launch(signature: Signature, unanimous: bool) -> Launch:
+    """By reasoning, for a GPU that nobody has searched on."""
+    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
+    double = signature.arithmetic == "F64"
+    # 16 bytes of the narrowest stream. Eight doubles of each running value of a majority would not fit the registers.
+    elements = 16 // min(sizes) if unanimous or not double else min(4, 16 // min(sizes))
+    # 8 models of 16 bytes a thread, 64 KiB of a processor at a quarter of its threads, hide memory's latency.
+    group = 4 if elements * max(sizes) > 16 or (elements == 8 and not unanimous) else 8
+    return Launch(elements, group, threads=128, run=32)
+
+
+def constants(signature: Signature, unanimous: bool, launch: Launch) -> dict[str, Any]:
+    """What merge_tiles is specialised on."""
+    models = [NUMBERS[dtype] for dtype in signature.models]
+    kind = models[0] if len(set(models)) == 1 else MIXED.value
+    rest = models if len(models) <= launch.group else [kind] * (len(models) % launch.group)
+    return {
+        "T": tl.float64 if signature.arithmetic == "F64" else tl.float32,
+        "RESULT": NUMBERS[signature.result],
+        "KIND": kind,
+        "GROUP": 0 if len(rest) == len(models) else launch.group,
+        "REST": len(rest),
+        "REST_KINDS": sum(dtype << 4 * k for k, dtype in enumerate(rest)),
+        "TASK_VECTORS": signature.task_vectors,
+        "UNANIMOUS": unanimous,
+        "BLOCK": launch.tile,
+    }
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on the CPU: TRITON_INTERPRET=1."""
+    return not isinstance(merge_tiles, triton.JITFunction)
+
+
+def why_not(device: str) -> str | None:
+    """Why the kernel cannot run on a device here; None if it can."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
+        return f"Triton {triton.__version__}, expected 3.2 or newer"
+    if interpreted():
+        return None if device == "cpu" else f"Triton's interpreter is for tensors on cpu, not on {device}"
+    if device == "cpu":
+        return "is for tensors on a GPU (on the CPU with TRITON_INTERPRET=1, to test it)"
+    try:
+        reached = triton.runtime.driver.active.get_active_torch_device().type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        return f"Triton finds no device {device!r} here: {str(error).splitlines()[0]}"
+    return None if torch.device(device).type == reached else f"Triton is for {reached} here, not for {device}"
+
+
+def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
+    unanimous = rule.required(len(batch.signature.models)) == len(batch.signature.models)
+    return launch_merge(batch, rule, usual_launch(batch.signature, unanimous))
+
+
+def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
+    models = len(batch.signature.models)
+    required = rule.required(models)
+    memory, tiles = device_memory(batch, launch.tile)
+    scale = np.array([rule.scale]).view(np.int64)
+    with on(torch.device(batch.device)):
+        there = upload(np.concatenate([memory, scale]), batch.device)
+        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=there.device)
+        # Enough programs for every processor first; then long runs, that look for their first segment once.
+        run = max(1, min(launch.run, tiles // 4096))
+        if tiles:
+            merge_tiles[(-(tiles // -run),)](
+                there, counts, there[-1:].view(torch.float64), len(batch.segments), tiles, run, models, required,
+                **constants(batch.signature, required == models, launch),
+                **({} if interpreted() else options(launch, triton.runtime.driver.active.get_current_target().warp_size)),
+            )  # fmt: skip
+    return counts
+
+
+def options(launch: Launch, warp: int) -> dict[str, Any]:
+    """The compiler's: no fused multiply-add, and no copies through shared memory; warp: threads of one."""
+    return {"num_warps": launch.threads // warp, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def on(device: torch.device) -> Any:
+    """While it lasts, a device is the current one: Triton launches there, and on its current stream."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
