@@ -24,6 +24,7 @@ ARROWS = {
     "flat": {"rule"},
     "layout": {"rule"},
     "native": {"__init__", "build_info", "rule", "table"},
+    "ops": {"backends", "flat", "layout", "overlap", "rule"},
     "overlap": {"rule"},
     "plan": {"checkpoints", "layout", "rule"},
     "process": set(),
@@ -31,7 +32,7 @@ ARROWS = {
     "rule": set(),
     "stream": {"__init__", "backends", "checkpoints", "plan", "rule", "workers", "writer"},
     "table": {"rule"},
-    "tensors": {"backends", "flat", "layout", "overlap", "process", "rule"},
+    "tensors": {"backends", "flat", "layout", "ops", "overlap", "process", "rule"},
     "workers": {"plan"},
     "writer": {"checkpoints", "rule"},
 }
