@@ -11,7 +11,7 @@ counts: int64[len(base), 2] on that device, agreed and non-finite elements, for 
 
 A non-finite element keeps the base's bits. A mistake is an InputError or a TypeError naming model and tensor, the same
 where a graph is traced as where it runs; but only there is it seen that memory is shared (merge_), or has been freed.
-merge has a gradient, that of the elements which agree as they are; merge_ writes as under torch.no_grad.
+merge has a gradient, which takes for constant what agrees; merge_ writes as under torch.no_grad. Ctrl-C is not held up.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, gradients: list[torch.Tensor | None], _: Any) -> tuple[Any, ...]:
     versions = [list(ctx.saved_tensors[i :: ctx.tensors]) for i in range(ctx.tensors)]
     found = [
-        [None] * len(v)
-        if g is None
-        else _gradients(v, g, ctx.scale, float(ctx.min_agreement), ctx.task_vectors)
+        [None] * len(v) if g is None else _gradients(v, g, ctx.scale, ctx.min_agreement, ctx.task_vectors)
         for v, g in zip(versions, gradients, strict=True)
     ]
     of_models = [per_tensor[k] for k in range(1, len(versions[0])) for per_tensor in found]
@@ -158,9 +156,7 @@ def _models(
     backend: str,
 ) -> list[list[torch.Tensor]]:
     """The models, each a list like base, after everything that can be checked without memory: for real and fake."""
-    # A number that a graph takes as an argument has no value yet: it is checked when the graph runs.
-    known = [1.0 if isinstance(number, torch.SymFloat) else number for number in (scale, min_agreement)]
-    Rule(*known)
+    Rule(scale, min_agreement)
     require_choice("backend", backend, ("auto", *backends.NAMES))
     if not base:
         raise InputError("base: no tensors, expected at least one")
@@ -250,8 +246,8 @@ def _chosen(backend: str, device: torch.device, rule: Rule, signatures: Iterable
     return backends.choose(backend, str(device))[1]
 
 
-# tensors.merge and merge_ while a graph is traced. What follows is traced with them, line by line: no addresses, no
-# numbers; what it refuses, the compiler reports.
+# tensors.merge and merge_ while a graph is traced. What follows is traced with them, line by line, and sees neither
+# addresses nor numbers: memory that is shared is not looked for, and what is refused is reported by the compiler.
 
 
 def merge_in_graph(

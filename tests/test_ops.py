@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -248,7 +249,14 @@ def _nothing_compiled_before() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("compiler", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)]
+    ("compiler", "dynamic"),
+    [
+        ("aot_eager", None),
+        ("aot_eager", True),
+        pytest.param(
+            "inductor", None, marks=pytest.mark.skipif(not shutil.which("g++"), reason="no g++ for inductor")
+        ),
+    ],
 )
 def test_compiled(device: str, compiler: str, dynamic: bool | None) -> None:
     compiled, compiled_ = (
@@ -312,6 +320,28 @@ def test_modules_in_a_graph() -> None:
     state = modules[0].state_dict()
     assert list(merged) == list(expected) and stats.elements == 24
     assert all(same_bits(merged[n], t) and same_bits(state[n], t) for n, t in expected.items())
+
+
+def test_exported_for_every_length() -> None:
+    class Merging(torch.nn.Module):
+        def forward(self, base: torch.Tensor, model: torch.Tensor) -> Any:
+            return nm.merge(base, [model], scale=0.5)
+
+    any_length = {0: torch.export.Dim("length")}
+    program = torch.export.export(
+        Merging(), (torch.zeros(3), ones(3)), dynamic_shapes=(any_length, any_length)
+    )
+    assert torch.equal(program.module()(torch.zeros(5), ones(5)), torch.full((5,), -0.5))
+
+
+def test_gradient_through_a_compiled_graph() -> None:
+    def loss(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+        return (merge([base * 2], [model.sin()], 0.5)[0][0] ** 2).sum()
+
+    inputs = [torch.randn(5, 6, dtype=F64, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
