@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from . import backends
+from . import backends, ops
 from .flat import FLOATS, SPELLED, Item, batches, look, require_plain, signatures
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
@@ -58,6 +58,8 @@ def merge(
     Returns what base is, in memory of its own: a tensor, or a dict of tensors (of a module, its state dict). Tied
     weights stay tied. Raises InputError (a ValueError) or TypeError naming model and tensor.
     """
+    if torch.compiler.is_compiling():
+        return ops.merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
     job = _Job(base, finetuned, "finetuned", inputs, nonfinite, backend)
     items = [item._replace(out=torch.empty_like(item.versions[0])) for item in job.items]
@@ -92,6 +94,8 @@ def merge_(
 
     Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
     """
+    if torch.compiler.is_compiling():
+        return ops.merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
     return _Job(base, finetuned, "finetuned", inputs, nonfinite, backend).run_in_place(rule)
 
