@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from . import backends
-from .flat import FLOATS, SPELLED, Item, batches, look, require_plain
+from .flat import FLOATS, SPELLED, Item, batches, look, plain
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
 from .process import uncollected, uninterrupted
@@ -283,8 +283,7 @@ def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, An
         if str(name).endswith("_extra_state"):
             checked[name] = _ExtraState(value)
         elif isinstance(value, torch.Tensor):
-            require_plain(value, where(name))
-            checked[name] = value.detach()
+            checked[name] = plain(value, where(name))
         else:
             raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor")
     return checked
