@@ -22,6 +22,7 @@ ARROWS = {
     "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
     "demo": {"__init__", "rule"},
     "flat": {"rule"},
+    "foreign": {"rule"},
     "layout": {"rule"},
     "native": {"__init__", "build_info", "rule", "table"},
     "overlap": {"rule"},
@@ -31,7 +32,7 @@ ARROWS = {
     "rule": set(),
     "stream": {"__init__", "backends", "checkpoints", "plan", "rule", "workers", "writer"},
     "table": {"rule"},
-    "tensors": {"backends", "flat", "layout", "overlap", "process", "rule"},
+    "tensors": {"backends", "flat", "foreign", "layout", "overlap", "process", "rule"},
     "workers": {"plan"},
     "writer": {"checkpoints", "rule"},
 }

@@ -251,7 +251,7 @@ BAD = {
     "a tensor for a list": (lambda: (torch.zeros(2), torch.zeros(2)), "finetuned: Tensor, expected a list of models"),
     "kinds of model": (lambda: ({"a": torch.zeros(2)}, [torch.zeros(2)]), r"finetuned\[0\]: Tensor, but base is dict"),
     "not a tensor": (lambda: ({"a": 1}, [{"a": 1}]), r"base\['a'\]: int, expected a tensor"),
-    "not a model": (lambda: (3, [3]), "base: int, expected a tensor, a mapping of tensors or a module"),
+    "not a model": (lambda: (3, [3]), "base: int, expected a tensor, an array, a mapping of these or a module"),
     "meta": (lambda: (torch.zeros(2, device="meta"), [torch.zeros(2)]), "base: a meta tensor holds no data"),
     "sparse": (lambda: (torch.zeros(2).to_sparse(), [torch.zeros(2)]), "base: torch.sparse_coo tensor, expected a dense one"),
 }  # fmt: skip
