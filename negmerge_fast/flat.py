@@ -72,7 +72,10 @@ def look(name: str, models: list[dict[str, Any]]) -> Item | None:
 
 
 def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """The tensor, detached and without its subclass; raises TypeError or InputError if its numbers are not in its memory."""
+    """The tensor, detached and without its subclass.
+
+    Raises TypeError or InputError if its numbers are not in its memory.
+    """
     if torch.nn.parameter.is_lazy(tensor):
         raise InputError(
             f"{where}: not initialized yet, expected a tensor with a shape (call the lazy module once)"

@@ -32,8 +32,8 @@ def is_array(value: object) -> bool:
 def as_tensor(array: Any, where: str, written: bool) -> torch.Tensor:
     """An array as a tensor on its memory, whatever its type.
 
-    where: what to call it. written: it is one that is written, if of a floating-point type. Raises TypeError or InputError
-    for what torch can't view as it is, and for what is written and must not be.
+    where: what to call it. written: it is one that is written, if of a floating-point type. Raises TypeError or
+    InputError for what torch can't view as it is, and for what is written and must not be.
     """
     if isinstance(array, np.ndarray):
         return _of_numpy(array, where, written)
