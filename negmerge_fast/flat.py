@@ -19,6 +19,9 @@ FLOATS = {dtype: spelled for dtype, spelled in SPELLED.items() if spelled in FLO
 # Nothing else at first sight: a subclass may hold its numbers elsewhere.
 _STRIDED = torch.strided
 _PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
+_NO_MEMORY = (
+    "a tensor without memory, as inside torch.func.vmap or grad, expected one with: merge outside of these"
+)
 
 
 class Item(NamedTuple):
@@ -68,18 +71,37 @@ def look(name: str, models: list[dict[str, Any]]) -> Item | None:
     return Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
 
 
-def require_plain(tensor: torch.Tensor, where: str) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{where}: {kind} tensor, expected a dense one")
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor, detached and without its subclass.
+
+    Raises TypeError or InputError if its numbers are not in its memory.
+    """
+    if torch.nn.parameter.is_lazy(tensor):
+        raise InputError(
+            f"{where}: not initialized yet, expected a tensor with a shape (call the lazy module once)"
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not tensor.is_nested:
         raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
-    if tensor.is_meta:
-        raise InputError(f"{where}: a meta tensor holds no data, expected one that does")
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    behind = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    if tensor.numel() and behind > tensor.untyped_storage().nbytes():
-        raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
+    # What a subclass makes of these questions does not matter: its numbers are where a tensor's are.
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{where}: {kind} tensor, expected a dense one")
+        if tensor.is_meta:
+            raise InputError(f"{where}: a meta tensor holds no data, expected one that does")
+        try:
+            held = tensor.untyped_storage().nbytes()
+            detached = tensor.detach()
+            has_address = detached.data_ptr() != 0
+        except (RuntimeError, NotImplementedError):
+            raise TypeError(f"{where}: {_NO_MEMORY}") from None
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        behind = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.numel() and behind > held:
+            raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
+        if tensor.numel() and not has_address:
+            raise TypeError(f"{where}: {_NO_MEMORY}")
+        return detached
 
 
 def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> Iterator[Signature]:
@@ -151,6 +173,12 @@ def _in_memory_order(tensors: list[Any]) -> list[Any]:
 
 
 def _stream(contiguous: torch.Tensor | None) -> Stream | None:
-    return (
-        None if contiguous is None else Stream(contiguous.data_ptr(), SPELLED[contiguous.dtype], contiguous)
-    )
+    if contiguous is None:
+        return None
+    try:
+        address = contiguous.data_ptr()
+    except RuntimeError:
+        address = 0
+    if not address and contiguous.numel():  # one that was made just now: the others have been looked at
+        raise TypeError(f"the result: {_NO_MEMORY}")
+    return Stream(address, SPELLED[contiguous.dtype], contiguous)

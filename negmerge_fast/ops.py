@@ -16,16 +16,16 @@ merge has a gradient, which takes for constant what agrees; merge_ writes as und
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from . import backends
-from .flat import FLOATS, SPELLED, Item, batches, look, require_plain
+from .flat import FLOATS, SPELLED, Item, batches, look, plain, signatures
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory
-from .rule import FLOAT_SIZES, InputError, Merge, Rule, Signature, Stats, require_choice
+from .rule import FLOAT_SIZES, InputError, Rule, Stats, require_choice
 
 _ARGUMENTS = (
     'Tensor[] finetuned, float scale, float min_agreement=1.0, bool task_vectors=False, str backend="auto"'
@@ -201,9 +201,8 @@ def _items(base: list[torch.Tensor], models: list[list[torch.Tensor]]) -> list[I
 
 
 def _scattered(name: str, versions: list[torch.Tensor]) -> Item:
-    for tensor, where in zip(versions, _places(name, len(versions)), strict=True):
-        require_plain(tensor, where)
-    return Item(name, [tensor.detach() for tensor in versions])
+    places = _places(name, len(versions))
+    return Item(name, [plain(tensor, where) for tensor, where in zip(versions, places, strict=True)])
 
 
 def _places(name: str, versions: int) -> list[str]:
@@ -220,9 +219,8 @@ def _uses(items: list[Item]) -> Iterator[tuple[torch.Tensor, bool, str]]:
 def _run(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> torch.Tensor:
     """Merge all items, of one device, and return their counts in their order."""
     device = items[0].versions[0].device
-    # All that will be asked for, so that nothing is written if a part of it cannot be done.
-    signatures = {_signature(item, task_vectors) for item in items}
-    merge_batch = _chosen(backend, device, rule, signatures)
+    # For all that will be asked for, so that nothing is written if a part of it cannot be done.
+    _, merge_batch = backends.choose(backend, str(device), rule, signatures(items, device, task_vectors))
     rows: dict[str, torch.Tensor] = {}
     for batch, names, finish in batches(items, task_vectors):
         counts = merge_batch(batch, rule)
@@ -235,15 +233,6 @@ def _run(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> tor
         del batch, finish  # and with them the copies of scattered tensors, before the next are made
     # Not by an index, which would have to be copied to the device.
     return torch.stack([rows[item.name] for item in items])
-
-
-def _signature(item: Item, task_vectors: bool) -> Signature:
-    result, *models = [FLOATS[tensor.dtype] for tensor in item.versions]
-    return Signature(result, tuple(models), task_vectors)
-
-
-def _chosen(backend: str, device: torch.device, rule: Rule, signatures: Iterable[Signature]) -> Merge:
-    return backends.choose(backend, str(device), rule, signatures)[1]
 
 
 # tensors.merge and merge_ while a graph is traced. What follows is traced with them, line by line, and sees neither

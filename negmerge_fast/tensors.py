@@ -1,4 +1,4 @@
-"""merge, merge_, merge_task_vectors and negate_ on tensors, mappings of tensors and modules.
+"""merge, merge_, merge_task_vectors and negate_ on tensors, arrays, mappings of these and modules.
 
 Models become named tensors, the versions of one name a segment of flat memory, and all segments of one device and
 signature a batch: one call of a backend. Everything is checked before the first write.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, TypeVar, overload
 
+import numpy as np
 import torch
 
 from . import backends, ops
-from .flat import FLOATS, SPELLED, Item, batches, look, require_plain, signatures
+from .flat import FLOATS, SPELLED, Item, batches, look, plain, signatures
+from .foreign import SupportsDLPack, as_tensor, is_array
 from .layout import Form, mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
 from .process import uncollected, uninterrupted
@@ -27,12 +29,51 @@ from .rule import (
     require_choice,
 )
 
-Model: TypeAlias = "torch.Tensor | Mapping[str, torch.Tensor] | torch.nn.Module"
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack  # of typing since Python 3.11
+
+Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
+Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | torch.nn.Module"
+
+# What comes back as it came in; a Parameter as a Tensor.
+_Kept = TypeVar("_Kept", torch.Tensor, np.ndarray[Any, Any])
+
+
+class _Options(TypedDict, total=False):
+    """Keywords of merge_task_vectors; for type checkers only, as the next."""
+
+    min_agreement: float
+    nonfinite: NonFinite
+    backend: str
+
+
+class _Scaled(_Options, total=False):
+    """Keywords of merge."""
+
+    scale: Required[float]
+    inputs: Inputs
+
 
 # The name of the one tensor of a model that is just a tensor.
 _ALONE = ""
 
 
+@overload
+def merge(base: _Kept, finetuned: Sequence[Model], **options: Unpack[_Scaled]) -> _Kept: ...
+@overload
+def merge(
+    base: Mapping[str, _Kept], finetuned: Sequence[Model], **options: Unpack[_Scaled]
+) -> dict[str, _Kept]: ...
+@overload
+def merge(
+    base: torch.nn.Module, finetuned: Sequence[Model], **options: Unpack[_Scaled]
+) -> dict[str, torch.Tensor]: ...
+@overload
+def merge(base: SupportsDLPack, finetuned: Sequence[Model], **options: Unpack[_Scaled]) -> torch.Tensor: ...
+@overload
+def merge(
+    base: Mapping[str, Array], finetuned: Sequence[Model], **options: Unpack[_Scaled]
+) -> dict[str, Any]: ...
 def merge(
     base: Model,
     finetuned: Sequence[Model],
@@ -48,15 +89,17 @@ def merge(
         d_k = x_k - b;   agree = all d_k > 0 or all d_k < 0;   out = b - scale · mean(d)  if agree,  else b
 
     base: a tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device; fp64, fp32, fp16
-        and bf16 are merged; integer and bool tensors are the base's, untouched.
+        and bf16 are merged; integer and bool tensors are the base's, untouched. Wherever a tensor may be, so may an
+        array of numpy, or of any library that speaks DLPack, if torch can view it without a copy.
     finetuned: one or more of the same kind, with the same names, shapes and devices; floating-point types may differ.
     scale: λ. min_agreement: the share of the models, in (0.5, 1], that must agree on the sign; 1 is the paper's.
     inputs: whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
     nonfinite: an element with a NaN or an infinity in any version, or in the result, keeps the base's bits
         ("keep-base") or is an "error".
 
-    Returns what base is, in memory of its own: a tensor, or a dict of tensors (of a module, its state dict). Tied
-    weights stay tied. Raises InputError (a ValueError) or TypeError naming model and tensor.
+    Returns what base is, in memory of its own: a tensor, or a dict of tensors (of a module, its state dict), plain ones
+    of torch; for arrays of numpy, arrays. Tied weights stay tied. Raises InputError (a ValueError) or TypeError naming
+    model and tensor.
     """
     if torch.compiler.is_compiling():
         return ops.merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
@@ -65,15 +108,11 @@ def merge(
     items = [item._replace(out=torch.empty_like(item.versions[0])) for item in job.items]
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
-    merged = {item.name: item.out for item in items}
-    result: dict[str, Any] = {}
-    for name in job.names:
-        if (owner := job.tied.get(name, name)) in merged:
-            result[name] = merged[owner]
-        else:
-            value = job.untouched[name]
-            result[name] = value.value if isinstance(value, _ExtraState) else value.clone()
-    return result[_ALONE] if isinstance(base, torch.Tensor) else result
+    merged: dict[str, Any] = {item.name: item.out for item in items}
+    for name, value in job.untouched.items():
+        merged[name] = value.value if isinstance(value, _ExtraState) else value.clone()
+    result = job.like_base(merged)
+    return result[_ALONE] if _is_alone(base) else result
 
 
 def merge_(
@@ -90,14 +129,15 @@ def merge_(
 
     Nothing is written if anything is refused: fine-tuned versions that share memory with base included, and with
     nonfinite="error" any non-finite element (which costs a second reading of everything). Ctrl-C waits until all is
-    written; only memory that is missing for the flat copy of a scattered tensor can stop it on the way.
+    written; only memory that is missing for the flat copy of a scattered tensor can stop it on the way. Arrays are
+    written where they are; read-only ones, which DLPack before 1.0 can't tell from others, are refused.
 
     Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
     """
     if torch.compiler.is_compiling():
         return ops.merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
-    return _Job(base, finetuned, "finetuned", inputs, nonfinite, backend).run_in_place(rule)
+    return _Job(base, finetuned, "finetuned", inputs, nonfinite, backend, in_place=True).run_in_place(rule)
 
 
 def negate_(
@@ -114,10 +154,22 @@ def negate_(
     tensors may be missing. One multiplication and one addition, rounded each, in float32 (float64 for fp64).
     """
     rule = Rule(scale)
-    job = _Job(base, [tau], "tau", "task_vectors", nonfinite, backend)
+    job = _Job(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True)
     return job.run_in_place(rule)
 
 
+@overload
+def merge_task_vectors(task_vectors: Sequence[_Kept], **options: Unpack[_Options]) -> _Kept: ...
+@overload
+def merge_task_vectors(
+    task_vectors: Sequence[Mapping[str, _Kept]], **options: Unpack[_Options]
+) -> dict[str, _Kept]: ...
+@overload
+def merge_task_vectors(
+    task_vectors: Sequence[torch.nn.Module], **options: Unpack[_Options]
+) -> dict[str, torch.Tensor]: ...
+@overload
+def merge_task_vectors(task_vectors: Sequence[Model], **options: Unpack[_Options]) -> Any: ...
 def merge_task_vectors(
     task_vectors: Sequence[Model],
     *,
@@ -129,16 +181,16 @@ def merge_task_vectors(
 
     task_vectors: one or more tensors, mappings or modules with the same names, shapes and devices. The result has the
     widest of their types, per tensor; integer and bool tensors are left out; non-finite elements are 0 or an error.
-    Raises as merge does.
+    Arrays are taken, and given back where task_vectors[0] has them, as by merge. Raises as merge does.
     """
     rule = Rule(-1.0, min_agreement)
     models = _models(task_vectors, "task_vectors")
     job = _Job(
         models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]"
     )
-    if isinstance(models[0], torch.Tensor) and not job.items:
+    if _is_alone(models[0]) and not job.items:
         raise InputError(
-            f"task_vectors[0]: {models[0].dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
+            f"task_vectors[0]: {job.untouched[_ALONE].dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
         )
     items = []
     for item in job.items:
@@ -151,9 +203,8 @@ def merge_task_vectors(
         items.append(Item(item.name, [None, *vectors], segment, out))
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
-    merged = {item.name: item.out for item in items}
-    result = {n: merged[job.tied.get(n, n)] for n in job.names if job.tied.get(n, n) in merged}
-    return result[_ALONE] if isinstance(models[0], torch.Tensor) else result
+    result = job.like_base({item.name: item.out for item in items})
+    return result[_ALONE] if _is_alone(models[0]) else result
 
 
 class _ExtraState(NamedTuple):
@@ -175,6 +226,7 @@ class _Job:
         nonfinite: NonFinite,
         backend: str,
         reference: str = "base",
+        in_place: bool = False,
     ) -> None:
         require_choice("inputs", inputs, ("finetuned", "task_vectors"))
         require_choice("nonfinite", nonfinite, ("keep-base", "error"))
@@ -183,12 +235,12 @@ class _Job:
             model = reference if k is None else label if label == "tau" else f"{label}[{k}]"
             return model if name == _ALONE else f"{model}[{name!r}]"
 
-        self.where, self.task_vectors = where, inputs == "task_vectors"
+        self.where, self.task_vectors, self.in_place = where, inputs == "task_vectors", in_place
         self.nonfinite, self.backend = nonfinite, backend
         named = [_named(base, where(None, _ALONE))]
         models = _models(finetuned, label)
         for k, model in enumerate(models):
-            if isinstance(model, torch.Tensor) != isinstance(base, torch.Tensor):
+            if _is_alone(model) != _is_alone(base):
                 raise TypeError(
                     f"{where(k, _ALONE)}: {type(model).__name__}, but {reference} is {type(base).__name__}"
                 )
@@ -201,6 +253,9 @@ class _Job:
         self.names = list(named[0])
         # As a rule these are all, and nothing is left for the closer look that follows.
         flat = {name: item for name in self.names if (item := look(name, named))}
+        self.arrays: set[str] = set()
+        if len(flat) < len(self.names) and self._view_arrays(named, flat):
+            flat = {name: item for name in self.names if (item := flat.get(name) or look(name, named))}
         base, *models = rest = [
             _checked({n: v for n, v in model.items() if n not in flat}, partial(self.where, k))
             for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
@@ -218,6 +273,28 @@ class _Job:
         self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
         self.items = [item for name, item in items.items() if name not in self.tied]
         self.untouched = {name: value for name, value in base.items() if name not in items}
+
+    def _view_arrays(self, named: list[dict[str, Any]], flat: Mapping[str, Item]) -> bool:
+        """Put tensors in the place of arrays, among the names that are not flat; whether there were any."""
+        found = False
+        for k, model in enumerate(named):
+            for name, value in model.items():
+                if name in flat or str(name).endswith("_extra_state") or not is_array(value):
+                    continue
+                found = True
+                if k == 0 and isinstance(value, np.ndarray):
+                    self.arrays.add(name)
+                where = self.where(k - 1 if k else None, name)
+                model[name] = as_tensor(value, where, written=self.in_place and k == 0)
+        return found
+
+    def like_base(self, merged: Mapping[str, Any]) -> dict[str, Any]:
+        """The results under the base's names, tied ones again, as arrays of numpy where the base's are."""
+        owners = {name: owner for name in self.names if (owner := self.tied.get(name, name)) in merged}
+        arrays = {owner: merged[owner].numpy() for name, owner in owners.items() if name in self.arrays}
+        return {
+            name: arrays[owner] if name in self.arrays else merged[owner] for name, owner in owners.items()
+        }
 
     def run(self, items: list[Item], rule: Rule) -> Stats:
         stats = Stats()
@@ -271,21 +348,34 @@ class _Job:
 
 
 def _models(models: Sequence[Model], label: str) -> list[Model]:
-    if isinstance(models, (torch.Tensor, Mapping, torch.nn.Module)) or not isinstance(models, Iterable):
+    if (
+        _is_alone(models)
+        or isinstance(models, (Mapping, torch.nn.Module))
+        or not isinstance(models, Iterable)
+    ):
         raise TypeError(f"{label}: {type(models).__name__}, expected a list of models")
     if not (listed := list(models)):
         raise InputError(f"{label}: no models, expected at least one")
     return listed
 
 
+def _is_alone(model: object) -> bool:
+    """Whether a model is one tensor, or one array."""
+    return isinstance(model, torch.Tensor) or (
+        not isinstance(model, (Mapping, torch.nn.Module)) and is_array(model)
+    )
+
+
 def _named(model: Model, where: str) -> dict[str, Any]:
-    if isinstance(model, torch.Tensor):
+    if _is_alone(model):
         return {_ALONE: model}
     if isinstance(model, torch.nn.Module):
         return dict(model.state_dict())
     if isinstance(model, Mapping):
         return dict(model.items())
-    raise TypeError(f"{where}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module")
+    raise TypeError(
+        f"{where}: {type(model).__name__}, expected a tensor, an array, a mapping of these or a module"
+    )
 
 
 def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
@@ -295,10 +385,9 @@ def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, An
         if str(name).endswith("_extra_state"):
             checked[name] = _ExtraState(value)
         elif isinstance(value, torch.Tensor):
-            require_plain(value, where(name))
-            checked[name] = value.detach()
+            checked[name] = plain(value, where(name))
         else:
-            raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor")
+            raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor or an array")
     return checked
 
 

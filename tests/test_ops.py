@@ -185,7 +185,7 @@ ones = torch.ones
         ([ones(2)], [ones(2, dtype=torch.complex64)], (0.5,), r"finetuned\[0\]\[0\]: torch.complex64, expected a floating"),
         ([ones(2)], [ones(2)], (float("nan"),), "scale: nan, expected a finite number"),
         ([ones(2)], [ones(2)], (0.5, 0.5), "min_agreement: 0.5, expected more than 0.5"),
-        ([ones(2)], [ones(2)], (0.5, 1.0, False, "gpu"), "backend: 'gpu', expected one of auto, cuda, cpu, torch"),
+        ([ones(2)], [ones(2)], (0.5, 1.0, False, "gpu"), "backend: 'gpu', expected one of auto, cuda, triton, cpu, torch"),
     ],
 )  # fmt: skip
 def test_refused_in_the_same_words_with_and_without_data(

@@ -251,7 +251,7 @@ BAD = {
     "a tensor for a list": (lambda: (torch.zeros(2), torch.zeros(2)), "finetuned: Tensor, expected a list of models"),
     "kinds of model": (lambda: ({"a": torch.zeros(2)}, [torch.zeros(2)]), r"finetuned\[0\]: Tensor, but base is dict"),
     "not a tensor": (lambda: ({"a": 1}, [{"a": 1}]), r"base\['a'\]: int, expected a tensor"),
-    "not a model": (lambda: (3, [3]), "base: int, expected a tensor, a mapping of tensors or a module"),
+    "not a model": (lambda: (3, [3]), "base: int, expected a tensor, an array, a mapping of these or a module"),
     "meta": (lambda: (torch.zeros(2, device="meta"), [torch.zeros(2)]), "base: a meta tensor holds no data"),
     "sparse": (lambda: (torch.zeros(2).to_sparse(), [torch.zeros(2)]), "base: torch.sparse_coo tensor, expected a dense one"),
 }  # fmt: skip
@@ -273,7 +273,10 @@ def test_bad_input_is_refused_by_name(case: str) -> None:
         ({"scale": 1, "min_agreement": 0.2}, "min_agreement: 0.2"),
         ({"scale": 1, "inputs": "both"}, "inputs: 'both', expected one of finetuned, task_vectors"),
         ({"scale": 1, "nonfinite": "skip"}, "nonfinite: 'skip', expected one of keep-base, error"),
-        ({"scale": 1, "backend": "abacus"}, "backend: 'abacus', expected one of auto, cuda, cpu, torch"),
+        (
+            {"scale": 1, "backend": "abacus"},
+            "backend: 'abacus', expected one of auto, cuda, triton, cpu, torch",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
@@ -57,15 +58,23 @@ class Way(NamedTuple):
 # The CUDA kernel's source, compiled for the host: all but the device's own conversions of F16, streams and warps.
 ON_HOST = Way("cuda", "host")
 
+# Triton's interpreter, in a process of its own: every kernel there is run by it.
+INTERPRETED = Way("triton")
+
 WAYS = [
     pytest.param(way, id=str(way), marks=pytest.mark.gpu if way.device == "cuda:0" else [])
     for way in (
-        Way("torch"),
-        Way("cpu", instruction_set="avx2"),
-        Way("cpu", instruction_set="baseline"),
-        ON_HOST,
-        Way("torch", "cuda:0"),
-        Way("cuda", "cuda:0"),
+        [INTERPRETED]
+        if os.environ.get("TRITON_INTERPRET") == "1"
+        else [
+            Way("torch"),
+            Way("cpu", instruction_set="avx2"),
+            Way("cpu", instruction_set="baseline"),
+            ON_HOST,
+            Way("torch", "cuda:0"),
+            Way("triton", "cuda:0"),
+            Way("cuda", "cuda:0"),
+        ]
     )
 ]
 
