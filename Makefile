@@ -9,8 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
+# The second is the equality suite under Triton's interpreter, which has to have a process of its own.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_same_bits.py
 
 # Lengths beyond 2^31 and 2^32: 4 GiB of memory, a minute.
 slow: $(VENV)/.test

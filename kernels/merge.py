@@ -11,7 +11,11 @@ so that a batch of one large segment and one of thousands of small ones are the 
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rule import FLOAT_SIZES, Batch, Rule, Signature
+from ..rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
 from ..table import NUMBERS, device_memory, upload
 
 # Storage types, as negmerge_fast/table.py numbers them.
@@ -31,6 +35,8 @@ MIXED = tl.constexpr(4)  # the models' types differ, and are looked up
 
 # An aligned segment is loaded 16 bytes at a time, up to a multiple of so many elements; the rest as an unaligned one.
 WIDE = tl.constexpr(16)
+
+LONGEST_RUN = 32
 
 # In one integer: elements that agreed, and so many times those that were not finite.
 NONFINITE = tl.constexpr(1 << 15)
@@ -174,7 +180,7 @@ def _merge(
 ):  # fmt: skip
     """Merges the elements of a block whose mask is set; returns what each adds to the counts."""
     base = tl.load(row + 1)
-    stored = _load(base, offsets, tl.where(base != 0, mask, False), RESULT, ALIGNED)
+    stored = _load(base, offsets, tl.where(base != 0, mask, offsets < 0), RESULT, ALIGNED)
     zero = tl.zeros([BLOCK], T)
     b = _widen(stored, RESULT, T)
     origin = zero if TASK_VECTORS else b
@@ -206,7 +212,7 @@ def _merge(
     finite = finite & (in_range | (agree == 0))
     agree = agree & finite
     out = tl.load(row + 2)
-    _store(out, offsets, tl.where(out != 0, mask, False), tl.where(agree, result, stored), ALIGNED)
+    _store(out, offsets, tl.where(out != 0, mask, offsets < 0), tl.where(agree, result, stored), ALIGNED)
     return (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
 
 
@@ -274,14 +280,14 @@ def merge_tiles(
 class Launch(NamedTuple):
     """How the kernel is specialised and launched, beside what the data say.
 
-    elements: of a thread at a time. group: models whose loads are under way at once. threads: of a program. run: the
-    most tiles of a program.
+    elements: of a thread at a time. group: models whose loads are under way at once. threads: of a program. programs: so
+    many before one of them takes a second tile.
     """
 
     elements: int
     group: int
     threads: int
-    run: int
+    programs: int
 
     @property
     def tile(self) -> int:
@@ -299,7 +305,56 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
     if double and not unanimous:
         group = 2
-    return Launch(elements, group, threads=128, run=32)
+    if interpreted():  # one program after another
+        return Launch(elements, group, threads=1024, programs=3)
+    return Launch(elements, group, threads=128, programs=4096)
+
+
+# What NEGMERGE_AUTOTUNE=1 printed, by device, types of base and models, and whether the rule is unanimity.
+FOUND: dict[tuple[str, str, str, bool], Launch] = {}
+
+
+def launch_for(signature: Signature, unanimous: bool, device: str) -> Launch:
+    if interpreted():
+        return usual_launch(signature, unanimous)
+    there = torch.device(device)
+    models = "+".join(sorted(set(signature.models)))
+    key = getattr(torch, there.type).get_device_name(there), signature.result, models, unanimous
+    if key not in FOUND and os.environ.get("NEGMERGE_AUTOTUNE") == "1":
+        FOUND[key] = search(signature, unanimous, device)
+        print(f"    {key!r}: {FOUND[key]!r},  # for FOUND in kernels/merge.py", file=sys.stderr)
+    return FOUND.get(key) or usual_launch(signature, unanimous)
+
+
+def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
+    usual = usual_launch(signature, unanimous)
+    yield usual
+    for elements in {max(1, usual.elements // 2), usual.elements, 2 * usual.elements}:
+        for group in (2, 4, 8):
+            for threads in (128, 256, 512):
+                if (launch := Launch(elements, group, threads, usual.programs)) != usual:
+                    yield launch
+
+
+def search(signature: Signature, unanimous: bool, device: str, measure: Any = None) -> Launch:
+    """The fastest of the candidates, on a GiB of zeros. measure: milliseconds of a function; triton.testing.do_bench."""
+    measure = measure or triton.testing.do_bench
+    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, signature.result, *signature.models)]
+    numel = 2**30 // sum(sizes) // 16 * 16
+    memory = [torch.zeros(numel * size, dtype=torch.uint8, device=device) for size in sizes]
+    out, base, *models = [
+        Stream(owner.data_ptr(), dtype, owner)
+        for owner, dtype in zip(memory, (signature.result, signature.result, *signature.models), strict=True)
+    ]
+    batch = Batch(device, signature, [Segment(numel, base, models, out)])
+    rule = Rule(1.0, 1.0 if unanimous else 0.6)
+    taken: dict[Launch, float] = {}
+    for launch in candidates(signature, unanimous):
+        try:
+            taken[launch] = measure(partial(launch_merge, batch, rule, launch))
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return min(taken, key=lambda launch: taken[launch])
 
 
 def constants(signature: Signature, unanimous: bool, launch: Launch) -> dict[str, Any]:
@@ -344,7 +399,7 @@ def why_not(device: str) -> str | None:
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
     unanimous = rule.required(len(batch.signature.models)) == len(batch.signature.models)
-    return launch_merge(batch, rule, usual_launch(batch.signature, unanimous))
+    return launch_merge(batch, rule, launch_for(batch.signature, unanimous, batch.device))
 
 
 def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
@@ -355,8 +410,8 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
     with on(torch.device(batch.device)):
         there = upload(np.concatenate([memory, scale]), batch.device)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=there.device)
-        # Enough programs for every processor first; then long runs, that look for their first segment once.
-        run = max(1, min(launch.run, tiles // 4096))
+        # Enough programs for every processor first; then runs, which look for their first segment once.
+        run = max(1, min(LONGEST_RUN, tiles // launch.programs))
         if tiles:
             merge_tiles[(-(tiles // -run),)](
                 there, counts, there[-1:].view(torch.float64), len(batch.segments), tiles, run, models, required,

@@ -27,7 +27,8 @@ def why_not(name: str, device: str) -> str | None:
             from .kernels import merge
         except ImportError as error:
             return f"cannot be imported: {error}"
-        return merge.why_not(device)
+        reason: str | None = merge.why_not(device)
+        return reason
     if name != "torch":
         from . import native
 
@@ -96,7 +97,8 @@ def _merge_of(name: str) -> Merge:
     if name == "triton":
         from .kernels import merge
 
-        return merge.merge
+        found: Merge = merge.merge
+        return found
     from . import native
 
     return native.merge_cpu if name == "cpu" else native.merge_cuda

@@ -77,7 +77,8 @@ def _versions(signature: Signature) -> list[torch.Tensor]:
         return torch.randn(room, generator=generator, dtype=torch.float64, device="cpu")
 
     hostile = torch.tensor(_HOSTILE, dtype=torch.float64, device="cpu")
-    base, lean, versions = random(), random(), []
+    base, lean = random(), random()
+    versions: list[torch.Tensor] = []
     for dtype in (signature.result, *signature.models):
         own = base if not versions else 0.1 * lean + 0.05 * random() + (0 if signature.task_vectors else base)
         chosen = hostile[torch.randint(len(hostile), (room,), generator=generator, device="cpu")]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import family, save_model
+from ways import quicken_interpreter
 
 
 @pytest.fixture
@@ -17,3 +18,6 @@ def models(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
     save_model(tmp_path / "ft-1", tensors[2], [names[::2], names[1::2]])
     save_model(tmp_path / "ft-2", tensors[3])
     return tensors
+
+
+quicken_interpreter()
