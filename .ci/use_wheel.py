@@ -3,7 +3,7 @@
 The arguments say of the CPU kernel and of the CUDA kernel that they are "compiled", or what is in the reason why not.
 """
 
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -21,6 +21,8 @@ for reason, expected in zip((built["cpu"], built["cuda"]), sys.argv[1:], strict=
 if built["cpu"] is None:
     native = importlib.import_module("negmerge_fast._native")
     assert native.cuda == (built["cuda"] is None)
+
+assert importlib.util.find_spec("negmerge_fast.kernels.merge"), "the Triton kernel is not in the wheel"
 
 generator = torch.Generator().manual_seed(0)
 base = {"weight": torch.randn(1000, 100, generator=generator)}

@@ -69,13 +69,21 @@ def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _store(address, offsets, mask, bits, ALIGNED: tl.constexpr):
-    size: tl.constexpr = bits.dtype.primitive_bitwidth // 8
+def _store(address, offsets, mask, bits, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    if DTYPE == F64:
+        size: tl.constexpr = 8
+        kind: tl.constexpr = tl.int64
+    elif DTYPE == F32:
+        size: tl.constexpr = 4
+        kind: tl.constexpr = tl.int32
+    else:
+        size: tl.constexpr = 2
+        kind: tl.constexpr = tl.int16
     if ALIGNED:
-        start = tl.multiple_of(address.to(tl.pointer_type(bits.dtype)), 16)
+        start = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
         tl.store(start + offsets, bits, mask=mask, eviction_policy="evict_first")
     elif address % size == 0:
-        tl.store(address.to(tl.pointer_type(bits.dtype)) + offsets, bits, mask=mask)
+        tl.store(address.to(tl.pointer_type(kind)) + offsets, bits, mask=mask)
     else:
         first = address.to(tl.pointer_type(tl.uint8)) + offsets * size
         for i in tl.static_range(size):
@@ -212,7 +220,9 @@ def _merge(
     finite = finite & (in_range | (agree == 0))
     agree = agree & finite
     out = tl.load(row + 2)
-    _store(out, offsets, tl.where(out != 0, mask, offsets < 0), tl.where(agree, result, stored), ALIGNED)
+    _store(
+        out, offsets, tl.where(out != 0, mask, offsets < 0), tl.where(agree, result, stored), RESULT, ALIGNED
+    )
     return (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
 
 
@@ -281,13 +291,15 @@ class Launch(NamedTuple):
     """How the kernel is specialised and launched, beside what the data say.
 
     elements: of a thread at a time. group: models whose loads are under way at once. threads: of a program. programs: so
-    many before one of them takes a second tile.
+    many before one of them takes a second tile. registers: the most of a thread, where the compiler lets one say that;
+    0: as many as it likes.
     """
 
     elements: int
     group: int
     threads: int
     programs: int
+    registers: int = 0
 
     @property
     def tile(self) -> int:
@@ -303,11 +315,13 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     # 8 models of 16 bytes a thread, 64 KiB of a processor at a quarter of its threads, hide memory's latency; fewer where
     # more bytes, or a majority's doubles, leave no registers: no local memory is used, tests/test_triton.py.
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
-    if double and not unanimous:
+    if double and not unanimous and elements == 4:
         group = 2
     if interpreted():  # one program after another
         return Launch(elements, group, threads=1024, programs=3)
-    return Launch(elements, group, threads=128, programs=4096)
+    # Left alone, NVIDIA's compiler keeps some of a majority's values in local memory, for the sake of more programs at once.
+    registers = 0 if unanimous else 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
+    return Launch(elements, group, threads=128, programs=4096, registers=registers)
 
 
 # What NEGMERGE_AUTOTUNE=1 printed, by device, types of base and models, and whether the rule is unanimity.
@@ -326,21 +340,25 @@ def launch_for(signature: Signature, unanimous: bool, device: str) -> Launch:
     return FOUND.get(key) or usual_launch(signature, unanimous)
 
 
+SEARCHED_BYTES = 2**30  # far more than any cache
+
+
 def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
     usual = usual_launch(signature, unanimous)
     yield usual
     for elements in {max(1, usual.elements // 2), usual.elements, 2 * usual.elements}:
         for group in (2, 4, 8):
             for threads in (128, 256, 512):
-                if (launch := Launch(elements, group, threads, usual.programs)) != usual:
+                launch = usual._replace(elements=elements, group=group, threads=threads)
+                if launch != usual:
                     yield launch
 
 
 def search(signature: Signature, unanimous: bool, device: str, measure: Any = None) -> Launch:
-    """The fastest of the candidates, on a GiB of zeros. measure: milliseconds of a function; triton.testing.do_bench."""
+    """The fastest of the candidates, on zeros. measure: milliseconds of a function; triton.testing.do_bench."""
     measure = measure or triton.testing.do_bench
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, signature.result, *signature.models)]
-    numel = 2**30 // sum(sizes) // 16 * 16
+    numel = SEARCHED_BYTES // sum(sizes) // 16 * 16
     memory = [torch.zeros(numel * size, dtype=torch.uint8, device=device) for size in sizes]
     out, base, *models = [
         Stream(owner.data_ptr(), dtype, owner)
@@ -416,14 +434,17 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
             merge_tiles[(-(tiles // -run),)](
                 there, counts, there[-1:].view(torch.float64), len(batch.segments), tiles, run, models, required,
                 **constants(batch.signature, required == models, launch),
-                **({} if interpreted() else options(launch, triton.runtime.driver.active.get_current_target().warp_size)),
+                **({} if interpreted() else options(launch, triton.runtime.driver.active.get_current_target())),
             )  # fmt: skip
     return counts
 
 
-def options(launch: Launch, warp: int) -> dict[str, Any]:
-    """The compiler's: no fused multiply-add, and no copies through shared memory; warp: threads of one."""
-    return {"num_warps": launch.threads // warp, "num_stages": 1, "enable_fp_fusion": False}
+def options(launch: Launch, target: Any) -> dict[str, Any]:
+    """The compiler's: no fused multiply-add, and no copies through shared memory. target: a GPUTarget."""
+    chosen = {"num_warps": launch.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": False}
+    if target.backend == "cuda" and launch.registers:
+        chosen["maxnreg"] = launch.registers
+    return chosen
 
 
 def on(device: torch.device) -> Any:

@@ -38,14 +38,9 @@ def distrust(name: str, merge: Merge, device: str, signature: Signature, rule: R
     return _found[key]
 
 
-def reasons(name: str, device: str) -> list[str]:
-    """What was found against a backend on a device so far."""
-    return [reason for (n, d, *_), reason in _found.items() if (n, d) == (name, device) and reason]
-
-
 def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
     expected = _versions(signature)
-    got = [version.to(device, copy=True) for version in expected]
+    got = [version.to(device, copy=True) for version in expected]  # before the reference writes
     counts = reference.merge(_batch("cpu", signature, expected), rule).tolist()
     try:
         counted = merge(_batch(device, signature, got), rule).tolist()
@@ -78,11 +73,12 @@ def _versions(signature: Signature) -> list[torch.Tensor]:
 
     hostile = torch.tensor(_HOSTILE, dtype=torch.float64, device="cpu")
     base, lean = random(), random()
+    rare = min(0.01, 1 / len(signature.models))  # of many models, too, some elements are left to agree
     versions: list[torch.Tensor] = []
     for dtype in (signature.result, *signature.models):
         own = base if not versions else 0.1 * lean + 0.05 * random() + (0 if signature.task_vectors else base)
         chosen = hostile[torch.randint(len(hostile), (room,), generator=generator, device="cpu")]
-        strewn = torch.rand(room, generator=generator, device="cpu") < 0.01
+        strewn = torch.rand(room, generator=generator, device="cpu") < rare
         versions.append(torch.where(strewn, chosen, own).to(reference.DTYPES[dtype]).view(torch.uint8))
     return versions
 

@@ -23,7 +23,7 @@ KERNELS = [
 ]
 
 
-def _tools() -> str | None:
+def tools() -> str | None:
     """A folder with cuobjdump and nvdisasm: on the path, or of the packages nvidia-cuda-cuobjdump or triton."""
     places = [Path(tool).parent for tool in [shutil.which("cuobjdump")] if tool]
     for package, inside in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
@@ -37,13 +37,13 @@ def _kernels(what: str) -> dict[tuple[str, str], str]:
     """The code of each kernel in the library, by architecture and name; what: "sass" or "ptx"."""
     if (reason := build_info()["cuda"]) is not None:
         pytest.skip(f"no CUDA kernel: {reason}")
-    if (tools := _tools()) is None:
+    if (folder := tools()) is None:
         pytest.skip("no cuobjdump to read the CUDA kernel with")
     from negmerge_fast import _native
 
-    path = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    path = os.pathsep.join([folder, os.environ.get("PATH", "")])
     done = subprocess.run(
-        [f"{tools}/cuobjdump", f"-{what}", _native.__file__],
+        [f"{folder}/cuobjdump", f"-{what}", _native.__file__],
         capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
     )  # fmt: skip
     found = {}
