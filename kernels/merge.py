@@ -11,20 +11,17 @@ so that a batch of one large segment and one of thousands of small ones are the 
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from ..rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
+from ..rule import Batch, Rule, Signature
 from ..table import NUMBERS, device_memory, upload
+from .launch import Launch, launch_for, usual_launch
 
 # Storage types, as negmerge_fast/table.py numbers them.
 F64 = tl.constexpr(0)
@@ -287,94 +284,6 @@ def merge_tiles(
         segment += 1
 
 
-class Launch(NamedTuple):
-    """How the kernel is specialised and launched, beside what the data say.
-
-    elements: of a thread at a time. group: models whose loads are under way at once. threads: of a program. programs: so
-    many before one of them takes a second tile. registers: the most of a thread, where the compiler lets one say that;
-    0: as many as it likes.
-    """
-
-    elements: int
-    group: int
-    threads: int
-    programs: int
-    registers: int = 0
-
-    @property
-    def tile(self) -> int:
-        return self.elements * self.threads
-
-
-def usual_launch(signature: Signature, unanimous: bool) -> Launch:
-    """By reasoning, for a GPU that nobody has searched on."""
-    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
-    double = signature.arithmetic == "F64"
-    # 16 bytes of the narrowest stream. Eight doubles of each running value of a majority would not fit the registers.
-    elements = 16 // min(sizes) if unanimous or not double else min(4, 16 // min(sizes))
-    # 8 models of 16 bytes a thread, 64 KiB of a processor at a quarter of its threads, hide memory's latency; fewer where
-    # more bytes, or a majority's doubles, leave no registers: no local memory is used, tests/test_triton.py.
-    group = 8 if elements * max(sizes[1:]) <= 16 else 4
-    if double and not unanimous and elements == 4:
-        group = 2
-    if interpreted():  # one program after another
-        return Launch(elements, group, threads=1024, programs=3)
-    # Left alone, NVIDIA's compiler keeps some of a majority's values in local memory, for the sake of more programs at once.
-    registers = 0 if unanimous else 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
-    return Launch(elements, group, threads=128, programs=4096, registers=registers)
-
-
-# What NEGMERGE_AUTOTUNE=1 printed, by device, types of base and models, and whether the rule is unanimity.
-FOUND: dict[tuple[str, str, str, bool], Launch] = {}
-
-
-def launch_for(signature: Signature, unanimous: bool, device: str) -> Launch:
-    if interpreted():
-        return usual_launch(signature, unanimous)
-    there = torch.device(device)
-    models = "+".join(sorted(set(signature.models)))
-    key = getattr(torch, there.type).get_device_name(there), signature.result, models, unanimous
-    if key not in FOUND and os.environ.get("NEGMERGE_AUTOTUNE") == "1":
-        FOUND[key] = search(signature, unanimous, device)
-        print(f"    {key!r}: {FOUND[key]!r},  # for FOUND in kernels/merge.py", file=sys.stderr)
-    return FOUND.get(key) or usual_launch(signature, unanimous)
-
-
-SEARCHED_BYTES = 2**30  # far more than any cache
-
-
-def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
-    usual = usual_launch(signature, unanimous)
-    yield usual
-    for elements in {max(1, usual.elements // 2), usual.elements, 2 * usual.elements}:
-        for group in (2, 4, 8):
-            for threads in (128, 256, 512):
-                launch = usual._replace(elements=elements, group=group, threads=threads)
-                if launch != usual:
-                    yield launch
-
-
-def search(signature: Signature, unanimous: bool, device: str, measure: Any = None) -> Launch:
-    """The fastest of the candidates, on zeros. measure: milliseconds of a function; triton.testing.do_bench."""
-    measure = measure or triton.testing.do_bench
-    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, signature.result, *signature.models)]
-    numel = SEARCHED_BYTES // sum(sizes) // 16 * 16
-    memory = [torch.zeros(numel * size, dtype=torch.uint8, device=device) for size in sizes]
-    out, base, *models = [
-        Stream(owner.data_ptr(), dtype, owner)
-        for owner, dtype in zip(memory, (signature.result, signature.result, *signature.models), strict=True)
-    ]
-    batch = Batch(device, signature, [Segment(numel, base, models, out)])
-    rule = Rule(1.0, 1.0 if unanimous else 0.6)
-    taken: dict[Launch, float] = {}
-    for launch in candidates(signature, unanimous):
-        try:
-            taken[launch] = measure(partial(launch_merge, batch, rule, launch))
-        except triton.runtime.errors.OutOfResources:
-            continue
-    return min(taken, key=lambda launch: taken[launch])
-
-
 def constants(signature: Signature, unanimous: bool, launch: Launch) -> dict[str, Any]:
     """What merge_tiles is specialised on."""
     models = [NUMBERS[dtype] for dtype in signature.models]
@@ -417,7 +326,11 @@ def why_not(device: str) -> str | None:
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
     unanimous = rule.required(len(batch.signature.models)) == len(batch.signature.models)
-    return launch_merge(batch, rule, launch_for(batch.signature, unanimous, batch.device))
+    if interpreted():  # one program after another: few and large ones
+        launch = usual_launch(batch.signature, unanimous)._replace(threads=1024, programs=3)
+    else:
+        launch = launch_for(batch.signature, unanimous, batch.device, launch_merge)
+    return launch_merge(batch, rule, launch)
 
 
 def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:

@@ -23,7 +23,7 @@ ARROWS = {
     "demo": {"__init__", "rule"},
     "flat": {"rule"},
     "foreign": {"rule"},
-    "kernels": {"rule", "table"},
+    "kernels": {"kernels", "rule", "table"},
     "layout": {"rule"},
     "native": {"__init__", "build_info", "rule", "table"},
     "ops": {"backends", "flat", "layout", "overlap", "rule"},

@@ -96,9 +96,9 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 def wide_loads(result: str, model: str, n: int, unanimous: bool) -> tuple[Any, int]:
     """How the kernel is launched, and how many loads of 16 bytes, or of what there is, stand in its code."""
-    from negmerge_fast.kernels import merge as kernel
+    from negmerge_fast.kernels.launch import usual_launch
 
-    launch = kernel.usual_launch(Signature(result, (model,) * n, False), unanimous)
+    launch = usual_launch(Signature(result, (model,) * n, False), unanimous)
     models = n if n <= launch.group else launch.group + n % launch.group
     at_once = [max(1, launch.elements * SIZES[dtype] // 16) for dtype in (result, model)]
     return launch, at_once[0] + models * at_once[1]
@@ -108,24 +108,32 @@ def test_launch_parameters_are_searched_and_printed_to_be_pasted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a GPU, by a clock that likes one of them."""
-    from negmerge_fast.kernels import merge as kernel
+    from negmerge_fast.kernels import launch as kernel
 
     signature = Signature("BF16", ("BF16",) * 3, False)
-    all_of_them = list(kernel.candidates(signature, True))
-    assert len(set(all_of_them)) == len(all_of_them) > 20
+    usual, *others = kernel.candidates(signature, True)
+    assert usual == kernel.usual_launch(signature, True) and len({usual, *others}) == 1 + len(others) > 20
+    liked, tried = others[5], []
+
+    def launch_merge(batch: Batch, rule: Rule, launch: Any) -> None:
+        tried.append(launch)
+
+    def clock(function: Any) -> float:
+        function()
+        return 1.0 if tried[-1] == liked else 2.0
+
     monkeypatch.setattr(kernel, "SEARCHED_BYTES", 1 << 20)
-    liked = all_of_them[5]
-    found = kernel.search(signature, True, "cpu", lambda launch: 1.0 if launch.args[2] == liked else 2.0)
-    assert found == liked
-    monkeypatch.setattr(torch.cpu, "get_device_name", lambda device: "A GPU", raising=False)
-    monkeypatch.setattr(kernel, "search", lambda *_: liked)
     monkeypatch.setattr(kernel, "FOUND", {})
-    assert kernel.launch_for(signature, True, "cpu") == kernel.usual_launch(signature, True)
+    monkeypatch.setattr(triton.testing, "do_bench", clock)
+    monkeypatch.setattr(torch.cpu, "get_device_name", lambda device: "A GPU", raising=False)
+    assert kernel.launch_for(signature, True, "cpu", launch_merge) == usual and not tried
     monkeypatch.setenv("NEGMERGE_AUTOTUNE", "1")
-    assert kernel.launch_for(signature, True, "cpu") == liked
+    assert kernel.launch_for(signature, True, "cpu", launch_merge) == liked
+    assert tried == [usual, *others]
     printed = capsys.readouterr().err
     assert eval("{" + printed + "}", {"Launch": kernel.Launch}) == kernel.FOUND
-    assert kernel.launch_for(signature, True, "cpu") == liked and not capsys.readouterr().err
+    assert kernel.launch_for(signature, True, "cpu", launch_merge) == liked
+    assert tried == [usual, *others] and not capsys.readouterr().err
 
 
 @pytest.fixture
