@@ -377,8 +377,9 @@ def _info() -> str:
         pass
     lines.append(f"devices {', '.join(devices)}")
     for name in NAMES:
-        kind = {"cuda": "cuda", "cpu": "cpu"}.get(name, "")
-        for device in [d for d in devices if d.startswith(kind)] or [f"{kind}:0"]:
+        gpus = devices[1:]
+        own = {"cuda": gpus or ["cuda:0"], "triton": gpus or ["cpu"], "cpu": ["cpu"], "torch": devices}
+        for device in own[name]:
             reason = why_not(name, device) or self_test(name, device)
             lines.append(
                 f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"

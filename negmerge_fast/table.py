@@ -53,10 +53,16 @@ def upload(memory: np.ndarray[Any, Any], device: str) -> torch.Tensor:
     if there.type == "cpu":
         return torch.from_numpy(memory)
     if there.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy would be repeated from memory that is gone by then; these numbers travel in the launches themselves.
-        on_device = torch.zeros(len(memory), dtype=torch.int64, device=there)
-        torch._foreach_add_(list(on_device.unbind()), memory.tolist())
-        return on_device
+        return launched(memory, there)
     # From pinned memory, or the copy would wait for all that the stream has to do. torch's allocators give neither to
     # anybody before this stream is done with them.
     return torch.from_numpy(memory).pin_memory().to(there, non_blocking=True)
+
+
+def launched(memory: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """upload for a CUDA graph: a copy would be repeated from memory that is gone by then; these numbers travel in launches."""
+    import torch
+
+    there = torch.zeros(len(memory), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(there.unbind()), memory.tolist())
+    return there

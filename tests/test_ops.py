@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hostile import random_models
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import negmerge_fast as nm
 import negmerge_fast.ops
+from negmerge_fast.table import launched
 
 merge, merge_ = torch.ops.negmerge.merge, torch.ops.negmerge.merge_
 
@@ -365,20 +367,28 @@ def test_refused_while_a_graph_is_traced(finetuned: Any, keywords: Any, message:
             compiled({"a": ones(2)}, finetuned)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_table_travels_in_launches(device: str) -> None:
+    """As a CUDA graph's has to: every bit of an address."""
+    numbers = np.array([0, 1, -1, 2**31, 2**53 + 1, 2**62 + 3, -(2**63), 0x7F62_3399_39A0] * 40)
+    assert launched(numbers, torch.device(device)).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=needs_gpu)])
-def test_cuda_graph(device: str) -> None:
+def test_cuda_graph(device: str, backend: str) -> None:
     base, models = family(device)
     finetuned, written = flat(models), [t.clone() for t in base]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # loads and allocates what the capture must find
-        merge(base, finetuned, 0.5, backend="cuda")
-        merge_([t.clone() for t in base], finetuned, 0.5, backend="cuda")
+        merge(base, finetuned, 0.5, backend=backend)
+        merge_([t.clone() for t in base], finetuned, 0.5, backend=backend)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        merged, counts = merge(base, finetuned, 0.5, backend="cuda")
-        counts_ = merge_(written, finetuned, 0.5, backend="cuda")
+        merged, counts = merge(base, finetuned, 0.5, backend=backend)
+        counts_ = merge_(written, finetuned, 0.5, backend=backend)
     for seed in (10, 20):
         new_base, new_models = family(device, seed=seed)
         for old, new in zip(base + written + finetuned, new_base + new_base + flat(new_models), strict=True):

@@ -24,9 +24,6 @@ NUMBERS = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1,
 SPELLED = {dtype: name for name, dtype in STORAGE.items()}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     found: Way = request.param
