@@ -34,6 +34,11 @@ WIDE = tl.constexpr(16)
 
 LONGEST_RUN = 32
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+# Before 3.6, tl.div_rn took subnormals for zeros on NVIDIA's GPUs.
+DIV_RN_FLUSHES = tl.constexpr(VERSION < (3, 6))
+
 # In one integer: elements that agreed, and so many times those that were not finite.
 NONFINITE = tl.constexpr(1 << 15)
 
@@ -129,11 +134,13 @@ def _round(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _divide(a, b, T: tl.constexpr):
-    # In float32 "/" is an approximation.
-    if T == tl.float32:
-        return tl.div_rn(a, b)
-    else:
+    if T == tl.float64:
         return a / b
+    elif DIV_RN_FLUSHES:
+        # 53 bits are enough to round twice and be right.
+        return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.div_rn(a, b)  # "/" is an approximation
 
 
 @triton.jit
@@ -308,28 +315,36 @@ def interpreted() -> bool:
 
 def why_not(device: str) -> str | None:
     """Why the kernel cannot run on a device here; None if it can."""
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
+    if VERSION < (3, 2):
         return f"Triton {triton.__version__}, expected 3.2 or newer"
     if interpreted():
         return None if device == "cpu" else f"Triton's interpreter is for tensors on cpu, not on {device}"
     if device == "cpu":
         return "is for tensors on a GPU (on the CPU with TRITON_INTERPRET=1, to test it)"
     try:
-        reached = triton.runtime.driver.active.get_active_torch_device().type
+        backend = triton.runtime.driver.active.get_current_target().backend
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, AttributeError) as error:
         return f"Triton finds no device {device!r} here: {str(error).splitlines()[0]}"
+    reached = "cuda" if backend == "hip" else backend  # torch's word for AMD's, too
     return None if torch.device(device).type == reached else f"Triton is for {reached} here, not for {device}"
 
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
+    return launch_merge(batch, rule, _launch(batch, rule))
+
+
+def merge_in_few_programs(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
+    """merge, with several tiles to a program however small the batch, as large ones have them: for trials."""
+    return launch_merge(batch, rule, _launch(batch, rule)._replace(programs=3))
+
+
+def _launch(batch: Batch, rule: Rule) -> Launch:
     unanimous = rule.required(len(batch.signature.models)) == len(batch.signature.models)
     if interpreted():  # one program after another: few and large ones
-        launch = usual_launch(batch.signature, unanimous)._replace(threads=1024, programs=3)
-    else:
-        launch = launch_for(batch.signature, unanimous, batch.device, launch_merge)
-    return launch_merge(batch, rule, launch)
+        return usual_launch(batch.signature, unanimous)._replace(threads=1024, programs=3)
+    return launch_for(batch.signature, unanimous, batch.device, launch_merge)
 
 
 def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:

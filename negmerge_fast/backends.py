@@ -41,6 +41,8 @@ def why_not(name: str, device: str) -> str | None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         return f"torch has no device {device!r} here: {str(error).splitlines()[0]}"
+    if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
+        return "cannot be captured in a graph: it waits for the device"
     return None
 
 
@@ -79,7 +81,12 @@ def _distrust(name: str, device: str, rule: Rule, signatures: Iterable[Signature
         return None
     from . import trust
 
-    tried = (trust.distrust(name, _merge_of(name), device, signature, rule) for signature in signatures)
+    merge = _merge_of(name)
+    if name == "triton":
+        from .kernels.merge import merge_in_few_programs
+
+        merge = merge_in_few_programs
+    tried = (trust.distrust(name, merge, device, signature, rule) for signature in signatures)
     return next(filter(None, tried), None)
 
 

@@ -11,7 +11,8 @@ counts: int64[len(base), 2] on that device, agreed and non-finite elements, for 
 
 A non-finite element keeps the base's bits. A mistake is an InputError or a TypeError naming model and tensor, the same
 where a graph is traced as where it runs; but only there is it seen that memory is shared (merge_), or has been freed.
-merge has a gradient, which takes for constant what agrees; merge_ writes as under torch.no_grad. Ctrl-C is not held up.
+merge has a gradient, which takes for constant what agrees, in backward mode only (torch.func.jvp sees zeros); merge_ writes
+as under torch.no_grad. Ctrl-C is not held up.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _gradients(
     above = sum((d > 0).to(torch.int32) for d in differences) >= required
     below = sum((d < 0).to(torch.int32) for d in differences) >= required
     chosen = [((d > 0) & above) | ((d < 0) & below) for d in differences]
-    number = torch.stack(chosen).sum(0)
+    number = torch.stack(chosen).sum(0).clamp(min=1)  # where none is chosen, nothing is handed on
     mean = torch.stack([d.where(c, 0.0) for d, c in zip(differences, chosen, strict=True)]).sum(0) / number
     finite = b.isfinite() & (b - scale * mean).to(base.dtype).isfinite()
     for d in differences:

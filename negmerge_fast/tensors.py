@@ -125,7 +125,7 @@ def merge_(
     nonfinite: NonFinite = "keep-base",
     backend: str = "auto",
 ) -> Stats:
-    """merge, in place on base; the arguments are merge's. Tied weights are updated once.
+    """merge, in place on base; the arguments are merge's. Tied weights are updated once (in a graph they are not looked for).
 
     Nothing is written if anything is refused: fine-tuned versions that share memory with base included, and with
     nonfinite="error" any non-finite element (which costs a second reading of everything). Ctrl-C waits until all is

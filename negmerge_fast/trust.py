@@ -12,8 +12,11 @@ import torch
 from . import reference
 from .rule import FLOAT_SIZES, Batch, InputError, Merge, Rule, Segment, Signature, Stream
 
-# Of the tensors it is tried on: whole tiles, the rest of one, some that are aligned to nothing, single elements.
-_LENGTHS = (4096, 1029, 517, 1, 0, 2)
+# What it is tried on: elements, what they are to do, and whether their addresses are off the multiples of their size.
+_SEGMENTS = (
+    (4096, "in place", 0), (1029, "apart", 0), (517, "no base", 0), (300, "in place", 1), (1, "apart", 0),
+    (0, "in place", 0), (2, "count", 0), (259, "count", 1),
+)  # fmt: skip
 
 _HOSTILE = [
     0.0, -0.0, 1e-45, -1e-45, 1e-40, 6e-8, 5e-324, 65504.0, 65520.0, 3.4e38, -3.4e38, 1e300,
@@ -33,63 +36,87 @@ def distrust(name: str, merge: Merge, device: str, signature: Signature, rule: R
             raise InputError(
                 f"backend {name}: not yet tried on {device}, expected one call before a graph's capture"
             )
-        tried = Rule(0.9, 1.0 if unanimous else rule.min_agreement)
-        _found[key] = _try(merge, device, signature, tried)
+        min_agreement = 1.0 if unanimous else rule.min_agreement
+        tried = (_try(merge, device, signature, Rule(scale, min_agreement)) for scale in (0.9, -1.0))
+        _found[key] = next(filter(None, tried), None)
     return _found[key]
 
 
 def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
-    expected = _versions(signature)
+    expected = _memory(signature)
     got = [version.to(device, copy=True) for version in expected]  # before the reference writes
     counts = reference.merge(_batch("cpu", signature, expected), rule).tolist()
     try:
         counted = merge(_batch(device, signature, got), rule).tolist()
+    except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
+        raise
     except Exception as error:  # a compiler's, or the device's: whatever it is, the kernel cannot be used
-        return (
-            f"failed when tried on {device}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        )
-    what = (
-        f"{'+'.join(sorted(set(signature.models)))} into {signature.result}, {len(signature.models)} models"
-    )
-    wrong = (got[0].cpu() != expected[0]).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
-        return (
-            f"not the reference's bits on {device} for {what}: byte {at} of a trial is "
-            f"{int(got[0][at]):#04x}, expected {int(expected[0][at]):#04x}"
-        )
+        reason = (str(error).splitlines() or [""])[0]
+        return f"failed when tried on {device}: {type(error).__name__}: {reason}"
+    kinds = "+".join(sorted(set(signature.models)))
+    what = f"{kinds} into {signature.result}, {len(signature.models)} models"
+    for is_there, should_be in zip(got, expected, strict=True):
+        if len(wrong := (is_there.cpu() != should_be).nonzero()):
+            at = int(wrong[0])
+            found, right = int(is_there[at]), int(should_be[at])
+            return f"not the reference's bits on {device} for {what}: byte {at} of a trial is {found:#04x}, expected {right:#04x}"
     if counted != counts:
         return f"not the reference's counts on {device} for {what}: {counted}, expected {counts}"
     return None
 
 
-def _versions(signature: Signature) -> list[torch.Tensor]:
-    """Bytes of the base and of all models: that many numbers that lean to one side, with hostile ones strewn in."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    room = sum(_LENGTHS)
+def _memory(signature: Signature) -> list[torch.Tensor]:
+    """Bytes of the base, of all models, and of outputs that are not the base."""
+    room = sum(length + 1 for length, *_ in _SEGMENTS)
+    with torch.device("cpu"):
+        versions = _numbers(signature, room, torch.Generator().manual_seed(0))
+        out = torch.full((room * FLOAT_SIZES[signature.result],), 0xA5, dtype=torch.uint8)
+    return [*(version.view(torch.uint8) for version in versions), out]
+
+
+def _numbers(signature: Signature, room: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """The base and all models; eight kinds of element take turns, and most lean to one side."""
 
     def random() -> torch.Tensor:
-        return torch.randn(room, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.randn(room, generator=generator, dtype=torch.float64)
 
-    hostile = torch.tensor(_HOSTILE, dtype=torch.float64, device="cpu")
-    base, lean = random(), random()
-    rare = min(0.01, 1 / len(signature.models))  # of many models, too, some elements are left to agree
-    versions: list[torch.Tensor] = []
-    for dtype in (signature.result, *signature.models):
-        own = base if not versions else 0.1 * lean + 0.05 * random() + (0 if signature.task_vectors else base)
-        chosen = hostile[torch.randint(len(hostile), (room,), generator=generator, device="cpu")]
-        strewn = torch.rand(room, generator=generator, device="cpu") < rare
-        versions.append(torch.where(strewn, chosen, own).to(reference.DTYPES[dtype]).view(torch.uint8))
-    return versions
+    base, lean, kind = random(), random(), torch.arange(room) % 8
+    types = [reference.DTYPES[dtype] for dtype in (signature.result, *signature.models)]
+    # Where nothing is added to the base, every bit of the mean shows.
+    base = torch.where((kind >= 3) & (kind < 7), 0.0, base)
+    base = torch.where((kind == 5) & (lean > 0), -0.0, base)
+    # Half-way between two neighbours of the result's type, and just beside it.
+    stored = lean.to(types[0])
+    bits = stored.view(reference._BITS[stored.itemsize])
+    middle = (stored.double() + (bits + 1).view(types[0]).double()) / 2
+    middle = middle * (1 + (torch.arange(room) // 8 % 3 - 1) * 2.0**-20)
+    hostile, rare = torch.tensor(_HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
+    versions = [base]
+    for k, dtype in enumerate(types[1:]):
+        step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the least subnormal
+        d = 0.1 * lean + 0.05 * random()
+        d = torch.where(kind == 3, lean * (1 + random().abs()), d)
+        d = torch.where((kind == 4) | (kind == 5), step * (1 + random().abs() * 99).floor() * lean.sign(), d)
+        d = torch.where(kind == 6, middle, d)
+        d = torch.where((kind == 1) & (k == torch.arange(room) // 8 % len(types)), 0.0, d)
+        x = d if signature.task_vectors else torch.where(d == 0, versions[0], versions[0] + d)
+        versions.append(x)
+    for k, values in enumerate(versions):
+        strewn = (kind == 7) & (torch.rand(room, generator=generator) < rare)
+        chosen = hostile[torch.randint(len(hostile), (room,), generator=generator)]
+        versions[k] = torch.where(strewn, chosen, values)
+    return [values.to(dtype) for values, dtype in zip(versions, types, strict=True)]
 
 
-def _batch(device: str, signature: Signature, versions: list[torch.Tensor]) -> Batch:
+def _batch(device: str, signature: Signature, memory: list[torch.Tensor]) -> Batch:
+    dtypes = (signature.result, *signature.models, signature.result)
     segments, start = [], 0
-    for length in _LENGTHS:
-        base, *models = [
-            Stream(version.data_ptr() + start * FLOAT_SIZES[dtype], dtype, version)
-            for dtype, version in zip((signature.result, *signature.models), versions, strict=True)
+    for length, job, off in _SEGMENTS:
+        base, *models, out = [
+            Stream(held.data_ptr() + start * FLOAT_SIZES[dtype] + off, dtype, held)
+            for held, dtype in zip(memory, dtypes, strict=True)
         ]
-        segments.append(Segment(length, base, models, base))
-        start += length
+        where = {"in place": base, "count": None}.get(job, out)
+        segments.append(Segment(length, None if job == "no base" else base, models, where))
+        start += length + 1
     return Batch(device, signature, segments)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_compiled import tools
+from ways import merge_on_host
 
 import negmerge_fast as nm
 from negmerge_fast import backends, cli, native, trust
@@ -183,6 +185,49 @@ def test_a_kernel_that_differs_is_not_used(wrong_kernel: list[str], what: str, m
     assert nm.merge_(base, models, scale=1.0).agreed == 100
     wrong_kernel[:] = [what]
     assert re.search(r"^backend cpu on cpu: (not the reference|failed when tried)", cli._info(), re.MULTILINE)
+
+
+FAULTS = {
+    "a reciprocal": ("return sum / c.n", "return sum * (T(1) / c.n)"),
+    "a subnormal mean that is zero": (
+        "return sum / c.n;",
+        "const N m = sum / c.n, tiny = sizeof(T) == 4 ? 0x1p-126 : 0x1p-1022; return m < tiny && m > -tiny ? N{} : m;",
+    ),
+    "a zero that agrees": ("(least > N{}) |", "(least >= N{}) |"),
+    "a fused multiply-add": ("return b + t;", "return __builtin_fma(c.scale, -seen.mean(c), b);"),
+    "an infinity that is ignored": ("(greatest < N{} + kInf)", "(greatest == greatest)"),
+}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+@pytest.mark.parametrize("task_vectors", [False, True])
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_a_trial_finds_what_goes_wrong_on_chips(fault: str, dtype: str, task_vectors: bool) -> None:
+    if fault == "a fused multiply-add" and dtype != "F64":
+        pytest.skip("that of doubles is none of floats")
+
+    if fault == "a subnormal mean that is zero" and dtype == "F16":
+        pytest.skip("what is subnormal there is a normal float")
+    merge = partial(merge_on_host, wrong=FAULTS.get(fault))
+    found = trust._try(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
+    assert (found is None) == (fault == "none"), found
+
+
+@pytest.mark.parametrize("job", ["in place", "apart", "no base", "count", "odd address"])
+def test_a_trial_takes_every_way(job: str) -> None:
+    def merge(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
+        for s in batch.segments:
+            took = {
+                "in place": s.base and s.out == s.base, "apart": s.out and s.base and s.out != s.base,
+                "no base": not s.base, "count": not s.out, "odd address": s.models[0].address % 2,
+            }  # fmt: skip
+            if s.numel and took[job]:
+                raise ValueError(job)
+        return merge_on_host(batch, rule)
+
+    found = trust._try(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
+    assert found == f"failed when tried on cpu: ValueError: {job}"
 
 
 def test_a_kernel_is_tried_once_for_what_it_is_used_for(wrong_kernel: list[str]) -> None:

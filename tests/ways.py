@@ -98,19 +98,29 @@ def quicken_interpreter() -> None:
 
 
 @cache
-def _library() -> Any:
+def _library(wrong: tuple[str, str] | None = None) -> Any:
+    """The CUDA kernel for the host; wrong: words of merge_rule.h, and others to put in their place."""
+    source = HERE / "cuda_on_host" / "library.cpp"
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
+        csrc = shutil.copytree(HERE.parent / "csrc", f"{folder}/csrc")
+        shutil.copytree(source.parent, here := Path(folder, "tests", "cuda_on_host"))
+        if wrong:
+            rule = Path(csrc, "merge_rule.h")
+            text = rule.read_text(encoding="utf-8")
+            assert wrong[0] in text
+            rule.write_text(text.replace(*wrong), encoding="utf-8")
         built = f"{folder}/library.so"
-        source = HERE / "cuda_on_host" / "library.cpp"
-        flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-        subprocess.run(["g++", *flags, f"-I{source.parent}", str(source), "-o", built], check=True)
+        subprocess.run(["g++", *flags, f"-I{here}", str(here / source.name), "-o", built], check=True)
         library = ctypes.CDLL(built)
     library.tile.restype = ctypes.c_int64
     return library
 
 
-def merge_on_host(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
-    library = _library()
+def merge_on_host(
+    batch: Batch, rule: Rule, threads: int | None = None, wrong: tuple[str, str] | None = None
+) -> np.ndarray[Any, Any]:
+    library = _library(wrong)
     memory, tiles = device_memory(batch, library.tile())
     result, dtypes, task_vectors, scale, required, segments = native._signature(batch, rule)
     counts = np.zeros((segments, 2), np.int64)
