@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .layout import Form
 from .rule import FLOAT_SIZES, Batch, InputError, Segment, Signature, Stream
 
 SPELLED = {
@@ -102,6 +103,15 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
         if tensor.numel() and not has_address:
             raise TypeError(f"{where}: {_NO_MEMORY}")
         return detached
+
+
+def forms(named: dict[str, Any]) -> dict[str, Form]:
+    """Types and shapes of a model's tensors, for layout.mismatches."""
+    return {
+        name: Form(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        for name, t in named.items()
+        if isinstance(t, torch.Tensor)
+    }
 
 
 def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> Iterator[Signature]:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from . import backends
-from .flat import FLOATS, SPELLED, Item, batches, look, plain, signatures
-from .layout import Form, mismatches
+from .flat import FLOATS, SPELLED, Item, batches, forms, look, plain, signatures
+from .layout import mismatches
 from .overlap import plainly_apart, refuse_shared_memory
 from .rule import FLOAT_SIZES, InputError, Rule, Stats, require_choice
 
@@ -317,10 +317,10 @@ def _for_graph(
         _named(model, where(k, ""))
         for k, model in zip([None, *range(len(listed))], [base, *listed], strict=True)
     ]
-    forms, *of_models = [_forms(model) for model in (named, *models)]
-    if problems := mismatches(forms, of_models, where, inputs == "task_vectors"):
+    of_base, *of_models = [forms(model) for model in (named, *models)]
+    if problems := mismatches(of_base, of_models, where, inputs == "task_vectors"):
         raise InputError("; ".join(problems))
-    return named, models, [name for name, form in forms.items() if form.dtype in FLOAT_SIZES]
+    return named, models, [name for name, form in of_base.items() if form.dtype in FLOAT_SIZES]
 
 
 def _named(model: Any, where: str) -> dict[str, Any]:
@@ -341,11 +341,3 @@ def _named(model: Any, where: str) -> dict[str, Any]:
         else:
             raise TypeError(f"{where}[{name!r}]: {type(value).__name__}, expected a tensor")
     return named
-
-
-def _forms(named: dict[str, Any]) -> dict[str, Form]:
-    return {
-        name: Form(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
-        for name, t in named.items()
-        if isinstance(t, torch.Tensor)
-    }

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from . import backends, ops
-from .flat import FLOATS, SPELLED, Item, batches, look, plain, signatures
+from .flat import FLOATS, Item, batches, forms, look, plain, signatures
 from .foreign import SupportsDLPack, as_tensor, is_array
-from .layout import Form, mismatches
+from .layout import mismatches
 from .overlap import plainly_apart, refuse_shared_memory, tied
 from .process import uncollected, uninterrupted
 from .rule import (
@@ -261,7 +261,7 @@ class _Job:
             for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
         ]
         problems = mismatches(
-            _forms(base), [_forms(m) for m in models], self.where, self.task_vectors, reference
+            forms(base), [forms(m) for m in models], self.where, self.task_vectors, reference
         ) or list(_other_devices(base, models, self.where))
         if problems:
             raise InputError("; ".join(problems))
@@ -393,14 +393,6 @@ def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, An
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in FLOATS
-
-
-def _forms(named: dict[str, Any]) -> dict[str, Form]:
-    return {
-        name: Form(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
-        for name, t in named.items()
-        if isinstance(t, torch.Tensor)
-    }
 
 
 def _other_devices(

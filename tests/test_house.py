@@ -21,7 +21,7 @@ ARROWS = {
     "checkpoints": {"checkpoints", "layout", "rule"},
     "cli": {"__init__", "backends", "checkpoints", "demo", "plan", "rule", "stream"},
     "demo": {"__init__", "rule"},
-    "flat": {"rule"},
+    "flat": {"layout", "rule"},
     "foreign": {"rule"},
     "kernels": {"kernels", "rule", "table"},
     "layout": {"rule"},
