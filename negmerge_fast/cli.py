@@ -321,8 +321,9 @@ def _plan_text(job: Any) -> str:
         f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk)} per file",
         f"read      {_size(plan.bytes_read)}",
         f"write     {_size(plan.bytes_written)}",
-        f"memory    {_size(job.memory)}",
-        f"backend   {job.backend} on {job.device}",
+        f"memory    {_size(job.memory)}{'' if job.way.device == 'cpu' else f', and as much on {job.way.device}'}",
+        f"backend   {job.backend} on {job.way.device} ({job.way.why})",
+        f"way       {job.costs()}",
     ])  # fmt: skip
 
 
@@ -360,6 +361,7 @@ def _info() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     from .backends import NAMES, details, self_test, why_not
+    from .costs import measured
 
     lines = [f"negmerge_fast {_version()}", f"python {platform.python_version()} on {platform.platform()}"]
     for package in ("torch", "triton", "numpy", "safetensors"):
@@ -384,4 +386,5 @@ def _info() -> str:
             lines.append(
                 f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
             )
+    lines += [f"way of files: {line}" for line in measured(devices[1:])]
     return "\n".join(lines)

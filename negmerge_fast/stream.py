@@ -1,18 +1,16 @@
 """Merging checkpoints in bounded memory.
 
-A few workers, each with one buffer per version of the model, take the pieces of a plan as they come, and read, merge and
-write them: while one waits for the disk, others compute, and what was read is still in the cache when it is merged.
-Memory depends on the budget alone, not on the size of the model or on the number of models; what is known of each
-tensor (half a KiB for each version of it) is counted.
+A few workers, each with a lane of its own, take the pieces of a plan as they come, and read, merge and write them: while one
+waits for the disk or for the link to a GPU, others work. On the CPU what was read is still in the cache when it is merged; on
+a GPU copies in, kernels and copies out of different lanes overlap. Memory depends on the budget alone, not on the size of
+the model or on the number of models; what is known of each tensor (half a KiB for each version of it) is counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import mmap
 import os
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, backends
+from . import __version__, backends, budget, costs, lanes
 from .checkpoints import Checkpoint, Reader, open_checkpoint
 from .plan import Extent, Member, Plan, make_plan, pieces
 from .rule import (
     Batch,
+    Counts,
     InputError,
     Inputs,
     Merge,
@@ -40,21 +39,21 @@ from .rule import (
     Stream,
     require_choice,
 )
-from .workers import NONE, Done, Pieces, Queue, in_order, join
+from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
 from .writer import Output
 
 Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 
 # One reads, one merges, one writes, where only one may merge at a time; where all may, two keep each other company.
-_WORKERS_IN_TURNS, _FEWEST_WORKERS = 3, 2
-# Temporaries of the reference, reference.SCRATCH_BYTES; each worker keeps its own.
-_SCRATCH = 14
-# The longest stroke for one file (best of 256 KiB to 4 MiB: what was read is still in the cache when it is merged), and
-# the shortest worth a system call.
-_LONGEST, _SHORTEST = 1 << 20, 4096
-# What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
-_OBJECTS, _OF_A_TENSOR = 4 << 20, 512
+_LANES_IN_TURNS, _FEWEST_LANES = 3, 2
+# Through a GPU, as many wait for the link, its kernels and the disk while all threads read.
+_LANES_THAT_WAIT = 2
+# Temporaries of the reference, reference.SCRATCH_BYTES, each no longer than a block; each lane keeps its own.
+_SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
+# The longest stroke for one file (best of 256 KiB to 4 MiB: what was read is still in the cache when it is merged); and
+# through a GPU, where that does not matter, and fewer strokes are fewer launches.
+_LONGEST, _LONGEST_TO_DEVICE = 1 << 20, 4 << 20
 _MOST_THREADS = 1024
 
 
@@ -160,72 +159,65 @@ def prepare(
     place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite)
     files = (f.path for c in (opened, *models) for f in {**c.weights, **c.others}.values())
     place.check([opened.path, *(m.path for m in models), *files])
-    if device == "auto":
-        device = "cuda:0" if backend == "cuda" else "cpu"
+    way = _way(plan, rule, backend, device, threads or backends.usual_threads())
     signatures = {member.signature for extent in plan.extents for member in extent.members}
-    name, merge = backends.choose(backend, device, rule, signatures)
+    name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    most, scratch = _WORKERS_IN_TURNS, _SCRATCH
-    if name in backends.CONCURRENT:
-        most, scratch = max(threads or backends.usual_threads(), _FEWEST_WORKERS), 0
-    most = min(most, max(_most_open_files() // 2, _FEWEST_WORKERS), _MOST_THREADS)
-    workers, chunk, memory = _fit(parse_size(memory_budget), len(models), tensors, most, scratch)
-    return Job(plan, rule, nonfinite, place, name, merge, device, workers, chunk, memory, threads)
+    fitted = _fit(budget.parse_size(memory_budget), way.device, name, len(models), tensors, threads)
+    return Job(plan, rule, nonfinite, place, name, merge, way, *fitted, threads)
+
+
+def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
+    if device != "auto":
+        return costs.Way(device, "asked for")
+    if backend == "auto":
+        return costs.choose_way(plan, rule, threads)
+    on_gpu = backend == "cuda" or (backend == "triton" and costs.gpu_at_hand())
+    return costs.Way(costs.GPU if on_gpu else "cpu", f"where backend {backend} is")
+
+
+def _fit(
+    room: int, device: str, backend: str, models: int, tensors: int, threads: int | None
+) -> tuple[int, int, int]:
+    """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device."""
+    what, longest, block = "memory_budget", _LONGEST, _BLOCK
+    threads = threads or backends.usual_threads()
+    most, scratch = _LANES_IN_TURNS, 0 if backend in ("cuda", "triton") else _SCRATCH
+    if device != "cpu":
+        most, longest, block = threads + _LANES_THAT_WAIT, _LONGEST_TO_DEVICE, _BLOCK_ON_DEVICE
+        # Page-locked memory is nobody else's any more: no more than half of what there is.
+        free = {
+            "free memory": budget.free_memory() // 2,
+            f"free memory of {device}": lanes.free_memory(device),
+        }
+        for place, size in free.items():
+            if size < room:
+                what, room = place, size
+    elif backend in backends.CONCURRENT:
+        most, scratch = max(threads, _FEWEST_LANES), 0
+    most = min(most, max(_most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
+    return budget.fit(
+        room, what, models=models, tensors=tensors, lanes=most, longest=longest, scratch=scratch, block=block
+    )
 
 
 def _identities(checkpoint: Checkpoint) -> set[tuple[int, int, int]]:
     return {file.identity for file in checkpoint.weights.values()}
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes from "512MiB", "1.5 GB" or a number."""
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(size), re.IGNORECASE)
-    if not found:
-        raise InputError(f"memory_budget: {size!r}, expected a size such as 512MiB or 1GB")
-    number, letter, binary = found.groups()
-    power = "KMGT".index(letter.upper()) + 1 if letter else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def _fit(budget: int, models: int, tensors: int, workers: int, scratch: int) -> tuple[int, int, int]:
-    """As many workers and as long strokes as the budget allows, and the memory that the job then takes, in bytes.
-
-    tensors: of all versions together. scratch: how many temporaries a worker has, beside its buffers.
-    """
-
-    def memory() -> int:
-        # A block of temporaries is as long as a stroke, in a wider type perhaps, or as reference.SCRATCH_BYTES allows.
-        of_a_worker = (models + 1) * chunk + scratch * min(4 * chunk, 1 << 20)
-        return workers * of_a_worker + _OBJECTS + tensors * _OF_A_TENSOR
-
-    chunk = _LONGEST
-    while memory() > budget and chunk > _SHORTEST:
-        chunk //= 2
-        if chunk < _LONGEST // 8 and workers > _FEWEST_WORKERS:
-            workers, chunk = max(workers // 2, _FEWEST_WORKERS), _LONGEST
-    if memory() > budget:
-        raise InputError(
-            f"memory_budget: {budget:,} bytes, expected at least {memory():,} for {models} models and their {tensors:,} tensors"
-        )
-    return workers, chunk, memory()
-
-
-def _buffers(versions: int, chunk: int) -> list[Any]:
-    """Memory of one worker: a buffer for each version of the model."""
-    # A mapping of its own: given back to the system as soon as the job is done.
-    memory = mmap.mmap(-1, versions * chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return [np.frombuffer(memory, np.uint8, chunk, k * chunk) for k in range(versions)]
-
-
 def _most_open_files() -> int:
-    """Inputs that all workers together keep open: a share of what the process may, which is usually 1,024."""
+    """Inputs that all lanes together keep open: a share of what the process may, which is usually 1,024."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 256 if most < 0 else min(most // 4, 256)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A merge of checkpoints that was found to be possible. memory: the bytes it will allocate; chunk: its longest stroke."""
+    """A merge of checkpoints that was found to be possible.
+
+    way: where it merges, and why there. workers: pieces under way at once; chunk: the longest stroke. memory: the bytes
+    that it will allocate, on the host and as many again on a device.
+    """
 
     plan: Plan
     rule: Rule
@@ -233,17 +225,26 @@ class Job:
     output: Output
     backend: str
     merge: Merge
-    device: str
+    way: costs.Way
     workers: int
     chunk: int
     memory: int
     threads: int | None
 
-    def run(self, progress: Progress | None = None) -> Report:
-        """Do it: the output is published whole, or nothing is left of it."""
+    def costs(self) -> costs.Costs:
+        """What its way costs, measured now if it was not when it was chosen."""
+        if self.way.costs:
+            return self.way.costs
+        on_cpu = self.way.device == "cpu"
+        threads = self.threads or backends.usual_threads()
+        found = costs.measure(self.plan, self.rule, threads, self.backend if on_cpu else "auto")
+        return found if on_cpu else found._replace(link=costs.link_speed(self.way.device))
+
+    def run(self, progress: Progress | None = None, timeline: lanes.Timeline | None = None) -> Report:
+        """Do it: the output is published whole, or nothing is left of it. timeline: is told when each worker did what."""
         began = time.perf_counter()
         with self.output:
-            stats = self._stream(progress)
+            stats = self._stream(progress, timeline or lanes.Timeline(kept=False))
             made_of: dict[str, Any] = {
                 "base": str(self.plan.base.path),
                 "models": [str(model.path) for model in self.plan.models],
@@ -269,16 +270,19 @@ class Job:
             tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
         )
 
-    def _stream(self, progress: Progress | None) -> Stats:
+    def _stream(self, progress: Progress | None, timeline: lanes.Timeline) -> Stats:
         stats = Stats()
         total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
         taken = Pieces(pieces(self.plan, self.chunk), ahead=4 * self.workers)
         done: Queue = SimpleQueue()
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
-        release = total > _free_memory() // 2
+        release = total > budget.free_memory() // 2
         threads = (self.threads or backends.usual_threads()) if self.backend in backends.CONCURRENT else 1
         turns = Semaphore(threads)
-        workers = [Thread(target=self._work, args=(taken, done, turns, release)) for _ in range(self.workers)]
+        workers = [
+            Thread(target=self._work, args=(taken, done, turns, release, timeline), name=f"lane {k}")
+            for k in range(self.workers)
+        ]
         started = []
         try:
             for worker in workers:
@@ -298,73 +302,63 @@ class Job:
             join(started)
         return stats
 
-    def _work(self, taken: Pieces, done: Queue, turns: Semaphore, release: bool) -> None:
+    def _work(
+        self, taken: Pieces, done: Queue, turns: Semaphore, release: bool, timeline: lanes.Timeline
+    ) -> None:
         """One worker: read, merge and write pieces until there are no more."""
         number = NONE
         try:
-            buffers = _buffers(len(self.plan.models) + 1, self.chunk)
-            with Reader(max(_most_open_files() // self.workers, 1)) as reader:
+            with (
+                Reader(max(_most_open_files() // self.workers, 1)) as reader,
+                lanes.lane_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
+            ):
                 while (next_piece := taken.take()) is not None:
                     number, piece = next_piece
-                    self._read(piece, reader, buffers, release)
-                    with turns:
-                        counted = list(self._merge(piece, buffers))
                     base = piece.sources[0]
-                    self.output.write(
-                        piece.target, base.offset, memoryview(buffers[0])[: base.nbytes], release
-                    )
+                    buffers = lane.hold([source.nbytes for source in piece.sources])
+                    with timeline.span("read"):
+                        self._read(piece, reader, buffers, release)
+                    counted = self._merge(piece, lane, turns) if piece.members else []
+                    with timeline.span("write"):
+                        self.output.write(piece.target, base.offset, buffers[0], release)
                     done.put((number, Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
                     number = NONE
         except BaseException as error:
             done.put((number, Done(error=error)))
         done.put(None)
 
-    def _read(self, piece: Extent, reader: Reader, buffers: list[Any], release: bool) -> None:
+    def _read(self, piece: Extent, reader: Reader, buffers: list[memoryview], release: bool) -> None:
         first, *others = piece.sources
-        cached = reader.read_into(first.file, first.offset, memoryview(buffers[0])[: first.nbytes], release)
+        cached = reader.read_into(first.file, first.offset, buffers[0], release)
         if not cached:  # nor are the others, then: the disk may fetch them all at once
             for source in others:
                 reader.expect(source.file, source.offset, source.nbytes)
-        for source, buffer in zip(others, buffers[1:], strict=False):
-            reader.read_into(source.file, source.offset, memoryview(buffer)[: source.nbytes], release)
+        for source, buffer in zip(others, buffers[1:], strict=True):
+            reader.read_into(source.file, source.offset, buffer, release)
 
-    def _merge(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[list[tuple[str, int]], Any]]:
+    def _merge(self, piece: Extent, lane: lanes.Lane, turns: Semaphore) -> list[Counted]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
-        if not piece.members:
-            return
         threads = 1 if self.backend in backends.CONCURRENT else self.threads
-        for batch, members in self._batches(piece, buffers):
-            counts = np.array(self.merge(batch, self.rule, threads).tolist())
-            if batch.device != "cpu":
-                _from_device(batch, buffers[0])
-            if self.nonfinite == "error" and counts[:, 1].any():
-                self._refuse_nonfinite(piece, buffers)
-            yield [(m.name, m.numel) for m in members], counts
+        merged: list[tuple[list[Member], Counts]] = []
 
-    def _batches(self, piece: Extent, buffers: list[Any]) -> Iterator[tuple[Batch, list[Member]]]:
-        """One batch for each signature in the piece."""
-        owners: list[Any] = buffers
-        addresses = [buffer.ctypes.data for buffer in buffers]
-        if self.device != "cpu":
-            owners = _to_device(buffers, self.device)
-            addresses = [owner.data_ptr() for owner in owners]
-        groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
-        for member in piece.members:
-            dtypes = (member.signature.result, *member.signature.models)
-            streams = [Stream(a, t, o) for a, t, o in zip(addresses, dtypes, owners, strict=True)]
-            addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
-            segments, members = groups.setdefault(member.signature, ([], []))
-            segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
-            members.append(member)
-        for signature, (segments, members) in groups.items():
-            yield Batch(self.device, signature, segments), members
+        def work(addresses: list[int], owner: Any) -> None:
+            for batch, members in _batches(piece, self.way.device, addresses, owner):
+                merged.append((members, self.merge(batch, self.rule, threads)))
 
-    def _refuse_nonfinite(self, piece: Extent, buffers: list[Any]) -> None:
+        with turns:
+            lane.merge(work)
+        lane.wait()
+        counted = [([(m.name, m.numel) for m in members], np.array(c.tolist())) for members, c in merged]
+        if self.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
+            self._refuse_nonfinite(piece, lane)
+        return counted
+
+    def _refuse_nonfinite(self, piece: Extent, lane: lanes.Lane) -> None:
         """Name the first non-finite element of a piece; its base was overwritten and is read again."""
         base = piece.sources[0]
         with Reader(1) as reader:
-            reader.read_into(base.file, base.offset, memoryview(buffers[0])[: base.nbytes])
-        for batch, members in self._batches(piece, buffers):
+            reader.read_into(base.file, base.offset, lane.hold([s.nbytes for s in piece.sources])[0])
+        for batch, members in _batches(piece, "cpu", *lane.on_cpu()):
             if found := backends.first_nonfinite(batch, self.rule):
                 row, element, version, value = found
                 name, start, _, _ = members[row]
@@ -380,30 +374,17 @@ class Job:
         raise RuntimeError("a number that is not finite was counted, and is not found again")
 
 
-def _to_device(buffers: list[Any], device: str) -> list[Any]:
-    import torch
-
-    return [torch.from_numpy(buffer).to(device) for buffer in buffers]
-
-
-def _from_device(batch: Batch, buffer: Any) -> None:
-    import torch
-
-    out = batch.segments[0].out
-    assert out is not None
-    torch.from_numpy(buffer).copy_(out.owner)
-
-
-def _free_memory() -> int:
-    """Bytes that could still be used: what the machine has available, or what the control group allows."""
-    found = [1 << 62]
-    for path in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text()
-        except OSError:
-            continue
-        if available := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE):
-            found.append(int(available[1]) * 1024)
-        elif text.strip().isdigit():
-            found.append(int(text))
-    return min(found)
+def _batches(
+    piece: Extent, device: str, addresses: list[int], owner: Any
+) -> Iterator[tuple[Batch, list[Member]]]:
+    """One batch for each signature in a piece whose versions are at these addresses."""
+    groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
+    for member in piece.members:
+        dtypes = (member.signature.result, *member.signature.models)
+        streams = [Stream(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
+        addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
+        segments, members = groups.setdefault(member.signature, ([], []))
+        segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
+        members.append(member)
+    for signature, (segments, members) in groups.items():
+        yield Batch(device, signature, segments), members

@@ -7,6 +7,8 @@ from queue import SimpleQueue
 from threading import Lock, Semaphore, Thread
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from .plan import Extent
 
 
@@ -46,11 +48,15 @@ class Pieces:
         self._room.release(workers)
 
 
+# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
+Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
+
+
 class Done(NamedTuple):
     """What a worker says of a piece: how many bytes it moved, and what was counted; or why it failed."""
 
     moved: int = 0
-    counted: Sequence[tuple[list[tuple[str, int]], Any]] = ()
+    counted: Sequence[Counted] = ()
     error: BaseException | None = None
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from plain import plain_merge, same_bits
 
 import negmerge_fast as nm
-from negmerge_fast import native, reference, stream
+from negmerge_fast import budget, native, reference, stream
 from negmerge_fast.checkpoints import files, open_checkpoint
 from negmerge_fast.checkpoints.files import File, Reader
 from negmerge_fast.plan import make_plan, pieces
@@ -265,7 +265,7 @@ def test_pages_are_given_back_when_a_job_is_large(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "posix_fadvise", noted)
     given_back = []
     for free in (1 << 40, 1000):
-        monkeypatch.setattr(stream, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(budget, "free_memory", lambda free=free: free)
         advice.clear()
         merge(folder, overwrite=True)
         given_back.append(advice.count(os.POSIX_FADV_DONTNEED))
@@ -314,7 +314,7 @@ def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
     merge(folder, backend="torch")
     expected = contents(folder / "out")
     monkeypatch.setattr(stream, "_LONGEST", 512)
-    monkeypatch.setattr(stream, "_SHORTEST", 512)
+    monkeypatch.setattr(budget, "_SHORTEST", 512)
     monkeypatch.setattr(module, name, counted)
     merge(folder, overwrite=True, threads=threads, backend=backend)
     merged = contents(folder / "out")
@@ -337,7 +337,7 @@ def test_the_first_error_in_the_order_of_the_pieces_is_told(
 
     monkeypatch.setattr(Job, "_read", failing)
     monkeypatch.setattr(stream, "_LONGEST", 512)
-    monkeypatch.setattr(stream, "_SHORTEST", 512)
+    monkeypatch.setattr(budget, "_SHORTEST", 512)
     with pytest.raises(OSError, match="piece 1"):
         merge(folder, threads=3)
     assert len(calls) <= 3

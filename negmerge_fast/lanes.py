@@ -1,0 +1,219 @@
+"""Lanes of a streamed merge: each is one worker's memory, with the way from there to where it is merged, and back.
+
+On the CPU it is merged where it lies. Through a GPU a lane has page-locked memory, as much again on the device and a stream
+there: what was read crosses the link in one stroke, is merged, and the base comes back changed, while other lanes read, merge
+and write. The kernel converts storage types, so that no byte crosses the link but those of the files.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import accumulate
+from threading import current_thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# Given the addresses of all versions and the owner of that memory, puts their merge under way.
+Work = Callable[[list[int], Any], None]
+
+# Versions begin at multiples of it, so that kernels load 16 bytes at a time wherever the files allow it.
+_ALIGNED = 256
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+class Timeline:
+    """When each worker did what: (worker, stage, began, ended), in seconds since this was made. kept: or nothing of it."""
+
+    def __init__(self, kept: bool = True) -> None:
+        self.spans: list[tuple[str, str, float, float]] = []
+        self.kept, self.made = kept, time.perf_counter()
+
+    def add(self, stage: str, began: float, ended: float) -> None:
+        if self.kept:
+            self.spans.append((current_thread().name, stage, began - self.made, ended - self.made))
+
+    @contextmanager
+    def span(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.add(stage, began, time.perf_counter())
+
+
+class Lane:
+    """Memory for all versions of a piece, merged where it is read to.
+
+    versions: with the base. chunk: the most bytes of each, a multiple of 256.
+    """
+
+    def __init__(self, versions: int, chunk: int, timeline: Timeline) -> None:
+        # A mapping of its own: given back to the system as soon as the job is done.
+        self.memory = np.frombuffer(mmap.mmap(-1, versions * chunk, flags=_PRIVATE), np.uint8)
+        self.timeline = timeline
+        self.starts: list[int] = []
+        self.sizes: Sequence[int] = ()
+
+    def __enter__(self) -> Lane:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pass
+
+    def hold(self, sizes: Sequence[int]) -> list[memoryview]:
+        """Where to read the versions of the next piece to, the base first; each is so many bytes long."""
+        self.sizes = sizes
+        self.starts = [0, *accumulate(-(size // -_ALIGNED) * _ALIGNED for size in sizes)]
+        return [self.memory.data[s : s + size] for s, size in zip(self.starts, sizes, strict=False)]
+
+    def on_cpu(self) -> tuple[list[int], Any]:
+        """The addresses of the versions, and the owner of their memory."""
+        return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
+
+    def merge(self, work: Work) -> None:
+        """Put a merge of what is held under way; it writes where the base is."""
+        with self.timeline.span("merge"):
+            work(*self.on_cpu())
+
+    def wait(self) -> None:
+        """Until what was put under way is done, and the base's memory holds the result."""
+
+
+class DeviceLane(Lane):
+    """Memory for all versions of a piece that a device of torch merges."""
+
+    def __init__(self, versions: int, chunk: int, timeline: Timeline, device: str) -> None:
+        import torch
+
+        super().__init__(versions, chunk, timeline)
+        self.here = torch.from_numpy(self.memory)
+        self.stream = stream_of(device, timeline)
+        self.there = self.stream.empty(len(self.memory))
+
+    def __enter__(self) -> DeviceLane:
+        self.stream.lock(self.here)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            # The device may still be using this memory; what else is wrong with it was said when it went wrong.
+            with suppress(RuntimeError):
+                self.stream.wait()
+        self.stream.unlock(self.here)
+
+    def merge(self, work: Work) -> None:
+        here, there = self.here[: self.starts[-1]], self.there[: self.starts[-1]]
+        base = slice(self.sizes[0])
+        addresses = [self.there.data_ptr() + start for start in self.starts[:-1]]
+        self.stream.put("copy in", lambda: self.stream.copy(there, here))
+        self.stream.put("merge", lambda: work(addresses, self.there))
+        self.stream.put("copy out", lambda: self.stream.copy(here[base], there[base]))
+
+    def wait(self) -> None:
+        self.stream.wait()
+
+
+class Straight:
+    """A device of torch on which everything is done in turn, when it is asked for."""
+
+    def __init__(self, device: str, timeline: Timeline) -> None:
+        self.device, self.timeline = device, timeline
+
+    def empty(self, size: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def lock(self, memory: torch.Tensor) -> None:
+        """Keep pages where they are, so that the device can copy them by itself."""
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        """Undo lock."""
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        to.copy_(source)
+
+    def put(self, stage: str, work: Callable[[], None]) -> None:
+        """Do some work after what was put before it."""
+        with self.timeline.span(stage):
+            work()
+
+    def wait(self) -> None:
+        """Until all that was put is done."""
+
+
+class Stream(Straight):
+    """A stream of a GPU, whose work is done in turn beside that of other streams: all that lanes need of torch.cuda."""
+
+    def __init__(self, device: str, timeline: Timeline) -> None:
+        import torch
+
+        super().__init__(device, timeline)
+        self._cuda: Any = torch.cuda
+        self._stream = self._cuda.Stream(device)
+        # A thread that waits leaves its processor to those that read.
+        self._done = self._cuda.Event(blocking=True)
+        self._timed: list[tuple[str, Any, Any]] = []
+        self._zero, self._zero_at = self._mark(), time.perf_counter()
+
+    def _mark(self) -> Any:
+        event = self._cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def empty(self, size: int) -> torch.Tensor:
+        with self._cuda.stream(self._stream):
+            return super().empty(size)
+
+    def lock(self, memory: torch.Tensor) -> None:
+        # torch's own allocator of such memory takes up to twice as much, and keeps it.
+        with self._cuda.device(self.device):
+            status = int(self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if status:
+            raise RuntimeError(
+                f"{memory.numel():,} bytes cannot be locked for {self.device}: CUDA error {status}"
+            )
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        self._cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        to.copy_(source, non_blocking=True)
+
+    def put(self, stage: str, work: Callable[[], None]) -> None:
+        with self._cuda.stream(self._stream):
+            if not self.timeline.kept:
+                return work()
+            began = self._mark()
+            work()
+            self._timed.append((stage, began, self._mark()))
+
+    def wait(self) -> None:
+        self._done.record(self._stream)
+        self._done.synchronize()
+        for stage, *events in self._timed:
+            began, ended = (self._zero_at + self._zero.elapsed_time(event) / 1e3 for event in events)
+            self.timeline.add(stage, began, ended)
+        self._timed.clear()
+
+
+def lane_on(device: str, versions: int, chunk: int, timeline: Timeline) -> Lane:
+    if device == "cpu":
+        return Lane(versions, chunk, timeline)
+    return DeviceLane(versions, chunk, timeline, device)
+
+
+def stream_of(device: str, timeline: Timeline) -> Straight:
+    return Stream(device, timeline) if device.startswith("cuda") else Straight(device, timeline)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device; no end of them where torch can't tell."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else 1 << 62
