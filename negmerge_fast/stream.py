@@ -108,7 +108,8 @@ def merge_checkpoints(
     nonfinite: a NaN or an infinity is an "error" and nothing is written, or such elements keep the base's bits
         ("keep-base").
     include, exclude: regular expressions on tensor names; the others are the base's, untouched.
-    memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated.
+    device: "cpu", or one of torch's, through which all is streamed; "auto" decides by what was measured (costs.py).
+    memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated, on the host and on a device.
     progress: called with (bytes done, bytes in all) after every stroke; it may raise to stop the job.
 
     Raises InputError (a ValueError) for bad input, OSError when reading or writing fails.
