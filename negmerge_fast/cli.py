@@ -145,16 +145,22 @@ def _commands(signals: _Signals) -> Any:
     @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
     @click.option("--exclude", metavar="RE", help="Keep the base's tensors where the name matches.")
     @click.option("--backend", type=click.Choice(["auto", *_backends()]), default="auto", show_default=True)
-    @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0")
+    @click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda:0",
+        help="Where to merge; auto measures what costs less.",
+    )
     @click.option(
         "--memory-budget",
         default="1GiB",
         show_default=True,
         metavar="SIZE",
-        help="The most memory to allocate.",
+        help="The most memory to allocate, and on a GPU as much again.",
     )
     @click.option(
-        "--threads", type=int, metavar="N", help="Threads that compute; torch's choice if not given."
+        "--threads", type=int, metavar="N", help="Threads that read and compute; torch's choice if not given."
     )
     @click.option("--report", metavar="FILE.json", help="Write what was done, per tensor, as JSON.")
     @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
@@ -323,7 +329,7 @@ def _plan_text(job: Any) -> str:
         f"write     {_size(plan.bytes_written)}",
         f"memory    {_size(job.memory)}{'' if job.way.device == 'cpu' else f', and as much on {job.way.device}'}",
         f"backend   {job.backend} on {job.way.device} ({job.way.why})",
-        f"way       {job.costs()}",
+        *(f"way       {costs}" for costs in [job.costs()] if costs),
     ])  # fmt: skip
 
 
@@ -339,7 +345,7 @@ def _summary(job: Any, done: Any) -> str:
         f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.kept} kept; "
         f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}), {done.nonfinite:,} non-finite; "
         f"read {_size(done.bytes_read)}, wrote {_size(done.bytes_written)} "
-        f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s)"
+        f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"
     )
 
 

@@ -6,11 +6,15 @@ same: where the disk is the bottleneck the CPU's kernel keeps up with it, and is
 
 from __future__ import annotations
 
+import random
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
+from threading import Barrier
 from typing import NamedTuple
 
 import numpy as np
@@ -18,43 +22,47 @@ import numpy as np
 from . import backends, lanes
 from .checkpoints import Reader
 from .plan import Plan, Source
-from .rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
+from .rule import FLOAT_SIZES, Batch, InputError, Rule, Segment, Signature, Stream
 
-# Strokes of a sample, and bytes of each, and of one version of what is merged in the cache.
-_SAMPLES, _STROKE, _MERGED = 64, 1 << 20, 1 << 18
-_REPEATED = 16
-_LINKED = 32 << 20
-# A process that needs no torch has merged this long by the time another has imported it and found its GPU.
-_WAKING = 5.0
-# Less than this is noise.
-_WORTH = 1.2
+# Places of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a lane does.
+_PLACES, _STROKE, _MOST_BUFFERS = 64, 1 << 20, 16
+# Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
+_MERGED, _REPEATED, _COPIED, _LINKED = 4 << 20, 16, 256 << 20, 32 << 20
+# Seconds that a GPU must save, for importing torch, waking it and trying its kernels take about as long; and bytes of a job
+# that it can't save them on.
+_WAKING, _FEW = 5.0, 4 << 30
+# Faster by less than this is noise. Memory without which it is in use by others. Strokes too short for launches.
+_WORTH, _LEAST_ROOM, _SHORT = 1.2, 1 << 30, 1 << 20
 
 GPU = "cuda:0"
 
 
 class Costs(NamedTuple):
-    """Bytes per second. reading: as the job's files come to all threads, from memory if cached; merging: what is in the CPU's
-    cache, on all threads; link: from page-locked memory to the GPU, if there is one."""
+    """Bytes per second.
+
+    reading: as the job's files come to all threads; cached: from memory, or from a disk, or (None) nobody knows.
+    merging: on the CPU, of what is in its caches, on all threads. link: from locked memory to the GPU, if there is one.
+    """
 
     reading: float
-    cached: bool
+    cached: bool | None
     merging: float
     link: float | None = None
 
     @property
     def on_cpu(self) -> float:
         """A thread that waits for a disk is one that merges meanwhile; one that copies cached files is not."""
-        if self.cached:
-            return 1 / (1 / self.reading + 1 / self.merging)
-        return min(self.reading, self.merging)
+        if self.cached is False:
+            return min(self.reading, self.merging)
+        return 1 / (1 / self.reading + 1 / self.merging)
 
     @property
     def through_gpu(self) -> float:
         return min(self.reading, self.link or 0.0)
 
     def __str__(self) -> str:
-        where = "memory" if self.cached else "the disk"
-        words = f"files come at {speed(self.reading)} from {where}, the CPU merges {speed(self.merging)}"
+        where = {True: " from memory", False: " from the disk", None: ""}[self.cached]
+        words = f"files come at {speed(self.reading)}{where}, the CPU merges {speed(self.merging)}"
         return words + (f", the link takes {speed(self.link)}" if self.link else "")
 
 
@@ -66,15 +74,20 @@ class Way(NamedTuple):
     costs: Costs | None = None
 
 
-def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Costs:
-    """What a job costs on the CPU, by a sample of its files, and of the storage types that most of its elements have."""
+def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Costs | None:
+    """What a job costs on the CPU, by a sample of its files, and of the storage types that most of its elements have.
+
+    None: there is nothing to merge.
+    """
     sizes: dict[Signature, int] = {}
     for member in (m for extent in plan.extents for m in extent.members):
         sizes[member.signature] = sizes.get(member.signature, 0) + member.numel
     signature = max(sizes, key=sizes.__getitem__, default=None)
-    if signature is None:
-        return Costs(float("inf"), True, float("inf"))
-    reading, cached = _reading(plan, threads)
+    if signature is None or not sizes[signature]:
+        return None
+    reading, cached = reading_speed(plan, threads)
+    if cached:  # once more: a sample of what is so fast is short
+        reading = max(reading, reading_speed(plan, threads)[0])
     return Costs(reading, cached, merging_speed(signature, rule, threads, backend))
 
 
@@ -82,18 +95,27 @@ def choose_way(plan: Plan, rule: Rule, threads: int) -> Way:
     """Where a job is merged by what it costs, if nobody asked for a backend or a device."""
     if not gpu_at_hand():
         return Way("cpu", "no GPU here")
-    costs = measure(plan, rule, threads)
-    seconds = plan.bytes_read / costs.on_cpu
-    if seconds < _WAKING:
-        return Way("cpu", f"{seconds:.1f} s there, less than it takes to begin on a GPU", costs)
-    if not costs.cached and costs.reading <= costs.merging:
-        return Way("cpu", "as fast as the disk, for which a GPU would wait as well", costs)
-    signatures = {member.signature for extent in plan.extents for member in extent.members}
-    if backends.choose("auto", GPU, rule, signatures)[0] == "torch":
-        return Way("cpu", f"no kernel is usable on {GPU}", costs)
-    costs = costs._replace(link=link_speed(GPU))
-    compared = f"{speed(costs.on_cpu)} on the CPU, {speed(costs.through_gpu)} through {GPU}"
-    return Way(GPU if costs.through_gpu > _WORTH * costs.on_cpu else "cpu", compared, costs)
+    if plan.bytes_read < _FEW:
+        return Way("cpu", "done before a GPU would have begun")
+    if plan.bytes_read < _SHORT * len(plan.extents):
+        return Way("cpu", "strokes too short for a GPU")
+    if (costs := measure(plan, rule, threads)) is None:
+        return Way("cpu", "nothing to merge")
+    on_cpu = plan.bytes_read / costs.on_cpu
+    if (saved := on_cpu - plan.bytes_read / costs.reading) < _WAKING:
+        return Way("cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", costs)
+    try:
+        signatures = {member.signature for extent in plan.extents for member in extent.members}
+        if backends.choose("auto", GPU, rule, signatures)[0] == "torch":
+            return Way("cpu", f"no kernel is usable on {GPU}", costs)
+        if (room := lanes.room_on(GPU)) < _LEAST_ROOM:
+            return Way("cpu", f"only {room:,} bytes are free on {GPU}", costs)
+        costs = costs._replace(link=link_speed(GPU))
+    except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it
+        return Way("cpu", f"{GPU} cannot be used: {_first_line(error)}", costs)
+    why = f"{speed(costs.on_cpu)} on the CPU, {speed(costs.through_gpu)} through {GPU}"
+    sooner = plan.bytes_read / costs.through_gpu + _WAKING < on_cpu / _WORTH
+    return Way(GPU if sooner else "cpu", why, costs)
 
 
 def gpu_at_hand() -> bool:
@@ -102,7 +124,7 @@ def gpu_at_hand() -> bool:
 
 
 def merging_speed(signature: Signature, rule: Rule, threads: int, backend: str = "auto") -> float:
-    """Bytes of all versions per second that the CPU merges, of what is in its cache, on so many threads."""
+    """Bytes of all versions per second that the CPU merges, of what is in its caches, on so many threads."""
     name, merge = backends.choose(backend, "cpu", rule)
     callers, inside = (threads, 1) if name in backends.CONCURRENT else (1, threads)
     batches = [_batch(signature) for _ in range(callers)]
@@ -117,9 +139,11 @@ def merging_speed(signature: Signature, rule: Rule, threads: int, backend: str =
 
 
 def _batch(signature: Signature) -> Batch:
+    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
+    numel = max(_MERGED // sum(sizes), 1024)
+    # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
+    versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
     dtypes = (signature.result, *signature.models)
-    numel = _MERGED // max(FLOAT_SIZES[dtype] for dtype in dtypes)
-    versions = [np.zeros(numel * FLOAT_SIZES[dtype], np.uint8) for dtype in dtypes]
     base, *models = [Stream(v.ctypes.data, dtype, v) for v, dtype in zip(versions, dtypes, strict=True)]
     return Batch("cpu", signature, [Segment(numel, base, models, base)])
 
@@ -128,63 +152,82 @@ def measured(gpus: Sequence[str]) -> Iterator[str]:
     """What a person may want to know of it, whatever the job."""
     threads = backends.usual_threads()
     merging = merging_speed(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
-    yield f"{threads} threads copy memory at {speed(copying_speed(threads))}, the CPU merges {speed(merging)} (8 models of F32)"
+    copying = speed(copying_speed(threads))
+    yield f"{threads} threads copy memory at {copying}, the CPU merges {speed(merging)} (8 models of F32)"
     for gpu in gpus:
-        yield f"the link takes {speed(link_speed(gpu))} to {gpu}, which is taken for files that would be merged {_WORTH} times as fast"
+        try:
+            yield f"the link to {gpu} takes {speed(link_speed(gpu))}; --device auto takes the faster one of the two ways"
+        except RuntimeError as error:
+            yield f"the link to {gpu} cannot be measured: {_first_line(error)}"
     if not gpus:
         yield "no GPU here: files are merged on the CPU"
 
 
 def copying_speed(threads: int) -> float:
     """Bytes per second that so many threads copy from memory to memory."""
-    memory = [np.ones((2, _LINKED), np.uint8) for _ in range(threads)]
-    return threads * _LINKED / _on_threads([partial(np.copyto, *pair) for pair in memory])
+    size = _COPIED // 2 // threads
+    memory = [np.ones((2, size), np.uint8) for _ in range(threads)]
+    return threads * size / _on_threads([partial(np.copyto, *pair) for pair in memory])
 
 
 @lru_cache
 def link_speed(device: str) -> float:
-    """Bytes per second from page-locked memory to a GPU."""
-    with lanes.DeviceLane(1, _LINKED, lanes.Timeline(kept=False), device) as lane:
+    """Bytes per second from locked memory to a GPU."""
 
-        def copy() -> None:
-            lane.stream.put("copy in", lambda: lane.stream.copy(lane.there, lane.here))
-            lane.stream.wait()
+    def measure() -> float:
+        with lanes.DeviceLane(1, _LINKED, lanes.Timeline(kept=False), device) as lane:
 
-        return _LINKED / _best(copy)
+            def copy() -> None:
+                lane.stream.put("copy in", lambda: lane.stream.copy(lane.there, lane.here))
+                lane.stream.wait()
+
+            return _LINKED / _best(copy)
+
+    # On a thread of its own: what goes wrong there is not found by the next launch of the caller's.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(measure).result()
 
 
-def _reading(plan: Plan, threads: int) -> tuple[float, bool]:
-    """How fast files come, and whether they were cached: strokes all over them, read by so many threads."""
-    sources = [
-        source for extent in plan.extents if extent.members for source in extent.sources if source.nbytes
-    ]
-    if not sources:
-        return float("inf"), True
-    strokes = list(_strokes(sources))
-    buffers = [memoryview(bytearray(_STROKE)) for _ in range(threads)]
+def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
+    """How fast files come, and whether from memory: strokes at random places, read by so many threads."""
+    strokes = list(_strokes(plan, max(_PLACES, 8 * threads)))
+    buffers = min(len(plan.models) + 1, _MOST_BUFFERS)
+    began = 0.0
 
-    def read(worker: int) -> tuple[int, bool]:
-        done, cached = 0, True
+    def begin() -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    ready = Barrier(threads, begin)
+
+    def read(worker: int) -> tuple[int, list[bool | None]]:
+        memory = np.ones((buffers, _STROKE), np.uint8)
+        done, cached = 0, []
+        ready.wait()
         with Reader(8) as reader:
-            for file, offset, size in strokes[worker::threads]:
-                cached &= reader.read_into(file, offset, buffers[worker][:size])
+            for k, (file, offset, size) in enumerate(strokes[worker::threads]):
+                cached.append(reader.read_into(file, offset, memory[k % buffers].data[:size]))
                 done += size
         return done, cached
 
-    began = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         read_by = list(pool.map(read, range(threads)))
     taken = time.perf_counter() - began
-    return max(1, sum(done for done, _ in read_by)) / taken, all(cached for _, cached in read_by)
+    answers = {answer for _, answers in read_by for answer in answers}
+    found = False if False in answers else None if None in answers else True
+    return max(1, sum(done for done, _ in read_by)) / taken, found
 
 
-def _strokes(sources: Sequence[Source]) -> Iterator[Source]:
-    """Places evenly strewn over the sources."""
-    for k in range(_SAMPLES):
-        at = (k + 0.5) * len(sources) / _SAMPLES
-        file, offset, nbytes = sources[int(at)]
-        size = min(_STROKE, nbytes)
-        yield Source(file, offset + int((at - int(at)) * (nbytes - size)), size)
+def _strokes(plan: Plan, places: int) -> Iterator[Source]:
+    """So many places among the bytes to merge: other ones each time, for those read before are cached."""
+    sources = [source for extent in plan.extents if extent.members for source in extent.sources]
+    ends = list(accumulate(source.nbytes for source in sources))
+    for k in range(places):
+        at = int((k + random.random()) / places * ends[-1])
+        which = bisect(ends, at)
+        file, offset, nbytes = sources[which]
+        within = min(at - (ends[which] - nbytes), max(nbytes - _STROKE, 0))
+        yield Source(file, offset + within, min(_STROKE, nbytes - within))
 
 
 def _on_threads(jobs: Sequence[Callable[[], object]]) -> float:
@@ -201,6 +244,10 @@ def _best(job: Callable[[], object], rounds: int = 7) -> float:
         job()
         taken.append(time.perf_counter() - began)
     return min(taken)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def speed(bytes_per_second: float) -> str:

@@ -53,8 +53,9 @@ class Lane:
     """
 
     def __init__(self, versions: int, chunk: int, timeline: Timeline) -> None:
-        # A mapping of its own: given back to the system as soon as the job is done.
-        self.memory = np.frombuffer(mmap.mmap(-1, versions * chunk, flags=_PRIVATE), np.uint8)
+        # A mapping of its own, whose pages are given back as soon as the job is done.
+        self._mapping = mmap.mmap(-1, versions * chunk, flags=_PRIVATE)
+        self.memory = np.frombuffer(self._mapping, np.uint8)
         self.timeline = timeline
         self.starts: list[int] = []
         self.sizes: Sequence[int] = ()
@@ -63,7 +64,8 @@ class Lane:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        pass
+        # Whoever keeps an error keeps what its frames hold, but not these pages.
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def hold(self, sizes: Sequence[int]) -> list[memoryview]:
         """Where to read the versions of the next piece to, the base first; each is so many bytes long."""
@@ -105,6 +107,8 @@ class DeviceLane(Lane):
             with suppress(RuntimeError):
                 self.stream.wait()
         self.stream.unlock(self.here)
+        self.there.untyped_storage().resize_(0)
+        super().__exit__(kind)
 
     def merge(self, work: Work) -> None:
         here, there = self.here[: self.starts[-1]], self.there[: self.starts[-1]]
@@ -159,7 +163,14 @@ class Stream(Straight):
         # A thread that waits leaves its processor to those that read.
         self._done = self._cuda.Event(blocking=True)
         self._timed: list[tuple[str, Any, Any]] = []
-        self._zero, self._zero_at = self._mark(), time.perf_counter()
+        if timeline.kept:
+            self._zero, self._zero_at = self._mark(), time.perf_counter()
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        # Not the stream alone: leaving it would make a context on the thread's device before, which may be another.
+        with self._cuda.device(self.device), self._cuda.stream(self._stream):
+            yield
 
     def _mark(self) -> Any:
         event = self._cuda.Event(enable_timing=True)
@@ -167,26 +178,27 @@ class Stream(Straight):
         return event
 
     def empty(self, size: int) -> torch.Tensor:
-        with self._cuda.stream(self._stream):
+        with self._current():
             return super().empty(size)
 
     def lock(self, memory: torch.Tensor) -> None:
         # torch's own allocator of such memory takes up to twice as much, and keeps it.
-        with self._cuda.device(self.device):
-            status = int(self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-        if status:
-            raise RuntimeError(
-                f"{memory.numel():,} bytes cannot be locked for {self.device}: CUDA error {status}"
-            )
+        with self._current():
+            error = self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        if int(error):
+            reason = self._cuda.cudart().cudaGetErrorString(error)
+            what = f"{memory.numel():,} bytes of memory cannot be locked for {self.device}: {reason}"
+            raise RuntimeError(f"{what} (a smaller memory budget, or the CPU, may do)")
 
     def unlock(self, memory: torch.Tensor) -> None:
-        self._cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        with self._current():
+            self._cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
     def put(self, stage: str, work: Callable[[], None]) -> None:
-        with self._cuda.stream(self._stream):
+        with self._current():
             if not self.timeline.kept:
                 return work()
             began = self._mark()
@@ -212,8 +224,11 @@ def stream_of(device: str, timeline: Timeline) -> Straight:
     return Stream(device, timeline) if device.startswith("cuda") else Straight(device, timeline)
 
 
-def free_memory(device: str) -> int:
-    """Bytes that are free on a device; no end of them where torch can't tell."""
+def room_on(device: str) -> int:
+    """Bytes that can be had on a device, but for a tenth that is lost between the pieces; no end of them where torch can't tell."""
     import torch
 
-    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else 1 << 62
+    if not device.startswith("cuda"):
+        return 1 << 62
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (int(torch.cuda.mem_get_info(device)[0]) + kept) * 9 // 10

@@ -67,6 +67,7 @@ class Report:
     scale: float
     min_agreement: float
     backend: str
+    device: str
     elements: int
     agreed: int
     consensus_ratio: float
@@ -170,7 +171,7 @@ def prepare(
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
     if device != "auto":
-        return costs.Way(device, "asked for")
+        return costs.Way(costs.GPU if device == "cuda" else device, "asked for")
     if backend == "auto":
         return costs.choose_way(plan, rule, threads)
     on_gpu = backend == "cuda" or (backend == "triton" and costs.gpu_at_hand())
@@ -189,7 +190,7 @@ def _fit(
         # Page-locked memory is nobody else's any more: no more than half of what there is.
         free = {
             "free memory": budget.free_memory() // 2,
-            f"free memory of {device}": lanes.free_memory(device),
+            f"free memory of {device}": lanes.room_on(device),
         }
         for place, size in free.items():
             if size < room:
@@ -232,14 +233,14 @@ class Job:
     memory: int
     threads: int | None
 
-    def costs(self) -> costs.Costs:
-        """What its way costs, measured now if it was not when it was chosen."""
-        if self.way.costs:
-            return self.way.costs
+    def costs(self) -> costs.Costs | None:
+        """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
         on_cpu = self.way.device == "cpu"
         threads = self.threads or backends.usual_threads()
-        found = costs.measure(self.plan, self.rule, threads, self.backend if on_cpu else "auto")
-        return found if on_cpu else found._replace(link=costs.link_speed(self.way.device))
+        found = self.way.costs or costs.measure(
+            self.plan, self.rule, threads, self.backend if on_cpu else "auto"
+        )
+        return found if on_cpu or not found else found._replace(link=costs.link_speed(self.way.device))
 
     def run(self, progress: Progress | None = None, timeline: lanes.Timeline | None = None) -> Report:
         """Do it: the output is published whole, or nothing is left of it. timeline: is told when each worker did what."""
@@ -261,6 +262,7 @@ class Job:
             **made_of,
             output=str(self.output.target),
             backend=self.backend,
+            device=self.way.device,
             elements=stats.elements,
             agreed=stats.agreed,
             consensus_ratio=stats.consensus_ratio,

@@ -8,9 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -19,6 +17,7 @@ from checkpoint_files import check, family, nothing_left, save_model
 
 import negmerge_fast as nm
 from negmerge_fast import backends, budget, cli, costs, lanes, reference, stream
+from negmerge_fast.checkpoints.files import Reader
 from negmerge_fast.costs import Costs
 from negmerge_fast.lanes import Straight, Timeline
 from negmerge_fast.rule import Batch, Rule
@@ -67,7 +66,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = backends.choose
     monkeypatch.setattr(LateStream, "locked", set())
     monkeypatch.setattr(lanes, "Stream", LateStream)
-    monkeypatch.setattr(lanes, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(lanes, "room_on", lambda device: 1 << 30)
     monkeypatch.setattr(
         backends, "choose", lambda b, device, *a: ("cuda", merge_there) if device == DEVICE else real(b, device, *a)
     )  # fmt: skip
@@ -130,6 +129,34 @@ def test_the_same_bytes_as_on_the_cpu(
     assert {worker for worker, *_ in timeline.spans} <= {f"lane {k}" for k in range(threads + 2)}
 
 
+def test_lanes_wait_beside_each_other(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", 512)
+    wait, both, met = LateStream.wait, threading.Barrier(2, timeout=20), []
+
+    def waits(self: LateStream) -> None:
+        if not met:
+            both.wait()
+            met.append(True)
+        wait(self)
+
+    monkeypatch.setattr(LateStream, "wait", waits)
+    run(prepare(tmp_path, threads=1))
+    check(tmp_path / "out", tensors)
+
+
+def test_an_error_that_is_kept_keeps_no_memory(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, empty = [], LateStream.empty
+    monkeypatch.setattr(LateStream, "empty", lambda self, size: there.append(empty(self, size)) or there[-1])
+    the_link_fails(monkeypatch)
+    with pytest.raises(RuntimeError, match="the link failed"):
+        run(prepare(tmp_path, threads=3))
+    assert there and not any(memory.untyped_storage().nbytes() for memory in there)
+
+
 def test_short_reads(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
@@ -144,7 +171,7 @@ def test_short_reads(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytes
 
 def fails(error: BaseException) -> Callable[..., Any]:
     def raises(*_: Any) -> Any:
-        raise error
+        raise type(error)(*error.args)  # another one for each thread
 
     return raises
 
@@ -242,14 +269,14 @@ def test_memory_is_bounded_by_what_is_free(
     told = dataclasses.replace(usual, way=usual.way._replace(costs=Costs(1e9, False, 2e9, 5e9)))
     assert f"and as much on {DEVICE}" in cli._plan_text(told)
     for module, name, at in (
-        (lanes, "free_memory", lambda _: 64 << 20),
+        (lanes, "room_on", lambda _: 64 << 20),
         (budget, "free_memory", lambda: 128 << 20),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, at)
             less = prepare(tmp_path, threads=6)
             assert less.memory <= 64 << 20 < usual.memory
-    monkeypatch.setattr(lanes, "free_memory", lambda _: 1 << 20)
+    monkeypatch.setattr(lanes, "room_on", lambda _: 1 << 20)
     with pytest.raises(nm.InputError, match=f"free memory of {DEVICE}: 1,048,576 bytes, expected at least"):
         prepare(tmp_path)
 
@@ -257,8 +284,9 @@ def test_memory_is_bounded_by_what_is_free(
 @pytest.mark.parametrize(
     ("found", "device", "why"),
     [
-        (Costs(2e9, False, 20e9), "cpu", "as fast as the disk, for which a GPU would wait as well"),
+        (Costs(2e9, False, 20e9), "cpu", r"a GPU would wait for the files as well, and save 0\.0 s at best"),
         (Costs(50e9, True, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
+        (Costs(50e9, None, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
         (Costs(5e9, True, 50e9), "cpu", r"4\.5 GB/s on the CPU, 5\.0 GB/s through cuda:0"),
         (Costs(30e9, False, 4e9), DEVICE, r"4\.0 GB/s on the CPU, 30\.0 GB/s through cuda:0"),
     ],
@@ -270,79 +298,79 @@ def test_the_way_of_a_job_is_chosen_by_its_costs(
     monkeypatch.setattr(costs, "link_speed", lambda _: 40e9)
     assert prepare(tmp_path, device="auto").way == ("cpu", "no GPU here", None)
     monkeypatch.setattr(costs, "gpu_at_hand", lambda: True)
-    assert "less than it takes to begin on a GPU" in prepare(tmp_path, device="auto").way.why
-    monkeypatch.setattr(costs, "_WAKING", 0.0)
+    assert prepare(tmp_path, device="auto").way == ("cpu", "done before a GPU would have begun", None)
+    monkeypatch.setattr(costs, "_FEW", 0)
+    assert prepare(tmp_path, device="auto").way == ("cpu", "strokes too short for a GPU", None)
+    monkeypatch.setattr(costs, "_SHORT", 0)
+    monkeypatch.setattr(costs, "_WAKING", 1e3)
+    assert "at best" in prepare(tmp_path, device="auto").way.why
+    monkeypatch.setattr(costs, "_WAKING", 0.0 if device == DEVICE or "through" in why else 1e-9)
     way = prepare(tmp_path, device="auto").way
     assert way.device == device and re.search(why, way.why), way
+    for backend, there in (("cuda", DEVICE), ("cpu", "cpu"), ("torch", "cpu")):
+        assert prepare(tmp_path, device="auto", backend=backend).way.device == there
 
 
-def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None) -> None:
+def test_a_gpu_that_nobody_asked_for_stops_no_job(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "measure", lambda *_: Costs(50e9, True, 20e9))
+    monkeypatch.setattr(costs, "gpu_at_hand", lambda: True)
+    for name in ("_FEW", "_SHORT", "_WAKING"):
+        monkeypatch.setattr(costs, name, 0)
+    fake = backends.choose
+
+    def torch_only(backend: str, device: str, *rest: Any) -> Any:
+        return ("torch", merge_there) if device == DEVICE else fake(backend, device, *rest)
+
+    def refused(backend: str, device: str, *rest: Any) -> Any:
+        if device == DEVICE:
+            raise nm.InputError("backend 'auto' cannot run here")
+        return fake(backend, device, *rest)
+
+    for place, name, planted, why in (
+        (LateStream, "lock", fails(RuntimeError("no pages")), "cuda:0 cannot be used: no pages"),
+        (lanes, "room_on", lambda _: 1 << 20, "only 1,048,576 bytes are free on cuda:0"),
+        (backends, "choose", torch_only, "no kernel is usable on cuda:0"),
+        (backends, "choose", refused, "cuda:0 cannot be used: backend 'auto' cannot run here"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, planted)
+            assert prepare(tmp_path, device="auto").way[:2] == ("cpu", why)
+    monkeypatch.setattr(costs, "link_speed", lambda _: 40e9)
+    assert prepare(tmp_path, device="auto").way.device == DEVICE
+
+
+def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = prepare(tmp_path).costs()
-    assert measured.cached and min(measured.reading, measured.merging, measured.link or 0) > 0
-    assert prepare(tmp_path, device="cpu").costs().link is None
+    assert measured and measured.cached and min(measured.reading, measured.merging, measured.link or 0) > 0
+    on_cpu = prepare(tmp_path, device="cpu")
+    assert on_cpu.costs() and on_cpu.costs().link is None  # type: ignore[union-attr]
+    integers = prepare(tmp_path, device="cpu", include="ids")
+    assert integers.costs() is None and "way" not in cli._plan_text(integers)
     lines = list(costs.measured([DEVICE]))
-    assert len(lines) == 2 and "GB/s to cuda:0" in lines[1]
+    assert len(lines) == 2 and "cuda:0 takes" in lines[1]
+    costs.link_speed.cache_clear()
+    monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
+    assert list(costs.measured([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
+    # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
+    for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Reader, "read_into", lambda *_, a=answers: a.pop(0) if len(a) > 1 else a[0])
+            assert costs.reading_speed(on_cpu.plan, 2)[1] is cached
 
 
-class FakeCuda:
-    """torch.cuda, as far as lanes use it: it notes what is asked of it."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.now = 0.0
-
-    def stream(self, stream: Any) -> Any:
-        self.calls.append(f"on {stream.name}")
-        return nullcontext()
-
-    def device(self, device: str) -> Any:
-        self.calls.append(f"device {device}")
-        return nullcontext()
-
-    def Stream(self, device: str) -> Any:
-        return SimpleNamespace(name=f"stream of {device}")
-
-    def Event(self, **options: bool) -> Any:
-        event = SimpleNamespace(at=-1.0)
-
-        def record(stream: Any) -> None:
-            self.now += 1
-            event.at = self.now
-
-        event.record = record
-        event.synchronize = lambda: self.calls.append("waited")
-        event.elapsed_time = lambda other: other.at - event.at
-        return event
-
-    def cudart(self) -> Any:
-        return SimpleNamespace(
-            cudaHostRegister=lambda address, size, flags: self.calls.append(f"lock {size}") or 0,
-            cudaHostUnregister=lambda address: self.calls.append("unlock"),
-        )
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_what_a_lane_asks_of_a_gpu(monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
-    cuda, timeline = FakeCuda(), Timeline(kept)
-    monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setattr(Straight, "empty", lambda self, size: torch.zeros(size, dtype=torch.uint8))
-    done = []
-    with lanes.lane_on(DEVICE, 2, 512, timeline) as lane:
-        for buffer in lane.hold([300, 200]):
-            buffer[:] = bytes([7]) * len(buffer)
-
-        def work(addresses: list[int], owner: torch.Tensor) -> None:
-            assert addresses[1] - addresses[0] == 512 and addresses[0] == owner.data_ptr()
-            assert owner[299] == 7 and owner[512] == 7
-            owner[:300] = 9
-            done.append(True)
-
-        lane.merge(work)
-        lane.wait()
-        assert done and set(lane.memory[:300]) == {9} and set(lane.memory[512:712]) == {7}
-    on_stream = [f"on stream of {DEVICE}"]
-    assert cuda.calls == [*on_stream, f"device {DEVICE}", "lock 1024", *3 * on_stream, "waited", "unlock"]
-    assert [stage for _, stage, _, _ in timeline.spans] == (["copy in", "merge", "copy out"] if kept else [])
+def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "_STROKE", 64)
+    names = [f"t{k}" for k in range(40)]
+    models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
+    save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])
+    save_model(tmp_path / "ft", models[1], [names[::-1]])
+    plan = stream.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=1.0).plan
+    sampled = list(costs._strokes(plan, 50))
+    assert sum(size > 4 for _, _, size in sampled) >= 48
+    assert all(offset + size <= file.size for file, offset, size in sampled)
+    assert sampled != list(costs._strokes(plan, 50))
 
 
 @pytest.mark.gpu

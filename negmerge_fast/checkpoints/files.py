@@ -99,8 +99,8 @@ class Reader:
         """Say that this will be read next: the system may fetch it meanwhile."""
         os.posix_fadvise(self._descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool:
-        """Fill the buffer from a position, and say whether all of it was cached.
+    def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool | None:
+        """Fill the buffer from a position, and say whether all of it was cached; None: the file system doesn't tell.
 
         release: tell the system that the pages won't be read again.
         """
@@ -108,8 +108,9 @@ class Reader:
             return True
         descriptor = self._descriptor(file)
         try:
-            done = _read_cached(descriptor, offset, buffer)
-            if not (cached := done == len(buffer)):
+            found = _read_cached(descriptor, offset, buffer)
+            done, cached = found or 0, None if found is None else found == len(buffer)
+            if not cached:
                 # One hint for the whole stroke: the kernel's own read-ahead is shorter.
                 os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
             while done < len(buffer):
@@ -140,15 +141,17 @@ class Reader:
             os.close(descriptor)
 
 
-def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int:
+def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int | None:
     """Read what is in the page cache, and say how much that was: where it is all, looking for each page costs a tenth."""
     if _NOWAIT is None:
-        return 0
+        return None
     try:
         return os.preadv(descriptor, [buffer], offset, _NOWAIT)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+        if error.errno == errno.EAGAIN:
             return 0
+        if error.errno == errno.EOPNOTSUPP:
+            return None
         raise
 
 
