@@ -111,7 +111,9 @@ def compare(old: list[Row], new: list[Row]) -> list[str]:
     """The lines of the comparison."""
     before, after = by_key(old), by_key(new)
     common = [key for key in after if key in before]
-    pairs = [(before[key], after[key]) for key in sorted(common, key=lambda key: _heading(after[key]))]
+    places = list(dict.fromkeys(_heading(row) for row in after.values()))
+    common.sort(key=lambda key: places.index(_heading(after[key])))
+    pairs = [(before[key], after[key]) for key in common]
     lines = differences(old, new)
     if pairs:
         lines += [*table(pairs), ""]

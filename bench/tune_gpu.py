@@ -48,7 +48,6 @@ CUDA = {
     "tiles of 8,192": ["TILE=8192"],
     "tiles of 16,384": ["TILE=16384"],
     "4 models at once": ["GROUP=4"],
-    "16 models at once": ["GROUP=16"],
     "16 models of 256 bytes at once": ["GROUP=16", "GROUP_BYTES=256"],
     "64 bytes at once": ["GROUP_BYTES=64"],
     "256 bytes at once": ["GROUP_BYTES=256"],

@@ -140,6 +140,10 @@ __device__ void see(const std::int64_t* addresses, std::int64_t same, std::int64
   constexpr int G = fit < kGroup ? fit : kGroup;
   std::int64_t k = 0;
   for (; k + G <= same; k += G) see<T, S, M, E, G>(addresses + k, element, base, task_vectors, seen);
+  static_assert(G <= 16, "what is left over is taken by groups of 8, 4, 2 and 1");
+  if constexpr (G > 8) {
+    if (same - k >= 8) see<T, S, M, E, 8>(addresses + k, element, base, task_vectors, seen), k += 8;
+  }
   if constexpr (G > 4) {
     if (same - k >= 4) see<T, S, M, E, 4>(addresses + k, element, base, task_vectors, seen), k += 4;
   }
