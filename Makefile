@@ -35,10 +35,14 @@ bench: $(VENV)/.test
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/checkpoints.py
 
-# What the constants in the code were chosen by; the same, for the reference and for the CPU kernel.
+# Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
+# the CPU kernel, of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.
 tune: $(VENV)/.test
 	$(BIN)/python bench/reference.py
 	$(BIN)/python bench/loop.py
+	$(BIN)/python bench/threads.py
+	$(BIN)/python bench/strokes.py
+	$(BIN)/python bench/tune_gpu.py
 
 ci:
 	.ci/run

@@ -23,10 +23,20 @@ void merge_loop_avx2(const Batch&, Place, std::int64_t);
 
 namespace {
 
+// bench/threads.py compiles others, and measures what two threads are worth: bench/results/threads.jsonl.
+#ifndef NEGMERGE_MOST_AT_ONCE
+#define NEGMERGE_MOST_AT_ONCE 65536
+#endif
+#ifndef NEGMERGE_FEWEST_AT_ONCE
+#define NEGMERGE_FEWEST_AT_ONCE 4096
+#endif
+#ifndef NEGMERGE_BYTES_PER_THREAD
+#define NEGMERGE_BYTES_PER_THREAD (1 << 19)
+#endif
 // Elements that a thread takes at once: enough to forget what taking them costs, few enough that threads end together.
-constexpr std::int64_t kMostAtOnce = 65536, kFewestAtOnce = 4096;
+constexpr std::int64_t kMostAtOnce = NEGMERGE_MOST_AT_ONCE, kFewestAtOnce = NEGMERGE_FEWEST_AT_ONCE;
 // Starting a thread takes as long as merging this much.
-constexpr std::int64_t kBytesPerThread = 1 << 19;
+constexpr std::int64_t kBytesPerThread = NEGMERGE_BYTES_PER_THREAD;
 constexpr int kMostThreads = 1024;
 
 struct Named {

@@ -18,8 +18,22 @@
 namespace negmerge {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kGroup = 8;        // models whose loads are under way at once
+// Reasoned, not measured yet: bench/tune_gpu.py compiles others on a GPU (`make tune`).
+#ifndef NEGMERGE_CUDA_THREADS
+#define NEGMERGE_CUDA_THREADS 256
+#endif
+#ifndef NEGMERGE_CUDA_GROUP
+#define NEGMERGE_CUDA_GROUP 8
+#endif
+#ifndef NEGMERGE_CUDA_GROUP_BYTES
+#define NEGMERGE_CUDA_GROUP_BYTES 128
+#endif
+#ifndef NEGMERGE_CUDA_BASE_BYTES
+#define NEGMERGE_CUDA_BASE_BYTES 16
+#endif
+constexpr int kThreads = NEGMERGE_CUDA_THREADS;       // of a block
+constexpr int kGroup = NEGMERGE_CUDA_GROUP;           // models whose loads are under way at once
+constexpr int kBaseBytes = NEGMERGE_CUDA_BASE_BYTES;  // of the base, for a thread at a time
 
 // segments: the number of tiles before each segment, and whether all its addresses are multiples of 16.
 struct Tiling {
@@ -36,11 +50,11 @@ struct Work {
 
 // The most bytes of them: they and the running values are held in registers.
 template <class Seen>
-constexpr int kGroupBytes = sizeof(Seen) > 24 ? 64 : 128;
+constexpr int kGroupBytes = NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Seen) > 24 ? 2 : 1);
 
-// Elements of a thread at a time: 16 bytes of the base, fewer where their running values would not fit the registers.
+// Elements of a thread at a time, fewer where their running values would not fit the registers.
 template <class T, class S>
-constexpr int kElements = sizeof(T) == 8 && sizeof(typename S::Bits) == 2 ? 4 : 16 / sizeof(typename S::Bits);
+constexpr int kElements = kBaseBytes / (sizeof(T) == 8 && sizeof(typename S::Bits) == 2 ? 4 : sizeof(typename S::Bits));
 
 // E neighbouring elements of one type.
 template <class M, int E>
@@ -126,6 +140,10 @@ __device__ void see(const std::int64_t* addresses, std::int64_t same, std::int64
   constexpr int G = fit < kGroup ? fit : kGroup;
   std::int64_t k = 0;
   for (; k + G <= same; k += G) see<T, S, M, E, G>(addresses + k, element, base, task_vectors, seen);
+  static_assert(G <= 16, "what is left over is taken by groups of 8, 4, 2 and 1");
+  if constexpr (G > 8) {
+    if (same - k >= 8) see<T, S, M, E, 8>(addresses + k, element, base, task_vectors, seen), k += 8;
+  }
   if constexpr (G > 4) {
     if (same - k >= 4) see<T, S, M, E, 4>(addresses + k, element, base, task_vectors, seen), k += 4;
   }
@@ -182,6 +200,7 @@ __device__ void add_for_warp(std::int64_t* to, int count) {
 template <class T, class S, template <class, class> class Seen>
 __global__ void __launch_bounds__(kThreads, 1) merge_tiles(const __grid_constant__ Work<T> work) {
   constexpr int E = kElements<T, S>;
+  static_assert(kCudaTile % 16 == 0 && kCudaTile % E == 0, "a tile begins where a thread may load");
   const Batch& batch = work.batch;
   const std::int64_t* segments = work.tiling.segments;
   const std::int64_t tiles = work.tiling.tiles;

@@ -7,8 +7,12 @@
 
 namespace negmerge {
 
-// A segment is cut into tiles of so many elements, the last one shorter.
-constexpr std::int64_t kCudaTile = 4096;
+// Reasoned, not measured yet: bench/tune_gpu.py tries others on a GPU (`make tune`).
+#ifndef NEGMERGE_CUDA_TILE
+#define NEGMERGE_CUDA_TILE 4096
+#endif
+// A segment is cut into tiles of so many elements, the last one shorter. A multiple of what a thread takes at a time.
+constexpr std::int64_t kCudaTile = NEGMERGE_CUDA_TILE;
 
 // Launches a merge on a stream of a device, and returns. batch.table is not looked at, batch.counts and all addresses are
 // of the device's memory. memory, too: int64[segments + 1, 2], the number of tiles before each segment and whether all of

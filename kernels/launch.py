@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 def usual_launch(signature: Signature, unanimous: bool) -> Launch:
-    """By reasoning, for a GPU that nobody has searched on."""
+    """By reasoning, for a GPU that nobody has searched on; bench/tune_gpu.py measures it beside all candidates."""
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
     double = signature.arithmetic == "F64"
     # 16 bytes of the narrowest stream. Eight doubles of each running value of a majority would not fit the registers.
@@ -51,7 +51,7 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
 
 LaunchMerge = Callable[[Batch, Rule, Launch], Any]
 
-# What NEGMERGE_AUTOTUNE=1 printed, by device, types of base and models, and whether the rule is unanimity.
+# What NEGMERGE_AUTOTUNE=1 or `make tune` printed, by device, types of base and models, and whether the rule is unanimity.
 FOUND: dict[tuple[str, str, str, bool], Launch] = {}
 
 

@@ -1,0 +1,285 @@
+"""Draws the latest run of each device: bandwidth by number of models, share of the limit by size, and where the time of a
+streamed merge goes. One PNG per plot and device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from runs import Row, Unreadable, latest, limit_of, read
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+HERE = Path(__file__).parent
+
+# Colours that colour-blind people tell apart (Okabe and Ito); each of our backends keeps its own.
+BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#777777",
+)  # fmt: skip
+OURS = {"cpu": (BLUE, "o"), "cuda": (GREEN, "o"), "triton": (ORANGE, "s"), "torch": (PURPLE, "^")}
+PEERS = [(RED, "v"), (SKY, "D"), (GREY, "P"), ("#000000", "X"), ("#8c6d1f", "*")]
+STAGES = {"read": BLUE, "copy in": SKY, "merge": ORANGE, "copy out": PURPLE, "write": GREEN}
+
+DTYPES = ("F32", "BF16", "F16", "F64")
+WINDOW = 0.04  # seconds of a timeline that are shown
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def marks(ways: list[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line of each way: ours full, those of a peer hollow and dashed."""
+    found = {}
+    peers = iter(PEERS * len(ways))
+    for way in ways:
+        name, _, variant = way.partition(",")
+        colour, marker = OURS[name] if name in OURS else next(peers)
+        found[way] = (colour, marker, "-" if name in OURS and not variant else "--")
+    return found
+
+
+def one_tensor(rows: list[Row]) -> list[Row]:
+    """What both plots by size and number are of: one tensor in memory, without the limits themselves."""
+    return [
+        row
+        for row in rows
+        if row.get("suite") == "memory" and row.get("layout") == "one tensor" and row.get("of_limit")
+        and row.get("n") and row.get("bytes") and row["way"] != row.get("limit")
+    ]  # fmt: skip
+
+
+def panels(rows: list[Row], title: str) -> tuple[Any, dict[str, Any]]:
+    """A figure with a panel for each storage type, and the panels by type."""
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+    across = min(len(dtypes), 2)
+    down = -(len(dtypes) // -across)
+    figure, axes = plt.subplots(
+        down, across, figsize=(5 * across + 1, 3.3 * down + 1.4), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    figure.suptitle(title, fontsize=11)
+    flat = axes.ravel()
+    for unused in flat[len(dtypes) :]:
+        unused.set_visible(False)
+    for axis, dtype in zip(flat, dtypes, strict=False):
+        axis.set_title(dtype, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelleft=True)
+    return figure, dict(zip(dtypes, flat, strict=False))
+
+
+def legend(figure: Any, axes: list[Any]) -> None:
+    """One for all panels, below them."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 4), fontsize=9
+    )
+
+
+def draw(axis: Any, ways: list[str], points: dict[str, list[tuple[float, float]]]) -> None:
+    for way, (colour, marker, line) in marks(ways).items():
+        if way in points:
+            x, y = zip(*sorted(points[way]), strict=True)
+            filled = colour if line == "-" else "white"
+            label = way.replace(
+                "_foreach", "torch._foreach"
+            )  # matplotlib hides what begins with an underscore
+            axis.plot(
+                x, y, line, color=colour, marker=marker, markerfacecolor=filled, label=label, lw=1.5, ms=6
+            )
+
+
+def names(rows: list[Row]) -> list[str]:
+    """Ours first, in the order they were measured."""
+    found = list(dict.fromkeys(row["way"] for row in rows))
+    return sorted(found, key=lambda way: way.partition(",")[0] not in OURS)
+
+
+def bandwidth(rows: list[Row], title: str) -> Any:
+    """GB/s against the number of models, each at its largest size; the limit of the same rounds is a line."""
+    rows = one_tensor(rows)
+    if not rows:
+        return None
+    largest: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: row["bytes"]):
+        largest[row["way"], row["dtype"], row["n"]] = row
+    shown = list(largest.values())
+    figure, axes = panels(shown, f"Bandwidth of a merge of n models, one tensor in memory\n{title}")
+    for dtype, axis in axes.items():
+        points, limits = defaultdict(list), defaultdict(list)
+        for row in shown:
+            if row["dtype"] == dtype:
+                points[row["way"]].append((row["n"], row["GB/s"]))
+                limits[row["n"]].append(limit_of(row) or 0.0)
+        line = sorted((n, statistics.median(found)) for n, found in limits.items())
+        name = next(row.get("limit") for row in shown if row["dtype"] == dtype)
+        x, y = zip(*line, strict=True)
+        axis.plot(
+            x, y, ":", color="black", marker="_" if len(x) == 1 else "", lw=2, ms=14, label=f"limit: {name}"
+        )
+        draw(axis, names(shown), points)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [str(n) for n in x])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("n, fine-tuned models")
+        axis.set_ylabel("GB/s, read and written")
+    legend(figure, list(axes.values()))
+    return figure
+
+
+def share(rows: list[Row], title: str) -> Any:
+    """Share of the limit against the bytes moved, for the n that was measured at most sizes."""
+    rows = one_tensor(rows)
+    sizes = {(row["n"], row["dtype"], row["numel"]) for row in rows}
+    if not sizes:
+        return None
+    n = Counter(n for n, *_ in sizes).most_common(1)[0][0]
+    shown = [row for row in rows if row["n"] == n]
+    figure, axes = panels(shown, f"Share of the limit by size, n = {n}, one tensor in memory\n{title}")
+    for dtype, axis in axes.items():
+        points = defaultdict(list)
+        for row in shown:
+            if row["dtype"] == dtype:
+                points[row["way"]].append((row["bytes"], 100 * row["of_limit"]))
+        name = next(row.get("limit") for row in shown if row["dtype"] == dtype)
+        axis.axhline(100, ls=":", color="black", lw=2, label=f"limit: {name}")
+        draw(axis, names(shown), points)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(10, numticks=12))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("bytes read and written")
+        axis.set_ylabel("% of the limit")
+    legend(figure, list(axes.values()))
+    return figure
+
+
+def amount(value: float) -> str:
+    """1 MB, 100 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"
+
+
+def timeline(found: dict[str, Any], title: str) -> Any:
+    """What each worker does, in a window in the middle of a streamed merge, and the seconds of each stage in all."""
+    spans = [(worker, stage, float(began), float(ended)) for worker, stage, began, ended in found["spans"]]
+    start, end = min(span[2] for span in spans), max(span[3] for span in spans)
+    # Where strokes take long, from a disk perhaps, a window that shows some of them.
+    usual = statistics.median(ended - began for _, _, began, ended in spans)
+    window = min(max(WINDOW, 20 * usual), end - start)
+    left = start + (end - start - window) / 2
+    workers = sorted({span[0] for span in spans})
+    stages = [stage for stage in STAGES if any(span[1] == stage for span in spans)]
+    stages += sorted({span[1] for span in spans} - set(stages))
+    colours = STAGES | dict.fromkeys(stages[len([s for s in stages if s in STAGES]) :], GREY)
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(11, 2.6 + 0.35 * len(workers) + 0.35 * len(stages)), layout="constrained",
+        height_ratios=[1.2 + len(workers), 1.2 + len(stages)],
+    )  # fmt: skip
+    figure.suptitle(f"Time split of a streamed merge, {found.get('way', '')}\n{title}", fontsize=11)
+    for place, worker in enumerate(workers):
+        for stage in stages:
+            bars = [
+                ((began - left) * 1e3, (ended - began) * 1e3)
+                for who, what, began, ended in spans
+                if (who, what) == (worker, stage) and ended > left and began < left + window
+            ]
+            above.broken_barh(bars, (place - 0.4, 0.8), color=colours[stage], lw=0)
+    above.set_yticks(range(len(workers)), [str(worker) for worker in workers])
+    above.set_ylabel("worker")
+    above.invert_yaxis()
+    above.set_xlim(0, window * 1e3)
+    above.set_xlabel(
+        f"ms, from {(left - start) * 1e3:.0f} ms after the start of {(end - start) * 1e3:,.0f} ms"
+    )
+    above.legend(
+        handles=[Patch(color=colours[stage], label=stage) for stage in stages],
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stages), fontsize=9, frameon=False,
+    )  # fmt: skip
+    totals = [sum(ended - began for _, what, began, ended in spans if what == stage) for stage in stages]
+    bars = below.barh(stages, totals, color=[colours[stage] for stage in stages])
+    all_of_them = sum(totals)
+    below.bar_label(
+        bars, [f"{t:.3g} s, {100 * t / all_of_them:.0f} %" for t in totals], padding=4, fontsize=9
+    )
+    below.invert_yaxis()
+    below.set_xlim(0, 1.15 * max(totals))
+    below.set_xlabel("seconds of all workers together")
+    return figure
+
+
+def read_timeline(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        spans = found["spans"]
+        good = isinstance(found["machine"]["device"], str) and all(
+            isinstance(stage, str) and float(began) <= float(ended) for _, stage, began, ended in spans
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Unreadable(f"{path}: {getattr(error, 'strerror', None) or 'not a timeline'}") from None
+    if not good or not spans:
+        raise Unreadable(f"{path}: no spans")
+    return dict(found)
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(path)
+
+
+def about(machine: dict[str, Any]) -> str:
+    return f"{machine['device']}, {str(machine.get('date'))[:10]}, commit {machine.get('commit')}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--results", type=Path, default=HERE / "results" / "suite.jsonl")
+    options.add_argument("--timeline", type=Path, help="default: timeline.json beside the results")
+    options.add_argument("--output", type=Path, default=HERE / "results", help="a folder")
+    given = options.parse_args(arguments)
+    place = given.timeline or given.results.with_name("timeline.json")
+    try:
+        rows = read(given.results) if given.results.exists() else []
+        times = read_timeline(place) if place.exists() else None
+    except Unreadable as error:
+        print(error, file=sys.stderr)
+        return 2
+    given.output.mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for device, measured in latest(rows).items():
+        for name, plot in (("bandwidth", bandwidth), ("share", share)):
+            if (figure := plot(measured, about(measured[-1]))) is not None:
+                save(figure, given.output / f"{name}-{slug(device)}.png")
+                drawn += 1
+    if times:
+        figure = timeline(times, about(times["machine"]))
+        save(figure, given.output / f"timeline-{slug(times['machine']['device'])}.png")
+        drawn += 1
+    if not drawn:
+        print(f"no plots: no rows of one tensor in memory in {given.results}, and no {place}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

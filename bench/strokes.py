@@ -1,0 +1,121 @@
+"""How long the strokes of a streamed merge should be: the same files, read, merged and written in strokes of other lengths.
+
+The inputs are in the page cache, the output goes to a tmpfs; all lengths take turns. Bytes counted: every input byte read
+once, every output byte written once. The limit does just that, on one thread, 256 KiB at a time, in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import alternate, percentiles, record
+from safetensors.torch import save_file
+
+import negmerge_fast as nm
+from negmerge_fast import stream
+
+STROKES = [1 << power for power in range(18, 24)]
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+LIMIT = "read and write"
+
+
+def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Path]:
+    """Files of 16 tensors each: a base, and its fine-tuned versions."""
+    generator = torch.Generator().manual_seed(0)
+    paths = [folder / f"{dtype}-{k}.safetensors".removeprefix("torch.") for k in range(versions)]
+    for path in paths:
+        tensors = {f"layer.{i}.weight": torch.randn(numel // 16, generator=generator) for i in range(16)}
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path)
+    return paths
+
+
+def merge(stroke: int, paths: list[Path], out: Path) -> None:
+    usual, stream._LONGEST = stream._LONGEST, stroke
+    try:
+        # A budget that makes no stroke shorter.
+        nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9, memory_budget="1TiB")
+    finally:
+        stream._LONGEST = usual
+
+
+def limit(paths: list[Path], out: Path) -> None:
+    buffer = bytearray(256 * 1024)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    left = paths[0].stat().st_size
+    with open(out, "wb", buffering=0) as file:
+        while left:
+            left -= file.write(memoryview(buffer)[: min(left, len(buffer))])
+        os.fsync(file.fileno())
+
+
+def measure(
+    dtype: str, n: int, numel: int, paths: list[Path], out: Path, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each length of a stroke."""
+    ways = {f"strokes of {stroke >> 10:,} KiB": partial(merge, stroke, paths, out) for stroke in STROKES}
+    made = set()
+    for once in ways.values():
+        once()
+        made.add(out.read_bytes())
+        out.unlink()
+    assert len(made) == 1, "strokes of other lengths make other files"
+    del made
+    clear = partial(out.unlink, missing_ok=True)
+    seconds = alternate({LIMIT: partial(limit, paths, out), **ways}, rounds, clear)
+    clear()
+    moved = (n + 2) * numel * DTYPES[dtype].itemsize
+    limits = seconds.pop(LIMIT)
+    rows = []
+    for way, taken in seconds.items():
+        spread = percentiles(taken)
+        rows.append({
+            "suite": "tune", "layout": "files", "way": way, "dtype": dtype, "n": n, "numel": numel, "bytes": moved,
+            "state": "warm, to tmpfs", "rounds": rounds, **spread, "GB/s": moved / spread["p50"] / 1e9,
+            "limit": LIMIT, "limit GB/s": moved / statistics.median(limits) / 1e9,
+            "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--bytes", type=int, default=2 << 30, help="of all files together")
+    options.add_argument("--rounds", type=int, default=11)
+    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    given = options.parse_args()
+    if not given.tmpfs.is_dir():
+        print(f"strokes: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
+        return
+    most = 30
+    rows, said = [], []
+    with (
+        tempfile.TemporaryDirectory(dir=Path.cwd()) as inputs,
+        tempfile.TemporaryDirectory(dir=given.tmpfs) as outputs,
+    ):
+        for dtype, kind in DTYPES.items():
+            numel = given.bytes // (most + 1) // kind.itemsize // 1024 * 1024
+            paths = make(Path(inputs), most + 1, kind, numel)
+            for n in (2, 8, most):
+                out = Path(outputs) / "out.safetensors"
+                found = measure(dtype, n, numel, paths[: n + 1], out, given.rounds)
+                rows += found
+                best = min(found, key=lambda row: float(row["p50"]))
+                said.append(f"{dtype}, n = {n}: {best['way']}, {best['of_limit']:.2f} of {LIMIT}")
+            for path in paths:
+                path.unlink()
+    record("strokes.jsonl", rows)
+    print("\n".join(said))
+
+
+if __name__ == "__main__":
+    main()

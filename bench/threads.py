@@ -1,0 +1,189 @@
+"""How the CPU kernel shares a batch out: from how many bytes on a second thread pays, and how long a thread's pieces are.
+
+Each choice is csrc/merge_cpu.cpp compiled with other constants. All of them are loaded into one process and take turns on the
+same memory. "in memory": the calls take turns on so many copies of the work that none is in a cache when its turn comes; "in
+cache": on one. Bytes counted: (n + 2) · numel · size. A way has a speed only where its result is the reference's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rows import percentiles, record
+
+import negmerge_fast as nm
+from negmerge_fast.table import NUMBERS
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+PAST_CACHE = 512 << 20  # bytes of all copies together
+MODELS = 8
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+SIZES = {dtype: kind.itemsize for dtype, kind in DTYPES.items()}
+
+# What a thread takes at once, at most: for batches long enough to be cut into such pieces.
+MOST = [1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18]
+# And at least: for batches that would otherwise be cut into shorter ones.
+FEWEST = [1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14]
+# As soon as there is a byte for each, as many threads as are asked for.
+EVERY_THREAD = "-DNEGMERGE_BYTES_PER_THREAD=1"
+
+
+def compile_loops(folder: Path) -> list[Path]:
+    """merge_loop.cpp for each instruction set, as CMakeLists.txt has it."""
+    avx2 = ["avx2"] if os.uname().machine == "x86_64" else []
+    commands, objects = [], []
+    for name in ["baseline", *avx2]:
+        objects.append(folder / f"{name}.o")
+        flags = [*(["-mavx2", "-mf16c"] if name == "avx2" else []), f"-DNEGMERGE_LOOP=merge_loop_{name}"]
+        commands.append([*flags, "-c", str(CSRC / "merge_loop.cpp"), "-o", str(objects[-1])])
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_with, commands))
+    return objects
+
+
+def compile_with(arguments: list[str]) -> None:
+    common = ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread"]
+    subprocess.run([os.environ.get("CXX", "c++"), *common, *arguments], check=True)
+
+
+class Built:
+    """merge_cpu.cpp with constants of its own."""
+
+    def __init__(self, folder: Path, loops: list[Path], *flags: str) -> None:
+        library = folder / f"{'-'.join(flags) or 'as built'}.so"
+        sources = [str(HERE / "threads.cpp"), str(CSRC / "merge_cpu.cpp"), *map(str, loops)]
+        visible = "-fvisibility=default"  # of the one function; the rest stays the library's own
+        compile_with([visible, *flags, "-shared", "-Wl,-Bsymbolic", *sources, "-o", str(library)])
+        self.function = ctypes.CDLL(str(library)).merge_times
+
+    def seconds(self, work: Work, threads: int, calls: int) -> list[float]:
+        counts = np.zeros(2, np.int64)
+        taken = np.empty(calls)
+        self.function(
+            NUMBERS[work.dtype], ctypes.c_int64(MODELS), ctypes.c_int64(len(work.tables)),
+            ctypes.c_void_p(work.tables.ctypes.data), threads, ctypes.c_int64(calls),
+            ctypes.c_void_p(counts.ctypes.data), ctypes.c_void_p(taken.ctypes.data),
+        )  # fmt: skip
+        return taken.tolist()
+
+
+class Work:
+    """So many copies of one batch of one segment: a base, MODELS fine-tuned versions, and an output of its own."""
+
+    def __init__(self, dtype: str, numel: int, copies: int) -> None:
+        self.dtype, self.numel, self.copies = dtype, numel, copies
+        kind = DTYPES[dtype]
+        generator = torch.Generator().manual_seed(0)
+        base = torch.randn(numel, generator=generator)
+        models = [base + 0.1 * torch.randn(numel, generator=generator) for _ in range(MODELS)]
+        versions = [version.to(kind) for version in (base, torch.zeros(numel), *models)]
+        self.held = [[version.clone() for version in versions] for _ in range(copies)]
+        rows = [[numel, *(version.data_ptr() for version in copy)] for copy in self.held]
+        self.tables = np.array(rows, np.uint64).view(np.int64)
+        self.bytes = (MODELS + 2) * numel * SIZES[dtype]
+        self.state = "in cache" if copies == 1 and self.bytes < PAST_CACHE // 8 else "in memory"
+
+    def check(self, built: Built, threads: int) -> None:
+        base, out, *models = self.held[0]
+        out.fill_(float("nan"))
+        built.seconds(self, threads, 1)
+        expected = nm.merge(base, models, scale=0.9, backend="torch")
+        assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), "not the reference's bits"
+
+
+def timed(work: Work, ways: dict[str, tuple[Built, int]], rounds: int) -> list[dict[str, Any]]:
+    """A row for each way: a library, and a number of threads. The ways take turns, several calls at a time."""
+    for built, threads in ways.values():
+        work.check(built, threads)
+    # A turn takes about 2 ms, so that what was before it is soon forgotten.
+    first, *_ = ways.values()
+    usual = min(first[0].seconds(work, first[1], 3))
+    calls = max(1, min(round(0.002 / usual), 200))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, (built, threads) in ways.items():
+            seconds[way] += built.seconds(work, threads, calls)
+    rows = []
+    for way, taken in seconds.items():
+        spread = percentiles(taken)
+        rows.append({
+            "suite": "tune", "layout": "one tensor", "way": way, "dtype": work.dtype, "n": MODELS, "numel": work.numel,
+            "bytes": work.bytes, "state": work.state, "rounds": len(taken), **spread,
+            "GB/s": work.bytes / spread["p50"] / 1e9,
+        })  # fmt: skip
+    return rows
+
+
+def best(rows: list[dict[str, Any]]) -> str:
+    return str(min(rows, key=lambda row: row["p50"])["way"])
+
+
+def break_even(dtype: str, state: str, usual: Built, rounds: int) -> tuple[list[dict[str, Any]], str]:
+    """Batches of 64 KiB to 16 MiB on one thread, on two, and on one for each processor."""
+    cores = len(os.sched_getaffinity(0))
+    rows, pays = [], None
+    for power in range(16, 25):
+        numel = (1 << power) // (MODELS + 2) // SIZES[dtype] // 64 * 64
+        work = Work(dtype, numel, PAST_CACHE >> power if state == "in memory" else 1)
+        found = timed(work, {f"{n} thread{'s' * (n > 1)}": (usual, n) for n in sorted({1, 2, cores})}, rounds)
+        rows += found
+        pays = None if best(found[:2]) == "1 thread" else pays or work.bytes
+    if pays is None:
+        return rows, f"{dtype}, {state}: a second thread does not pay up to 16 MiB"
+    return (
+        rows,
+        f"{dtype}, {state}: a second thread pays from {pays:,} bytes on, {pays // 2:,} for each thread",
+    )
+
+
+def pieces(
+    dtype: str, numel: int, libraries: dict[str, Built], rounds: int
+) -> tuple[list[dict[str, Any]], str]:
+    """One batch, cut into pieces of other lengths, on all processors."""
+    work = Work(dtype, numel, max(1, PAST_CACHE // ((MODELS + 2) * numel * SIZES[dtype])))
+    cores = len(os.sched_getaffinity(0))
+    found = timed(work, {way: (built, cores) for way, built in libraries.items()}, rounds)
+    return found, f"{dtype}, {numel:,} elements: {best(found)}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=30)
+    options.add_argument("--largest", type=int, default=1 << 23, help="elements of the largest batch")
+    given = options.parse_args()
+    if len(os.sched_getaffinity(0)) < 2:
+        print("threads: one processor here, nothing to share out")
+        return
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build = partial(Built, folder, compile_loops(folder), EVERY_THREAD)
+        usual = build()
+        most = {f"pieces of at most {size:,}": build(f"-DNEGMERGE_MOST_AT_ONCE={size}") for size in MOST}
+        fewest = {
+            f"pieces of at least {size:,}": build(f"-DNEGMERGE_FEWEST_AT_ONCE={size}") for size in FEWEST
+        }
+        for dtype in DTYPES:
+            for state in ("in memory", "in cache"):
+                found.append(break_even(dtype, state, usual, given.rounds))
+            for numel in (1 << 15, 1 << 16, 1 << 17):
+                found.append(pieces(dtype, numel, fewest, given.rounds))
+            for numel in (given.largest // 4, given.largest):
+                found.append(pieces(dtype, numel, most, given.rounds))
+    record("threads.jsonl", [row for rows, _ in found for row in rows])
+    print("\n".join(line for _, line in found))
+
+
+if __name__ == "__main__":
+    main()

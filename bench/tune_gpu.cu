@@ -1,0 +1,20 @@
+// The CUDA kernel as a library of its own, for tune_gpu.py, which builds one for each choice of its constants.
+#include "../csrc/merge_cuda.cu"
+
+extern "C" std::int64_t tile() { return negmerge::kCudaTile; }
+
+// Launches a merge, as merge_cuda does; returns why it could not.
+extern "C" const char* merge_launch(int result, const char* dtypes, std::int64_t models, bool task_vectors, double scale,
+                                    std::int64_t required, std::int64_t segments, const std::int64_t* memory,
+                                    std::int64_t* counts, std::int64_t tiles, int device, std::uint64_t stream) {
+  static std::string why;
+  const negmerge::Batch batch{static_cast<negmerge::Dtype>(result), reinterpret_cast<const negmerge::Dtype*>(dtypes),
+                              models, task_vectors, scale, required, segments, nullptr, counts};
+  try {
+    negmerge::merge_cuda(batch, memory, tiles, device, stream);
+    return nullptr;
+  } catch (const std::exception& error) {
+    why = error.what();
+    return why.c_str();
+  }
+}
