@@ -30,10 +30,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Prints tables and appends to bench/results/; needs 6 GB of memory, 6 GB of disk and a tmpfs for a while.
+# Prints tables, appends to bench/results/ and draws; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
-	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/checkpoints.py
+	$(BIN)/python -m pytest bench
+	$(BIN)/python bench/plots.py
 
 # What the constants in the code were chosen by; the same, for the reference and for the CPU kernel.
 tune: $(VENV)/.test
