@@ -16,7 +16,7 @@ from negmerge_fast.measure import append, table
 from negmerge_fast.measure.clock import clock, wall
 from negmerge_fast.measure.rows import line, on_gpu
 from negmerge_fast.measure.trial import Trial, trial_of
-from negmerge_fast.measure.ways import PUBLIC, Refused, check, failure, way
+from negmerge_fast.measure.ways import PUBLIC, Refused, check, failure, least_rounds, way
 from negmerge_fast.measure.work import Lacking, hold, release
 
 ORDER = ["test_limits", "test_memory", "test_layouts", "test_files"]
@@ -105,9 +105,7 @@ def time_merge(time: Time, size: Size) -> Time:
             chosen = way(work, case.way)
             differing, taken = check(work, chosen)
             trial = trial_of(work, chosen, case.suite, as_called=case.way == PUBLIC)
-            if "compile" in case.way:  # which is what the first run was
-                taken = 0.0
-            time(trial, 3 if case.peer else 7, work.copies, taken, differing=differing)
+            time(trial, least_rounds(case.way), work.copies, taken, differing=differing)
         except Lacking as error:
             failed = str(error)
         except Refused as error:

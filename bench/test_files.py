@@ -82,7 +82,7 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path)
         trial = Trial(
             partial(_merge, case, files.paths, out), row, limit, now=None, before=before, between=before
         )
-        time(trial, 3 if case.way == PLAIN or case.state == "cold" else 7, differing=differing)
+        time(trial, 3 if case.way in (PLAIN, "torch") or case.state == "cold" else 7, differing=differing)
 
 
 def _merge(case: Case, paths: list[Path], out: Path) -> nm.Report | None:

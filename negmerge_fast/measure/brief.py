@@ -14,7 +14,7 @@ from . import limits
 from .layouts import one_tensor
 from .rows import Row, append, line, on_gpu, table
 from .trial import Trial, trial_of
-from .ways import PEERS, Refused, check, failure, nothing, unusable, way
+from .ways import PEERS, Refused, check, failure, least_rounds, nothing, unusable, way
 from .work import Lacking, free_memory, hold, release
 
 # All versions of one tensor together: past the caches, and a fraction of a second.
@@ -111,6 +111,5 @@ def _of_work(device: str, dtype: str, n: int, name: str, size: int, tick: Callab
     chosen = way(work, name)
     differing, taken = check(work, chosen)
     trial = trial_of(work, chosen, "memory")
-    # A peer's first run may have been its compilation, or be all that there is time for.
-    seconds = trial.measure(SECONDS, 3 if name in PEERS else 7, 0.0 if "compile" in name else taken, tick)
+    seconds = trial.measure(SECONDS, least_rounds(name), taken, tick)
     return trial.result(seconds, work.copies, differing=differing)
