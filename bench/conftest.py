@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--size") == "tiny" and not config.getoption("--results"):
         raise pytest.UsageError("--size tiny: its rows are no measurements, give them a --results FILE")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # of a refused result
     config.pluginmanager.register(Suite(config), "negmerge-suite")
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import test_cli
 import torch
 
 from negmerge_fast import native
-from negmerge_fast.measure import append, brief, clock, limits, machine, table, ways
+from negmerge_fast.measure import append, brief, clock, limits, machine, table, trial, ways
 from negmerge_fast.measure import work as works
 from negmerge_fast.measure.layouts import LAYOUTS, one_tensor
 from negmerge_fast.measure.rows import line
@@ -143,8 +144,8 @@ def test_a_way_on_copies_that_take_turns(name: str, monkeypatch: pytest.MonkeyPa
     assert work.copies > 10 and len(work.versions[0]) >= work.copies * work.numel
     way = ways.way(work, name)
     ways.check(work, way)
-    trial = trial_of(work, way, "layouts")
-    row = trial.result(trial.measure(0, 2), work.copies, differing=0)
+    timed = trial_of(work, way, "layouts")
+    row = timed.result(timed.measure(0, 2), work.copies, differing=0)
     assert row["bytes"] == 4 * 578 * 2 and row["rounds"] == 2
 
 
@@ -287,6 +288,43 @@ def test_nothing_waits_between_limit_and_work_on_a_gpu(
     assert done == 3 * ["before", "limit", "flush", "run"] and not fake_gpu
     found = trial.result([ended - began for began, ended in began_ended])
     assert (found["p50"], found["GB/s"], found["limit GB/s"], found["of_limit"]) == (1.0, 4.0, 8.0, 0.5)
+
+
+def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(
+    fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    seconds = iter(range(0, 1000, 10))  # each look at the host's clock is ten seconds later
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(trial, "flush", flushed.append)
+    monkeypatch.setattr(
+        trial, "limit_of", lambda device, inputs, size: limits.Limit("device copy", size, list)
+    )
+    work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
+    way = ways.way(work, "torch, in place")
+    work.device = "cuda:1"
+    made = trial_of(work, way, "memory")
+    assert len(flushed) == 2 and fake_gpu == ["cuda:1", "cuda:1"]
+    made.setup()
+    # A flush takes a second of the fake stream's time, and asking ten of the host's.
+    assert flushed == (2 + 16) * ["cuda:1"] and len(fake_gpu) == 2
+
+
+def test_a_device_copy_moves_as_much_as_the_work_but_never_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000)
+    )
+    monkeypatch.setattr(limits, "_COPIED_BYTES", 512)
+    limits._pair.cache_clear()
+    try:
+        assert limits.device_copy("cpu", 10).bytes == 2 * 4000
+        copy = limits.device_copy("cpu", 20_000)
+        copy.run()
+        assert copy.bytes == 16_000 and limits._pair("cpu")[1].all()
+        limits.flush("cpu")
+        assert not limits._pair("cpu")[1].any()
+    finally:
+        limits._pair.cache_clear()
 
 
 def test_where_a_row_was_measured(tmp_path: Path) -> None:
