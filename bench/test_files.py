@@ -18,6 +18,7 @@ from cases import CPU, PLAIN, SIZES, Case
 from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
+from negmerge_fast.measure.clock import wall
 from negmerge_fast.measure.limits import Limit, make_cold, read_files
 from negmerge_fast.measure.trial import Trial
 from negmerge_fast.measure.ways import eager, unusable
@@ -80,7 +81,13 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path)
             "numel": files.numel, "bytes": files.bytes, "state": case.state,
         }  # fmt: skip
         trial = Trial(
-            partial(_merge, case, files.paths, out), row, limit, now=None, before=before, between=before
+            partial(_merge, case, files.paths, out),
+            row,
+            limit,
+            case.device,
+            now=wall(case.device),
+            before=before,
+            between=before,
         )
         time(trial, 3 if case.way in (PLAIN, "torch") or case.state == "cold" else 7, differing=differing)
 
