@@ -118,7 +118,8 @@ def layouts(size: Size) -> Iterator[Case]:
                     usual = (dtype, n) in _USUAL[layout][device]
                     case = Case("layouts", device, "", layout, shapes, dtype, n, usual=usual)
                     for way in (*names, PUBLIC):
-                        yield replace(case, way=way)
+                        long = way == "torch" and layout.startswith("Llama") and device == CPU
+                        yield replace(case, way=way, usual=usual and not long)
                     for way in PEERS:
                         # Compiled for each shape, it gives up after eight of them; with max-autotune every call of a round
                         # would be a CUDA graph of its own.

@@ -141,7 +141,7 @@ def line(row: Row) -> str:
     """A row for those who wait: what was timed, and how fast."""
     work = "" if not row["n"] else f"{row['layout']}, {row['dtype']}, n = {row['n']}, {row['numel']:,}: "
     share = f", {row['of_limit']:.2f} of {row['limit']}" if row["of_limit"] else ""
-    state = f" {row['state']}" if row["state"] in ("cold", "warm") else ""
+    state = f" {row['state']}" if row["state"] in ("cold", "warm") and work else ""
     return f"{work}{row['way']}{state}: {_short(row['GB/s'])} GB/s{share}"
 
 
