@@ -30,10 +30,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Prints tables and appends to bench/results/; needs 6 GB of memory, 6 GB of disk and a tmpfs for a while.
+# Prints tables, appends to bench/results/ and draws; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
-	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/checkpoints.py
+	$(BIN)/python -m pytest bench
+	$(BIN)/python bench/plots.py
 
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
 # the CPU kernel, of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.

@@ -154,7 +154,12 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=["negmerge_fast", "negmerge_fast.checkpoints", "negmerge_fast.kernels"],
+        packages=[
+            "negmerge_fast",
+            "negmerge_fast.checkpoints",
+            "negmerge_fast.kernels",
+            "negmerge_fast.measure",
+        ],
         package_dir={"negmerge_fast.kernels": "kernels"},
         package_data={"negmerge_fast": ["py.typed"]},
         # With or without a library in it, the wheel is for one Python on one kind of machine: what it says of its build is.

@@ -14,20 +14,10 @@ from rows import alternate, percentiles, record
 
 import negmerge_fast as nm
 from negmerge_fast import reference
+from negmerge_fast.measure.ways import eager
+from negmerge_fast.measure.work import SCALE
 
-SCALE = 0.9
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def eager(base: torch.Tensor, models: list[torch.Tensor]) -> torch.Tensor:
-    """The formula as one writes it."""
-    d = torch.stack([x.float() - base.float() for x in models])
-    agree = (d > 0).all(0) | (d < 0).all(0)
-    total = torch.zeros_like(d[0])
-    for difference in d:
-        total = total + difference
-    mean = total / torch.tensor(float(len(models)))
-    return torch.where(agree, (base.float() + torch.tensor(SCALE) * -mean).to(base.dtype), base)
 
 
 def blocked(block: int, base: torch.Tensor, models: list[torch.Tensor]) -> None:

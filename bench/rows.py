@@ -1,48 +1,17 @@
-"""Result rows: self-contained JSON lines, appended to bench/results/, and the table a person reads."""
+"""What the tuning scripts share: ways that take turns, and rows appended to a result file and shown."""
 
 from __future__ import annotations
 
-import json
-import platform
-import re
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import negmerge_fast
+from negmerge_fast.measure import append, machine, percentiles
 
 RESULTS = Path(__file__).parent / "results"
 
-
-def machine() -> dict[str, Any]:
-    """Where and with what a row was measured."""
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": cpu[1] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "negmerge_fast": negmerge_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _commit() -> str:
-    """The commit that was measured; rows that a benchmark has just appended are no change to it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1])
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+__all__ = ["RESULTS", "alternate", "percentiles", "record"]
 
 
 def alternate(
@@ -64,21 +33,9 @@ def alternate(
     return seconds
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    return {
-        "p20": ordered[len(ordered) // 5],
-        "p50": statistics.median(ordered),
-        "p80": ordered[-1 - len(ordered) // 5],
-    }
-
-
-def record(file: str, rows: list[dict[str, Any]]) -> None:
+def record(file: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Append the rows to a result file and print them as a table."""
-    about = machine()
-    with open(RESULTS / file, "a", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps({**about, **row}) + "\n")
+    append(RESULTS / file, ({**machine(device), "suite": "tune", **row} for row in rows))
     shown = ("way", "dtype", "n", "numel", "state", "p50", "GB/s", "of_limit")
     texts = [
         [

@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rows import percentiles, record
 
 import negmerge_fast as nm
 from negmerge_fast import backends, native, trust
+from negmerge_fast.measure.rows import device_name
 from negmerge_fast.rule import FLOAT_SIZES, Batch, Merge, Rule, Segment, Signature, Stream
 from negmerge_fast.table import device_memory, upload
 
@@ -240,19 +240,6 @@ def winner(rows: list[dict[str, Any]], usual: str) -> tuple[str, str] | None:
     return best, f"{best}: {found[best]:.3f} of a device copy; {usual}: {beside}"
 
 
-def about(device: str) -> dict[str, Any]:
-    """What a row says of a GPU, beside what rows.py knows of the machine."""
-    driver = None
-    if torch.version.cuda and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0] or None
-    try:
-        triton: str | None = version("triton")
-    except PackageNotFoundError:
-        triton = None
-    return {"device": torch.cuda.get_device_name(device), "driver": driver, "triton": triton}
-
-
 def measure(
     device: str, dtype: str, n: int, cuda: dict[str, Merge], triton: bool, total: int, rounds: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -270,7 +257,6 @@ def measure(
 
 def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: int) -> list[str]:
     """Measures, appends the rows, and returns the winners and the lines for kernels/launch.py."""
-    machine_part = about(device)
     said, found, of_cuda = [], [], []
     for dtype in DTYPES:
         rows: list[dict[str, Any]] = []
@@ -283,14 +269,14 @@ def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: 
                 continue
             rows += more
             launches |= candidates
-        record("tune_gpu.jsonl", [{**row, **machine_part} for row in rows])
+        record("tune_gpu.jsonl", rows, device)
         mine = [row for row in rows if row["way"] in cuda]
         of_cuda += mine
         if best := winner(mine, "cuda, as built"):
             said.append(f"{dtype}: {best[1]}")
         if launches and (best := winner([r for r in rows if r["way"] in launches], next(iter(launches)))):
             said.append(f"{dtype}: {best[1]}")
-            key = machine_part["device"], dtype, dtype, True
+            key = device_name(device), dtype, dtype, True
             found.append(f"    {key!r}: {launches[best[0]]!r},  # for FOUND in kernels/launch.py")
     if best := winner(of_cuda, "cuda, as built"):
         said.append(f"all types: {best[1]}")

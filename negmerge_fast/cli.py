@@ -245,6 +245,18 @@ def _commands(signals: _Signals) -> Any:
         signals.check()
         run(seeds, Path(output), Path(report) if report else None, progress=signals.check, quiet=quiet)
 
+    @negmerge.command()
+    @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0")
+    @click.option("--report", metavar="FILE.jsonl", help="Append what is measured, a line of JSON each.")
+    @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+    def bench(device: str, report: str | None, quiet: bool) -> None:
+        """Measure the backends against this machine's limits and plain PyTorch: two minutes."""
+        from .measure.brief import run
+
+        signals.guarded = True
+        signals.check()
+        run(device, report, progress=signals.check, quiet=quiet)
+
     return negmerge
 
 

@@ -97,6 +97,7 @@ def test_lines_for_triton_are_those_that_it_prints_itself(
 ) -> None:
     pytest.importorskip("triton")
     from negmerge_fast.kernels import launch as kernel
+
     from negmerge_fast.native import merge_cpu
 
     usual, liked = None, []

@@ -1,0 +1,147 @@
+"""The cases of the suite: what is timed, on what, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from negmerge_fast.measure.layouts import LAYOUTS, Shapes, one_tensor
+from negmerge_fast.measure.limits import IN_MEMORY
+from negmerge_fast.measure.rows import on_gpu
+from negmerge_fast.measure.ways import IN_PLACE, PEERS, PUBLIC
+from negmerge_fast.rule import FLOAT_SIZES
+
+GPU, CPU = "cuda:0", "cpu"
+OURS = {GPU: ("cuda", "triton", "torch"), CPU: ("cpu", "torch")}
+ONE = "one tensor"
+
+
+@dataclass(frozen=True)
+class Case:
+    """shapes: None where there is no work in memory. usual: whether it is run unless --all asks for everything."""
+
+    suite: str
+    device: str
+    way: str
+    layout: str = ""
+    shapes: Shapes | None = None
+    dtype: str = ""
+    n: int = 0
+    state: str = "in memory"
+    usual: bool = True
+
+    def __str__(self) -> str:
+        numel = f"{self.n}x{self.shapes['weight'][0]}" if self.layout == ONE and self.shapes else f"n{self.n}"
+        work = (self.layout, self.dtype, numel) if self.n else ()
+        parts = ("gpu" if on_gpu(self.device) else "cpu", *work, self.state, self.way)
+        text = "-".join(part for part in parts if part not in ("", "in memory"))
+        return "".join(c for c in text.replace(" ", "_") if c not in ",()/")
+
+    @property
+    def peer(self) -> bool:
+        return self.way in PEERS
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a case is.
+
+    bytes: of one tensor in all its versions, by device. small: elements of smaller ones. seconds: of a case's rounds, about.
+    shrink: what dimensions are divided by. file_elements: of one version in files. limit_bytes: what limits move. rotate: see Work.
+    """
+
+    bytes: dict[str, int]
+    small: tuple[int, ...]
+    seconds: float
+    shrink: int
+    file_elements: int
+    limit_bytes: int
+    rotate: bool
+
+
+SIZES = {
+    "usual": Size(
+        {GPU: 2 << 30, CPU: 400_000_000}, (4096, 65_536, 1 << 20, 1 << 22), 0.6, 1, 1 << 25, 512 << 20, True
+    ),
+    # For the suite's own tests: no measurement.
+    "tiny": Size({GPU: 1 << 20, CPU: 1 << 20}, (4096,), 0.0, 64, 1 << 14, 1 << 20, False),
+}
+
+
+def limits() -> Iterator[Case]:
+    for device in (GPU, CPU):
+        for way in IN_MEMORY["cuda" if on_gpu(device) else "cpu"]:
+            yield Case("limits", device, way)
+    for state in ("cold", "warm"):
+        yield Case("limits", CPU, "disk read", state=state)
+
+
+def memory(size: Size) -> Iterator[Case]:
+    """One tensor: every backend, type, number of models and size, the work outermost; peers at n = 8."""
+    for device, names in OURS.items():
+        ours = [
+            name + place for name in names for place in ("", IN_PLACE) if (name, place) != ("torch", IN_PLACE)
+        ]
+        for dtype, width in FLOAT_SIZES.items():
+            for n in (1, 2, 3, 4, 8, 16, 32, 64):
+                numel = max(4096, size.bytes[device] // (n + 2) // width // 4096 * 4096)
+                case = Case("memory", device, "", ONE, one_tensor(numel), dtype, n, usual=n in (2, 8, 32))
+                for way in ours:
+                    yield replace(case, way=way)
+                for way in PEERS if n == 8 else ():
+                    yield replace(case, way=way, usual=on_gpu(device) or dtype != "F64")
+                for small in size.small if n == 8 else ():
+                    for name in names:
+                        yield replace(case, way=name, shapes=one_tensor(small))
+
+
+# Type and number of models that are usual, by device: what a machine of a usual size holds, and what takes seconds.
+_USUAL = {
+    "2,000 tensors": {GPU: (("F32", 8), ("BF16", 8)), CPU: (("F32", 8), ("BF16", 8))},
+    "2,000 large tensors": {GPU: (("BF16", 8),), CPU: ()},
+    "ViT-B/32": {GPU: (("F32", 8), ("BF16", 8)), CPU: (("F32", 2),)},
+    "Llama 1B": {GPU: (("BF16", 8),), CPU: (("BF16", 2),)},
+    "Llama 8B": {GPU: (("BF16", 2),), CPU: (("BF16", 2),)},
+}
+
+
+def layouts(size: Size) -> Iterator[Case]:
+    for device, names in OURS.items():
+        for layout, make in LAYOUTS.items():
+            shapes = {
+                name: tuple(max(1, length // size.shrink) for length in shape)
+                for name, shape in make().items()
+            }
+            for dtype in ("F32", "BF16", "F16"):
+                for n in (2, 8, 32):
+                    usual = (dtype, n) in _USUAL[layout][device]
+                    case = Case("layouts", device, "", layout, shapes, dtype, n, usual=usual)
+                    for way in (*names, PUBLIC):
+                        long = way == "torch" and layout.startswith("Llama") and device == CPU
+                        yield replace(case, way=way, usual=usual and not long)
+                    for way in PEERS:
+                        # Compiled for each shape, it gives up after eight of them; with max-autotune every call of a round
+                        # would be a CUDA graph of its own.
+                        if way.endswith("max-autotune") or (way, layout) == ("torch.compile", "ViT-B/32"):
+                            continue
+                        few = layout == "2,000 tensors" or (layout, way) == ("ViT-B/32", "eager formula")
+                        yield replace(case, way=way, usual=usual and (on_gpu(device) or few))
+
+
+PLAIN = "load_file, formula, save_file"
+
+
+def files() -> Iterator[Case]:
+    for device, names in OURS.items():
+        for state in ("warm", "cold"):
+            case = Case("files", device, "", "16 tensors in files", None, "F32", 8, state)
+            for way in names if device == CPU else [name for name in names if name != "torch"]:
+                yield replace(case, way=way)
+            if device == CPU:
+                yield replace(case, way=PLAIN, usual=state == "warm")
+
+
+def cases(suite: str, size: Size) -> Iterator[Case]:
+    makers: dict[str, Any] = {"memory": lambda: memory(size), "layouts": lambda: layouts(size)}
+    return makers.get(suite, {"limits": limits, "files": files}.get(suite))()

@@ -1,0 +1,189 @@
+"""The suite on pytest-benchmark: its options, how a case is timed and becomes a row, progress and tables."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import SIZES, Case, Size, cases
+
+from negmerge_fast.measure import append, table
+from negmerge_fast.measure.clock import clock, wall
+from negmerge_fast.measure.rows import line, on_gpu
+from negmerge_fast.measure.trial import Trial, trial_of
+from negmerge_fast.measure.ways import PUBLIC, Refused, check, failure, least_rounds, way
+from negmerge_fast.measure.work import Lacking, hold, release
+
+ORDER = ["test_limits", "test_memory", "test_layouts", "test_files"]
+RESULTS = Path(__file__).parent / "results" / "suite.jsonl"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--all", action="store_true", help="every case, not the usual ones")
+    group.addoption(
+        "--size", choices=list(SIZES), default="usual", help="tiny: to test the suite, not the machine"
+    )
+    group.addoption("--results", metavar="FILE", help="where rows are appended (bench/results/suite.jsonl)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--size") == "tiny" and not config.getoption("--results"):
+        raise pytest.UsageError("--size tiny: its rows are no measurements, give them a --results FILE")
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # of a refused result
+    config.pluginmanager.register(Suite(config), "negmerge-suite")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    suite, config = metafunc.module.__name__.removeprefix("test_"), metafunc.config
+    params = []
+    for case in cases(suite, SIZES[config.getoption("--size")]):
+        if case.usual or config.getoption("--all"):
+            timer = wall(case.device) if case.way == PUBLIC or case.suite == "files" else clock(case.device)
+            marks = [pytest.mark.benchmark(timer=timer, disable_gc=True), *_left_out(case, config)]
+            params.append(pytest.param(case, id=str(case), marks=marks))
+    metafunc.parametrize("case", params)
+
+
+def _left_out(case: Case, config: pytest.Config) -> Iterator[pytest.MarkDecorator]:
+    there = torch.cuda.is_available()
+    if on_gpu(case.device):
+        yield pytest.mark.gpu
+        if not there:
+            yield pytest.mark.skip(reason="no CUDA device")
+    elif there and case.peer and not config.getoption("--all"):
+        yield pytest.mark.skip(reason="the CPU's peers, beside a GPU (--all times them)")
+
+
+@pytest.fixture(scope="session")
+def build() -> Path:
+    """A folder of the project on its disk that git ignores: temporary directories may be in memory."""
+    folder = Path(__file__).parents[1] / "build"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def size(pytestconfig: pytest.Config) -> Size:
+    return SIZES[pytestconfig.getoption("--size")]
+
+
+Time = Callable[..., None]
+
+
+@pytest.fixture
+def time(benchmark: Any, size: Size, pytestconfig: pytest.Config, record_property: Any) -> Iterator[Time]:
+    """Time a trial by pytest-benchmark and keep its row. least: rounds. taken: see Trial.rounds."""
+    if not benchmark.enabled:
+        pytest.skip("benchmarks are disabled")
+
+    def time(trial: Trial, least: int, copies: int = 1, taken: float = 0.0, **more: Any) -> None:
+        rounds = trial.rounds(size.seconds, least, taken)
+        benchmark.pedantic(trial.run, setup=trial.setup, rounds=rounds)
+        row = trial.result(benchmark.stats.stats.data, copies, **more)
+        benchmark.extra_info.update(row)
+        append(Path(pytestconfig.getoption("--results") or RESULTS), [row])
+        record_property("row", row)
+
+    yield time
+
+
+@pytest.fixture
+def time_merge(time: Time, size: Size) -> Time:
+    """Time a case's way on its work in memory, if its result is right."""
+
+    def time_merge(case: Case) -> None:
+        assert case.shapes is not None
+        failed = None
+        try:
+            work = hold(case.layout, case.shapes, case.dtype, case.n, case.device, size.rotate)
+            chosen = way(work, case.way)
+            differing, taken = check(work, chosen)
+            trial = trial_of(work, chosen, case.suite, as_called=case.way == PUBLIC)
+            time(trial, least_rounds(case.way), work.copies, taken, differing=differing)
+        except Lacking as error:
+            failed = str(error)
+        except Refused as error:
+            pytest.fail(str(error), pytrace=False)
+        except Exception as error:
+            if not case.peer:
+                raise
+            failed = f"{case.way} of {case.layout}, {case.dtype}, n = {case.n}: {failure(error)}"
+        if failed is not None:  # and not before: the exception has hold of the work's memory
+            gc.collect()
+            pytest.skip(failed)
+
+    return time_merge
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_held() -> Iterator[None]:
+    """Each file of the suite begins with all of the memory."""
+    release()
+    gc.collect()
+    yield
+    release()
+
+
+def pytest_benchmark_group_stats() -> list[Any]:
+    """None of pytest-benchmark's own tables."""
+    return []
+
+
+class Suite:
+    """One line for each finished case, then the tables, then one line for each reason why cases are missing."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.results = config.getoption("--results") or RESULTS
+        self.rows: list[dict[str, Any]] = []
+        self.missing: Counter[str] = Counter()
+        self.total = self.done = 0
+
+    def write(self, text: str) -> None:
+        reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(text)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """The limits first."""
+        items.sort(key=lambda item: ORDER.index(item.path.stem))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.total = sum(not item.get_closest_marker("skip") for item in session.items)
+
+    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
+        if isinstance(report, pytest.TestReport):
+            return ("" if report.passed and report.when != "call" else report.outcome), "", ""
+        return None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.passed and report.when != "call":
+            return
+        said = None
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self.missing[report.longrepr[2].removeprefix("Skipped: ")] += 1
+            self.done += report.when == "call"
+        elif report.failed:
+            said = f"FAILED {report.nodeid}"
+            self.done += 1
+        elif row := dict(report.user_properties).get("row"):
+            self.rows.append(row)  # type: ignore[arg-type]
+            said = line(row)  # type: ignore[arg-type]
+            self.done += 1
+        if said:
+            self.write(f"[{self.done}/{self.total}] {said}")
+
+    def pytest_terminal_summary(self) -> None:
+        if self.rows:
+            self.write("")
+            self.write(table(self.rows))
+            self.write(f"\n{len(self.rows)} rows appended to {self.results}")
+        for reason, count in self.missing.items():
+            self.write(f"left out: {reason}: {count} case{'s' * (count > 1)}")

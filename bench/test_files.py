@@ -1,0 +1,137 @@
+"""Models in files, merged in less memory than they need, against reading and writing alone and against plain PyTorch.
+
+Bytes counted: every input byte read once, every output byte written once. The limit does just that.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CPU, PLAIN, SIZES, Case
+from safetensors.torch import load_file, save_file
+
+import negmerge_fast as nm
+from negmerge_fast.measure.clock import wall
+from negmerge_fast.measure.limits import Limit, make_cold, read_files
+from negmerge_fast.measure.trial import Trial
+from negmerge_fast.measure.ways import eager, unusable
+from negmerge_fast.measure.work import SCALE, Work
+
+WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
+STROKE = bytes(256 << 10)
+# Far less than the models' sizes.
+MEMORY_BUDGET = "128MiB"
+
+
+class Files:
+    """A base and its fine-tuned versions in directories, and what should come of merging them."""
+
+    def __init__(self, folder: Path, numel: int) -> None:
+        shapes = {f"layers.{i}.weight": (numel // TENSORS,) for i in range(TENSORS)}
+        work = Work("files", shapes, "F32", MODELS, CPU)
+        versions = [dict(zip(shapes, work.tensors(version), strict=False)) for version in work.versions]
+        self.paths = [folder / f"model-{k}" / WEIGHTS for k in range(MODELS + 1)]
+        for path, tensors in zip(self.paths, versions, strict=True):
+            path.parent.mkdir()
+            save_file(
+                {name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+            )
+        base, *models = versions
+        self.merged = {name: tensor.clone() for name, tensor in base.items()}
+        self.stats = nm.merge_(self.merged, models, scale=SCALE, backend="torch")
+        self.numel = work.numel
+        self.bytes = (MODELS + 2) * self.paths[0].stat().st_size
+
+    def differing(self, out: Path) -> int:
+        found = load_file(out / WEIGHTS)
+        return sum(
+            int((found[name].view(torch.int32) != tensor.view(torch.int32)).count_nonzero())
+            for name, tensor in self.merged.items()
+        )
+
+
+@pytest.fixture(scope="module")
+def files(build: Path, pytestconfig: pytest.Config) -> Iterator[Files]:
+    with tempfile.TemporaryDirectory(dir=build) as folder:
+        yield Files(Path(folder), SIZES[pytestconfig.getoption("--size")].file_elements)
+
+
+def test_files(case: Case, files: Files, time: Callable[..., None], build: Path) -> None:
+    if case.way != PLAIN and (reason := unusable(case.way, case.device)):
+        pytest.skip(reason)
+    # What is warm is written to memory, too; what is cold, to the disk.
+    place = Path("/dev/shm") if case.state == "warm" else build
+    if not os.access(place, os.W_OK):
+        pytest.skip(f"files, warm: no {place} to write to")
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        out = Path(folder) / "out"
+        differing = _check(case, files, out)
+        before = partial(_prepare, files.paths, out, case.state == "cold")
+        threads = max(4 if case.state == "cold" else 1, torch.get_num_threads())
+        limit = Limit("reading and writing", files.bytes, partial(_read_and_write, files.paths, out, threads))
+        row = {
+            "suite": "files", "layout": case.layout, "way": case.way, "dtype": case.dtype, "n": case.n,
+            "numel": files.numel, "bytes": files.bytes, "state": case.state,
+        }  # fmt: skip
+        trial = Trial(
+            partial(_merge, case, files.paths, out),
+            row,
+            limit,
+            case.device,
+            now=wall(case.device),
+            before=before,
+            between=before,
+        )
+        time(trial, 3 if case.way in (PLAIN, "torch") or case.state == "cold" else 7, differing=differing)
+
+
+def _merge(case: Case, paths: list[Path], out: Path) -> nm.Report | None:
+    if case.way != PLAIN:
+        return nm.merge_checkpoints(
+            paths[0].parent, [path.parent for path in paths[1:]], out, scale=SCALE, backend=case.way,
+            device=case.device, memory_budget=MEMORY_BUDGET,
+        )  # fmt: skip
+    base, *models = map(load_file, paths)
+    merged = {name: eager(tensor, [model[name] for model in models]) for name, tensor in base.items()}
+    out.mkdir()
+    save_file(merged, out / WEIGHTS, metadata={"format": "pt"})
+    return None
+
+
+def _check(case: Case, files: Files, out: Path) -> int:
+    """How many elements differ from the reference's; one of ours must have none."""
+    report = _merge(case, files.paths, out)
+    differing = files.differing(out)
+    if report is not None and differing:
+        pytest.fail(
+            f"{case.way}: {differing:,} elements differ from the reference's, no speed (files)", pytrace=False
+        )
+    if report is not None and (report.agreed, report.nonfinite) != (
+        files.stats.agreed,
+        files.stats.nonfinite,
+    ):
+        pytest.fail(f"{case.way}: counts differ from the reference's, no speed (files)", pytrace=False)
+    return differing
+
+
+def _prepare(paths: list[Path], out: Path, cold: bool) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    if cold:
+        make_cold(paths)
+
+
+def _read_and_write(paths: list[Path], out: Path, threads: int) -> None:
+    read_files(paths, threads)
+    out.mkdir()
+    left = paths[0].stat().st_size
+    with open(out / WEIGHTS, "wb", buffering=0) as file:
+        while left:
+            left -= file.write(STROKE[: min(left, len(STROKE))])
+        os.fsync(file.fileno())
