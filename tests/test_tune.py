@@ -42,11 +42,11 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(tune_gpu, "FLUSHED", 1 << 10)
     monkeypatch.setattr(tune_gpu, "stream", lambda: 0)
     monkeypatch.setattr(tune_gpu, "mark", lambda: SimpleNamespace())
-    monkeypatch.setattr(
-        tune_gpu, "about", lambda device: {"device": "A GPU", "driver": "1.2", "triton": None}
-    )
+    monkeypatch.setattr(tune_gpu, "device_name", lambda device: "A GPU")
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    monkeypatch.setattr(rows, "_commit", lambda: "abc1234")
+    monkeypatch.setattr(
+        rows, "machine", lambda device: {"commit": "abc1234", "device": "A GPU", "driver": "1.2"}
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(trust, "_found", {})
     return tune_gpu
