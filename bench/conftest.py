@@ -74,11 +74,17 @@ def size(pytestconfig: pytest.Config) -> Size:
     return SIZES[pytestconfig.getoption("--size")]
 
 
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> Path:
+    """Where rows are appended."""
+    return Path(pytestconfig.getoption("--results") or RESULTS)
+
+
 Time = Callable[..., None]
 
 
 @pytest.fixture
-def time(benchmark: Any, size: Size, pytestconfig: pytest.Config, record_property: Any) -> Iterator[Time]:
+def time(benchmark: Any, size: Size, results: Path, record_property: Any) -> Iterator[Time]:
     """Time a trial by pytest-benchmark and keep its row. least: rounds. taken: see Trial.rounds."""
     if not benchmark.enabled:
         pytest.skip("benchmarks are disabled")
@@ -88,7 +94,7 @@ def time(benchmark: Any, size: Size, pytestconfig: pytest.Config, record_propert
         benchmark.pedantic(trial.run, setup=trial.setup, rounds=rounds)
         row = trial.result(benchmark.stats.stats.data, copies, **more)
         benchmark.extra_info.update(row)
-        append(Path(pytestconfig.getoption("--results") or RESULTS), [row])
+        append(results, [row])
         record_property("row", row)
 
     yield time

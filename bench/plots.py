@@ -188,7 +188,7 @@ def timeline(found: dict[str, Any], title: str) -> Any:
     usual = statistics.median(ended - began for _, _, began, ended in spans)
     window = min(max(WINDOW, 20 * usual), end - start)
     left = start + (end - start - window) / 2
-    workers = sorted({span[0] for span in spans})
+    workers = sorted({span[0] for span in spans}, key=lambda worker: (len(str(worker)), worker))
     stages = [stage for stage in STAGES if any(span[1] == stage for span in spans)]
     stages += sorted({span[1] for span in spans} - set(stages))
     colours = STAGES | dict.fromkeys(stages[len([s for s in stages if s in STAGES]) :], GREY)
@@ -255,13 +255,12 @@ def about(machine: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--results", type=Path, default=HERE / "results" / "suite.jsonl")
-    options.add_argument("--timeline", type=Path, help="default: timeline.json beside the results")
     options.add_argument("--output", type=Path, default=HERE / "results", help="a folder")
     given = options.parse_args(arguments)
-    place = given.timeline or given.results.with_name("timeline.json")
+    places = sorted(given.results.parent.glob("timeline-*.json"))
     try:
         rows = read(given.results) if given.results.exists() else []
-        times = read_timeline(place) if place.exists() else None
+        times = [read_timeline(place) for place in places]
     except Unreadable as error:
         print(error, file=sys.stderr)
         return 2
@@ -272,12 +271,14 @@ def main(arguments: list[str] | None = None) -> int:
             if (figure := plot(measured, about(measured[-1]))) is not None:
                 save(figure, given.output / f"{name}-{slug(device)}.png")
                 drawn += 1
-    if times:
-        figure = timeline(times, about(times["machine"]))
-        save(figure, given.output / f"timeline-{slug(times['machine']['device'])}.png")
+    for place, found in zip(places, times, strict=True):
+        figure = timeline(found, about(found["machine"]))
+        save(figure, given.output / f"{place.stem}-{slug(found['machine']['device'])}.png")
         drawn += 1
     if not drawn:
-        print(f"no plots: no rows of one tensor in memory in {given.results}, and no {place}")
+        print(
+            f"no plots: no rows of one tensor in memory in {given.results}, and no timeline-*.json beside it"
+        )
     return 0
 
 

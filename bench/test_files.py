@@ -5,6 +5,7 @@ Bytes counted: every input byte read once, every output byte written once. The l
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -14,20 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CPU, PLAIN, SIZES, Case
+from cases import CPU, GPU, PLAIN, SIZES, Case
 from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
+from negmerge_fast.lanes import Timeline
+from negmerge_fast.measure import machine
 from negmerge_fast.measure.clock import wall
 from negmerge_fast.measure.limits import Limit, make_cold, read_files
 from negmerge_fast.measure.trial import Trial
 from negmerge_fast.measure.ways import eager, unusable
 from negmerge_fast.measure.work import SCALE, Work
+from negmerge_fast.stream import prepare
 
 WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
 STROKE = bytes(256 << 10)
-# Far less than the models' sizes.
-MEMORY_BUDGET = "128MiB"
+# Far less than the models' sizes; through a GPU, what a lane for each thread needs.
+MEMORY_BUDGET = {CPU: "128MiB", GPU: "512MiB"}
 
 
 class Files:
@@ -63,7 +67,7 @@ def files(build: Path, pytestconfig: pytest.Config) -> Iterator[Files]:
         yield Files(Path(folder), SIZES[pytestconfig.getoption("--size")].file_elements)
 
 
-def test_files(case: Case, files: Files, time: Callable[..., None], build: Path) -> None:
+def test_files(case: Case, files: Files, time: Callable[..., None], build: Path, results: Path) -> None:
     if case.way != PLAIN and (reason := unusable(case.way, case.device)):
         pytest.skip(reason)
     # What is warm is written to memory, too; what is cold, to the disk.
@@ -90,19 +94,31 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path)
             between=before,
         )
         time(trial, 3 if case.way in (PLAIN, "torch") or case.state == "cold" else 7, differing=differing)
+        if case.state == "warm" and case.way not in (PLAIN, "torch"):
+            before()
+            _draw(case, partial(_merge, case, files.paths, out), results)
 
 
-def _merge(case: Case, paths: list[Path], out: Path) -> nm.Report | None:
+def _merge(case: Case, paths: list[Path], out: Path, timeline: Timeline | None = None) -> nm.Report | None:
     if case.way != PLAIN:
-        return nm.merge_checkpoints(
+        return prepare(
             paths[0].parent, [path.parent for path in paths[1:]], out, scale=SCALE, backend=case.way,
-            device=case.device, memory_budget=MEMORY_BUDGET,
-        )  # fmt: skip
+            device=case.device, memory_budget=MEMORY_BUDGET[case.device],
+        ).run(timeline=timeline)  # fmt: skip
     base, *models = map(load_file, paths)
     merged = {name: eager(tensor, [model[name] for model in models]) for name, tensor in base.items()}
     out.mkdir()
     save_file(merged, out / WEIGHTS, metadata={"format": "pt"})
     return None
+
+
+def _draw(case: Case, merge: Callable[..., object], results: Path) -> None:
+    """One more merge, with the time that each worker took for what: timeline-WAY.json, for the plots."""
+    timeline = Timeline()
+    merge(timeline=timeline)
+    spans = [[*what, round(began, 6), round(ended, 6)] for *what, began, ended in timeline.spans]
+    found = {"machine": machine(case.device), "way": case.way, "spans": spans}
+    results.with_name(f"timeline-{case.way}.json").write_text(json.dumps(found) + "\n")
 
 
 def _check(case: Case, files: Files, out: Path) -> int:

@@ -23,7 +23,7 @@ void merge_loop_avx2(const Batch&, Place, std::int64_t);
 
 namespace {
 
-// bench/threads.py compiles others, and measures what two threads are worth: bench/results/threads.jsonl.
+// bench/threads.py compiles others, and measures what two threads are worth; these won, bench/results/threads.jsonl.
 #ifndef NEGMERGE_MOST_AT_ONCE
 #define NEGMERGE_MOST_AT_ONCE 65536
 #endif
@@ -31,11 +31,11 @@ namespace {
 #define NEGMERGE_FEWEST_AT_ONCE 4096
 #endif
 #ifndef NEGMERGE_BYTES_PER_THREAD
-#define NEGMERGE_BYTES_PER_THREAD (1 << 19)
+#define NEGMERGE_BYTES_PER_THREAD (1 << 21)
 #endif
 // Elements that a thread takes at once: enough to forget what taking them costs, few enough that threads end together.
 constexpr std::int64_t kMostAtOnce = NEGMERGE_MOST_AT_ONCE, kFewestAtOnce = NEGMERGE_FEWEST_AT_ONCE;
-// Starting a thread takes as long as merging this much.
+// Less than this for each is done sooner by fewer threads: starting one takes as long.
 constexpr std::int64_t kBytesPerThread = NEGMERGE_BYTES_PER_THREAD;
 constexpr int kMostThreads = 1024;
 

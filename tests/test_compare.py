@@ -185,12 +185,12 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = suite(tmp_path / "suite.jsonl")
     stages = ["read", "copy in", "merge", "copy out", "write"]
     timeline = {"machine": {**MACHINE, "device": "A GPU"}, "way": "cuda", "spans": spans(stages)}
-    (tmp_path / "timeline.json").write_text(json.dumps(timeline))
+    (tmp_path / "timeline-cuda.json").write_text(json.dumps(timeline))
     out = tmp_path / "plots"
     assert main(["--results", results, "--output", str(out)]) == 0
     drawn = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(drawn) == {
-        "bandwidth-a-cpu.png", "bandwidth-a-gpu.png", "share-a-cpu.png", "share-a-gpu.png", "timeline-a-gpu.png",
+        "bandwidth-a-cpu.png", "bandwidth-a-gpu.png", "share-a-cpu.png", "share-a-gpu.png", "timeline-cuda-a-gpu.png",
     }  # fmt: skip
     assert all(png.startswith(b"\x89PNG") and len(png) > 10_000 for png in drawn.values())
     assert len(capsys.readouterr().out.splitlines()) == 5
@@ -216,7 +216,7 @@ def test_nothing_to_draw_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         write(results, *rows)
         assert main(["--results", str(results), "--output", str(tmp_path)]) == 0
         assert capsys.readouterr().out.startswith("no plots: ")
-    (tmp_path / "timeline.json").write_text("{}")
+    (tmp_path / "timeline-cuda.json").write_text("{}")
     assert main(["--results", str(results), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'timeline.json'}: not a timeline\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'timeline-cuda.json'}: not a timeline\n"
     assert not list(tmp_path.glob("*.png"))
