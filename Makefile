@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test slow sanitize lint format bench tune ci clean
+.PHONY: demo test suite interpreted slow sanitize lint format bench tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
-# The second is the equality suite under Triton's interpreter, which has to have a process of its own.
+# Two processes beside each other: the suite, and its tests of equality under Triton's interpreter.
 test: $(VENV)/.test
+	@$(MAKE) --no-print-directory -j2 suite interpreted
+
+suite: $(VENV)/.test
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_same_bits.py
+
+interpreted: $(VENV)/.test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_same_bits.py >$(VENV)/$@.log 2>&1; \
+	  status=$$?; cat $(VENV)/$@.log; exit $$status
 
 # Lengths beyond 2^31 and 2^32: 4 GiB of memory, a minute.
 slow: $(VENV)/.test
@@ -30,10 +36,11 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Prints tables, appends to bench/results/ and draws; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
+# Prints tables, appends to bench/results/, draws, and writes the README's numbers; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench
 	$(BIN)/python bench/plots.py
+	$(BIN)/python bench/readme.py
 
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
 # the CPU kernel, of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.

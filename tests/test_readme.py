@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,8 @@ def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, str(README), "exec"), {})
     assert 0 < float(capsys.readouterr().out) < 1
+
+
+def test_its_numbers_are_those_of_the_latest_rows() -> None:
+    command = [sys.executable, str(README.with_name("bench") / "readme.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "run bench/readme.py, or drop the rows"

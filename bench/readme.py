@@ -1,0 +1,113 @@
+"""Writes the README's numbers, between its two marks: the latest rows of each device in bench/results/suite.jsonl.
+
+python bench/readme.py [--check]        check: exit status 1 if there are others
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from runs import Row, latest, read
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+SUITE = HERE / "results" / "suite.jsonl"
+BEGIN, END = "<!-- written by bench/readme.py -->", "<!-- until here -->"
+OURS = ("cuda", "triton", "cpu", "torch", "merge_")
+NO_GPU = (
+    "No GPU has been measured yet. Where there is one, `make bench` measures the CUDA and the Triton kernel beside the same peers, "
+    "and streaming through it, and writes the tables here."
+)
+
+
+def table(head: list[str], lines: Iterable[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def crossed(rows: list[Row], across: str, cell: Callable[[Row], str], corner: str) -> list[str]:
+    """A table with a line for each way and a column for each value of `across`, in the order they come."""
+    ways, columns = (list(dict.fromkeys(row[name] for row in rows)) for name in ("way", across))
+    cells = {(row["way"], row[across]): cell(row) for row in rows}
+    return table(
+        [corner, *map(str, columns)],
+        (
+            [f"**{way}**" if way.partition(",")[0] in OURS else way]
+            + [cells.get((way, column), "–") for column in columns]
+            for way in ways
+        ),
+    )
+
+
+def speed(row: Row) -> str:
+    return f"{row['GB/s']:.3g} ({row['of_limit']:.2f})"
+
+
+def seconds(row: Row) -> str:
+    return f"{row['p50']:.3g} s ({row['of_limit']:.2f})"
+
+
+def of_device(device: str, rows: list[Row]) -> list[str]:
+    """The tables of one device."""
+    last = rows[-1]
+    driver = f"driver {last['driver']}" if last["driver"] else f"{last['threads']} threads"
+    lines = [f"**{device}**, {driver}, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}"]
+    # The largest of each: past every cache.
+    largest: dict[tuple[str, str, int], Row] = {}
+    for row in sorted(rows, key=lambda row: row["numel"] or 0):
+        if row["suite"] == "memory":
+            largest[row["way"], row["dtype"], row["n"]] = row
+    ordered = [row for row in rows if row in largest.values()]
+    if usual := [row for row in ordered if row["n"] == 8]:
+        corner = f"8 models, one tensor: GB/s (share of the limit, {usual[0]['limit']})"
+        lines += ["", *crossed(usual, "dtype", speed, corner)]
+        by_n = [
+            {**row, "way": f"{row['way']}, {row['dtype']}"}
+            for row in ordered
+            if row["way"].partition(",")[0] in OURS[:3]
+        ]
+        lines += ["", *crossed(by_n, "n", lambda row: f"{row['of_limit']:.2f}", "share of the limit, by n")]
+    for suite, cell, corner in (
+        ("layouts", speed, "GB/s (share of the limit)"),
+        ("files", seconds, "seconds (share of reading and writing)"),
+    ):
+        if found := [row for row in rows if row["suite"] == suite]:
+            named = [{**row, "what": _what(row)} for row in found]
+            lines += ["", *crossed(named, "what", cell, corner)]
+    return lines
+
+
+def _what(row: Row) -> str:
+    state = "" if row["state"] == "in memory" else f", {row['state']}"
+    size = f"{row['bytes'] / 1e9:.2g} GB" if state else f"n = {row['n']}"
+    return f"{row['layout']}, {row['dtype']}, {size}{state}"
+
+
+def text(suite: Path) -> str:
+    """What stands between the marks."""
+    # Numbers of what nobody else can have are for their maker.
+    rows = [row for row in read(suite) if row["commit"] and not row["commit"].endswith("-dirty")]
+    lines = [line for device, found in latest(rows).items() for line in (*of_device(device, found), "")]
+    if not any(row["driver"] for row in rows):
+        lines += [NO_GPU, ""]
+    return "\n".join([BEGIN, "", *lines, END])
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--check", action="store_true")
+    check = options.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    head, _, rest = before.partition(BEGIN)
+    after = head + text(SUITE) + rest.partition(END)[2]
+    if not check:
+        README.write_text(after, encoding="utf-8")
+    return int(check and after != before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
