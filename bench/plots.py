@@ -96,11 +96,8 @@ def draw(axis: Any, ways: list[str], points: dict[str, list[tuple[float, float]]
         if way in points:
             x, y = zip(*sorted(points[way]), strict=True)
             filled = colour if line == "-" else "white"
-            label = way.replace(
-                "_foreach", "torch._foreach"
-            )  # matplotlib hides what begins with an underscore
             axis.plot(
-                x, y, line, color=colour, marker=marker, markerfacecolor=filled, label=label, lw=1.5, ms=6
+                x, y, line, color=colour, marker=marker, markerfacecolor=filled, label=way, lw=1.5, ms=6
             )
 
 

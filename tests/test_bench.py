@@ -110,7 +110,7 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
 
 def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
     found = suite(tmp_path, "--collect-only").stdout.splitlines()
-    for way in ("cuda", "cuda_in_place", "triton", "torch.compile_max-autotune", "_foreach_formula"):
+    for way in ("cuda", "cuda_in_place", "triton", "torch.compile_max-autotune", "torch._foreach_formula"):
         assert any(
             text.startswith("bench/test_memory.py")
             and "[gpu-one_tensor-BF16-8x" in text
@@ -128,7 +128,7 @@ def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
-@pytest.mark.parametrize("name", ["eager formula", "_foreach formula", "dense two-step"])
+@pytest.mark.parametrize("name", ["eager formula", "torch._foreach formula", "dense two-step"])
 def test_peers_compute_the_formula(dtype: str, name: str) -> None:
     shapes = {"a": (7, 11), "b": (), "c": (5000,)}
     work = works.Work("three tensors", shapes, dtype, 3, "cpu", rotate=False)

@@ -155,7 +155,7 @@ def suite(path: Path) -> str:
     """Two devices, two types, and sizes, as the suite measures them."""
     for device, ways in (
         ("A CPU", ("cpu", "torch", "eager formula")),
-        ("A GPU", ("cuda", "triton", "_foreach formula")),
+        ("A GPU", ("cuda", "triton", "torch._foreach formula")),
     ):
         for dtype in ("F32", "BF16"):
             for n in (2, 8, 32):

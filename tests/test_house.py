@@ -28,7 +28,7 @@ ARROWS = {
     "kernels": {"kernels", "rule", "table"},
     "lanes": set(),
     "layout": {"rule"},
-    "measure": {"__init__", "backends", "measure", "reference", "rule"},
+    "measure": {"__init__", "backends", "budget", "measure", "reference", "rule"},
     "native": {"__init__", "build_info", "rule", "table"},
     "ops": {"backends", "flat", "layout", "overlap", "rule"},
     "overlap": {"rule"},

@@ -202,13 +202,13 @@ def _compiled(mode: str | None) -> Callable[..., Tensors]:
 # Each is made anew for a case.
 PEERS: dict[str, Callable[[], Callable[..., Tensors]]] = {
     "eager formula": lambda: partial(_each, eager),
-    "_foreach formula": lambda: foreach,
+    "torch._foreach formula": lambda: foreach,
     "dense two-step": lambda: partial(_each, two_step),
     "torch.compile": lambda: _compiled(None),
     "torch.compile max-autotune": lambda: _compiled("max-autotune"),
 }
 
-_EAGER = ("eager formula", "_foreach formula", "dense two-step", "torch")
+_EAGER = ("eager formula", "torch._foreach formula", "dense two-step", "torch")
 
 
 def peer(work: Work, name: str) -> Way:
@@ -227,7 +227,7 @@ def _needed(work: Work, name: str) -> int:
     """Roughly the most that a peer allocates at a time, its result included."""
     wide, result = max(4, work.size), len(work.out) * work.size
     largest = max(map(math.prod, work.shapes.values()))
-    if name == "_foreach formula":
+    if name == "torch._foreach formula":
         return result + 6 * len(work.out) * wide
     if name.startswith("torch.compile"):
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import reference
+from .. import budget, reference
 from ..rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
 from .layouts import Shapes
 from .rows import Row, on_gpu
@@ -189,17 +188,7 @@ def free_memory(device: str) -> int:
     if on_gpu(device):
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    found = [1 << 62]
-    for path in ("/proc/meminfo", "/sys/fs/cgroup/memory.max"):
-        try:
-            text = Path(path).read_text()
-        except OSError:
-            continue
-        if available := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE):
-            found.append(int(available[1]) * 1024)
-        elif text.strip().isdigit():
-            found.append(int(text))
-    return min(found)
+    return budget.free_memory()
 
 
 def last_level_cache() -> int:
