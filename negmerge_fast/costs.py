@@ -125,7 +125,7 @@ def gpu_at_hand() -> bool:
 
 def merging_speed(signature: Signature, rule: Rule, threads: int, backend: str = "auto") -> float:
     """Bytes of all versions per second that the CPU merges, of what is in its caches, on so many threads."""
-    name, merge = backends.choose(backend, "cpu", rule)
+    name, merge = backends.choose(backend, "cpu", rule, [signature])
     callers, inside = (threads, 1) if name in backends.CONCURRENT else (1, threads)
     batches = [_batch(signature) for _ in range(callers)]
 
