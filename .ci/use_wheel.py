@@ -23,6 +23,7 @@ if built["cpu"] is None:
     assert native.cuda == (built["cuda"] is None)
 
 assert importlib.util.find_spec("negmerge_fast.kernels.merge"), "the Triton kernel is not in the wheel"
+assert importlib.util.find_spec("negmerge_fast.measure.brief"), "negmerge bench is not in the wheel"
 
 generator = torch.Generator().manual_seed(0)
 base = {"weight": torch.randn(1000, 100, generator=generator)}
