@@ -39,8 +39,8 @@ format: $(VENV)/.lint
 # Prints tables, appends to bench/results/, draws, and writes the README's numbers; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench
-	$(BIN)/python bench/plots.py
 	$(BIN)/python bench/readme.py
+	$(BIN)/python bench/plots.py
 
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
 # the CPU kernel, of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--size") == "tiny" and not config.getoption("--results"):
         raise pytest.UsageError("--size tiny: its rows are no measurements, give them a --results FILE")
+    if os.environ.get("NEGMERGE_AUTOTUNE"):
+        raise pytest.UsageError("NEGMERGE_AUTOTUNE: rows would be of launch parameters that nobody else has")
+    if not config.option.collectonly:
+        results = Path(config.getoption("--results") or RESULTS)
+        if not os.access(results if results.exists() else results.absolute().parent, os.W_OK):
+            raise pytest.UsageError(f"{results}: cannot be written")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # of a refused result
     config.pluginmanager.register(Suite(config), "negmerge-suite")
@@ -57,8 +64,8 @@ def _left_out(case: Case, config: pytest.Config) -> Iterator[pytest.MarkDecorato
         yield pytest.mark.gpu
         if not there:
             yield pytest.mark.skip(reason="no CUDA device")
-    elif there and case.peer and not config.getoption("--all"):
-        yield pytest.mark.skip(reason="the CPU's peers, beside a GPU (--all times them)")
+    elif there and (case.peer or case.suite == "layouts") and not config.getoption("--all"):
+        yield pytest.mark.skip(reason="the CPU's peers and layouts, beside a GPU (--all times them)")
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +166,7 @@ class Suite:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """The limits first."""
-        items.sort(key=lambda item: ORDER.index(item.path.stem))
+        items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else -1)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.total = sum(not item.get_closest_marker("skip") for item in session.items)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from runs import Row, latest, read
+from runs import Row, Unreadable, latest, read
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -52,8 +52,8 @@ def seconds(row: Row) -> str:
 def of_device(device: str, rows: list[Row]) -> list[str]:
     """The tables of one device."""
     last = rows[-1]
-    driver = f"driver {last['driver']}" if last["driver"] else f"{last['threads']} threads"
-    lines = [f"**{device}**, {driver}, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}"]
+    where = f"driver {last['driver']}" if last["driver"] else f"{last['threads']} threads"
+    lines = [f"**{device}**, {where}, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}"]
     # The largest of each: past every cache.
     largest: dict[tuple[str, str, int], Row] = {}
     for row in sorted(rows, key=lambda row: row["numel"] or 0):
@@ -62,7 +62,11 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
     ordered = [row for row in rows if row in largest.values()]
     if usual := [row for row in ordered if row["n"] == 8]:
         corner = f"8 models, one tensor: GB/s (share of the limit, {usual[0]['limit']})"
-        lines += ["", *crossed(usual, "dtype", speed, corner)]
+        lines += ["", *crossed(usual, "dtype", speed, corner), ""]
+        between = sorted(row["limit GB/s"] for row in usual)
+        lines.append(
+            f"The limit beside them was between {between[0]:.3g} and {between[-1]:.3g} GB/s. {_times(usual)}."
+        )
         by_n = [
             {**row, "way": f"{row['way']}, {row['dtype']}"}
             for row in ordered
@@ -79,6 +83,24 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
     return lines
 
 
+def _times(rows: list[Row]) -> str:
+    """By how much our kernels are faster than others, by type."""
+    found = {(row["way"], row["dtype"]): row["GB/s"] for row in rows}
+    said = []
+    for ours, other in (
+        *(("triton", "cuda"), ("cuda", "eager formula"), ("cuda", "torch.compile"), ("cuda", "torch.compile max-autotune")),
+        *(("cpu", "eager formula"), ("cpu", "torch.compile")),
+    ):  # fmt: skip
+        ratios = [
+            f"{found[ours, dtype] / speed:.3g} × ({dtype})"
+            for (way, dtype), speed in found.items()
+            if way == other and (ours, dtype) in found
+        ]
+        if ratios:
+            said.append(f"`{ours}` is as fast as {other} {', '.join(ratios)}")
+    return "; ".join(said)
+
+
 def _what(row: Row) -> str:
     state = "" if row["state"] == "in memory" else f", {row['state']}"
     size = f"{row['bytes'] / 1e9:.2g} GB" if state else f"n = {row['n']}"
@@ -88,7 +110,7 @@ def _what(row: Row) -> str:
 def text(suite: Path) -> str:
     """What stands between the marks."""
     # Numbers of what nobody else can have are for their maker.
-    rows = [row for row in read(suite) if row["commit"] and not row["commit"].endswith("-dirty")]
+    rows = [row for row in read(suite) if not str(row["commit"]).endswith("-dirty")]
     lines = [line for device, found in latest(rows).items() for line in (*of_device(device, found), "")]
     if not any(row["driver"] for row in rows):
         lines += [NO_GPU, ""]
@@ -103,7 +125,11 @@ def main() -> int:
     check = options.parse_args().check
     before = README.read_text(encoding="utf-8")
     head, _, rest = before.partition(BEGIN)
-    after = head + text(SUITE) + rest.partition(END)[2]
+    try:
+        after = head + text(SUITE) + rest.partition(END)[2]
+    except Unreadable as error:
+        print(error, file=sys.stderr)
+        return 2
     if not check:
         README.write_text(after, encoding="utf-8")
     return int(check and after != before)

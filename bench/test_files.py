@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ from negmerge_fast.measure.clock import wall
 from negmerge_fast.measure.limits import Limit, make_cold, read_files
 from negmerge_fast.measure.trial import Trial
 from negmerge_fast.measure.ways import eager, unusable
-from negmerge_fast.measure.work import SCALE, Work
+from negmerge_fast.measure.work import SCALE, Lacking, Work
 from negmerge_fast.stream import prepare
 
 WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
-STROKE = bytes(256 << 10)
+STROKE = os.urandom(256 << 10)  # which no disk can compress
 # Far less than the models' sizes; through a GPU, what a lane for each thread needs.
 MEMORY_BUDGET = {CPU: "128MiB", GPU: "512MiB"}
 
@@ -63,8 +64,16 @@ class Files:
 
 @pytest.fixture(scope="module")
 def files(build: Path, pytestconfig: pytest.Config) -> Iterator[Files]:
+    numel = SIZES[pytestconfig.getoption("--size")].file_elements
+    needed, free = (MODELS + 2) * numel * 4, shutil.disk_usage(build).free
+    if needed > free:
+        pytest.skip(f"files: {needed / 1e9:.2g} GB needed, {free / 1e9:.2g} GB free in {build}")
     with tempfile.TemporaryDirectory(dir=build) as folder:
-        yield Files(Path(folder), SIZES[pytestconfig.getoption("--size")].file_elements)
+        try:
+            files = Files(Path(folder), numel)
+        except Lacking as error:
+            pytest.skip(str(error))
+        yield files
 
 
 def test_files(case: Case, files: Files, time: Callable[..., None], build: Path, results: Path) -> None:
@@ -72,11 +81,11 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path,
         pytest.skip(reason)
     # What is warm is written to memory, too; what is cold, to the disk.
     place = Path("/dev/shm") if case.state == "warm" else build
-    if not os.access(place, os.W_OK):
-        pytest.skip(f"files, warm: no {place} to write to")
+    if not os.access(place, os.W_OK) or shutil.disk_usage(place).free < 2 * files.numel * 4:
+        pytest.skip(f"files, {case.state}: no room in {place}")
     with tempfile.TemporaryDirectory(dir=place) as folder:
         out = Path(folder) / "out"
-        differing = _check(case, files, out)
+        differing = _judge(case, files, out, _merge(case, files.paths, out))
         before = partial(_prepare, files.paths, out, case.state == "cold")
         threads = max(4 if case.state == "cold" else 1, torch.get_num_threads())
         limit = Limit("reading and writing", files.bytes, partial(_read_and_write, files.paths, out, threads))
@@ -92,6 +101,8 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path,
             now=wall(case.device),
             before=before,
             between=before,
+            verify=partial(_judge, case, files, out),
+            of_limit=perf_counter,
         )
         time(trial, 3 if case.way in (PLAIN, "torch") or case.state == "cold" else 7, differing=differing)
         if case.state == "warm" and case.way not in (PLAIN, "torch"):
@@ -121,9 +132,8 @@ def _draw(case: Case, merge: Callable[..., object], results: Path) -> None:
     results.with_name(f"timeline-{case.way}.json").write_text(json.dumps(found) + "\n")
 
 
-def _check(case: Case, files: Files, out: Path) -> int:
+def _judge(case: Case, files: Files, out: Path, report: nm.Report | None) -> int:
     """How many elements differ from the reference's; one of ours must have none."""
-    report = _merge(case, files.paths, out)
     differing = files.differing(out)
     if report is not None and differing:
         pytest.fail(

@@ -108,6 +108,37 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
         assert "left out: no CUDA device: " in done.stdout
 
 
+def test_a_kernel_that_is_right_only_once_gets_no_speed() -> None:
+    work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
+    way = ways.way(work, "torch")
+    ways.check(work, way)
+    timed = trial_of(work, replace(way, run=lambda: (way.run(), work.out[-1:].zero_())[0]), "memory")
+    with pytest.raises(ways.Refused, match="torch: 1 element differs from the reference's, no speed"):
+        timed.result(timed.measure(0, 2))
+
+
+def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(PLANTED.replace('"BF16"', '"F32"').replace("int16", "int32").replace(
+        ".view(-1)[-1:]\n        out.view(dtype=__import__(\"torch\").int32).bitwise_xor_(1)", "\n        out[0] ^= 1"
+    ))  # fmt: skip
+    done = suite(tmp_path, "-p", "planted", "-k", "16_tensors and warm and cpu")
+    assert done.returncode == 1, done.stdout
+    assert "elements differ from the reference's, no speed (files)" in done.stdout
+    assert {row["way"] for row in rows_of(tmp_path / "rows.jsonl")} == {
+        "torch",
+        "load_file, formula, save_file",
+    }
+
+
+def test_a_backend_that_failed_its_trial_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from negmerge_fast import backends
+
+    monkeypatch.setattr(backends, "_distrust", lambda *_: "not the reference's bits")
+    work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
+    with pytest.raises(ways.Refused, match="torch: not the reference's bits"):
+        ways.way(work, "torch")
+
+
 def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
     found = suite(tmp_path, "--collect-only").stdout.splitlines()
     for way in ("cuda", "cuda_in_place", "triton", "torch.compile_max-autotune", "torch._foreach_formula"):
@@ -298,7 +329,7 @@ def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(
     monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     monkeypatch.setattr(trial, "flush", flushed.append)
     monkeypatch.setattr(
-        trial, "limit_of", lambda device, inputs, size: limits.Limit("device copy", size, list)
+        trial, "of_merge", lambda device, inputs, size: limits.Limit("device copy", size, list)
     )
     work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
     way = ways.way(work, "torch, in place")
@@ -306,8 +337,8 @@ def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(
     made = trial_of(work, way, "memory")
     assert len(flushed) == 2 and fake_gpu == ["cuda:1", "cuda:1"]
     made.setup()
-    # A flush takes a second of the fake stream's time, and asking ten of the host's.
-    assert flushed == (2 + 16) * ["cuda:1"] and len(fake_gpu) == 2
+    # A flush takes a second of the fake stream's time, and asking ten of the host's; one more is for the limit.
+    assert flushed == (2 + 1 + 16) * ["cuda:1"] and len(fake_gpu) == 2
 
 
 def test_a_device_copy_moves_as_much_as_the_work_but_never_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +352,8 @@ def test_a_device_copy_moves_as_much_as_the_work_but_never_little(monkeypatch: p
         copy = limits.device_copy("cpu", 20_000)
         copy.run()
         assert copy.bytes == 16_000 and limits._pair("cpu")[1].all()
-        limits.flush("cpu")
-        assert not limits._pair("cpu")[1].any()
+        limits.flush("cpu")  # reads
+        assert limits._pair("cpu")[0].all() and limits._pair("cpu")[1].all()
     finally:
         limits._pair.cache_clear()
 

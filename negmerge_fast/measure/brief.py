@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +102,9 @@ def _checked(device: str) -> str:
 def _of_limit(device: str, name: str, size: int, tick: Callable[[], None]) -> Row:
     limit = limits.in_memory(name, device, size)
     row = {"suite": "limits", "way": name, "bytes": limit.bytes, "state": "in memory"}
-    trial = Trial(limit.run, row, None, device)
+    trial = Trial(
+        limit.run, row, None, device, before=partial(limits.flush, device) if on_gpu(device) else nothing
+    )
     return trial.result(trial.measure(SECONDS, 7, tick=tick))
 
 

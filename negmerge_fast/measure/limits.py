@@ -62,8 +62,8 @@ def device_copy(device: str, size: int = 0) -> Limit:
 
 
 def flush(device: str) -> None:
-    """Overwrite what the device's caches hold; it takes the device longer than the host to ask for the next thing."""
-    _pair(device)[1].zero_()
+    """Read past all that the device's caches hold, and leave nothing in them that would have to be written back."""
+    _pair(device)[0].view(torch.int64).sum()
 
 
 def host_to_device(device: str, pinned: bool, size: int) -> Limit:
@@ -130,6 +130,6 @@ def make_cold(paths: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
-def limit_of(device: str, inputs: Sequence[torch.Tensor], size: int) -> Limit:
+def of_merge(device: str, inputs: Sequence[torch.Tensor], size: int) -> Limit:
     """The limit of a merge: on a GPU a copy of as many bytes, on a CPU reading its own inputs."""
     return device_copy(device, size) if on_gpu(device) else memory_read(inputs)

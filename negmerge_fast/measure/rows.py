@@ -81,7 +81,10 @@ def _triton() -> str | None:
 
 @cache
 def _commit() -> str | None:
-    """The commit that is measured; rows that a benchmark has just appended are no change to it. None: not in a checkout."""
+    """The commit that is measured; rows that a benchmark has just appended, also to the README, are no change to it.
+
+    None: not in a checkout.
+    """
     project = ROOT / "pyproject.toml"
     if not project.is_file() or 'name = "negmerge_fast"' not in project.read_text(encoding="utf-8"):
         return None
@@ -89,7 +92,9 @@ def _commit() -> str | None:
     top, head = _said(*git, "rev-parse", "--show-toplevel"), _said(*git, "rev-parse", "--short", "HEAD")
     if not top or not head or Path(top).resolve() != ROOT.resolve():
         return None
-    changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    changed = _said(
+        *git, "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md"
+    )
     return head + ("-dirty" if changed else "")
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from . import rows
 from .clock import Clock, clock, wait, wall
-from .limits import Limit, flush, limit_of
+from .limits import Limit, flush, of_merge
 from .rows import Row, on_gpu
-from .ways import Way, nothing
+from .ways import Way, judge, nothing
 from .work import Work
 
 _MOST_ROUNDS = 50
@@ -30,16 +30,19 @@ def rest(device: str) -> None:
 class Trial:
     """setup() and run() are a round; only run() is timed, between two readings of `now`.
 
-    before: what setup does first. between: what it does after the limit. row: the work, with the bytes that count.
+    before: what setup does first. between: what it does after the limit. verify: is given what the last round returned, and
+    raises where that is wrong: what was right once may not stay so. row: the work, with the bytes that count.
     """
 
     def __init__(
         self, run: Callable[[], Any], row: Row, limit: Limit | None, device: str = "cpu", now: Clock | None = None,
         before: Callable[[], object] = nothing, between: Callable[[], object] = nothing,
+        verify: Callable[[Any], object] = lambda _: None, of_limit: Clock | None = None,
     ) -> None:  # fmt: skip
         self._run, self._row, self._limit, self._device = run, row, limit, device
         self.now = now or clock(device)
-        self._before, self._between = before, between
+        self._before, self._between, self._verify = before, between, verify
+        self._limit_now = of_limit or clock(device)
         self._limits: list[tuple[Any, Any]] = []
         self._kept: Any = None
 
@@ -47,10 +50,9 @@ class Trial:
         self._kept = None  # the last round's result; to free it is not timed
         self._before()
         if self._limit is not None:
-            of_limit = clock(self._device)
-            began = of_limit()
+            began = self._limit_now()
             self._limit.run()
-            self._limits.append((began, of_limit()))
+            self._limits.append((began, self._limit_now()))
         self._between()
 
     def run(self) -> None:
@@ -73,6 +75,7 @@ class Trial:
 
     def result(self, seconds: Sequence[float], copies: int = 1, **more: Any) -> Row:
         """The row of all rounds; seconds: of each round, in which so many copies of the work were done."""
+        self._verify(self._kept)
         self._kept = None
         row = rows.speed({**rows.machine(self._device), **self._row}, [s / copies for s in seconds])
         if self._limit is not None:
@@ -100,11 +103,20 @@ class Trial:
 def trial_of(work: Work, way: Way, suite: str, as_called: bool = False) -> Trial:
     """A way on a work in memory. as_called: time as a caller sees it who waits for the device."""
     inputs = [work.out, *work.versions[1:]] if way.before is not nothing else work.versions
-    between = _hide(way, work.device) if on_gpu(work.device) else partial(rest, work.device)
+    before: Callable[[], object] = way.before
+    between: Callable[[], object] = partial(rest, work.device)
+    if on_gpu(work.device):
+        before, between = partial(_flushed, way, work.device), _hide(way, work.device)
     return Trial(
-        way.run, work.row(suite, way.name), limit_of(work.device, inputs, work.bytes), work.device,
-        wall(work.device) if as_called else clock(work.device), way.before, between,
+        way.run, work.row(suite, way.name), of_merge(work.device, inputs, work.bytes), work.device,
+        wall(work.device) if as_called else clock(work.device), before, between,
+        verify=partial(judge, work, way) if way.counts else lambda _: None,
     )  # fmt: skip
+
+
+def _flushed(way: Way, device: str) -> None:
+    way.before()
+    flush(device)  # meanwhile the host asks for the limit
 
 
 def _hide(way: Way, device: str) -> Callable[[], None]:

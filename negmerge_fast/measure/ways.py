@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from .. import backends, merge_
+from ..rule import InputError
 from .clock import wait
+from .rows import on_gpu
 from .work import RULE, SCALE, Lacking, Work, free_memory
 
 IN_PLACE = ", in place"
@@ -45,7 +47,10 @@ def backend(work: Work, name: str, in_place: bool = False) -> Way:
     batches = work.batches(in_place)
     if reason := unusable(name, work.device):
         raise Lacking(reason)
-    _, merge = backends.choose(name, work.device, RULE, [batches[0].signature])
+    try:
+        _, merge = backends.choose(name, work.device, RULE, [batches[0].signature])
+    except InputError as error:  # it was tried, and is wrong
+        raise Refused(str(error)) from None
 
     def run() -> list[Any]:
         return [merge(batch, RULE) for batch in batches]
@@ -113,13 +118,18 @@ def check(work: Work, way: Way) -> tuple[int, float]:
     done = way.run()
     wait(work.device)
     taken = time.perf_counter() - began
+    return judge(work, way, done), taken if way.name in _EAGER else 0.0
+
+
+def judge(work: Work, way: Way, done: Any) -> int:
+    """How many elements of what a run has returned differ from the reference's; raises Refused for one of ours."""
     wrong, counts = work.compare(way.merged(done))
     if way.counts is not None and wrong:
         what = "1 element differs" if wrong == 1 else f"{wrong:,} elements differ"
         raise Refused(f"{way.name}: {what} from the reference's, no speed ({work})")
     if way.counts is not None and way.counts(done) != counts:
         raise Refused(f"{way.name}: counts differ from the reference's, no speed ({work})")
-    return wrong, taken if way.name in _EAGER else 0.0
+    return wrong
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -129,23 +139,25 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 def eager(base: torch.Tensor, models: Tensors) -> torch.Tensor:
     """The formula as one writes it."""
     wide = _wide(base)
-    d = torch.stack([x.to(wide) - base.to(wide) for x in models])
+    b = base.to(wide)
+    d = torch.stack([x.to(wide) - b for x in models])
     agree = (d > 0).all(0) | (d < 0).all(0)
     total = torch.zeros_like(d[0])
     for difference in d:
         total = total + difference
     # A tensor, and on the device: a GPU would multiply by a number's reciprocal.
     mean = total / torch.full((), float(len(models)), dtype=wide, device=base.device)
-    return torch.where(agree, (base.to(wide) + SCALE * -mean).to(base.dtype), base)
+    return torch.where(agree, (b + SCALE * -mean).to(base.dtype), base)
 
 
 def two_step(base: torch.Tensor, models: Tensors) -> torch.Tensor:
     """All versions in one dense tensor first, then reductions along it."""
     wide = _wide(base)
-    d = torch.stack(models).to(wide) - base.to(wide)
+    b = base.to(wide)
+    d = torch.stack(models).to(wide) - b
     agree = (d > 0).all(0) | (d < 0).all(0)
     mean = d.sum(0) / torch.full((), float(len(models)), dtype=wide, device=base.device)
-    return torch.where(agree, (base.to(wide) + SCALE * -mean).to(base.dtype), base)
+    return torch.where(agree, (b + SCALE * -mean).to(base.dtype), base)
 
 
 def foreach(base: Tensors, models: Sequence[Tensors]) -> Tensors:
@@ -230,13 +242,16 @@ def _needed(work: Work, name: str) -> int:
     if name == "torch._foreach formula":
         return result + 6 * len(work.out) * wide
     if name.startswith("torch.compile"):
-        return result
+        # A CUDA graph has memory of its own for all inputs.
+        return result * (work.n + 2 if name.endswith("max-autotune") and on_gpu(work.device) else 1)
     return result + largest * (2 * work.n * (wide + 1) + 4 * wide)
 
 
 def failure(error: Exception) -> str:
     """Why a peer has no speed."""
     text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "not enough memory" in text:
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
+        words in text.lower() for words in ("not enough memory", "out of memory", "outofmemory")
+    ):
         return "out of memory"
     return f"{type(error).__name__}: {text}"
