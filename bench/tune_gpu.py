@@ -1,9 +1,9 @@
 """Launch parameters of the CUDA and of the Triton kernel, measured on a GPU.
 
 Each choice for CUDA is csrc/merge_cuda.cu compiled with other constants; those for Triton are the candidates of
-kernels/launch.py. All choices take turns on the same memory, by device events: a device copy of as many bytes, the limit,
-and behind it the merge, from the table's upload to the counts. Bytes counted: (n + 2) · numel · size. A choice has a speed
-only where it gives the reference's bits, on hostile numbers and on all that is timed.
+kernels/launch.py. All choices take turns on the same memory, by device events, each beside a device copy, the limit. A
+choice has a speed only where it gives the reference's bits and counts: on hostile numbers, on all that is timed, and still
+in its last round.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import percentiles, record
+from rows import record
 
-import negmerge_fast as nm
 from negmerge_fast import backends, native, trust
-from negmerge_fast.measure.rows import device_name
-from negmerge_fast.rule import FLOAT_SIZES, Batch, Merge, Rule, Segment, Signature, Stream
+from negmerge_fast.measure.clock import Clock, clock
+from negmerge_fast.measure.layouts import one_tensor
+from negmerge_fast.measure.limits import Limit, device_copy, flush
+from negmerge_fast.measure.rows import Row, device_name, speed
+from negmerge_fast.measure.work import RULE, Lacking, Work, hold, release
+from negmerge_fast.rule import FLOAT_SIZES, Batch, Merge, Rule, Signature
 from negmerge_fast.table import device_memory, upload
 
 SOURCE = Path(__file__).with_name("tune_gpu.cu")
-RULE = Rule(0.9)
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-FLUSHED = 256 << 20  # bytes that are zeroed before each turn
 
 # For Triton, those for which all groups differ; each candidate is compiled once for each number.
 MODELS = {"cuda": (2, 8, 32), "triton": (8, 32)}
@@ -57,24 +57,15 @@ CUDA = {
 
 def compiler(device: str) -> list[str]:
     """The command that makes a library of SOURCE for a device: as csrc/CMakeLists.txt has it, for one architecture."""
-    major, minor = torch.cuda.get_device_capability(device)
-    host = "-Xcompiler=-fPIC,-ffp-contract=off,-fno-fast-math"
-    code = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
-    return [
-        os.environ.get("CUDACXX", "nvcc"),
-        "-O3",
-        "--fmad=false",
-        code,
-        host,
-        "-cudart=static",
-        "-Xlinker=-Bsymbolic",
-    ]
-
-
-def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
-        return "this torch is not one for CUDA"
-    return None if shutil.which(os.environ.get("CUDACXX", "nvcc")) else "no nvcc on PATH or in CUDACXX"
+        raise RuntimeError("this torch is not one for CUDA")
+    if not shutil.which(nvcc := os.environ.get("CUDACXX", "nvcc")):
+        raise RuntimeError("no nvcc on PATH or in CUDACXX")
+    major, minor = torch.cuda.get_device_capability(device)
+    return [
+        nvcc, "-O3", "--fmad=false", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}",
+        "-Xcompiler=-fPIC,-ffp-contract=off,-fno-fast-math", "-cudart=static", "-Xlinker=-Bsymbolic",
+    ]  # fmt: skip
 
 
 class Built:
@@ -105,9 +96,9 @@ class Built:
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
         result, dtypes, *others = native._signature(batch, rule)
         index = torch.device(batch.device).index or 0
-        why = self.function(
-            result, dtypes, len(dtypes), *others, there.data_ptr(), counts.data_ptr(), tiles, index, stream()
-        )
+        stream = torch.cuda.current_stream().cuda_stream
+        memories = there.data_ptr(), counts.data_ptr()
+        why = self.function(result, dtypes, len(dtypes), *others, *memories, tiles, index, stream)
         if why:
             raise RuntimeError(why.decode())
         return counts
@@ -116,12 +107,13 @@ class Built:
 def cuda_ways(device: str, folder: str) -> dict[str, Merge]:
     """The kernel with each choice of constants."""
     command = compiler(device)
+
+    def build(number: int, constants: list[str]) -> Built:
+        return Built(command, f"{folder}/{number}.so", constants)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        libraries = [
-            pool.submit(Built, command, f"{folder}/{number}.so", constants)
-            for number, constants in enumerate(CUDA.values())
-        ]
-    return {f"cuda, {way}": found.result().merge for way, found in zip(CUDA, libraries, strict=True)}
+        built = pool.map(build, range(len(CUDA)), CUDA.values())
+        return {f"cuda, {way}": one.merge for way, one in zip(CUDA, built, strict=True)}
 
 
 def triton_ways(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]:
@@ -129,147 +121,106 @@ def triton_ways(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]
     from negmerge_fast.kernels.launch import candidates
     from negmerge_fast.kernels.merge import launch_merge
 
-    def way(launch: Any) -> Merge:
-        return lambda batch, rule, threads=None: launch_merge(batch, rule, launch)
-
     launches = {
         f"triton, {launch.elements} x {launch.threads} elements, {launch.group} models at once": launch
         for launch in candidates(signature, unanimous=True)
     }
-    return {name: way(launch) for name, launch in launches.items()}, launches
+    return {name: partial(launch_merge, launch=launch) for name, launch in launches.items()}, launches
 
 
-def stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
+def turn(work: Work, batch: Batch, merge: Merge, limit: Limit, now: Clock) -> tuple[float, float, Any]:
+    """Seconds of the limit and of a merge, and the merge's counts. Nothing waits before all of it is asked for."""
+    work.poison()
+    flush(work.device)  # meanwhile the host asks for what comes
+    began = now()
+    limit.run()
+    copied = now()
+    flush(work.device)
+    asked = now()
+    counts = merge(batch, RULE)
+    ended = now()
+    return copied - began, ended - asked, counts
 
 
-def mark() -> Any:
-    """A moment on the device, when it has done all that it was given until now."""
-    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+def fault(work: Work, counts: Any) -> str | None:
+    """Why what a merge has left in the work's output gets no speed; None if all is the reference's."""
+    wrong, expected = work.compare(work.tensors(work.out))
+    if wrong:
+        return f"elements that differ from the reference's: {wrong:,}"
+    return None if counts.tolist() == expected else "counts differ from the reference's"
 
 
-def seconds(began: Any, ended: Any) -> float:
-    return float(began.elapsed_time(ended)) / 1e3
+def measure(work: Work, ways: dict[str, Merge], rounds: int) -> list[Row]:
+    """A row for each way that is right before its rounds and in the last of them."""
+    [batch] = work.batches(in_place=False)
+    limit, now = device_copy(work.device, work.bytes), clock(work.device)
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+
+    def refuse(way: str, reason: str) -> None:
+        del taken[way]
+        print(f"{way}, {work.dtype}, n = {work.n}: no speed, {reason}", flush=True)
+
+    for way, merge in ways.items():
+        if (reason := trust.distrust(way, merge, work.device, batch.signature, RULE)) is None:
+            work.poison()
+            reason = fault(work, merge(batch, RULE))
+        if reason is not None:
+            refuse(way, reason)
+    for left in reversed(range(rounds)):
+        for way in list(taken):
+            copy, merging, counts = turn(work, batch, ways[way], limit, now)
+            taken[way].append((copy, merging))
+            if not left and (reason := fault(work, counts)) is not None:
+                refuse(way, reason)
+    return [row_of(work.row("tune", way), limit, *zip(*pairs, strict=True)) for way, pairs in taken.items()]
 
 
-class Work:
-    """One tensor: a base, n fine-tuned versions most of which lean to one side, an output; and what should come out."""
-
-    def __init__(self, device: str, dtype: str, n: int, total: int) -> None:
-        self.device, self.dtype, self.n = device, dtype, n
-        size = FLOAT_SIZES[dtype]
-        self.numel = total // (n + 2) // size // 4096 * 4096
-        self.bytes = (n + 2) * self.numel * size
-        generator = torch.Generator(device).manual_seed(0)
-
-        def random() -> torch.Tensor:
-            return torch.empty(self.numel, dtype=DTYPES[dtype], device=device).normal_(generator=generator)
-
-        base, lean = random(), random()
-        models = [random().mul_(0.3).add_(lean).mul_(0.1).add_(base) for _ in range(n)]
-        self.out = torch.empty_like(base)
-        self.expected = nm.merge(base, models, scale=RULE.scale, backend="torch")
-        first, *others, last = [Stream(t.data_ptr(), dtype, t) for t in (base, *models, self.out)]
-        self.signature = Signature(dtype, (dtype,) * n, False)
-        self.batch = Batch(device, self.signature, [Segment(self.numel, first, others, last)])
-        # What the limit copies, and what is zeroed.
-        self.source, self.target, self.flushed = (
-            torch.zeros(length, dtype=torch.uint8, device=device)
-            for length in (self.bytes // 2, self.bytes // 2, FLUSHED)
-        )
-
-    def wrong(self, way: str, merge: Merge) -> str | None:
-        """Why a way gets no speed; None if it gives the reference's bits."""
-        if (reason := trust.distrust(way, merge, self.device, self.signature, RULE)) is not None:
-            return reason
-        self.out.view(torch.uint8).fill_(0xA5)
-        merge(self.batch, RULE)
-        bits = BITS[self.out.itemsize]
-        count = int((self.out.view(bits) != self.expected.view(bits)).sum())
-        return f"{count:,} elements differ from the reference's" if count else None
-
-    def measure(self, ways: dict[str, Merge], rounds: int) -> list[dict[str, Any]]:
-        """A row for each way that is right."""
-        right = {}
-        for way, merge in ways.items():
-            if (reason := self.wrong(way, merge)) is None:
-                right[way] = merge
-            else:
-                print(f"{way}, {self.dtype}, n = {self.n}: no speed, {reason}")
-        taken: dict[str, list[tuple[float, float]]] = {way: [] for way in right}
-        for _ in range(rounds):
-            for way, merge in right.items():
-                self.flushed.zero_()  # meanwhile the host gives the device what is timed
-                marks = [mark()]
-                self.target.copy_(self.source)
-                marks.append(mark())
-                merge(self.batch, RULE)
-                marks.append(mark())
-                torch.cuda.synchronize()
-                taken[way].append((seconds(*marks[:2]), seconds(*marks[1:])))
-        return [self.row(way, *zip(*pairs, strict=True)) for way, pairs in taken.items()]
-
-    def row(self, way: str, copies: tuple[float, ...], merges: tuple[float, ...]) -> dict[str, Any]:
-        spread = percentiles(merges)
-        return {
-            "suite": "tune", "layout": "one tensor", "way": way, "dtype": self.dtype, "n": self.n,
-            "numel": self.numel, "bytes": self.bytes, "state": "in memory", "rounds": len(merges), **spread,
-            "GB/s": self.bytes / spread["p50"] / 1e9, "limit": "device copy",
-            "limit GB/s": self.bytes / statistics.median(copies) / 1e9,
-            "of_limit": statistics.median(c / m for c, m in zip(copies, merges, strict=True)), "differing": 0,
-        }  # fmt: skip
+def row_of(work: Row, limit: Limit, copies: tuple[float, ...], merges: tuple[float, ...]) -> Row:
+    limits = [limit.bytes / seconds / 1e9 for seconds in copies]
+    speeds = [work["bytes"] / seconds / 1e9 for seconds in merges]
+    of_limit = statistics.median(a / b for a, b in zip(speeds, limits, strict=True))
+    beside = {"limit": limit.name, "limit GB/s": statistics.median(limits), "of_limit": of_limit}
+    return {**speed(work, merges), **beside, "differing": 0}
 
 
-def shares(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each way that was measured wherever the others were: its share of the limit, the geometric mean of all rows."""
-    found: dict[str, list[float]] = {}
+def winner(rows: list[Row], usual: str) -> tuple[str, str] | None:
+    """Of the ways that were measured wherever others were, the one with the largest share of the limit, by the geometric mean
+    of its rows; and a line that holds it against the usual one."""
+    shares: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(row["way"], []).append(row["of_limit"])
-    most = max(map(len, found.values()), default=0)
-    return {way: statistics.geometric_mean(each) for way, each in found.items() if len(each) == most}
-
-
-def winner(rows: list[dict[str, Any]], usual: str) -> tuple[str, str] | None:
-    """The way with the largest share, and a line that holds it against the usual one."""
-    if not (found := shares(rows)):
+        shares.setdefault(row["way"], []).append(row["of_limit"])
+    most = max(map(len, shares.values()), default=0)
+    found = {way: statistics.geometric_mean(each) for way, each in shares.items() if len(each) == most}
+    if not found:
         return None
     best = max(found, key=lambda way: found[way])
     beside = f"{found[usual]:.3f}" if usual in found else "no speed"
     return best, f"{best}: {found[best]:.3f} of a device copy; {usual}: {beside}"
 
 
-def measure(
-    device: str, dtype: str, n: int, cuda: dict[str, Merge], triton: bool, total: int, rounds: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of all ways for one work, and Triton's candidates among the ways."""
-    work = Work(device, dtype, n, total)
-    ways = dict(cuda) if n in MODELS["cuda"] else {}
-    launches: dict[str, Any] = {}
-    if triton and n in MODELS["triton"]:
-        more, launches = triton_ways(work.signature)
-        ways |= more
-    rows = work.measure(ways, rounds)
-    print(f"{dtype}, n = {n}: {len(rows)} of {len(ways)} ways measured", flush=True)
-    return rows, launches
-
-
 def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: int) -> list[str]:
     """Measures, appends the rows, and returns the winners and the lines for kernels/launch.py."""
     said, found, of_cuda = [], [], []
-    for dtype in DTYPES:
-        rows: list[dict[str, Any]] = []
+    for dtype, size in FLOAT_SIZES.items():
+        rows: list[Row] = []
         launches: dict[str, Any] = {}
         for n in sorted({*(MODELS["cuda"] if cuda else ()), *(MODELS["triton"] if triton else ())}):
+            ways = dict(cuda) if n in MODELS["cuda"] else {}
+            if triton and n in MODELS["triton"]:
+                candidates, launches = triton_ways(Signature(dtype, (dtype,) * n, False))
+                ways |= candidates
+            numel = max(4096, total // (n + 2) // size // 4096 * 4096)
             try:
-                more, candidates = measure(device, dtype, n, cuda, triton, total, rounds)
-            except torch.cuda.OutOfMemoryError:
-                print(f"{dtype}, n = {n}: out of memory")
+                # No name is given to the work: the next one would not fit beside it.
+                measured = measure(
+                    hold("one tensor", one_tensor(numel), dtype, n, device, rotate=False), ways, rounds
+                )
+            except (Lacking, torch.cuda.OutOfMemoryError) as error:
+                print(f"{dtype}, n = {n}: {str(error).splitlines()[0]}")
                 continue
-            rows += more
-            launches |= candidates
-        record("tune_gpu.jsonl", rows, device)
+            if measured:
+                record("tune_gpu.jsonl", measured, device)
+            rows += measured
         mine = [row for row in rows if row["way"] in cuda]
         of_cuda += mine
         if best := winner(mine, "cuda, as built"):
@@ -278,6 +229,7 @@ def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: 
             said.append(f"{dtype}: {best[1]}")
             key = device_name(device), dtype, dtype, True
             found.append(f"    {key!r}: {launches[best[0]]!r},  # for FOUND in kernels/launch.py")
+    release()
     if best := winner(of_cuda, "cuda, as built"):
         said.append(f"all types: {best[1]}")
     return said + found
@@ -293,19 +245,16 @@ def main() -> None:
         print("tune_gpu: torch finds no GPU here, nothing was measured")
         return
     torch.cuda.set_device(given.device)
+    if (no_triton := backends.why_not("triton", given.device)) is not None:
+        print(f"triton: {no_triton}")
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Merge] = {}
-        if (reason := why_no_cuda()) is None:
-            try:
-                ways = cuda_ways(given.device, folder)
-            except (OSError, RuntimeError) as error:
-                reason = str(error)
-        if reason is not None:
-            print(f"cuda: {reason}")
-        if (no_triton := backends.why_not("triton", given.device)) is not None:
-            print(f"triton: {no_triton}")
-        if ways or no_triton is None:
-            print("\n".join(tune(given.device, ways, no_triton is None, given.bytes, given.rounds)))
+        try:
+            ways = cuda_ways(given.device, folder)
+        except (OSError, RuntimeError) as error:
+            print(f"cuda: {error}")
+        for line in tune(given.device, ways, no_triton is None, given.bytes, given.rounds):
+            print(line)
 
 
 if __name__ == "__main__":
