@@ -92,12 +92,12 @@ def _times(rows: list[Row]) -> str:
         *(("cpu", "eager formula"), ("cpu", "torch.compile")),
     ):  # fmt: skip
         ratios = [
-            f"{found[ours, dtype] / speed:.3g} × ({dtype})"
+            f"{found[ours, dtype] / speed:.3g} ({dtype})"
             for (way, dtype), speed in found.items()
             if way == other and (ours, dtype) in found
         ]
         if ratios:
-            said.append(f"`{ours}` is as fast as {other} {', '.join(ratios)}")
+            said.append(f"`{ours}` ÷ {other}: {', '.join(ratios)}")
     return "; ".join(said)
 
 
