@@ -6,16 +6,14 @@ same: where the disk is the bottleneck the CPU's kernel keeps up with it, and is
 
 from __future__ import annotations
 
-import random
 import time
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Barrier
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,12 +22,15 @@ from .checkpoints import Reader
 from .plan import Plan, Source
 from .rule import FLOAT_SIZES, Batch, InputError, Rule, Segment, Signature, Stream
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
 # Places of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a lane does.
 _PLACES, _STROKE, _MOST_BUFFERS = 64, 1 << 20, 16
 # Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
 _MERGED, _REPEATED, _COPIED, _LINKED = 4 << 20, 16, 256 << 20, 32 << 20
-# Seconds that a GPU must save, for importing torch, waking it and trying its kernels take about as long; and bytes of a job
-# that it can't save them on.
+# Seconds that a GPU must save, to be worth an import of torch (1 … 3 s), a context and the trial of its kernels: reasoned, for
+# the last two were not measured yet; and bytes of a job that it can't save them on.
 _WAKING, _FEW = 5.0, 4 << 30
 # Faster by less than this is noise. Memory without which it is in use by others. Strokes too short for launches.
 _WORTH, _LEAST_ROOM, _SHORT = 1.2, 1 << 30, 1 << 20
@@ -184,7 +185,7 @@ def link_speed(device: str) -> float:
             return _LINKED / _best(copy)
 
     # On a thread of its own: what goes wrong there is not found by the next launch of the caller's.
-    with ThreadPoolExecutor(1) as pool:
+    with _pool(1) as pool:
         return pool.submit(measure).result()
 
 
@@ -210,7 +211,7 @@ def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
                 done += size
         return done, cached
 
-    with ThreadPoolExecutor(threads) as pool:
+    with _pool(threads) as pool:
         read_by = list(pool.map(read, range(threads)))
     taken = time.perf_counter() - began
     answers = {answer for _, answers in read_by for answer in answers}
@@ -220,6 +221,8 @@ def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
 
 def _strokes(plan: Plan, places: int) -> Iterator[Source]:
     """So many places among the bytes to merge: other ones each time, for those read before are cached."""
+    import random
+
     sources = [source for extent in plan.extents if extent.members for source in extent.sources]
     ends = list(accumulate(source.nbytes for source in sources))
     for k in range(places):
@@ -230,9 +233,15 @@ def _strokes(plan: Plan, places: int) -> Iterator[Source]:
         yield Source(file, offset + within, min(_STROKE, nbytes - within))
 
 
+def _pool(threads: int) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # where something is measured, not for every merge
+
+    return ThreadPoolExecutor(threads)
+
+
 def _on_threads(jobs: Sequence[Callable[[], object]]) -> float:
     """Seconds for all jobs, each on a thread of its own."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
+    with _pool(len(jobs)) as pool:
         return _best(lambda: list(pool.map(lambda job: job(), jobs)))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate
 from threading import current_thread
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,8 @@ class DeviceLane(Lane):
             # The device may still be using this memory; what else is wrong with it was said when it went wrong.
             with suppress(RuntimeError):
                 self.stream.wait()
-        self.stream.unlock(self.here)
+        with suppress(RuntimeError) if kind else nullcontext():
+            self.stream.unlock(self.here)
         self.there.untyped_storage().resize_(0)
         super().__exit__(kind)
 

@@ -47,12 +47,13 @@ PathLike = str | os.PathLike[str]
 
 # One reads, one merges, one writes, where only one may merge at a time; where all may, two keep each other company.
 _LANES_IN_TURNS, _FEWEST_LANES = 3, 2
-# Through a GPU, as many wait for the link, its kernels and the disk while all threads read.
+# Through a GPU, as many wait for the link, its kernels and the disk while all threads read: reasoned, not measured yet.
 _LANES_THAT_WAIT = 2
 # Temporaries of the reference, reference.SCRATCH_BYTES, each no longer than a block; each lane keeps its own.
 _SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
 # The longest stroke for one file (best of 256 KiB … 8 MiB for 2 and 8 models, bench/results/strokes.jsonl: what was read is
-# still in the cache when it is merged); and through a GPU, where that does not matter, and fewer are fewer launches.
+# still in the cache when it is merged); and through a GPU, where that does not matter, and fewer are fewer launches: reasoned,
+# not measured yet.
 _LONGEST, _LONGEST_TO_DEVICE = 1 << 20, 4 << 20
 _MOST_THREADS = 1024
 

@@ -215,6 +215,17 @@ def the_disk_is_full(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "pwrite", fails(OSError(errno.ENOSPC, "No space left")))
 
 
+def nothing_can_be_unlocked(patch: pytest.MonkeyPatch) -> None:
+    unlock = LateStream.unlock
+
+    def lost(self: LateStream, memory: torch.Tensor) -> None:
+        unlock(self, memory)
+        raise RuntimeError("and cannot be undone")
+
+    the_device_is_lost(patch)
+    patch.setattr(LateStream, "unlock", lost)
+
+
 FAULTS = {
     "ends at byte": the_end_comes_early,
     "out of memory on the device": no_memory_there,
@@ -222,6 +233,7 @@ FAULTS = {
     "the link failed": the_link_fails,
     "cannot launch": a_launch_fails,
     "the device is lost": the_device_is_lost,
+    "^the device is lost$": nothing_can_be_unlocked,
     "No space left": the_disk_is_full,
 }
 
