@@ -2,13 +2,14 @@
 
 Extents are runs of bytes of one output file. Those with members are neighbouring tensors that are neighbours in every
 model's file, too, so that each stream is read in one long stroke; those without are copied from the base. Together they
-cover every byte of every output file, in order. Pieces are extents cut to the size of the buffers.
+cover every byte of every output file, in order: a position in a plan is a number of those bytes. Pieces are extents cut to
+the size of the buffers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,13 @@ class Extent(NamedTuple):
     members: list[Member]
 
 
+class Run(NamedTuple):
+    """From one position in a plan to another."""
+
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """targets: every output file, with the file of the base that it mirrors.
@@ -71,7 +79,11 @@ class Plan:
 
     def segments(self, chunk: int) -> int:
         """How many runs of elements the backends are given."""
-        return sum(len(piece.members) for piece in pieces(self, chunk))
+        return sum(len(piece.members) for piece in pieces(self.extents, chunk))
+
+    @property
+    def whole(self) -> Run:
+        return Run(0, sum(extent.sources[0].nbytes for extent in self.extents))
 
     @property
     def bytes_read(self) -> int:
@@ -173,9 +185,100 @@ def _adjacent(last: Tensor, here: Tensor) -> bool:
     return last.file is here.file and last.end == here.offset
 
 
-def pieces(plan: Plan, chunk: int) -> Iterator[Extent]:
-    """The extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
+def part(plan: Plan, run: Run) -> Iterator[Extent]:
+    """The extents, or parts of them, whose elements begin within a run."""
+    at = 0
     for extent in plan.extents:
+        size = extent.sources[0].nbytes
+        if run.begin <= at and at + size <= run.end:
+            yield extent
+        elif at < run.end and run.begin < at + size:
+            yield _slice(extent, run.begin - at, run.end - at)
+        at += size
+
+
+def _slice(extent: Extent, begin: int, end: int) -> Extent:
+    """What begins between two bytes of an extent's base, of every source."""
+    if not extent.members:
+        (source,) = extent.sources
+        first, last = max(begin, 0), min(end, source.nbytes)
+        return Extent(extent.target, [Source(source.file, source.offset + first, last - first)], [])
+    at, members = 0, []
+    before, taken = [0] * len(extent.sources), [0] * len(extent.sources)
+    for member in extent.members:
+        size = member.sizes[0]
+        # Rounded up: an element is where its first byte is.
+        first, last = (min(max(-((at - edge) // size), 0), member.numel) for edge in (begin, end))
+        before = [count + first * each for count, each in zip(before, member.sizes, strict=True)]
+        if first < last:
+            members.append(member._replace(start=member.start + first, numel=last - first))
+            taken = [count + (last - first) * each for count, each in zip(taken, member.sizes, strict=True)]
+        at += member.numel * size
+    sources = [
+        Source(source.file, source.offset + skipped, nbytes)
+        for source, skipped, nbytes in zip(extent.sources, before, taken, strict=True)
+    ]
+    return Extent(extent.target, sources, members)
+
+
+def left(whole: Run, done: Iterable[Run]) -> list[Run]:
+    """What of a run is in none of others."""
+    found, at = [], whole.begin
+    for run in [*sorted(done), Run(whole.end, whole.end)]:
+        if run.begin > at:
+            found.append(Run(at, run.begin))
+        at = max(at, run.end)
+    return found
+
+
+def shares(plan: Plan, runs: Sequence[Run], count: int) -> list[list[Run]]:
+    """Runs cut between elements into so many lots, of about as many bytes to read and write each."""
+    parts: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
+    at = 0
+    for extent in plan.extents:
+        end = at + extent.sources[0].nbytes
+        overlaps = [(max(run.begin, at), min(run.end, end)) for run in runs]
+        parts += [(begin, until, extent, at) for begin, until in overlaps if begin < until]
+        at = end
+    total = sum((end - begin) * _moved_per_byte(extent) for begin, end, extent, _ in parts)
+    lots: list[list[Run]] = [[] for _ in range(count)]
+    done = 0.0
+    for begin, end, extent, start in parts:
+        weight = _moved_per_byte(extent)
+        while begin < end:
+            lot = min(int(done * count / total), count - 1)
+            until = end
+            if lot < count - 1:
+                room = max(int((total * (lot + 1) / count - done) / weight), 1)
+                until = min(start + _between_elements(extent, begin + room - start), end)
+            if lots[lot] and lots[lot][-1].end == begin:
+                lots[lot][-1] = Run(lots[lot][-1].begin, until)
+            else:
+                lots[lot].append(Run(begin, until))
+            done += (until - begin) * weight
+            begin = until
+    return lots
+
+
+def _moved_per_byte(extent: Extent) -> float:
+    """Bytes read and written for each byte of the output."""
+    return 1 + sum(source.nbytes for source in extent.sources) / extent.sources[0].nbytes
+
+
+def _between_elements(extent: Extent, offset: int) -> int:
+    """The first byte of an element that is not before an offset into the base's source."""
+    at = 0
+    for member in extent.members:
+        size = member.sizes[0]
+        if offset < at + member.numel * size:
+            return at + -(-(offset - at) // size) * size
+        at += member.numel * size
+    return offset
+
+
+def pieces(extents: Iterable[Extent], chunk: int) -> Iterator[Extent]:
+    """The extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
+    for extent in extents:
         if extent.members:
             yield from _cut(extent, chunk)
             continue

@@ -277,7 +277,7 @@ class Job:
     def _stream(self, progress: Progress | None, timeline: lanes.Timeline) -> Stats:
         stats = Stats()
         total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
-        taken = Pieces(pieces(self.plan, self.chunk), ahead=4 * self.workers)
+        taken = Pieces(pieces(self.plan.extents, self.chunk), ahead=4 * self.workers)
         done: Queue = SimpleQueue()
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = total > budget.free_memory() // 2
