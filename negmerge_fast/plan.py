@@ -193,16 +193,17 @@ def part(plan: Plan, run: Run) -> Iterator[Extent]:
         if run.begin <= at and at + size <= run.end:
             yield extent
         elif at < run.end and run.begin < at + size:
-            yield _slice(extent, run.begin - at, run.end - at)
+            yield from _slice(extent, run.begin - at, run.end - at)
         at += size
 
 
-def _slice(extent: Extent, begin: int, end: int) -> Extent:
-    """What begins between two bytes of an extent's base, of every source."""
+def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
+    """What begins between two bytes of an extent's base, of every source; nothing, where that is within one element."""
     if not extent.members:
         (source,) = extent.sources
         first, last = max(begin, 0), min(end, source.nbytes)
-        return Extent(extent.target, [Source(source.file, source.offset + first, last - first)], [])
+        yield Extent(extent.target, [Source(source.file, source.offset + first, last - first)], [])
+        return
     at, members = 0, []
     before, taken = [0] * len(extent.sources), [0] * len(extent.sources)
     for member in extent.members:
@@ -218,7 +219,8 @@ def _slice(extent: Extent, begin: int, end: int) -> Extent:
         Source(source.file, source.offset + skipped, nbytes)
         for source, skipped, nbytes in zip(extent.sources, before, taken, strict=True)
     ]
-    return Extent(extent.target, sources, members)
+    if members:
+        yield Extent(extent.target, sources, members)
 
 
 def left(whole: Run, done: Iterable[Run]) -> list[Run]:
@@ -306,13 +308,13 @@ def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
 
     for member in extent.members:
         widest = max(member.sizes)
-        start = 0
+        done = 0
         while True:
-            count = min(member.numel - start, room // widest)
+            count = min(member.numel - done, room // widest)
             if count or not member.numel:
-                parts.append(member._replace(start=start, numel=count))
-                start, room = start + count, room - count * widest
-            if start == member.numel:
+                parts.append(member._replace(start=member.start + done, numel=count))
+                done, room = done + count, room - count * widest
+            if done == member.numel:
                 break
             yield finished()
             parts, room = [], chunk

@@ -45,7 +45,7 @@ def covered(plan: Plan, runs: list[Run], chunk: int) -> list[tuple[object, ...]]
     return found
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
     edges = data.draw(st.lists(st.integers(0, plan.whole.end), max_size=6))
@@ -56,7 +56,7 @@ def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
     assert len(found) == len(set(found)) and set(found) == set(covered(plan, [plan.whole], 1 << 20))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_shares_are_disjoint_whole_and_even(plan: Plan, data: st.DataObject) -> None:
     lots = data.draw(st.integers(1, 7))
