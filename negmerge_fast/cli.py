@@ -31,6 +31,7 @@ class _Signals:
     def __init__(self) -> None:
         self.guarded = False
         self.received: int | None = None
+        self.ranks: Any = None
         for number in _STATUS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
@@ -38,12 +39,26 @@ class _Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if not self.guarded:
-            os.write(2, f"negmerge: {_WORD[signal.Signals(number)]}\n".encode())
+            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+                os.write(2, f"negmerge: {_WORD[signal.Signals(number)]}\n".encode())
             os._exit(_STATUS[signal.Signals(number)])
 
     def check(self) -> None:
         if self.received is not None:
             raise _Stopped
+
+    def stopped(self) -> int:
+        """Say that, and why; of several processes one speaks."""
+        assert self.received is not None
+        received = signal.Signals(self.received)
+        dead = self.ranks.dead() if self.ranks else None
+        if self.ranks and not self.ranks.first_alive():
+            return 1
+        return _fail(dead or _WORD[received], 1 if dead else _STATUS[received])
+
+    def place(self) -> str:
+        """Which of several processes this is."""
+        return f"rank {self.ranks.rank}: " if self.ranks and self.ranks.rank else ""
 
     def ignore(self) -> None:
         """What happened has been said: a signal during the interpreter's own clean-up must not change the status."""
@@ -57,6 +72,7 @@ def main() -> NoReturn:
     signals = _Signals()  # before the imports that take long
     import click
 
+    from .ranks import Elsewhere
     from .rule import InputError
 
     status = 0
@@ -64,9 +80,9 @@ def main() -> NoReturn:
         status = _commands(signals).main(prog_name="negmerge", standalone_mode=False) or 0
         sys.stdout.flush()
     except _Stopped:
-        assert signals.received is not None
-        received = signal.Signals(signals.received)
-        status = _fail(_WORD[received], _STATUS[received])
+        status = signals.stopped()
+    except Elsewhere as error:
+        status = 2 if isinstance(error, InputError) else 1
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         status = 2
@@ -79,7 +95,9 @@ def main() -> NoReturn:
     except BrokenPipeError:
         status = 1  # whoever read the output has heard enough
     except (OSError, MemoryError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
-        status = _fail(_describe(error), 1)
+        # Of several processes, all are told to stop when one has died: what fails from then on is no news.
+        told = signals.received is not None and signals.ranks.count > 1
+        status = signals.stopped() if told else _fail(signals.place() + _describe(error), 1)
     try:
         sys.stdout.flush()
     except OSError:  # said above; the interpreter would say it again
@@ -165,6 +183,9 @@ def _commands(signals: _Signals) -> Any:
     @click.option("--report", metavar="FILE.json", help="Write what was done, per tensor, as JSON.")
     @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
     @click.option("--overwrite", is_flag=True, help="Replace OUT if negmerge wrote it, or would.")
+    @click.option(
+        "--resume", is_flag=True, help="Go on with what an interrupted run left, and leave as much."
+    )
     @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
     def merge(
         base: str,
@@ -180,17 +201,30 @@ def _commands(signals: _Signals) -> Any:
 
         BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
         """
+        from .ranks import ranks_here, see_own_gpu
         from .stream import prepare
 
+        signals.ranks = ranks = ranks_here(signals.check)
+        if ranks.count > 1 and options["device"] in ("auto", "cuda"):
+            see_own_gpu()
         inputs = "task_vectors" if task_vectors else "finetuned"
-        job = prepare(base, list(finetuned), output, inputs=inputs, **options)  # type: ignore[arg-type]
-        if report is not None:
-            _check_report(report, job)
+        job: Any = None
+
+        def check() -> None:
+            nonlocal job
+            job = prepare(base, list(finetuned), output, inputs=inputs, **options)  # type: ignore[arg-type]
+            if report is not None:
+                _check_report(report, job)
+
+        ranks.together(check)
         if dry_run:
-            print(_plan_text(job))
-            _print_left_out(job.plan.base)
+            if ranks.rank == 0:
+                print(_plan_text(job))
+                _print_left_out(job.plan.base)
             return
-        done = _run(job, signals, quiet)
+        done = _run(job, signals, quiet or ranks.rank > 0)
+        if ranks.rank > 0:
+            return
         if report is not None:
             _write_report(report, done.to_json())
         if not quiet:
@@ -291,7 +325,7 @@ def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
     signals.guarded = True
     signals.check()
     with bar:
-        report: Report = job.run(progress)
+        report: Report = job.run(progress, ranks=signals.ranks)
     return report
 
 

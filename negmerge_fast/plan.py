@@ -233,6 +233,19 @@ def left(whole: Run, done: Iterable[Run]) -> list[Run]:
     return found
 
 
+def between(runs: Sequence[Run], begin: int, end: int) -> list[Run]:
+    """Of runs in a row, what lies between two numbers of their bytes."""
+    found = []
+    at = 0
+    for run in runs:
+        size = run.end - run.begin
+        first, last = max(begin - at, 0), min(end - at, size)
+        if first < last:
+            found.append(Run(run.begin + first, run.begin + last))
+        at += size
+    return found
+
+
 def shares(plan: Plan, runs: Sequence[Run], count: int) -> list[list[Run]]:
     """Runs cut between elements into so many lots, of about as many bytes to read and write each."""
     parts: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin

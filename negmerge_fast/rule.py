@@ -176,6 +176,11 @@ class Stats:
         if len(self._pending) >= 1024:  # so that a long job's counts don't pile up
             self._count()
 
+    def include(self, tensors: Mapping[str, TensorStats]) -> None:
+        """Take what was counted elsewhere."""
+        for name, counted in tensors.items():
+            self._counted[name] = self.tensors.get(name, TensorStats()) + counted
+
     def _count(self) -> None:
         for runs, counts in self._pending:
             for (name, numel), (agreed, nonfinite) in zip(runs, counts.tolist(), strict=True):

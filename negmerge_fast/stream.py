@@ -13,8 +13,9 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Semaphore, Thread
@@ -22,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, backends, budget, costs, lanes
+from . import __version__, backends, budget, costs, journal, lanes
 from .checkpoints import Checkpoint, Reader, open_checkpoint
-from .plan import Extent, Member, Plan, make_plan, pieces
+from .journal import Journal, Record
+from .plan import Extent, Member, Plan, Run, between, left, make_plan, part, pieces, shares
+from .ranks import Alone
 from .rule import (
     Batch,
     Counts,
@@ -37,6 +40,7 @@ from .rule import (
     Signature,
     Stats,
     Stream,
+    TensorStats,
     require_choice,
 )
 from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
@@ -60,7 +64,11 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge of checkpoints did; its fields are those of the JSON report. seconds: wall time."""
+    """What a merge of checkpoints did; its fields are those of the JSON report.
+
+    seconds: wall time of this run. bytes_read, bytes_written: by it; bytes_done_before: of the output, by the run that it
+    went on with.
+    """
 
     base: str
     models: list[str]
@@ -75,6 +83,7 @@ class Report:
     nonfinite: int
     bytes_read: int
     bytes_written: int
+    bytes_done_before: int
     seconds: float
     tensors: list[dict[str, Any]]
 
@@ -98,6 +107,7 @@ def merge_checkpoints(
     memory_budget: int | str = "1GiB",
     threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Merge checkpoints that need not fit in memory; the rule is merge's (NegMerge, arXiv 2410.05583, section 4).
@@ -106,6 +116,7 @@ def merge_checkpoints(
         tensor names and shapes; each may be sharded in its own way.
     output: mirrors base: the same files and tensor layout, config and tokenizer copied. It appears complete, or not at
         all; overwrite replaces only what negmerge wrote or would write.
+    resume: go on with what an interrupted run left, if it had the same inputs and options, and keep what is unfinished.
     inputs: whether finetuned are "finetuned" models or "task_vectors".
     nonfinite: a NaN or an infinity is an "error" and nothing is written, or such elements keep the base's bits
         ("keep-base").
@@ -119,7 +130,7 @@ def merge_checkpoints(
     job = prepare(
         base, finetuned, output, scale=scale, min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite,
         include=include, exclude=exclude, backend=backend, device=device, memory_budget=memory_budget,
-        threads=threads, overwrite=overwrite,
+        threads=threads, overwrite=overwrite, resume=resume,
     )  # fmt: skip
     return job.run(progress)
 
@@ -140,6 +151,7 @@ def prepare(
     memory_budget: int | str = "1GiB",
     threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Job:
     """Check everything that merge_checkpoints is given, and write nothing."""
     rule = Rule(scale, min_agreement)
@@ -159,7 +171,7 @@ def prepare(
     target = Path(output)
     if not opened.is_directory and target.suffix != opened.path.suffix:
         raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
-    place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite)
+    place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite, resume=resume)
     files = (f.path for c in (opened, *models) for f in {**c.weights, **c.others}.values())
     place.check([opened.path, *(m.path for m in models), *files])
     way = _way(plan, rule, backend, device, threads or backends.usual_threads())
@@ -167,7 +179,8 @@ def prepare(
     name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
     fitted = _fit(budget.parse_size(memory_budget), way.device, name, len(models), tensors, threads)
-    return Job(plan, rule, nonfinite, place, name, merge, way, *fitted, threads)
+    choices = {"inputs": inputs, "include": include, "exclude": exclude}
+    return Job(plan, rule, choices, nonfinite, place, name, merge, way, *fitted, threads)
 
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
@@ -218,12 +231,13 @@ def _most_open_files() -> int:
 class Job:
     """A merge of checkpoints that was found to be possible.
 
-    way: where it merges, and why there. workers: pieces under way at once; chunk: the longest stroke. memory: the bytes
+    choices: inputs, include and exclude, as they were given. way: where it merges, and why there. workers: pieces under way at once; chunk: the longest stroke. memory: the bytes
     that it will allocate, on the host and as many again on a device.
     """
 
     plan: Plan
     rule: Rule
+    choices: Mapping[str, str | None]
     nonfinite: NonFinite
     output: Output
     backend: str
@@ -243,22 +257,63 @@ class Job:
         )
         return found if on_cpu or not found else found._replace(link=costs.link_speed(self.way.device))
 
-    def run(self, progress: Progress | None = None, timeline: lanes.Timeline | None = None) -> Report:
-        """Do it: the output is published whole, or nothing is left of it. timeline: is told when each worker did what."""
+    def run(
+        self,
+        progress: Progress | None = None,
+        timeline: lanes.Timeline | None = None,
+        ranks: Alone | None = None,
+    ) -> Report:
+        """Do it: the output is published whole, or not at all. timeline: is told when each worker did what.
+
+        ranks: the processes that do it together, each a run of the output; every one returns the report.
+        """
         began = time.perf_counter()
+        ranks, timeline = ranks or Alone(), timeline or lanes.Timeline(kept=False)
+        before, total = Record([], Stats(), 0), self.plan.bytes_read + self.plan.bytes_written
+
+        def begin() -> list[list[Run]]:
+            nonlocal before
+            if ranks.rank:
+                return []
+            before = self._take_over()
+            if ranks.count > 1:
+                self.output.let_join()
+            return shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
+
+        def stream() -> dict[str, Any]:
+            if ranks.rank:
+                self.output.join()
+            return self._stream(lots[ranks.rank], look, timeline, ranks.rank).to_json()
+
+        def look(moved: int) -> None:
+            moved = ranks.look(moved)
+            if progress:
+                progress(total - left_over + moved, total)
+
         with self.output:
-            stats = self._stream(progress, timeline or lanes.Timeline(kept=False))
+            lots = [[Run(*run) for run in lot] for lot in ranks.together(begin)[0]]
+            left_over = sum(self._moved(run) for lot in lots for run in lot)
+            done = journal.summed([before, *(Record.of_json(each) for each in ranks.together(stream))])
+            stats = Stats()
+            stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
+            stats.include(done.stats.tensors)
             made_of: dict[str, Any] = {
                 "base": str(self.plan.base.path),
                 "models": [str(model.path) for model in self.plan.models],
                 "scale": self.rule.scale,
                 "min_agreement": self.rule.min_agreement,
             }
-            self.output.finish({"negmerge_fast": __version__, **made_of})
-            if progress:  # the last moment to stop: syncing may have taken long
-                total = self.plan.bytes_read + self.plan.bytes_written
-                progress(total, total)
-            self.output.publish()
+
+            def publish() -> None:
+                if ranks.rank:
+                    return
+                self.output.finish({"negmerge_fast": __version__, **made_of})
+                if progress:  # the last moment to stop: syncing may have taken long
+                    progress(total, total)
+                self.output.publish()
+
+            ranks.together(publish)
+        written = sum(run.end - run.begin for lot in lots for run in lot)
         return Report(
             **made_of,
             output=str(self.output.target),
@@ -268,25 +323,67 @@ class Job:
             agreed=stats.agreed,
             consensus_ratio=stats.consensus_ratio,
             nonfinite=stats.nonfinite,
-            bytes_read=self.plan.bytes_read,
-            bytes_written=self.plan.bytes_written,
+            bytes_read=done.read - before.read,
+            bytes_written=written,
+            bytes_done_before=self.plan.whole.end - written,
             seconds=time.perf_counter() - began,
             tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
         )
 
-    def _stream(self, progress: Progress | None, timeline: lanes.Timeline) -> Stats:
-        stats = Stats()
-        total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
-        taken = Pieces(pieces(self.plan.extents, self.chunk), ahead=4 * self.workers)
+    def _take_over(self) -> Record:
+        """Open the output, and go on with what an earlier run left of it, or make room: what is done already."""
+        self.output.open()
+        found = [r for path in self.output.journals() for r in journal.read(path, self._made_of())]
+        done = journal.summed(found if self.output.resume else [])
+        if not done.runs:
+            self.output.make_room()
+            return done
+        if self.nonfinite == "error" and done.stats.nonfinite:
+            raise InputError(
+                f"{self.output.work}: {done.stats.nonfinite:,} elements that are not finite were counted, expected none "
+                "(--nonfinite keep-base, as before)"
+            )
+        self.output.refuse_incomplete()
+        return done
+
+    def _made_of(self) -> dict[str, Any]:
+        """What makes the output's bytes: an unfinished one of anything else is not gone on with."""
+        checkpoints = (self.plan.base, *self.plan.models)
+        files = [file for c in checkpoints for file in {**c.weights, **c.others}.values()]
+        return {
+            "negmerge_fast": __version__,
+            "scale": self.rule.scale,
+            "min_agreement": self.rule.min_agreement,
+            **self.choices,
+            "models": [os.path.realpath(checkpoint.path) for checkpoint in checkpoints],
+            "files": {os.path.realpath(file.path): [file.size, file.identity[2]] for file in files},
+        }
+
+    def _moved(self, run: Run) -> int:
+        """Bytes to read and write for a run of the output."""
+        return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in part(self.plan, run))
+
+    def _stream(
+        self, todo: Sequence[Run], look: Callable[[int], None], timeline: lanes.Timeline, rank: int
+    ) -> Record:
+        """Do some runs of the output, and say what was counted there."""
+        sizes: dict[str, int] = {}
+        for extent in (extent for run in todo for extent in part(self.plan, run)):
+            sizes[extent.target] = sizes.get(extent.target, 0) + extent.sources[0].nbytes
+        self.output.expect(sizes)
+        coming = chain.from_iterable(pieces(part(self.plan, run), self.chunk) for run in todo)
+        taken = Pieces(coming, ahead=4 * self.workers)
         done: Queue = SimpleQueue()
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
-        release = total > budget.free_memory() // 2
+        release = self.plan.bytes_read + self.plan.bytes_written > budget.free_memory() // 2
         threads = (self.threads or backends.usual_threads()) if self.backend in backends.CONCURRENT else 1
         turns = Semaphore(threads)
         workers = [
             Thread(target=self._work, args=(taken, done, turns, release, timeline), name=f"lane {k}")
             for k in range(self.workers)
         ]
+        kept = Journal(self.output.journal(rank), self._made_of(), self.output.sync)
+        tally = _Tally(todo)
         started = []
         try:
             for worker in workers:
@@ -295,16 +392,17 @@ class Job:
             for piece in in_order(done, self.workers):
                 if piece.error is not None:
                     raise piece.error
-                for runs, counts in piece.counted:
-                    stats.add(runs, counts)
-                moved += piece.moved
-                if progress:
-                    progress(moved, total)
+                tally.add(piece)
+                look(tally.moved)
+                if kept.due():
+                    kept.keep(tally.record())
                 taken.settled()
         finally:
             taken.stop(self.workers)
             join(started)
-        return stats
+            kept.settle()
+        tally.record()
+        return tally.whole
 
     def _work(
         self, taken: Pieces, done: Queue, turns: Semaphore, release: bool, timeline: lanes.Timeline
@@ -325,7 +423,7 @@ class Job:
                     counted = self._merge(piece, lane, turns) if piece.members else []
                     with timeline.span("write"):
                         self.output.write(piece.target, base.offset, buffers[0], release)
-                    done.put((number, Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
+                    done.put((number, Done(sum(s.nbytes for s in piece.sources), base.nbytes, counted)))
                     number = NONE
         except BaseException as error:
             done.put((number, Done(error=error)))
@@ -376,6 +474,32 @@ class Job:
                     f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a number that is not finite was counted, and is not found again")
+
+
+class _Tally:
+    """What became of the pieces of some runs, in their order, and how much of that was put on record."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._read = self._written = self._recorded = 0
+        self._stats = Stats()
+        self.whole = Record([], Stats(), 0)
+        self.moved = 0
+
+    def add(self, piece: Done) -> None:
+        for runs, counts in piece.counted:
+            self._stats.add(runs, counts)
+        self._read += piece.read
+        self._written += piece.written
+        self.moved += piece.read + piece.written
+
+    def record(self) -> Record:
+        """What is done since the last one."""
+        runs = between(self._runs, self._recorded, self._written)
+        made = Record(runs, self._stats, self._read)
+        self.whole = journal.summed([self.whole, made])
+        self._recorded, self._stats, self._read = self._written, Stats(), 0
+        return made
 
 
 def _batches(

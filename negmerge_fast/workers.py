@@ -53,9 +53,10 @@ Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
 
 
 class Done(NamedTuple):
-    """What a worker says of a piece: how many bytes it moved, and what was counted; or why it failed."""
+    """What a worker says of a piece: the bytes that it read and wrote, and what was counted; or why it failed."""
 
-    moved: int = 0
+    read: int = 0
+    written: int = 0
     counted: Sequence[Counted] = ()
     error: BaseException | None = None
 

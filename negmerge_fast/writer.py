@@ -2,7 +2,8 @@
 
 It grows in .OUT.negmerge/ beside OUT, under a lock, and is moved into place by one rename when every byte of it is on
 the disk. Whatever happens before leaves OUT as it was; a directory that a killed run left behind has no holder of its
-lock, and the next run clears it.
+lock, and the next run clears it, or goes on with it. Several processes may write one output: the first of them makes room
+and publishes, and all hold the lock.
 """
 
 from __future__ import annotations
@@ -35,22 +36,32 @@ class Output:
 
     files: of the base, by what they are called relative to target; each has a file of its size here, for nobody who may
         not use the base's. For a single file, the one name is target's own.
+    resume: what is unfinished is kept for the next run.
     """
 
-    def __init__(self, target: Path, files: Mapping[str, File], *, directory: bool, overwrite: bool) -> None:
+    def __init__(
+        self,
+        target: Path,
+        files: Mapping[str, File],
+        *,
+        directory: bool,
+        overwrite: bool,
+        resume: bool = False,
+    ) -> None:
         # Not abspath, for which a/.. is nothing even where a is a link; and a link at the very end stays one.
         named = target.name not in ("", "..")
         real = os.path.realpath(target.parent if named else target)
         self.target = Path(real, target.name) if named else Path(real)
         if not self.target.name:
             raise InputError(f"{target}: the root of the file system, expected a path to a new place")
-        self.files, self.directory, self.overwrite = files, directory, overwrite
+        self.files, self.directory, self.overwrite, self.resume = files, directory, overwrite, resume
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
         self._open: dict[str, int] = {}
         self._unwritten: dict[str, int] = {}
         self._files_lock = Lock()
         self._lock = -1
+        self._first = True
 
     def check(self, inputs: Iterable[Path]) -> None:
         """Refuse a place that must not be written: where an input is, or where something else is."""
@@ -91,20 +102,61 @@ class Output:
                 raise InputError(f"{self.target / name}: not negmerge's, so {self.target} is not replaced")
 
     def __enter__(self) -> Output:
-        self._unwritten = {name: file.size for name, file in self.files.items()}
-        self._acquire()
-        try:
-            self._clear()
-            self._reserve()
-        except BaseException:
-            self._release()
-            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        for name in list(self._open):
+            self._close(name, sync=False)
+        if self._lock == -1:
+            return
+        try:
+            if self._first and not (kind and self.resume):
+                self._remove_work()
+        finally:
+            os.close(self._lock)
+            self._lock = -1
+
+    def open(self) -> None:
+        """Take the lock: what an earlier run left is now this one's, to go on with or to clear."""
+        self._acquire(fcntl.LOCK_EX)
+
+    def join(self) -> None:
+        """Take part in the work of another process, which makes room and publishes."""
+        self._first = False
+        self._acquire(fcntl.LOCK_SH)
+
+    def let_join(self) -> None:
+        fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def journals(self) -> list[Path]:
+        """Those that an earlier run left."""
+        return sorted(self.work.glob("journal-*"))
+
+    def journal(self, number: int) -> Path:
+        """Of one process of the job."""
+        return self.work / f"journal-{number}"
+
+    def make_room(self) -> None:
+        """For a new output, in the place of whatever is unfinished."""
+        self._clear()
+        self._reserve()
+
+    def refuse_incomplete(self) -> None:
+        """Look whether an output that is to be gone on with is all there."""
+        for name, file in self.files.items():
+            path = self._path(name)
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.size:
+                found = "missing" if size is None else f"{size} bytes"
+                raise InputError(
+                    f"{path}: {found}, expected {file.size} bytes of unfinished output (without --resume it is made anew)"
+                )
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """Say how many bytes of each file will be written here."""
+        self._unwritten = dict(sizes)
 
     def write(self, name: str, offset: int, data: memoryview, release: bool = False) -> None:
         """Write a run of bytes of one file, from any thread; a file that is complete is synced.
@@ -124,6 +176,19 @@ class Output:
         if complete:
             self._close(name, release=release)
 
+    def sync(self) -> None:
+        """Bring to the disk what is written of files that are not complete yet, and their names."""
+        with self._files_lock:
+            unfinished = [os.dup(descriptor) for descriptor in self._open.values()]
+        try:
+            with naming(self.target):
+                for descriptor in unfinished:
+                    os.fdatasync(descriptor)
+        finally:
+            for descriptor in unfinished:
+                os.close(descriptor)
+        self._sync_directories()
+
     def _descriptor(self, name: str) -> int:
         with self._files_lock:
             if name not in self._open:
@@ -140,8 +205,11 @@ class Output:
                 file.write(json.dumps(listed, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            for folder, _, _ in os.walk(self._staged):
-                _sync_directory(folder)
+        self._sync_directories()
+
+    def _sync_directories(self) -> None:
+        for folder, _, _ in os.walk(self.work):
+            _sync_directory(folder)
 
     def publish(self) -> None:
         """Move what is finished into place."""
@@ -179,8 +247,7 @@ class Output:
         return self._staged / name if self.directory else self._staged
 
     def _close(self, name: str, sync: bool = True, release: bool = False) -> None:
-        with self._files_lock:
-            descriptor = self._open.pop(name)
+        descriptor = self._open[name]
         try:
             if sync:
                 with naming(self.target):
@@ -188,9 +255,12 @@ class Output:
             if release:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
+            # Not before: sync() has to know of it until it is on the disk.
+            with self._files_lock:
+                del self._open[name]
             os.close(descriptor)
 
-    def _acquire(self) -> None:
+    def _acquire(self, kind: int) -> None:
         lock = self.work / "lock"
         while True:
             if self.work.is_symlink():
@@ -206,7 +276,7 @@ class Output:
             except FileNotFoundError:  # its holder has just finished and removed the directory
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                     self._lock = descriptor
                     return
@@ -218,10 +288,22 @@ class Output:
             os.close(descriptor)
 
     def _clear(self) -> None:
+        for journal in self.journals():  # first: they speak of what is removed next
+            journal.unlink()
         if self._staged.is_dir():
             shutil.rmtree(self._staged)
         else:
             self._staged.unlink(missing_ok=True)
+
+    def _remove_work(self) -> None:
+        self._clear()
+        # The lock's file last: until it is gone, nobody else can hold the lock.
+        (self.work / "lock").unlink(missing_ok=True)
+        try:
+            self.work.rmdir()
+        except OSError as error:  # somebody else's file, or the next run has just moved in
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
 
     def _reserve(self) -> None:
         needed = sum(file.size for file in self.files.values())
@@ -249,20 +331,6 @@ class Output:
                             _allocate(descriptor, like.size)
             finally:
                 os.close(descriptor)
-
-    def _release(self) -> None:
-        for name in list(self._open):
-            self._close(name, sync=False)
-        self._clear()
-        # The lock's file last: until it is gone, nobody else can hold the lock.
-        (self.work / "lock").unlink(missing_ok=True)
-        try:
-            self.work.rmdir()
-        except OSError as error:  # somebody else's file, or the next run has just moved in
-            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                raise
-        finally:
-            os.close(self._lock)
 
 
 def _listed(manifest: Path) -> list[str]:

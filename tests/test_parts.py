@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
     edges = data.draw(st.lists(st.integers(0, plan.whole.end), max_size=6))
     chunk = data.draw(st.sampled_from([8, 100, 4096]))
     cuts = [0, *sorted(edges), plan.whole.end]
-    runs = [Run(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    runs = [Run(a, b) for a, b in pairwise(cuts)]
     found = covered(plan, runs, chunk)
     assert len(found) == len(set(found)) and set(found) == set(covered(plan, [plan.whole], 1 << 20))
 
@@ -61,13 +61,17 @@ def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
 def test_shares_are_disjoint_whole_and_even(plan: Plan, data: st.DataObject) -> None:
     lots = data.draw(st.integers(1, 7))
     [done] = shares(plan, [plan.whole], 1)
-    edges = sorted(data.draw(st.lists(st.sampled_from([r.end for lot in shares(plan, done, 9) for r in lot]), max_size=4)))
+    edges = sorted(
+        data.draw(
+            st.lists(st.sampled_from([r.end for lot in shares(plan, done, 9) for r in lot]), max_size=4)
+        )
+    )
     todo = left(plan.whole, [Run(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False)])
     shared = shares(plan, todo, lots)
     assert len(shared) == lots
     everything = [run for lot in shared for run in lot]
     assert everything == sorted(everything) and left(plan.whole, everything) == left(plan.whole, todo)
-    assert all(a.end <= b.begin for a, b in zip(everything, everything[1:], strict=False))
+    assert all(a.end <= b.begin for a, b in pairwise(everything))
     moved = [
         sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for run in lot for e in part(plan, run))
         for lot in shared
