@@ -80,8 +80,13 @@ class Journal:
         except BaseException as error:
             self._error = error
 
+    def keep_now(self, record: Record) -> None:
+        """Keep a record before this returns."""
+        self.settle()
+        self.sync()
+        self.append(record)
+
     def append(self, record: Record) -> None:
-        """Keep a record, now."""
         if self._size is None:
             self._size = _lines(self.path)[1]
         lines = _line(record.to_json()) if self._size else _line(self.made_of) + _line(record.to_json())

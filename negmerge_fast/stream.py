@@ -14,6 +14,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -386,21 +387,27 @@ class Job:
         tally = _Tally(todo)
         started = []
         try:
-            for worker in workers:
-                worker.start()
-                started.append(worker)
-            for piece in in_order(done, self.workers):
-                if piece.error is not None:
-                    raise piece.error
-                tally.add(piece)
-                look(tally.moved)
-                if kept.due():
-                    kept.keep(tally.record())
-                taken.settled()
-        finally:
-            taken.stop(self.workers)
-            join(started)
+            try:
+                for worker in workers:
+                    worker.start()
+                    started.append(worker)
+                for piece in in_order(done, self.workers):
+                    if piece.error is not None:
+                        raise piece.error
+                    tally.add(piece)
+                    look(tally.moved)
+                    if kept.due():
+                        kept.keep(tally.record())
+                    taken.settled()
+            finally:
+                taken.stop(self.workers)
+                join(started)
             kept.settle()
+        except BaseException:
+            if self.output.resume:
+                with suppress(OSError):  # what stopped it is what is said
+                    kept.keep_now(tally.record())
+            raise
         tally.record()
         return tally.whole
 

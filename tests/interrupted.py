@@ -1,0 +1,96 @@
+"""Merges that take their time, to be stopped in the middle, by one process or by several."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from checkpoint_files import save_model
+
+# Every stroke waits a moment, and what is done is put on record as soon as it can be.
+SLOW = """
+import os, sys, time
+from negmerge_fast import cli, journal, stream
+from negmerge_fast.checkpoints.files import Reader
+read, journal.EVERY, stream._LONGEST = Reader.read_into, 0.0, 1 << 16
+wait = float(os.environ.get("TEST_WAIT", "0.004"))
+def slow(self, *a):
+    time.sleep(wait)
+    return read(self, *a)
+Reader.read_into = slow
+cli.main()
+"""
+
+ARGUMENTS = ("merge", "base", "ft-0", "ft-1", "-o", "out", "--scale", "0.9", "--threads", "1")
+
+
+def make_models(folder: Path) -> None:
+    """base, ft-0 and ft-1 of 4 MB each, sharded in their own ways."""
+    for k, path in enumerate(("base", "ft-0", "ft-1")):
+        generator = torch.Generator().manual_seed(k)
+        tensors = {f"w{i}": torch.randn(1 << 17, generator=generator).to(torch.bfloat16) for i in range(16)}
+        tensors["ids"] = torch.arange(1000)
+        names = list(tensors)
+        save_model(folder / path, tensors, [names[: 5 + k], names[5 + k :]])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(folder: Path, *more: str, ranks: int = 1, wait: float = 0.004) -> list[subprocess.Popen[str]]:
+    """The processes of one slow merge, by rank."""
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        environment = {**os.environ, "TEST_WAIT": str(wait), "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            environment |= {
+                "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+        command = [sys.executable, "-c", SLOW, *ARGUMENTS, *more]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Status, output and errors of each."""
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
+
+
+def under_way(folder: Path, processes: list[subprocess.Popen[str]], journals: int = 1) -> None:
+    """Wait until so many processes have something on record."""
+    while len(list(folder.glob(".out.negmerge/journal-*"))) < journals:
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.01)
+
+
+def kill_all(processes: list[subprocess.Popen[str]], generator: random.Random, one: bool = False) -> None:
+    """Kill -9: all at once, or one of them, and the others when they have ended by themselves or after a while."""
+    victims = [generator.choice(processes)] if one else processes
+    for process in victims:
+        process.kill()
+    for process in processes:
+        process.communicate(timeout=120)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,160 @@
+"""Several processes, one output: the bytes of one process, one line if something goes wrong, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoint_files import nothing_left
+from interrupted import ARGUMENTS, SLOW, contents, finish, make_models, start, under_way
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "negmerge_fast", *ARGUMENTS, "--report", "report.json"], cwd=folder
+    )
+    assert done.returncode == 0
+    (folder / "out").rename(folder / "expected")
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    for name in ("base", "ft-0", "ft-1"):
+        (tmp_path / name).symlink_to(made / name)
+    return tmp_path
+
+
+def alive(text: str) -> list[int]:
+    """Processes whose command line holds some text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_bytes_of_one_process(made: Path, folder: Path, ranks: int) -> None:
+    ended = finish(start(folder, "--report", "report.json", ranks=ranks, wait=0.0))
+    assert [status for status, *_ in ended] == [0] * ranks, ended
+    assert [bool(out) for _, out, _ in ended] == [True] + [False] * (ranks - 1), "one speaks"
+    assert contents(folder / "out") == contents(made / "expected")
+    assert not (folder / ".out.negmerge").exists()
+    report, expected = (json.loads((f / "report.json").read_text()) for f in (folder, made))
+    for own in ("seconds", "output"):
+        del report[own], expected[own]
+    assert report == expected
+
+
+def test_bad_input_is_one_line(folder: Path) -> None:
+    (folder / "ft-1").unlink()
+    ended = finish(start(folder, ranks=2))
+    assert [status for status, *_ in ended] == [2, 2]
+    assert [said.count("\n") for *_, said in ended] == [1, 0] and "ft-1: no such file" in ended[0][2]
+    assert nothing_left(folder)
+
+
+def test_a_rank_that_fails_ends_the_job_and_says_why(made: Path, folder: Path) -> None:
+    """Its file ends too soon, in the last shard: the share of the last rank."""
+    (folder / "ft-1").unlink()
+    shutil.copytree(made / "ft-1", folder / "ft-1")
+    processes = start(folder, "--resume", ranks=2, wait=0.02)
+    under_way(folder, processes, journals=2)
+    shard = sorted((folder / "ft-1").glob("*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size // 2)
+    ended = finish(processes)
+    assert [status for status, *_ in ended] == [1, 1]
+    assert ended[0][2] == "" and re.fullmatch(
+        r"negmerge: rank 1: \S+model-00002-of-00002.safetensors: .*\n", ended[1][2]
+    )
+    assert not (folder / "out").exists() and len(list(folder.glob(".out.negmerge/journal-*"))) == 2
+
+
+def test_resumed_with_another_number_of_ranks(made: Path, folder: Path) -> None:
+    for ranks, more in ((2, 2), (3, 3), (2, 1)):
+        processes = start(folder, "--resume", ranks=ranks, wait=0.02)
+        under_way(folder, processes, journals=more)
+        time.sleep(0.3)
+        for process in processes:
+            process.kill()
+        finish(processes)
+    ended = finish(start(folder, "--resume", "--report", "report.json", wait=0.0))
+    assert ended[0][0] == 0, ended
+    assert contents(folder / "out") == contents(made / "expected")
+    report, expected = (json.loads((f / "report.json").read_text()) for f in (folder, made))
+    assert report["tensors"] == expected["tensors"] and report["bytes_done_before"] > 0
+
+
+def torchrun(folder: Path, *more: str, wait: float = 0.02) -> subprocess.Popen[str]:
+    (folder / "slow.py").write_text(SLOW)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "slow.py", *ARGUMENTS, *more,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "TEST_WAIT": str(wait)},
+    )  # fmt: skip
+
+
+def test_a_rank_that_is_killed_ends_the_job(made: Path, folder: Path) -> None:
+    launcher = torchrun(folder, "--resume")
+    under_way(folder, [launcher], journals=2)
+    ranks = {k: p for p in alive("slow.py") for k in (0, 1) if _is_rank(p, k, folder)}
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    ours = [line for line in said.splitlines() if line.startswith("negmerge: ")]
+    assert ours == [f"negmerge: rank 1 of 2 (process {ranks[1]}) died"]
+    assert not (folder / "out").exists() and list(folder.glob(".out.negmerge/journal-*"))
+    assert finish(start(folder, "--resume", wait=0.0))[0][0] == 0
+    assert contents(folder / "out") == contents(made / "expected")
+
+
+def _is_rank(process: int, rank: int, folder: Path) -> bool:
+    try:
+        environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+        return f"RANK={rank}" in environment and Path(f"/proc/{process}/cwd").resolve() == folder.resolve()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_launcher_that_is_killed_leaves_nobody_writing(folder: Path, resume: bool) -> None:
+    launcher = torchrun(folder, *(["--resume"] if resume else []), wait=0.05)
+    under_way(folder, [launcher], journals=2)
+    ranks = [p for p in alive("slow.py") for k in (0, 1) if _is_rank(p, k, folder)]
+    assert len(ranks) == 2
+    launcher.kill()
+    began = time.monotonic()
+    while any(Path(f"/proc/{p}/cwd").exists() for p in ranks):
+        assert time.monotonic() - began < 20
+        time.sleep(0.01)
+    launcher.communicate(timeout=60)
+    assert not (folder / "out").exists()
+    assert bool(list(folder.glob(".out.negmerge/journal-*"))) == resume
+
+
+def test_interrupted(folder: Path) -> None:
+    processes = start(folder, ranks=2, wait=0.02)
+    under_way(folder, processes, journals=2)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    ended = finish(processes)
+    assert [said for *_, said in ended] == ["negmerge: interrupted\n", ""] and ended[0][0] == 130
+    assert nothing_left(folder)
