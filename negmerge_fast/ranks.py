@@ -99,6 +99,8 @@ class Ranks(Alone):
             self._looked = time.monotonic()
             if self._check("failed"):
                 raise Elsewhere("another rank failed")
+            if (dead := self.dead()) is not None:
+                raise RuntimeError(dead)
             self._set(f"moved/{self.rank}", str(moved).encode())
             keys = [f"moved/{rank}" for rank in range(self.count) if rank != self.rank]
             self._others = sum(int(self._store.get(key)) for key in keys if self._check(key))

@@ -84,12 +84,15 @@ def under_way(folder: Path, processes: list[subprocess.Popen[str]], journals: in
 
 
 def kill_all(processes: list[subprocess.Popen[str]], generator: random.Random, one: bool = False) -> None:
-    """Kill -9: all at once, or one of them, and the others when they have ended by themselves or after a while."""
-    victims = [generator.choice(processes)] if one else processes
-    for process in victims:
-        process.kill()
+    """Kill -9: all at once; or one of them, and the others if they have not noticed after a while, as a launcher does."""
+    if one:
+        generator.choice(processes).kill()
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(0.01)
     for process in processes:
-        process.communicate(timeout=120)
+        process.kill()
+        process.communicate()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

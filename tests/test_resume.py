@@ -156,7 +156,7 @@ def test_a_damaged_journal_or_output(made: Path, folder: Path, monkeypatch: pyte
     # Cut short by a crash, or garbage of a disk that lost its power: what is before it counts.
     path.write_bytes(b"".join(lines[:3]) + lines[3][:-5])
     first = [run for line in lines[1:3] for run in json.loads(line[9:])["runs"]]
-    [output] = [p for p in (folder / ".out.negmerge" / "output").glob("model-00001-of-*")]
+    [output] = list((folder / ".out.negmerge" / "output").glob("model-00001-of-*"))
     held = output.read_bytes()
     output.write_bytes(held[:-1])
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_killed_at_random_moments(made: Path, folder: Path, ranks: int) -> None:
     generator = random.Random(ranks)
     kept = 0
     for kill in range(KILLS):
-        processes = start(folder, "--resume", ranks=ranks)
+        processes = start(folder, "--resume", ranks=ranks, wait=0.012 / ranks)
         # From before the first import to after the last byte.
         if kill % 8:
             while not (folder / ".out.negmerge").exists():
