@@ -36,6 +36,7 @@ ARROWS = {
     "process": set(),
     "reference": {"rule"},
     "rule": set(),
+    "sharded": {"rule"},
     "stream": {
         "__init__",
         "backends",
@@ -49,7 +50,7 @@ ARROWS = {
         "writer",
     },
     "table": {"rule"},
-    "tensors": {"backends", "flat", "foreign", "layout", "ops", "overlap", "process", "rule"},
+    "tensors": {"backends", "flat", "foreign", "layout", "ops", "overlap", "process", "rule", "sharded"},
     "trust": {"reference", "rule"},
     "workers": {"plan"},
     "writer": {"checkpoints", "rule"},
