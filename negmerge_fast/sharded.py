@@ -19,7 +19,6 @@ def is_sharded(value: object) -> bool:
 
 
 def mismatches(
-    names: Iterable[str],
     base: Mapping[str, Any],
     models: Sequence[Mapping[str, Any]],
     where: Callable[[int | None, str], str],
@@ -27,8 +26,8 @@ def mismatches(
 ) -> Iterator[str]:
     """Where a model's tensor does not lie on the ranks as the base's does, one phrase each."""
     for k, model in enumerate(models):
-        for name in names:
-            if name in model and (problem := difference(base[name], model[name])):
+        for name, tensor in base.items():
+            if name in model and (problem := difference(tensor, model[name])):
                 yield f"{where(k, name)}: {problem} like {reference}"
 
 
@@ -49,8 +48,8 @@ def difference(base: Any, model: Any) -> str | None:
     # Equal ranks are enough: meshes are unequal, too, when made in different threads or with other names.
     if model.device_mesh != base.device_mesh and _ranks(model) != _ranks(base):
         return f"on ranks {_ranks(model)}, expected {_ranks(base)}"
-    here, there = (tuple(_shard(t).shape) for t in (model, base))
-    return None if here == there else f"a shard of shape {here}, expected {there}"
+    here, there = model.to_local().shape, base.to_local().shape
+    return None if here == there else f"a shard of shape {tuple(here)}, expected {tuple(there)}"
 
 
 def _ranks(tensor: Any) -> str:
@@ -64,13 +63,8 @@ def shard(tensor: Any, where: str) -> torch.Tensor:
     """
     if any(placement.is_partial() for placement in tensor.placements):
         raise InputError(f"{where}: placements {tensor.placements}, expected Shard or Replicate")
-    return _shard(tensor)
-
-
-def _shard(tensor: Any) -> torch.Tensor:
-    with torch.no_grad():  # or it would be a view that autograd knows
-        held: torch.Tensor = tensor.to_local()
-        return held
+    held: torch.Tensor = tensor.to_local()
+    return held
 
 
 def on_any_rank(tensors: Iterable[Any], found: bool) -> bool:

@@ -90,7 +90,7 @@ def merge(
 
     base: a tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device; fp64, fp32, fp16
         and bf16 are merged; integer and bool tensors are the base's, untouched. Wherever a tensor may be, so may an
-        array of numpy, or of any library that speaks DLPack, if torch can view it without a copy.
+        array of numpy, or of any library that speaks DLPack, if torch can view it without a copy; or a DTensor.
     finetuned: one or more of the same kind, with the same names, shapes and devices; floating-point types may differ.
     scale: λ. min_agreement: the share of the models, in (0.5, 1], that must agree on the sign; 1 is the paper's.
     inputs: whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
@@ -98,8 +98,13 @@ def merge(
         ("keep-base") or is an "error".
 
     Returns what base is, in memory of its own: a tensor, or a dict of tensors (of a module, its state dict), plain ones
-    of torch; for arrays of numpy, arrays. Tied weights stay tied. Raises InputError (a ValueError) or TypeError naming
-    model and tensor.
+    of torch; for arrays of numpy, arrays; for DTensors, DTensors that lie as the base's do. Tied weights stay tied. Raises
+    InputError (a ValueError) or TypeError naming model and tensor.
+
+    Of DTensors each rank merges its own shards, without communication: all versions of a name must have equal
+    placements, Shard or Replicate, on the same ranks. Only with nonfinite="error" do these ranks tell each other
+    whether anything was found (one number per dimension of the mesh), so that all of them raise or none; they all
+    have to call. Other mistakes that one rank alone can see, such as shared memory, it alone refuses.
     """
     if torch.compiler.is_compiling():
         return ops.merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
@@ -110,10 +115,8 @@ def merge(
     job.refuse_nonfinite(items, rule, stats)
     merged: dict[str, Any] = {item.name: item.out for item in items}
     for name, value in job.untouched.items():
-        if isinstance(value, _ExtraState):
-            merged[name] = value.value
-        else:
-            merged[name] = job.empty_like(name, value).copy_(value)
+        is_extra = isinstance(value, _ExtraState)
+        merged[name] = value.value if is_extra else job.empty_like(name, value).copy_(value)
     result = job.like_base(merged)
     return result[_ALONE] if _is_alone(base) else result
 
@@ -135,7 +138,8 @@ def merge_(
     written; only memory that is missing for the flat copy of a scattered tensor can stop it on the way. Arrays are
     written where they are; read-only ones, which DLPack before 1.0 can't tell from others, are refused.
 
-    Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
+    Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio. Of DTensors, what this
+    rank holds was counted; where each element is on one rank, as in FSDP, sums over the ranks are the model's.
     """
     if torch.compiler.is_compiling():
         return ops.merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
@@ -280,11 +284,12 @@ class _Job:
         self.items = [item for name, item in items.items() if name not in self.tied]
         self.untouched = {name: value for name, value in base.items() if name not in items}
 
+    @torch.no_grad()  # DTensors give what they hold as it is, not a view for autograd
     def _view(self, named: list[dict[str, Any]], flat: Mapping[str, Item], reference: str) -> bool:
         """Put tensors in the place of arrays and DTensors, among the names that are not flat; whether there were any."""
         rest = [{n: v for n, v in m.items() if n not in flat and not _is_extra_state(n)} for m in named]
         base, *models = rest
-        if problems := list(sharded.mismatches(base, base, models, self.where, reference)):
+        if problems := list(sharded.mismatches(base, models, self.where, reference)):
             raise InputError("; ".join(problems))
         found = False
         for k, model in enumerate(rest):

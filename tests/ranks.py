@@ -169,8 +169,8 @@ def beside_others(world: int) -> None:
         holds(merged["sharded"], whole, base["sharded"])
         holds(merged["strided"], whole.mT, base["strided"])
         holds(merged["parameter"].detach(), whole, base["parameter"].detach())
+        assert merged["parameter"].requires_grad == (merged is base)
         holds(merged["counter"], counter, base["counter"])
-    assert merged["counter"].to_local().data_ptr() == base["counter"].to_local().data_ptr()
 
 
 @case
