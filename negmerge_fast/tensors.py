@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, TypeVar
 import numpy as np
 import torch
 
-from . import backends, ops
+from . import backends, ops, sharded
 from .flat import FLOATS, Item, batches, forms, look, plain, signatures
 from .foreign import SupportsDLPack, as_tensor, is_array
 from .layout import mismatches
@@ -90,7 +90,7 @@ def merge(
 
     base: a tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device; fp64, fp32, fp16
         and bf16 are merged; integer and bool tensors are the base's, untouched. Wherever a tensor may be, so may an
-        array of numpy, or of any library that speaks DLPack, if torch can view it without a copy.
+        array of numpy, or of any library that speaks DLPack, if torch can view it without a copy; or a DTensor.
     finetuned: one or more of the same kind, with the same names, shapes and devices; floating-point types may differ.
     scale: λ. min_agreement: the share of the models, in (0.5, 1], that must agree on the sign; 1 is the paper's.
     inputs: whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
@@ -98,19 +98,25 @@ def merge(
         ("keep-base") or is an "error".
 
     Returns what base is, in memory of its own: a tensor, or a dict of tensors (of a module, its state dict), plain ones
-    of torch; for arrays of numpy, arrays. Tied weights stay tied. Raises InputError (a ValueError) or TypeError naming
-    model and tensor.
+    of torch; for arrays of numpy, arrays; for DTensors, DTensors that lie as the base's do. Tied weights stay tied. Raises
+    InputError (a ValueError) or TypeError naming model and tensor.
+
+    Of DTensors each rank merges its own shards, without communication: all versions of a name must have equal
+    placements, Shard or Replicate, on the same ranks. Only with nonfinite="error" do these ranks tell each other
+    whether anything was found (one number per dimension of the mesh), so that all of them raise or none; they all
+    have to call. Other mistakes that one rank alone can see, such as shared memory, it alone refuses.
     """
     if torch.compiler.is_compiling():
         return ops.merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
     job = _Job(base, finetuned, "finetuned", inputs, nonfinite, backend)
-    items = [item._replace(out=torch.empty_like(item.versions[0])) for item in job.items]
+    items = [item._replace(out=job.empty_like(item.name, item.versions[0])) for item in job.items]
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
     merged: dict[str, Any] = {item.name: item.out for item in items}
     for name, value in job.untouched.items():
-        merged[name] = value.value if isinstance(value, _ExtraState) else value.clone()
+        is_extra = isinstance(value, _ExtraState)
+        merged[name] = value.value if is_extra else job.empty_like(name, value).copy_(value)
     result = job.like_base(merged)
     return result[_ALONE] if _is_alone(base) else result
 
@@ -132,7 +138,8 @@ def merge_(
     written; only memory that is missing for the flat copy of a scattered tensor can stop it on the way. Arrays are
     written where they are; read-only ones, which DLPack before 1.0 can't tell from others, are refused.
 
-    Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio.
+    Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio. Of DTensors, what this
+    rank holds was counted; where each element is on one rank, as in FSDP, sums over the ranks are the model's.
     """
     if torch.compiler.is_compiling():
         return ops.merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
@@ -198,7 +205,7 @@ def merge_task_vectors(
         widest = vectors[0].dtype
         for vector in vectors:
             widest = torch.promote_types(widest, vector.dtype)
-        out = torch.empty_like(vectors[0], dtype=widest)
+        out = job.empty_like(item.name, vectors[0], widest)
         segment = item.segment and item.segment._replace(base=None)
         items.append(Item(item.name, [None, *vectors], segment, out))
     stats = job.run(items, rule)
@@ -254,7 +261,9 @@ class _Job:
         # As a rule these are all, and nothing is left for the closer look that follows.
         flat = {name: item for name in self.names if (item := look(name, named))}
         self.arrays: set[str] = set()
-        if len(flat) < len(self.names) and self._view_arrays(named, flat):
+        self.sharded: dict[str, Any] = {}
+        self.made: dict[str, Any] = {}
+        if len(flat) < len(self.names) and self._view(named, flat, reference):
             flat = {name: item for name in self.names if (item := flat.get(name) or look(name, named))}
         base, *models = rest = [
             _checked({n: v for n, v in model.items() if n not in flat}, partial(self.where, k))
@@ -271,30 +280,53 @@ class _Job:
             if name in flat or _is_float(base[name])
         }
         self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
+        self._refuse_ties_across_placements(named[0])
         self.items = [item for name, item in items.items() if name not in self.tied]
         self.untouched = {name: value for name, value in base.items() if name not in items}
 
-    def _view_arrays(self, named: list[dict[str, Any]], flat: Mapping[str, Item]) -> bool:
-        """Put tensors in the place of arrays, among the names that are not flat; whether there were any."""
+    @torch.no_grad()  # DTensors give what they hold as it is, not a view for autograd
+    def _view(self, named: list[dict[str, Any]], flat: Mapping[str, Item], reference: str) -> bool:
+        """Put tensors in the place of arrays and DTensors, among the names that are not flat; whether there were any."""
+        rest = [{n: v for n, v in m.items() if n not in flat and not _is_extra_state(n)} for m in named]
+        base, *models = rest
+        if problems := list(sharded.mismatches(base, models, self.where, reference)):
+            raise InputError("; ".join(problems))
         found = False
-        for k, model in enumerate(named):
+        for k, model in enumerate(rest):
             for name, value in model.items():
-                if name in flat or str(name).endswith("_extra_state") or not is_array(value):
+                where = self.where(k - 1 if k else None, name)
+                if sharded.is_sharded(value):
+                    if k == 0:
+                        self.sharded[name] = value
+                    named[k][name] = sharded.shard(value, where)
+                elif is_array(value):
+                    if k == 0 and isinstance(value, np.ndarray):
+                        self.arrays.add(name)
+                    named[k][name] = as_tensor(value, where, written=self.in_place and k == 0)
+                else:
                     continue
                 found = True
-                if k == 0 and isinstance(value, np.ndarray):
-                    self.arrays.add(name)
-                where = self.where(k - 1 if k else None, name)
-                model[name] = as_tensor(value, where, written=self.in_place and k == 0)
         return found
 
+    def _refuse_ties_across_placements(self, base: Mapping[str, Any]) -> None:
+        for name, owner in self.tied.items() if self.sharded else ():
+            if problem := sharded.difference(*[self.sharded.get(n, base[n]) for n in (owner, name)]):
+                tie = f"{self.where(None, owner)}, whose memory it has"
+                raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
+
+    def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory for a result like the base's tensor of that name; of a DTensor, this rank's shard of a new one."""
+        if name not in self.sharded:
+            return torch.empty_like(tensor, dtype=dtype)
+        self.made[name] = torch.empty_like(self.sharded[name], dtype=dtype)
+        return sharded.shard(self.made[name], self.where(None, name))
+
     def like_base(self, merged: Mapping[str, Any]) -> dict[str, Any]:
-        """The results under the base's names, tied ones again, as arrays of numpy where the base's are."""
+        """The results under the base's names, tied ones again, as arrays of numpy and DTensors where the base's are."""
         owners = {name: owner for name in self.names if (owner := self.tied.get(name, name)) in merged}
         arrays = {owner: merged[owner].numpy() for name, owner in owners.items() if name in self.arrays}
-        return {
-            name: arrays[owner] if name in self.arrays else merged[owner] for name, owner in owners.items()
-        }
+        made = {**merged, **self.made}
+        return {name: arrays[owner] if name in self.arrays else made[owner] for name, owner in owners.items()}
 
     def run(self, items: list[Item], rule: Rule) -> Stats:
         stats = Stats()
@@ -320,10 +352,11 @@ class _Job:
             refuse_shared_memory(self._uses(integers))
         if self.nonfinite == "error":
             self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
-        for item in self.items:
-            # Autograd must notice what is written through addresses, too.
-            if not item.versions[0].is_inference():
-                torch.autograd.graph.increment_version(item.versions[0])
+        # Autograd must notice what is written through addresses, too; of a DTensor, it counts both.
+        sharded_floats = [t for name, t in self.sharded.items() if name not in self.untouched]
+        for tensor in [item.versions[0] for item in self.items] + sharded_floats:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with uninterrupted():
             return self.run(items, rule)
@@ -337,14 +370,21 @@ class _Job:
             yield tensor, False, self.where(None, name)
 
     def refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
-        if self.nonfinite == "keep-base" or not stats.nonfinite:
+        if self.nonfinite == "keep-base":
             return
-        for batch, names, _ in batches(items, self.task_vectors):
+        # All ranks raise, or none: a model must not be merged on some of them only.
+        if not sharded.on_any_rank(self.sharded.values(), stats.nonfinite > 0):
+            return
+        for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
             if found := backends.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 place = self.where(None if isinstance(version, str) else version, names[row])
                 what = "the result is not finite" if version == "result" else f"{value}"
-                raise InputError(f"{place}: element {index} in memory order: {what}, expected finite numbers")
+                order = "memory order of this rank's shard" if names[row] in self.sharded else "memory order"
+                raise InputError(f"{place}: element {index} in {order}: {what}, expected finite numbers")
+        raise InputError(
+            "an element on another rank is not finite (the error there names it), expected finite numbers"
+        )
 
 
 def _models(models: Sequence[Model], label: str) -> list[Model]:
@@ -382,13 +422,17 @@ def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, An
     """The tensors, detached; a module's extra state is kept as it is."""
     checked: dict[str, Any] = {}
     for name, value in named.items():
-        if str(name).endswith("_extra_state"):
+        if _is_extra_state(name):
             checked[name] = _ExtraState(value)
         elif isinstance(value, torch.Tensor):
             checked[name] = plain(value, where(name))
         else:
             raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor or an array")
     return checked
+
+
+def _is_extra_state(name: str) -> bool:
+    return str(name).endswith("_extra_state")
 
 
 def _is_float(value: Any) -> bool:

@@ -49,6 +49,7 @@ ARROWS = {
     "ranks": {"rule"},
     "reference": {"rule"},
     "rule": set(),
+    "sharded": {"rule"},
     "stream": {
         "__init__",
         "backends",
@@ -64,7 +65,7 @@ ARROWS = {
         "writer",
     },
     "table": {"rule"},
-    "tensors": {"backends", "flat", "foreign", "layout", "ops", "overlap", "process", "rule"},
+    "tensors": {"backends", "flat", "foreign", "layout", "ops", "overlap", "process", "rule", "sharded"},
     "trust": {"reference", "rule"},
     "workers": {"plan"},
     "writer": {"checkpoints", "rule"},
