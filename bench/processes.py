@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,6 +17,20 @@ from negmerge_fast.budget import control_groups
 # Of both kinds of control groups: the limit, and the most that was used.
 _FILES = (("memory.limit_in_bytes", "memory.max_usage_in_bytes"), ("memory.max", "memory.peak"))
 
+# A small process between: what a process has of its parent's memory before it becomes another program counts as its own.
+_TIMED = """
+import os, sys, time
+to = int(sys.argv[1])
+os.set_inheritable(to, False)
+began = time.perf_counter()
+child = os.fork()
+if not child:
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(child, 0)
+found = os.waitstatus_to_exitcode(status), time.perf_counter() - began, used.ru_maxrss
+os.write(to, " ".join(map(str, found)).encode())
+"""
+
 
 class Ended(NamedTuple):
     """seconds: of the whole process. peak: bytes of the largest process of it, pages of mapped files included. said: all output."""
@@ -24,6 +39,10 @@ class Ended(NamedTuple):
     seconds: float
     peak: int
     said: str
+
+
+class Failed(Exception):
+    """A command that was to be timed, and failed: one line."""
 
 
 class Group:
@@ -96,12 +115,36 @@ def why_not() -> str | None:
 def ended(command: Sequence[object], group: Group | None = None, cwd: Path | None = None) -> Ended:
     """Run a command to its end, in the group."""
     arguments = group.holding(command) if group else list(map(str, command))
-    with TemporaryFile() as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(arguments, stdout=said, stderr=subprocess.STDOUT, cwd=cwd)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
+    reading, writing = os.pipe()
+    with TemporaryFile() as said, open(reading) as told:
+        timed = [sys.executable, "-c", _TIMED, str(writing), *arguments]
+        subprocess.run(timed, stdout=said, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=[writing])
+        os.close(writing)
+        status, seconds, peak = told.read().split()
         said.seek(0)
-        text = said.read().decode(errors="replace")
-    return Ended(process.returncode, seconds, used.ru_maxrss * 1024, text)
+        return Ended(int(status), float(seconds), 1024 * int(peak), said.read().decode(errors="replace"))
+
+
+def done(command: Sequence[object], group: Group | None = None) -> Ended:
+    """Run a command to its good end. Raises Failed, with the last that it said."""
+    found = ended(command, group)
+    if found.status:
+        last = (found.said.strip().splitlines() or ["it said nothing"])[-1]
+        raise Failed(f"exit status {found.status}: {last[:300]}")
+    return found
+
+
+def alternate(
+    ways: Mapping[str, Callable[[], Ended]], rounds: int, before: Callable[[], object]
+) -> dict[str, list[Ended]]:
+    """What each way's process took in each round. One round runs them all in turn, so that a drift of the machine hits all.
+
+    before: done before each, and not timed.
+    """
+    found: dict[str, list[Ended]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name, way in ways.items():
+            before()
+            found[name].append(way())
+            print(f"round {number + 1} of {rounds}: {name}, {found[name][-1].seconds:.2f} s", flush=True)
+    return found
