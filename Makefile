@@ -49,6 +49,7 @@ tune: $(VENV)/.test
 	$(BIN)/python bench/loop.py
 	$(BIN)/python bench/threads.py
 	$(BIN)/python bench/strokes.py
+	$(BIN)/python bench/reads.py
 	$(BIN)/python bench/tune_gpu.py
 
 ci:

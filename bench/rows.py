@@ -33,10 +33,10 @@ def alternate(
     return seconds
 
 
-def record(file: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Append the rows to a result file and print them as a table."""
+def record(file: str, rows: list[dict[str, Any]], device: str = "cpu", also: tuple[str, ...] = ()) -> None:
+    """Append the rows to a result file and print them as a table. also: what it shows beside the usual."""
     append(RESULTS / file, ({**machine(device), "suite": "tune", **row} for row in rows))
-    shown = ("way", "dtype", "n", "numel", "state", "p50", "GB/s", "of_limit")
+    shown = ("way", "dtype", "n", "numel", "state", "p50", "GB/s", "of_limit", *also)
     texts = [
         [
             f"{row.get(key, ''):.3g}" if isinstance(row.get(key), float) else str(row.get(key, ""))

@@ -172,8 +172,8 @@ def _commands(signals: _Signals) -> Any:
     )
     @click.option(
         "--memory-budget",
-        default="1GiB",
-        show_default=True,
+        default="auto",
+        show_default="half of what is free",
         metavar="SIZE",
         help="The most memory to allocate, and on a GPU as much again.",
     )

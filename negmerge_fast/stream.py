@@ -105,7 +105,7 @@ def merge_checkpoints(
     exclude: str | None = None,
     backend: str = "auto",
     device: str = "auto",
-    memory_budget: int | str = "1GiB",
+    memory_budget: int | str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -123,7 +123,8 @@ def merge_checkpoints(
         ("keep-base").
     include, exclude: regular expressions on tensor names; the others are the base's, untouched.
     device: "cpu", or one of torch's, through which all is streamed; "auto" decides by what was measured (costs.py).
-    memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated, on the host and on a device.
+    memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated, on the host and on a device;
+        None: half of what the machine and its control groups have free.
     progress: called with (bytes done, bytes in all) after every stroke; it may raise to stop the job.
 
     Raises InputError (a ValueError) for bad input, OSError when reading or writing fails.
@@ -149,7 +150,7 @@ def prepare(
     exclude: str | None = None,
     backend: str = "auto",
     device: str = "auto",
-    memory_budget: int | str = "1GiB",
+    memory_budget: int | str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -179,7 +180,7 @@ def prepare(
     signatures = {member.signature for extent in plan.extents for member in extent.members}
     name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    fitted = _fit(budget.parse_size(memory_budget), way.device, name, len(models), tensors, threads)
+    fitted = _fit(memory_budget, way.device, name, len(models), tensors, threads)
     choices = {"inputs": inputs, "include": include, "exclude": exclude}
     return Job(plan, rule, choices, nonfinite, place, name, merge, way, *fitted, threads)
 
@@ -194,10 +195,11 @@ def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> cos
 
 
 def _fit(
-    room: int, device: str, backend: str, models: int, tensors: int, threads: int | None
+    most_memory: int | str | None, device: str, backend: str, models: int, tensors: int, threads: int | None
 ) -> tuple[int, int, int]:
     """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device."""
-    what, longest, block = "memory_budget", _LONGEST, _BLOCK
+    what, room = budget.room(most_memory)
+    longest, block = _LONGEST, _BLOCK
     threads = threads or backends.usual_threads()
     most, scratch = _LANES_IN_TURNS, 0 if backend in ("cuda", "triton") else _SCRATCH
     if device != "cpu":

@@ -1,0 +1,93 @@
+"""What no merge of files can be faster than: every byte of some models read once, and as many as the first has written and synced.
+
+A process of its own, which imports little, so that its time is that of the files. Each thread reads a stroke while the system
+fetches the next one for it, and the output is sent to the disk behind what was read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock, Thread
+from typing import NamedTuple
+
+from negmerge_fast.writer import _allocate, _start_writing_back
+
+
+class Stroke(NamedTuple):
+    """to: where to write as much as is read, or nowhere."""
+
+    file: int
+    at: int
+    to: int | None
+
+
+def strokes(models: list[Path], size: int) -> Iterator[Stroke]:
+    """All that is read, shard by shard, the models beside each other: what is merged is written soon after."""
+    shards = [sorted(model.glob("*.safetensors")) for model in models]
+    written = 0
+    for paths in zip(*shards, strict=True):
+        files = [os.open(path, os.O_RDONLY) for path in paths]
+        lengths = [os.fstat(file).st_size for file in files]
+        for at in range(0, max(lengths), size):
+            for k, (file, length) in enumerate(zip(files, lengths, strict=True)):
+                if at < length:
+                    yield Stroke(file, at, None if k else written + at)
+        written += lengths[0]
+
+
+def run(models: list[Path], out: Path, size: int, threads: int, release: bool) -> None:
+    coming, lock, errors = strokes(models, size), Lock(), []
+    target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    _allocate(target, sum(path.stat().st_size for path in models[0].glob("*.safetensors")))
+
+    def take() -> Stroke | None:
+        with lock:
+            return next(coming, None)
+
+    def work() -> None:
+        buffer = memoryview(bytearray(size))
+        following = take()
+        while (stroke := following) is not None:
+            if following := take():
+                os.posix_fadvise(following.file, following.at, size, os.POSIX_FADV_WILLNEED)
+            done = 0
+            while got := os.preadv(stroke.file, [buffer[done:]], stroke.at + done):
+                done += got
+            if release:
+                os.posix_fadvise(stroke.file, stroke.at, done, os.POSIX_FADV_DONTNEED)
+            if stroke.to is not None:
+                os.pwrite(target, buffer[:done], stroke.to)
+                _start_writing_back(target, stroke.to, done)
+
+    def worker() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    started = [Thread(target=worker) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[0]
+    os.fsync(target)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("out", type=Path, help="a file")
+    options.add_argument("models", type=Path, nargs="+", help="directories whose files are alike")
+    options.add_argument("--stroke", type=int, default=4 << 20)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--release", action="store_true", help="give pages back once they are read")
+    given = options.parse_args()
+    run(given.models, given.out, given.stroke, given.threads, given.release)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Models in files merged as one writes it in PyTorch: all are loaded, the formula is applied to each tensor, the result is saved.
+
+A process of its own, beside `negmerge merge`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from negmerge_fast.measure.ways import eager
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("out", type=Path)
+    options.add_argument("base", type=Path)
+    options.add_argument("models", type=Path, nargs="+")
+    given = options.parse_args()
+    base, *models = (
+        {name: tensor for path in sorted(model.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        for model in (given.base, *given.models)
+    )  # fmt: skip
+    merged = {name: eager(tensor, [model[name] for model in models]) for name, tensor in base.items()}
+    given.out.mkdir()
+    save_file(merged, given.out / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Models that do not fit: a Llama of 1.1 billion parameters, sharded, and 8 fine-tuned versions, within 1 GiB, from a cold disk.
+
+`negmerge merge` against floor.py, which reads the same files and writes and syncs as much, in a control group alike. Each is a
+process of its own, timed whole; they take turns, and before each the files' pages are given back. Before there is a number, all
+elements are compared with the reference. Bytes counted: every input byte read once, every output byte written once.
+
+--partial   every third tensor was fine-tuned: with and without --skip-unchanged, and the share of the bytes that it reads
+--ranks     two processes of torchrun with one thread each, against one with two threads
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import importlib.util
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import llamas
+import processes
+from processes import Ended
+from rows import percentiles, record
+
+from negmerge_fast.budget import parse_size
+from negmerge_fast.measure.limits import make_cold
+from negmerge_fast.measure.work import SCALE
+
+MODEL = llamas.Llama(22, 2048, 5632, 256, 32, 32000, "BF16")  # TinyLlama's layout
+LIMIT = "read and write, synced"
+THREADS = 2
+MERGE = (sys.executable, "-m", "negmerge_fast", "merge")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    2,
+    "-m",
+    "negmerge_fast",
+    "merge",
+)
+
+
+class Case:
+    """Models in a folder, and ways to merge them within a limit (None: there is none)."""
+
+    def __init__(self, folder: Path, models: list[Path], limit: int | None, budget: str) -> None:
+        self.models, self.limit, self.budget = models, limit, budget
+        self.outs, self.report = folder / "out", folder / "report.json"
+        self.files = [path for model in models for path in llamas.weights(model)]
+        self.moved = sum(path.stat().st_size for path in (*self.files, *llamas.weights(models[0])))
+        self.peaks: dict[str, list[int | None]] = {}
+        self.reports: dict[str, list[dict[str, Any]]] = {}
+
+    def out(self, way: str) -> Path:
+        return self.outs / way.replace(" ", "_")
+
+    def prepare(self) -> None:
+        shutil.rmtree(self.outs, ignore_errors=True)
+        self.outs.mkdir()
+        make_cold(self.files)
+
+    def floor(self) -> Ended:
+        floor = Path(__file__).with_name("floor.py")
+        command = (
+            sys.executable,
+            floor,
+            self.outs / "floor",
+            *self.models,
+            "--threads",
+            THREADS,
+            "--release",
+        )
+        return self.run(LIMIT, command)
+
+    def merge(self, way: str, command: Sequence[object], *options: object) -> Ended:
+        done = self.run(way, (
+            *command, *self.models, "--output", self.out(way), "--scale", SCALE, "--backend", "cpu", "--quiet",
+            "--memory-budget", self.budget, "--report", self.report, *options,
+        ))  # fmt: skip
+        self.reports.setdefault(way, []).append(json.loads(self.report.read_text()))
+        return done
+
+    def run(self, way: str, command: Sequence[object]) -> Ended:
+        with self.group() as group:
+            done = processes.done(command, group)
+            self.peaks.setdefault(way, []).append(group.peak() if group else None)
+        return done
+
+    @contextmanager
+    def group(self) -> Iterator[processes.Group | None]:
+        if self.limit is None:
+            yield None
+            return
+        with processes.limited(self.limit) as group:
+            yield group
+
+    def check(self, ways: dict[str, Callable[[], Ended]]) -> None:
+        """The first way's output has the reference's bits, the others' its bytes."""
+        self.prepare()
+        for way in ways.values():
+            way()
+        first, *others = map(self.out, ways)
+        if wrong := llamas.differing(first, self.models[0], self.models[1:]):
+            raise processes.Failed(f"{wrong:,} elements differ from the reference's, no speed")
+        for other in others:
+            for path in llamas.weights(first):
+                if not filecmp.cmp(path, other / path.name, shallow=False):
+                    raise processes.Failed(
+                        f"{other.name}: {path.name} differs from that of {first.name}, no speed"
+                    )
+
+    def rows(
+        self, model: llamas.Llama, ways: dict[str, Callable[[], Ended]], rounds: int
+    ) -> list[dict[str, Any]]:
+        self.check(ways)
+        found = processes.alternate({LIMIT: self.floor, **ways}, rounds, self.prepare)
+        limits = [done.seconds for done in found[LIMIT]]
+        within = "no limit" if self.limit is None else f"within {self.limit:,} bytes"
+        return [
+            {
+                "suite": "out of core", "layout": "Llama in sharded files", "way": way, "dtype": model.dtype,
+                "n": len(self.models) - 1, "numel": model.numel, "bytes": self.moved, "state": f"cold, {within}",
+                "rounds": rounds, **percentiles(taken), "GB/s": self.moved / statistics.median(taken) / 1e9,
+                "limit": LIMIT, "limit GB/s": self.moved / statistics.median(limits) / 1e9,
+                "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
+                "budget": self.budget, "peak MB": max(done.peak for done in of_way) / 1e6,
+                "group's peak MB": self._peak(way), **self._told(way),
+            }
+            for way, of_way in found.items()
+            for taken in [[done.seconds for done in of_way]]
+        ]  # fmt: skip
+
+    def _peak(self, way: str) -> float | None:
+        peaks = [peak for peak in self.peaks[way] if peak is not None]
+        return max(peaks) / 1e6 if peaks else None
+
+    def _told(self, way: str) -> dict[str, Any]:
+        """What the reports of a way say: seconds without the process around them, and what was read."""
+        if way not in self.reports:
+            return {"own seconds": None, "read": None}
+        reports = self.reports[way]
+        inputs = sum(path.stat().st_size for path in self.files)
+        return {
+            "own seconds": statistics.median(report["seconds"] for report in reports[1:]),
+            "read": reports[0]["bytes_read"] / inputs,
+        }
+
+
+def ways_of(given: argparse.Namespace, case: Case) -> dict[str, Callable[[], Ended]]:
+    """What takes turns with the floor: the first is compared with the reference, the others with the first."""
+    if given.partial:
+        return {
+            "negmerge": partial(case.merge, "negmerge", MERGE, "--threads", THREADS),
+            "negmerge, skipping": partial(
+                case.merge, "negmerge, skipping", MERGE, "--threads", THREADS, "--skip-unchanged"
+            ),
+        }
+    one = {"negmerge": partial(case.merge, "negmerge", MERGE, "--threads", THREADS)}
+    if given.ranks:
+        return {
+            **one,
+            "negmerge, 2 ranks": partial(case.merge, "negmerge, 2 ranks", TORCHRUN, "--threads", 1),
+        }
+    return one
+
+
+def lacking(given: argparse.Namespace) -> str | None:
+    """Why a case cannot be measured here."""
+    if given.ranks and not importlib.util.find_spec("negmerge_fast.ranks"):
+        return "negmerge_fast has no ranks here"
+    if given.partial and "--skip-unchanged" not in processes.done((*MERGE, "--help")).said:
+        return "`negmerge merge` has no --skip-unchanged here"
+    return None
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--models", type=int, default=8, help="fine-tuned versions")
+    options.add_argument("--layers", type=int, default=MODEL.layers)
+    options.add_argument(
+        "--shrink", type=int, default=1, help="what dimensions are divided by: 1, 2, 4, … 32"
+    )
+    options.add_argument("--shard", default="512MiB", help="the longest file")
+    options.add_argument("--limit", default="1GiB", help="of the control group")
+    options.add_argument("--budget", default="auto", help="--memory-budget of the merges")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk that is measured")
+    case_of = options.add_mutually_exclusive_group()
+    case_of.add_argument("--partial", action="store_true")
+    case_of.add_argument("--ranks", action="store_true")
+    given = options.parse_args()
+    if reason := lacking(given):
+        print(f"outofcore: {reason}")
+        return
+    limit: int | None = parse_size(given.limit)
+    if reason := processes.why_not():
+        print(f"outofcore: {reason}: measured without a limit")
+        limit = None
+    model = llamas.Llama(given.layers, *MODEL[1:]).shrunk(given.shrink)
+    try:
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            models = llamas.make(Path(name), model, given.models, parse_size(given.shard), given.partial)
+            case = Case(Path(name), models, limit, given.budget)
+            rows = case.rows(model, ways_of(given, case), given.rounds)
+    except (OSError, processes.Failed) as error:
+        sys.exit(f"outofcore: {error}")
+    record("outofcore.jsonl", rows, also=("own seconds", "read", "peak MB", "group's peak MB"))
+
+
+if __name__ == "__main__":
+    main()

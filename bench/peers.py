@@ -1,0 +1,184 @@
+"""Models in files merged by others: the plain formula in PyTorch, and mergekit's task_arithmetic and ties.
+
+A base and 8 fine-tuned versions of a small Llama, 4.8 GB of F32 in the page cache; outputs go to a tmpfs. Each way is a process
+of its own, timed whole, and they take turns. The formula's output and ours are compared first: both have the reference's bits.
+mergekit has no method like it; these two read as much, write as much and compute less (task_arithmetic) or about as much (ties).
+The limit reads every input byte once, 256 KiB at a time, and writes every output byte once. Bytes counted are just those.
+
+mergekit needs an environment of its own, because it pins what it needs: --mergekit FOLDER says where one is or is to be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import llamas
+import processes
+from processes import Ended, Failed
+from rows import percentiles, record
+
+from negmerge_fast.measure.limits import read_files
+from negmerge_fast.measure.work import SCALE
+
+ROOT = Path(__file__).parents[1]
+MODEL = llamas.Llama(12, 768, 2048, 768, 12, 32000, "F32")
+MODELS, THREADS = 8, 2
+LIMIT, OURS, PLAIN = "read and write", "negmerge merge", "load_file, formula, save_file"
+METHODS = {"task_arithmetic": {}, "ties": {"density": 1.0}}
+
+
+class Case:
+    def __init__(self, models: list[Path], outs: Path, mergekit: Path | None) -> None:
+        self.models, self.outs = models, outs
+        self.files = [path for model in models for path in llamas.weights(model)]
+        self.size = sum(path.stat().st_size for path in llamas.weights(models[0]))
+        self.report = models[0].parent / "report.json"
+        self.own_seconds: list[float] = []
+        self.ways: dict[str, Callable[[], Ended]] = {LIMIT: self.floor, OURS: self.ours, PLAIN: self.plain}
+        if mergekit:
+            self.ways |= {
+                f"mergekit {method}": partial(self.mergekit, mergekit, method) for method in METHODS
+            }
+
+    def prepare(self) -> None:
+        """No outputs, and all inputs in the page cache."""
+        shutil.rmtree(self.outs, ignore_errors=True)
+        self.outs.mkdir()
+        read_files(self.files, THREADS)
+
+    def floor(self) -> Ended:
+        floor = Path(__file__).with_name("floor.py")
+        options = ("--stroke", 256 << 10, "--threads", THREADS)
+        return processes.done((sys.executable, floor, self.outs / "floor", *self.models, *options))
+
+    def ours(self) -> Ended:
+        options = ("--output", self.outs / "ours", "--scale", SCALE, "--report", self.report, "--quiet")
+        done = processes.done((sys.executable, "-m", "negmerge_fast", "merge", *self.models, *options))
+        self.own_seconds.append(json.loads(self.report.read_text())["seconds"])
+        return done
+
+    def plain(self) -> Ended:
+        formula = Path(__file__).with_name("formula.py")
+        return processes.done((sys.executable, formula, self.outs / "plain", *self.models))
+
+    def mergekit(self, environment: Path, method: str) -> Ended:
+        base, *models = map(str, self.models)
+        # JSON is YAML.
+        recipe = {
+            "merge_method": method, "base_model": base, "dtype": "float32",
+            "models": [{"model": model, "parameters": {"weight": 1.0, **METHODS[method]}} for model in models],
+            "parameters": {"normalize": True, "lambda": -SCALE},
+        }  # fmt: skip
+        config = self.outs / f"{method}.yaml"
+        config.write_text(json.dumps(recipe))
+        out = self.outs / method
+        done = processes.done((environment / "bin" / "mergekit-yaml", config, out, "--quiet"))
+        if (written := sum(path.stat().st_size for path in llamas.weights(out))) < self.size:
+            raise Failed(f"mergekit {method}: {written:,} bytes written, expected at least {self.size:,}")
+        return done
+
+    def check(self) -> None:
+        """Each way once: ours and the formula have the reference's bits."""
+        self.prepare()
+        for way in self.ways.values():
+            way()
+        for name, out in ((OURS, "ours"), (PLAIN, "plain")):
+            if wrong := llamas.differing(self.outs / out, self.models[0], self.models[1:]):
+                raise Failed(f"{name}: {wrong:,} elements differ from the reference's, no speed")
+
+    def rows(self, model: llamas.Llama, rounds: int) -> list[dict[str, Any]]:
+        self.check()
+        self.own_seconds.clear()
+        found = processes.alternate(self.ways, rounds, self.prepare)
+        seconds = {way: [done.seconds for done in of_way] for way, of_way in found.items()}
+        moved = (len(self.models) + 1) * self.size
+        return [
+            {
+                "suite": "peers", "layout": "Llama 134M in files", "way": way, "dtype": model.dtype,
+                "n": len(self.models) - 1, "numel": model.numel, "bytes": moved, "state": "warm, to tmpfs",
+                "rounds": rounds, **percentiles(taken), "GB/s": moved / statistics.median(taken) / 1e9,
+                "limit": LIMIT, "limit GB/s": moved / statistics.median(seconds[LIMIT]) / 1e9,
+                "of_limit": _ratio(seconds[LIMIT], taken), "times ours": _ratio(taken, seconds[OURS]),
+                "own seconds": statistics.median(self.own_seconds) if way == OURS else None,
+                "peak MB": max(done.peak for done in found[way]) / 1e6,
+                "differing": 0 if way in (OURS, PLAIN) else None,
+            }
+            for way, taken in seconds.items()
+        ]  # fmt: skip
+
+
+def _ratio(some: list[float], others: list[float]) -> float:
+    """The median over the rounds."""
+    return statistics.median(a / b for a, b in zip(some, others, strict=True))
+
+
+def environment(folder: Path) -> Path:
+    """Where mergekit is, made if there is nothing. Raises Failed where it cannot be had."""
+    program = folder / "bin" / "mergekit-yaml"
+    if not folder.exists():
+        print(f"peers: mergekit is installed into {folder}", flush=True)
+        # Without the constraint pip would take another torch, and gigabytes for GPUs.
+        constraint = ("-c", ROOT / "constraints.txt")
+        try:
+            processes.done((sys.executable, "-m", "venv", folder))
+            pip = (folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install")
+            processes.done((*pip, *constraint, "mergekit>=0.1.4"))
+        except Failed:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    if not program.is_file():
+        raise Failed(f"{program}: no such file")
+    return folder
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--mergekit", type=Path, default=ROOT / ".mergekit", metavar="FOLDER")
+    options.add_argument("--without-mergekit", action="store_true")
+    options.add_argument("--layers", type=int, default=MODEL.layers)
+    options.add_argument(
+        "--shrink", type=int, default=1, help="what dimensions are divided by: 1, 2, 4, … 32"
+    )
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--folder", type=Path, default=Path.cwd(), help="where the models go")
+    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    given = options.parse_args()
+    model = llamas.Llama(given.layers, *MODEL[1:]).shrunk(given.shrink)
+    if not os.access(given.tmpfs, os.W_OK):
+        sys.exit(f"peers: {given.tmpfs} cannot be written; --tmpfs says where there is a tmpfs")
+    mergekit = None
+    try:
+        if given.without_mergekit:
+            print("peers: mergekit is left out, as asked for")
+        else:
+            mergekit = environment(given.mergekit.absolute())
+    except Failed as error:
+        print(f"peers: mergekit is left out: {error}")
+    # All models are here.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=given.folder) as inputs,
+            tempfile.TemporaryDirectory(dir=given.tmpfs) as outputs,
+        ):
+            models = llamas.make(Path(inputs), model, MODELS, shard=5 << 30)
+            rows = Case(models, Path(outputs) / "outs", mergekit).rows(model, given.rounds)
+    except (OSError, Failed) as error:
+        sys.exit(f"peers: {error}")
+    record("peers.jsonl", rows, also=("times ours", "own seconds", "peak MB"))
+
+
+if __name__ == "__main__":
+    main()

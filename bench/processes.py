@@ -1,0 +1,150 @@
+"""A command as a process of its own, within a memory limit perhaps: how long it takes, and the most memory that it uses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import NamedTuple
+
+from negmerge_fast.budget import control_groups
+
+# Of both kinds of control groups: the limit, and the most that was used.
+_FILES = (("memory.limit_in_bytes", "memory.max_usage_in_bytes"), ("memory.max", "memory.peak"))
+
+# A small process between: what a process has of its parent's memory before it becomes another program counts as its own.
+_TIMED = """
+import os, sys, time
+to = int(sys.argv[1])
+os.set_inheritable(to, False)
+began = time.perf_counter()
+child = os.fork()
+if not child:
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(child, 0)
+found = os.waitstatus_to_exitcode(status), time.perf_counter() - began, used.ru_maxrss
+os.write(to, " ".join(map(str, found)).encode())
+"""
+
+
+class Ended(NamedTuple):
+    """seconds: of the whole process. peak: bytes of the largest process of it, pages of mapped files included. said: all output."""
+
+    status: int
+    seconds: float
+    peak: int
+    said: str
+
+
+class Failed(Exception):
+    """A command that was to be timed, and failed: one line."""
+
+
+class Group:
+    """A memory control group."""
+
+    def __init__(self, folder: Path, most_used: str) -> None:
+        self.folder, self._most_used = folder, most_used
+
+    def holding(self, command: Sequence[object]) -> list[str]:
+        """The command, which first puts itself into the group."""
+        enter = 'echo $$ > "$0" && exec "$@"'
+        return ["sh", "-c", enter, str(self.folder / "cgroup.procs"), *map(str, command)]
+
+    def peak(self) -> int | None:
+        """The most that was used, in bytes, pages of files included; None: the kernel does not tell."""
+        try:
+            return int((self.folder / self._most_used).read_text())
+        except OSError:
+            return None
+
+
+@contextmanager
+def limited(size: int) -> Iterator[Group]:
+    """A new group, in our own or in the nearest above it that can hold one, that may use so many bytes.
+
+    Raises OSError where none can be made.
+    """
+    group = _new()
+    try:
+        limit, peak = next(names for names in _FILES if (group / names[0]).exists())
+        (group / limit).write_text(str(size))
+        yield Group(group, peak)
+    finally:
+        _remove(group)
+
+
+def _new() -> Path:
+    error = OSError("no memory controller is mounted")
+    for above in control_groups():
+        group = above / f"negmerge-{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            group.mkdir()
+        except OSError as refused:
+            error = refused
+            continue
+        if any((group / limit).exists() for limit, _ in _FILES):
+            return group
+        group.rmdir()
+    raise error
+
+
+def _remove(group: Path) -> None:
+    for _ in range(50):  # its last process may still be on its way out
+        try:
+            return group.rmdir()
+        except OSError:
+            time.sleep(0.1)
+    group.rmdir()
+
+
+def why_not() -> str | None:
+    """Why no group can be made here; None if one can."""
+    try:
+        with limited(1 << 30):
+            return None
+    except OSError as error:
+        return f"no memory control group can be made ({error.strerror or error})"
+
+
+def ended(command: Sequence[object], group: Group | None = None, cwd: Path | None = None) -> Ended:
+    """Run a command to its end, in the group."""
+    arguments = group.holding(command) if group else list(map(str, command))
+    reading, writing = os.pipe()
+    with TemporaryFile() as said, open(reading) as told:
+        timed = [sys.executable, "-c", _TIMED, str(writing), *arguments]
+        subprocess.run(timed, stdout=said, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=[writing])
+        os.close(writing)
+        status, seconds, peak = told.read().split()
+        said.seek(0)
+        return Ended(int(status), float(seconds), 1024 * int(peak), said.read().decode(errors="replace"))
+
+
+def done(command: Sequence[object], group: Group | None = None) -> Ended:
+    """Run a command to its good end. Raises Failed, with the last that it said."""
+    found = ended(command, group)
+    if found.status:
+        last = (found.said.strip().splitlines() or ["it said nothing"])[-1]
+        raise Failed(f"exit status {found.status}: {last[:300]}")
+    return found
+
+
+def alternate(
+    ways: Mapping[str, Callable[[], Ended]], rounds: int, before: Callable[[], object]
+) -> dict[str, list[Ended]]:
+    """What each way's process took in each round. One round runs them all in turn, so that a drift of the machine hits all.
+
+    before: done before each, and not timed.
+    """
+    found: dict[str, list[Ended]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name, way in ways.items():
+            before()
+            found[name].append(way())
+            print(f"round {number + 1} of {rounds}: {name}, {found[name][-1].seconds:.2f} s", flush=True)
+    return found

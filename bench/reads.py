@@ -1,0 +1,215 @@
+"""Positioned reads or memory maps: the inputs of a streamed merge, in its own strokes, had in one way or the other.
+
+Two threads take the strokes of a base and 8 fine-tuned versions as they come. "positioned reads" has them as the engine does: read
+into memory that stays in the cache, and merged there. "maps" merges where the files are mapped, in pages that are asked for stroke by
+stroke, with MADV_WILLNEED (a thread then waits for each that has not come) or MADV_POPULATE_READ (it waits for all at once), and
+given back behind. The output goes to a tmpfs, whose pages are there already; the inputs are in the page cache (warm) or were put
+out of it (cold). All ways take turns and must make the reference's output. The limit reads every input byte once, 256 KiB at a time,
+on as many threads, and writes every output byte once. Bytes counted are just those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from rows import alternate, percentiles, record
+from strokes import DTYPES, make
+
+import negmerge_fast as nm
+from negmerge_fast import native, stream
+from negmerge_fast.checkpoints import File, Reader
+from negmerge_fast.lanes import Lane, Timeline
+from negmerge_fast.measure.limits import make_cold, read_files
+from negmerge_fast.measure.work import RULE, SCALE
+from negmerge_fast.plan import Extent, Plan, pieces
+from negmerge_fast.rule import Batch, Stream
+
+MODELS, THREADS = 8, 2
+LIMIT = "read and write"
+# Python names it from 3.14 on; Linux has it from 5.14 on.
+POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
+ADVICE = {
+    "maps, WILLNEED": (mmap.MADV_WILLNEED,),
+    "maps, POPULATE_READ": (POPULATE_READ,),
+    "maps, WILLNEED and POPULATE_READ": (mmap.MADV_WILLNEED, POPULATE_READ),
+}
+
+
+# What a piece becomes.
+Merged = Callable[[Extent], memoryview]
+
+
+@contextmanager
+def reads(plan: Plan) -> Iterator[Merged]:
+    """As stream.py has them."""
+    versions = len(plan.models) + 1
+
+    def merged(piece: Extent) -> memoryview:
+        first, *others = piece.sources
+        buffers = lane.hold([source.nbytes for source in piece.sources])
+        if not reader.read_into(first.file, first.offset, buffers[0]):
+            for source in others:
+                reader.expect(source.file, source.offset, source.nbytes)
+        for source, buffer in zip(others, buffers[1:], strict=True):
+            reader.read_into(source.file, source.offset, buffer)
+        for batch, _ in stream._batches(piece, "cpu", *lane.on_cpu()):
+            native.merge_cpu(batch, RULE, 1)
+        return buffers[0]
+
+    with Reader(versions) as reader, Lane(versions, stream._LONGEST, Timeline(kept=False)) as lane:
+        yield merged
+
+
+@contextmanager
+def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
+    """Merged where the files are mapped, into memory that stays in the cache."""
+    checkpoints = (plan.base, *plan.models)
+    mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
+    out = np.empty(stream._LONGEST, np.uint8)
+
+    def advise(piece: Extent, what: int) -> None:
+        for file, offset, size in piece.sources:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped[file].madvise(what, start, offset + size - start)
+
+    def merged(piece: Extent) -> memoryview:
+        for what in advice:
+            advise(piece, what)
+        inputs = [np.frombuffer(mapped[file], np.uint8, size, offset) for file, offset, size in piece.sources]
+        if piece.members:
+            _merge_apart(piece, inputs, out)
+        else:
+            out[: len(inputs[0])] = inputs[0]
+        advise(piece, mmap.MADV_DONTNEED)
+        return out[: len(inputs[0])].data
+
+    yield merged
+
+
+def _mapped(file: File) -> mmap.mmap:
+    descriptor = file.open()
+    try:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
+def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
+    """Merge a piece into memory of its own: the engine's batches write where the base is."""
+    addresses = [held.ctypes.data for held in inputs]
+    elsewhere = out.ctypes.data - addresses[0]
+    for batch, _ in stream._batches(piece, "cpu", addresses, inputs):
+        segments = [
+            segment._replace(out=Stream(segment.base.address + elsewhere, batch.signature.result, out))
+            for segment in batch.segments
+        ]
+        native.merge_cpu(Batch("cpu", batch.signature, segments), RULE, 1)
+
+
+def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
+    """Merge the files of a plan, which have one file each, on some threads."""
+    coming, lock = pieces(plan, stream._LONGEST), Lock()
+
+    def take() -> Extent | None:
+        with lock:
+            return next(coming, None)
+
+    def work(_: int) -> None:
+        with way(plan) as merged:
+            while piece := take():
+                os.pwrite(target, merged(piece), piece.sources[0].offset)
+
+    target = os.open(out, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(work, range(THREADS)))
+    finally:
+        os.close(target)
+
+
+def limit(paths: list[Path], out: Path) -> None:
+    read_files(paths, THREADS)
+    stroke = bytes(256 << 10)
+    left = paths[0].stat().st_size
+    with open(out, "r+b", buffering=0) as file:
+        while left:
+            left -= file.write(stroke[: min(left, len(stroke))])
+
+
+def measure(
+    dtype: str, paths: list[Path], folder: Path, rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each way, warm and cold, and what to say of them."""
+    merged, out = folder / "merged.safetensors", folder / "out.safetensors"
+    usual = nm.merge_checkpoints(paths[0], paths[1:], merged, scale=SCALE, backend="torch")
+    plan = stream.prepare(paths[0], paths[1:], folder / "none.safetensors", scale=SCALE).plan
+    ways = {"positioned reads": partial(run, plan, out, reads)}
+    ways |= {name: partial(run, plan, out, partial(maps, advice=advice)) for name, advice in ADVICE.items()}
+    for name, way in ways.items():
+        out.unlink(missing_ok=True)
+        way()
+        assert out.read_bytes() == merged.read_bytes(), f"{name}: not the reference's output"
+    moved = usual.bytes_read + usual.bytes_written
+    rows, said = [], []
+    for state, before in (("warm", partial(read_files, paths, THREADS)), ("cold", partial(make_cold, paths))):
+        seconds = alternate({LIMIT: partial(limit, paths, out), **ways}, rounds, before)
+        limits = seconds.pop(LIMIT)
+        for way, taken in seconds.items():
+            rows.append({
+                "suite": "tune", "layout": "files", "way": way, "dtype": dtype, "n": MODELS, "numel": usual.elements,
+                "bytes": moved, "state": f"{state}, to tmpfs", "rounds": rounds, **percentiles(taken),
+                "GB/s": moved / statistics.median(taken) / 1e9, "limit": LIMIT,
+                "limit GB/s": moved / statistics.median(limits) / 1e9,
+                "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
+            })  # fmt: skip
+        best = min(rows[-len(seconds) :], key=lambda row: float(row["p50"]))
+        said.append(f"{dtype}, {state}: {best['way']}, {best['of_limit']:.2f} of {LIMIT}")
+    for path in (merged, out):
+        path.unlink()
+    return rows, said
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--bytes", type=int, default=2 << 30, help="of all files together")
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk that is measured")
+    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    given = options.parse_args()
+    if not given.tmpfs.is_dir():
+        print(f"reads: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
+        return
+    if reason := native.why_not("cpu", "cpu"):
+        print(f"reads: the compiled kernel {reason}")
+        return
+    rows, said = [], []
+    with (
+        tempfile.TemporaryDirectory(dir=given.folder) as inputs,
+        tempfile.TemporaryDirectory(dir=given.tmpfs) as outputs,
+    ):
+        for dtype, kind in DTYPES.items():
+            numel = given.bytes // (MODELS + 1) // kind.itemsize // 1024 * 1024
+            paths = make(Path(inputs), MODELS + 1, kind, numel)
+            found, lines = measure(dtype, paths, Path(outputs), given.rounds)
+            rows += found
+            said += lines
+            for path in paths:
+                path.unlink()
+    record("reads.jsonl", rows)
+    print("\n".join(said))
+
+
+if __name__ == "__main__":
+    main()
