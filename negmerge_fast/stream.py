@@ -39,6 +39,7 @@ from .rule import (
     Stream,
     require_choice,
 )
+from .unread import Block, Unread, none_agreed
 from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
 from .writer import Output
 
@@ -60,7 +61,10 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge of checkpoints did; its fields are those of the JSON report. seconds: wall time."""
+    """What a merge of checkpoints did; its fields are those of the JSON report. seconds: wall time.
+
+    bytes_skipped: those of the inputs that did not need to be read.
+    """
 
     base: str
     models: list[str]
@@ -74,6 +78,7 @@ class Report:
     consensus_ratio: float
     nonfinite: int
     bytes_read: int
+    bytes_skipped: int
     bytes_written: int
     seconds: float
     tensors: list[dict[str, Any]]
@@ -97,6 +102,7 @@ def merge_checkpoints(
     device: str = "auto",
     memory_budget: int | str = "1GiB",
     threads: int | None = None,
+    skip_unchanged: bool | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -112,6 +118,8 @@ def merge_checkpoints(
     include, exclude: regular expressions on tensor names; the others are the base's, untouched.
     device: "cpu", or one of torch's, through which all is streamed; "auto" decides by what was measured (costs.py).
     memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated, on the host and on a device.
+    skip_unchanged: of a block in which no element can agree any more, because a model left it unchanged, say, read no more
+        models. The output is the same; a NaN in what is not read is not seen, so that None does it with "keep-base" only.
     progress: called with (bytes done, bytes in all) after every stroke; it may raise to stop the job.
 
     Raises InputError (a ValueError) for bad input, OSError when reading or writing fails.
@@ -119,7 +127,7 @@ def merge_checkpoints(
     job = prepare(
         base, finetuned, output, scale=scale, min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite,
         include=include, exclude=exclude, backend=backend, device=device, memory_budget=memory_budget,
-        threads=threads, overwrite=overwrite,
+        threads=threads, skip_unchanged=skip_unchanged, overwrite=overwrite,
     )  # fmt: skip
     return job.run(progress)
 
@@ -139,6 +147,7 @@ def prepare(
     device: str = "auto",
     memory_budget: int | str = "1GiB",
     threads: int | None = None,
+    skip_unchanged: bool | None = None,
     overwrite: bool = False,
 ) -> Job:
     """Check everything that merge_checkpoints is given, and write nothing."""
@@ -166,8 +175,11 @@ def prepare(
     signatures = {member.signature for extent in plan.extents for member in extent.members}
     name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    fitted = _fit(budget.parse_size(memory_budget), way.device, name, len(models), tensors, threads)
-    return Job(plan, rule, nonfinite, place, name, merge, way, *fitted, threads)
+    skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
+    looker, look = backends.choose("auto", "cpu") if skip else ("", None)
+    fitted = _fit(budget.parse_size(memory_budget), way.device, (name, looker), len(models), tensors, threads)
+    unread = Unread(rule, len(models), look)
+    return Job(plan, rule, nonfinite, place, name, merge, way, *fitted, threads, unread)
 
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
@@ -180,12 +192,15 @@ def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> cos
 
 
 def _fit(
-    room: int, device: str, backend: str, models: int, tensors: int, threads: int | None
+    room: int, device: str, used: tuple[str, str], models: int, tensors: int, threads: int | None
 ) -> tuple[int, int, int]:
-    """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device."""
+    """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device.
+
+    used: the backend that merges, and the one that looks whether there is more to read.
+    """
     what, longest, block = "memory_budget", _LONGEST, _BLOCK
     threads = threads or backends.usual_threads()
-    most, scratch = _LANES_IN_TURNS, 0 if backend in ("cuda", "triton") else _SCRATCH
+    most, scratch = _LANES_IN_TURNS, _SCRATCH if "torch" in used else 0
     if device != "cpu":
         most, longest, block = threads + _LANES_THAT_WAIT, _LONGEST_TO_DEVICE, _BLOCK_ON_DEVICE
         # Page-locked memory is nobody else's any more: no more than half of what there is.
@@ -196,8 +211,8 @@ def _fit(
         for place, size in free.items():
             if size < room:
                 what, room = place, size
-    elif backend in backends.CONCURRENT:
-        most, scratch = max(threads, _FEWEST_LANES), 0
+    elif used[0] in backends.CONCURRENT:
+        most = max(threads, _FEWEST_LANES)
     most = min(most, max(_most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
     return budget.fit(
         room, what, models=models, tensors=tensors, lanes=most, longest=longest, scratch=scratch, block=block
@@ -233,6 +248,7 @@ class Job:
     chunk: int
     memory: int
     threads: int | None
+    unread: Unread
 
     def costs(self) -> costs.Costs | None:
         """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
@@ -247,7 +263,7 @@ class Job:
         """Do it: the output is published whole, or nothing is left of it. timeline: is told when each worker did what."""
         began = time.perf_counter()
         with self.output:
-            stats = self._stream(progress, timeline or lanes.Timeline(kept=False))
+            stats, skipped = self._stream(progress, timeline or lanes.Timeline(kept=False))
             made_of: dict[str, Any] = {
                 "base": str(self.plan.base.path),
                 "models": [str(model.path) for model in self.plan.models],
@@ -268,14 +284,16 @@ class Job:
             agreed=stats.agreed,
             consensus_ratio=stats.consensus_ratio,
             nonfinite=stats.nonfinite,
-            bytes_read=self.plan.bytes_read,
+            bytes_read=self.plan.bytes_read - skipped,
+            bytes_skipped=skipped,
             bytes_written=self.plan.bytes_written,
             seconds=time.perf_counter() - began,
             tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
         )
 
-    def _stream(self, progress: Progress | None, timeline: lanes.Timeline) -> Stats:
-        stats = Stats()
+    def _stream(self, progress: Progress | None, timeline: lanes.Timeline) -> tuple[Stats, int]:
+        """What was counted, and how many bytes were not read."""
+        stats, skipped = Stats(), 0
         total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
         taken = Pieces(pieces(self.plan, self.chunk), ahead=4 * self.workers)
         done: Queue = SimpleQueue()
@@ -298,13 +316,14 @@ class Job:
                 for runs, counts in piece.counted:
                     stats.add(runs, counts)
                 moved += piece.moved
+                skipped += piece.skipped
                 if progress:
                     progress(moved, total)
                 taken.settled()
         finally:
             taken.stop(self.workers)
             join(started)
-        return stats
+        return stats, skipped
 
     def _work(
         self, taken: Pieces, done: Queue, turns: Semaphore, release: bool, timeline: lanes.Timeline
@@ -320,25 +339,46 @@ class Job:
                     number, piece = next_piece
                     base = piece.sources[0]
                     buffers = lane.hold([source.nbytes for source in piece.sources])
+                    block = Block(self.unread, piece, *lane.on_cpu())
                     with timeline.span("read"):
-                        self._read(piece, reader, buffers, release)
-                    counted = self._merge(piece, lane, turns) if piece.members else []
+                        skipped = self._read(piece, block, reader, buffers, release)
+                    counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
                     with timeline.span("write"):
                         self.output.write(piece.target, base.offset, buffers[0], release)
-                    done.put((number, Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
+                    moved = base.nbytes + sum(s.nbytes for s in piece.sources)
+                    done.put((number, Done(moved, counted, skipped)))
                     number = NONE
         except BaseException as error:
             done.put((number, Done(error=error)))
         done.put(None)
 
-    def _read(self, piece: Extent, reader: Reader, buffers: list[memoryview], release: bool) -> None:
+    def _read(
+        self, piece: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
+    ) -> int:
+        """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
         first, *others = piece.sources
         cached = reader.read_into(first.file, first.offset, buffers[0], release)
-        if not cached:  # nor are the others, then: the disk may fetch them all at once
-            for source in others:
-                reader.expect(source.file, source.offset, source.nbytes)
-        for source, buffer in zip(others, buffers[1:], strict=True):
-            reader.read_into(source.file, source.offset, buffer, release)
+        skipped, expected, soon = 0, 0, self.unread.needed
+        for k, (source, buffer) in enumerate(zip(others, buffers[1:], strict=True)):
+            if k in self.unread.after:
+                block.look(k)
+                if not block.alive:
+                    self.unread.needed = k
+                    return skipped + sum(source.nbytes for source in others[k:])
+            if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
+                for version, coming in enumerate(others[k:soon], k + 1):
+                    for begin, end in block.runs(version):
+                        reader.expect(coming.file, coming.offset + begin, end - begin)
+                expected, soon = soon, len(others)
+            runs = block.runs(k + 1)
+            if unread := source.nbytes - sum(end - begin for begin, end in runs):
+                skipped += unread
+                np.frombuffer(buffer, np.uint8).fill(0)
+            for begin, end in runs:
+                reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
+        if others:
+            self.unread.needed = len(others)
+        return skipped
 
     def _merge(self, piece: Extent, lane: lanes.Lane, turns: Semaphore) -> list[Counted]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
