@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from .workers import Counted
 
 # Elements of the first window: enough to have one that is left, where models were fine-tuned densely, few enough to cost little
 # more than the call. Each further window of a lot is so many times longer.
-_FIRST, _GROWTH = 4096, 8
+_FIRST, _GROWTH = 1024, 16
 # Tensors shorter than this share of a piece are looked at together with their neighbours.
 _SHARE = 1 / 16
 
@@ -53,27 +54,26 @@ class Unread:
         self.needed = models
 
 
-class _Stretch(NamedTuple):
-    """Elements of one signature, neighbours in every version: how many, and from which addresses on."""
+class _Window(NamedTuple):
+    """Elements that are looked at together; the segment has all models."""
 
     signature: Signature
-    numel: int
-    addresses: list[int]
+    segment: Segment
 
 
 @dataclass(frozen=True, eq=False)
 class _Lot:
     """Neighbouring tensors that are read for as long as an element of theirs can agree.
 
-    ends: the addresses after them. seen: windows that were looked at; the first had an element that was left.
+    begins, ends: where in each version. seen: windows that were looked at; the first had an element that was left.
     """
 
-    stretches: list[_Stretch]
+    begins: list[int]
     ends: list[int]
-    seen: deque[_Stretch]
-    coming: Iterator[_Stretch]
+    coming: Iterator[_Window]
+    seen: deque[_Window]
 
-    def windows(self) -> Iterator[_Stretch]:
+    def windows(self) -> Iterator[_Window]:
         """All of its elements, those first where one was left."""
         for _ in range(len(self.seen)):
             yield self.seen[0]
@@ -97,7 +97,7 @@ class Block:
 
     def look(self, models: int) -> None:
         """Give up what no longer can agree after so many models."""
-        lots = list(_lots(self._piece, self._addresses)) if self._lots is None else self._lots
+        lots = list(_lots(self._piece, self._addresses, self._owner)) if self._lots is None else self._lots
         open_lots = [(lot, lot.windows()) for lot in lots]
         alive: set[_Lot] = set()
         while open_lots:
@@ -107,21 +107,19 @@ class Block:
             open_lots = [(lot, rest) for (lot, rest, _), found in zip(tried, left, strict=True) if not found]
         self._lots = [lot for lot in lots if lot in alive]
 
-    def _left(self, windows: Sequence[_Stretch], models: int) -> list[bool]:
+    def _left(self, windows: Sequence[_Window], models: int) -> list[bool]:
         """Whether each window has an element that can agree."""
+        rows: dict[Signature, list[int]] = {}
+        for row, window in enumerate(windows):
+            rows.setdefault(window.signature, []).append(row)
         found = [False] * len(windows)
         assert self._unread.merge
-        for signature in {window.signature for window in windows}:
-            result, dtypes, task_vectors = signature
-            stored = (result, *dtypes[:models])
-            which = [row for row, window in enumerate(windows) if window.signature == signature]
-            segments = []
-            for row in which:
-                streams = [Stream(a, d, self._owner) for a, d in zip(windows[row].addresses, stored)]  # noqa: B905
-                segments.append(Segment(windows[row].numel, streams[0], streams[1:], None))
-            batch = Batch("cpu", Signature(result, stored[1:], task_vectors), segments)
+        for (result, dtypes, task_vectors), same in rows.items():
+            whole = [windows[row].segment for row in same]
+            segments = [Segment(s.numel, s.base, s.models[:models], None) for s in whole]
+            batch = Batch("cpu", Signature(result, dtypes[:models], task_vectors), segments)
             counts = self._unread.merge(batch, self._unread.rule, 1).tolist()
-            for row, (agreed, nonfinite) in zip(which, counts, strict=True):
+            for row, (agreed, nonfinite) in zip(same, counts, strict=True):
                 found[row] = bool(agreed or nonfinite)
         return found
 
@@ -131,49 +129,51 @@ class Block:
             return [(0, self._piece.sources[version].nbytes)]
         runs: list[tuple[int, int]] = []
         for lot in self._lots:
-            begin, end = lot.stretches[0].addresses[version], lot.ends[version]
+            begin, end = lot.begins[version], lot.ends[version]
             if runs and runs[-1][1] == begin:
                 begin = runs.pop()[0]
             runs.append((begin, end))
-        start = self._addresses[version]
-        return [(begin - start, end - start) for begin, end in runs]
+        return runs
 
 
-def _lots(piece: Extent, addresses: list[int]) -> Iterator[_Lot]:
+def _lots(piece: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
     share = piece.sources[0].nbytes * _SHARE
-    groups: list[list[tuple[Signature, int]]] = []
+    # Of each lot, its runs of elements of one signature: neighbours in every version, whatever tensors they are of.
+    lots: list[list[tuple[Signature, int]]] = []
     size = share
     for member in piece.members:
         signature, numel = member.signature, member.numel
         here = numel * FLOAT_SIZES[signature.result]
         if max(size, here) >= share:
-            groups.append([])
+            lots.append([])
             size = 0
         size += here
-        if groups[-1] and groups[-1][-1][0] == signature:
-            numel += groups[-1].pop()[1]
-        groups[-1].append((signature, numel))
-    for group in groups:
-        stretches = []
-        for signature, numel in group:
-            stretches.append(_Stretch(signature, numel, addresses))
-            addresses = _after(stretches[-1], numel)
-        yield _Lot(stretches, addresses, deque(), _windows(stretches))
+        if lots[-1] and lots[-1][-1][0] == signature:
+            numel += lots[-1].pop()[1]
+        lots[-1].append((signature, numel))
+    ends = [0] * len(piece.sources)
+    for runs in lots:
+        begins = ends
+        for signature, numel in runs:
+            ends = [end + numel * size for end, size in zip(ends, _sizes(signature), strict=True)]
+        yield _Lot(begins, ends, _windows(runs, [*map(add, addresses, begins)], owner), deque())
 
 
-def _windows(stretches: Sequence[_Stretch]) -> Iterator[_Stretch]:
+def _windows(runs: Sequence[tuple[Signature, int]], addresses: list[int], owner: Any) -> Iterator[_Window]:
     size = _FIRST
-    for stretch in stretches:
-        start = 0
-        while start < stretch.numel:
-            count = min(size, stretch.numel - start)
-            yield _Stretch(stretch.signature, count, _after(stretch, start))
-            start, size = start + count, size * _GROWTH
+    for signature, numel in runs:
+        dtypes, sizes = (signature.result, *signature.models), _sizes(signature)
+        while numel:
+            count = min(size, numel)
+            streams = [Stream(a, dtype, owner) for a, dtype in zip(addresses, dtypes, strict=True)]
+            yield _Window(signature, Segment(count, streams[0], streams[1:], None))
+            addresses = [a + count * s for a, s in zip(addresses, sizes, strict=True)]
+            numel, size = numel - count, size * _GROWTH
 
 
-def _after(stretch: _Stretch, elements: int) -> list[int]:
-    dtypes = (stretch.signature.result, *stretch.signature.models)
-    return [a + elements * FLOAT_SIZES[dtype] for a, dtype in zip(stretch.addresses, dtypes, strict=True)]
+def _sizes(signature: Signature) -> list[int]:
+    """Bytes per element of each version."""
+    return [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
 
 
 def none_agreed(piece: Extent) -> list[Counted]:
