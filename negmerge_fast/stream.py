@@ -339,7 +339,7 @@ class Job:
                     number, piece = next_piece
                     base = piece.sources[0]
                     buffers = lane.hold([source.nbytes for source in piece.sources])
-                    block = Block(self.unread, piece, *lane.on_cpu())
+                    block = Block(self.unread, piece, buffers, *lane.on_cpu())
                     with timeline.span("read"):
                         skipped = self._read(piece, block, reader, buffers, release)
                     counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
@@ -360,11 +360,11 @@ class Job:
         cached = reader.read_into(first.file, first.offset, buffers[0], release)
         skipped, expected, soon = 0, 0, self.unread.needed
         for k, (source, buffer) in enumerate(zip(others, buffers[1:], strict=True)):
-            if k in self.unread.after:
-                block.look(k)
-                if not block.alive:
-                    self.unread.needed = k
-                    return skipped + sum(source.nbytes for source in others[k:])
+            block.look(k)
+            if not block.alive:
+                skipped += sum(source.nbytes for source in others[k:])
+                self.unread.learn(k, skipped)
+                return skipped
             if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
                 for version, coming in enumerate(others[k:soon], k + 1):
                     for begin, end in block.runs(version):
@@ -377,7 +377,7 @@ class Job:
             for begin, end in runs:
                 reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
         if others:
-            self.unread.needed = len(others)
+            self.unread.learn(len(others), skipped)
         return skipped
 
     def _merge(self, piece: Extent, lane: lanes.Lane, turns: Semaphore) -> list[Counted]:

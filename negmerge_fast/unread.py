@@ -4,6 +4,9 @@ An element agrees in the end only if, of the first k of n models, all but n - k 
 for k models, with fewer required. So a merge that only counts says whether an element is left. A number that is not finite
 counts as one: all of a lot are found, or none was read; where there is none, differences have the same signs in any
 arithmetic type. And since it does not matter what the unread versions hold, a merge may take zeros for them.
+
+Most models change all that is merged, and looking would cost some percent of such a merge: so it is done where the first bytes
+of a model are those of one that changed nothing, and now and then, and everywhere while it finds something.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from .workers import Counted
 # Elements of the first window: enough to have one that is left, where models were fine-tuned densely, few enough to cost little
 # more than the call. Each further window of a lot is so many times longer.
 _FIRST, _GROWTH = 1024, 16
+# The first bytes of a lot: a model that changes few elements has changed one of theirs. Looked at without that, if all is read: one
+# piece in so many.
+_SAMPLE, _SELDOM = 256, 16
 # Tensors shorter than this share of a piece are looked at together with their neighbours.
 _SHARE = 1 / 16
 
@@ -41,17 +47,19 @@ class Prefix(Rule):
 class Unread:
     """What the blocks of one merge have in common.
 
-    merge: a backend for the CPU; None: all is read. after: the numbers of models after which to look whether more are needed.
-    needed: how many models the last block needed, as the next one will, most likely.
+    merge: a backend for the CPU; None: all is read. spare: how many models may disagree. needed: how many models the last block
+    needed, as the next one will, most likely; calm: how many in a row were read whole.
     """
 
     def __init__(self, rule: Rule, models: int, merge: Merge | None) -> None:
         # Scale 0: whether elements agree has nothing to do with it.
         self.rule, self.merge = Prefix(0.0, rule.min_agreement, models), merge
-        spare = models - rule.required(models)
-        steps = (spare + (1 << power) for power in range(models.bit_length()))
-        self.after = frozenset(k for k in steps if k < models) if merge else frozenset()
-        self.needed = models
+        self.spare = models - rule.required(models)
+        self.needed, self.calm = models, 0
+
+    def learn(self, needed: int, skipped: int) -> None:
+        """From a block that needed so many models, and of them and of the others so many bytes less than there are."""
+        self.needed, self.calm = needed, 0 if skipped else self.calm + 1
 
 
 class _Window(NamedTuple):
@@ -84,10 +92,14 @@ class _Lot:
 
 
 class Block:
-    """A piece that is read model by model. addresses: where its versions are, or will be, in memory that owner keeps."""
+    """A piece that is read model by model into buffers. addresses: where those are, in memory that owner keeps."""
 
-    def __init__(self, unread: Unread, piece: Extent, addresses: list[int], owner: Any) -> None:
-        self._unread, self._piece, self._addresses, self._owner = unread, piece, addresses, owner
+    def __init__(
+        self, unread: Unread, piece: Extent, buffers: list[memoryview], addresses: list[int], owner: Any
+    ) -> None:
+        self._unread, self._piece, self._buffers = unread, piece, buffers
+        self._addresses, self._owner = addresses, owner
+        self._everywhere = unread.calm % _SELDOM == 0
         self._lots: list[_Lot] | None = None
 
     @property
@@ -97,15 +109,31 @@ class Block:
 
     def look(self, models: int) -> None:
         """Give up what no longer can agree after so many models."""
-        lots = list(_lots(self._piece, self._addresses, self._owner)) if self._lots is None else self._lots
-        open_lots = [(lot, lot.windows()) for lot in lots]
-        alive: set[_Lot] = set()
-        while open_lots:
-            tried = [(lot, rest, window) for lot, rest in open_lots if (window := next(rest, None))]
+        beyond = models - self._unread.spare
+        if beyond < 1 or not self._unread.merge:
+            return
+        if self._lots is None:
+            self._lots = list(_lots(self._piece, self._addresses, self._owner))
+        if self._everywhere and beyond & (beyond - 1) == 0:  # 1, 2, 4, …
+            doubtful = self._lots
+        else:
+            doubtful = [lot for lot in self._lots if self._seems_unchanged(lot, models)]
+        dead = set(doubtful)
+        asked = [(lot, lot.windows()) for lot in doubtful]
+        while asked:
+            tried = [(lot, rest, window) for lot, rest in asked if (window := next(rest, None))]
             left = self._left([window for _, _, window in tried], models)
-            alive.update(lot for (lot, _, _), found in zip(tried, left, strict=True) if found)
-            open_lots = [(lot, rest) for (lot, rest, _), found in zip(tried, left, strict=True) if not found]
-        self._lots = [lot for lot in lots if lot in alive]
+            dead.difference_update(lot for (lot, _, _), found in zip(tried, left, strict=True) if found)
+            asked = [(lot, rest) for (lot, rest, _), found in zip(tried, left, strict=True) if not found]
+        if dead:
+            self._lots = [lot for lot in self._lots if lot not in dead]
+
+    def _seems_unchanged(self, lot: _Lot, version: int) -> bool:
+        begin, base = lot.begins[version], lot.begins[0]
+        sample = self._buffers[version][begin : min(begin + _SAMPLE, lot.ends[version])]
+        if self._piece.members[0].signature.task_vectors:
+            return not any(sample)
+        return sample == self._buffers[0][base : min(base + _SAMPLE, lot.ends[0])]
 
     def _left(self, windows: Sequence[_Window], models: int) -> list[bool]:
         """Whether each window has an element that can agree."""
