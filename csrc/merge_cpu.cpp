@@ -52,12 +52,16 @@ bool has_f16c() {
 }
 #endif
 
-std::vector<Named> loops() {
-  std::vector<Named> found;
+// Looked for once: on a virtual machine, asking the processor takes longer than a small merge.
+const std::vector<Named>& loops() {
+  static const std::vector<Named> found = [] {
+    std::vector<Named> loops;
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && has_f16c()) found.push_back({"avx2", merge_loop_avx2});
+    if (__builtin_cpu_supports("avx2") && has_f16c()) loops.push_back({"avx2", merge_loop_avx2});
 #endif
-  found.push_back({"baseline", merge_loop_baseline});
+    loops.push_back({"baseline", merge_loop_baseline});
+    return loops;
+  }();
   return found;
 }
 

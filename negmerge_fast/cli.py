@@ -180,6 +180,11 @@ def _commands(signals: _Signals) -> Any:
     @click.option(
         "--threads", type=int, metavar="N", help="Threads that read and compute; torch's choice if not given."
     )
+    @click.option(
+        "--skip-unchanged/--no-skip-unchanged",
+        default=None,
+        help="Leave unread what can change nothing any more; a NaN there is not seen. With keep-base, unless told otherwise.",
+    )
     @click.option("--report", metavar="FILE.json", help="Write what was done, per tensor, as JSON.")
     @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
     @click.option("--overwrite", is_flag=True, help="Replace OUT if negmerge wrote it, or would.")
@@ -387,10 +392,11 @@ def _print_left_out(base: Any) -> None:
 
 def _summary(job: Any, done: Any) -> str:
     moved = done.bytes_read + done.bytes_written
+    skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
     return (
         f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.kept} kept; "
         f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}), {done.nonfinite:,} non-finite; "
-        f"read {_size(done.bytes_read)}, wrote {_size(done.bytes_written)} "
+        f"read {_size(done.bytes_read)}{skipped}, wrote {_size(done.bytes_written)} "
         f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"
     )
 

@@ -44,6 +44,7 @@ from .rule import (
     TensorStats,
     require_choice,
 )
+from .unread import Block, Unread, none_agreed
 from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
 from .writer import Output
 
@@ -68,7 +69,7 @@ class Report:
     """What a merge of checkpoints did; its fields are those of the JSON report.
 
     seconds: wall time of this run. bytes_read, bytes_written: by it; bytes_done_before: of the output, by the run that it
-    went on with.
+    went on with. bytes_skipped: those of the inputs that did not need to be read.
     """
 
     base: str
@@ -83,6 +84,7 @@ class Report:
     consensus_ratio: float
     nonfinite: int
     bytes_read: int
+    bytes_skipped: int
     bytes_written: int
     bytes_done_before: int
     seconds: float
@@ -107,6 +109,7 @@ def merge_checkpoints(
     device: str = "auto",
     memory_budget: int | str | None = None,
     threads: int | None = None,
+    skip_unchanged: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
@@ -125,6 +128,8 @@ def merge_checkpoints(
     device: "cpu", or one of torch's, through which all is streamed; "auto" decides by what was measured (costs.py).
     memory_budget: bytes, or text such as "512MiB", for buffers and all else that is allocated, on the host and on a device;
         None: half of what the machine and its control groups have free.
+    skip_unchanged: of a block in which no element can agree any more, because a model left it unchanged, say, read no more
+        models. The output is the same; a NaN in what is not read is not seen, so that None does it with "keep-base" only.
     progress: called with (bytes done, bytes in all) after every stroke; it may raise to stop the job.
 
     Raises InputError (a ValueError) for bad input, OSError when reading or writing fails.
@@ -132,7 +137,7 @@ def merge_checkpoints(
     job = prepare(
         base, finetuned, output, scale=scale, min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite,
         include=include, exclude=exclude, backend=backend, device=device, memory_budget=memory_budget,
-        threads=threads, overwrite=overwrite, resume=resume,
+        threads=threads, skip_unchanged=skip_unchanged, overwrite=overwrite, resume=resume,
     )  # fmt: skip
     return job.run(progress)
 
@@ -152,6 +157,7 @@ def prepare(
     device: str = "auto",
     memory_budget: int | str | None = None,
     threads: int | None = None,
+    skip_unchanged: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Job:
@@ -180,9 +186,12 @@ def prepare(
     signatures = {member.signature for extent in plan.extents for member in extent.members}
     name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    fitted = _fit(memory_budget, way.device, name, len(models), tensors, threads)
+    skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
+    looker, look = backends.choose("auto", "cpu") if skip else ("", None)
+    fitted = _fit(memory_budget, way.device, (name, looker), len(models), tensors, threads)
     choices = {"inputs": inputs, "include": include, "exclude": exclude}
-    return Job(plan, rule, choices, nonfinite, place, name, merge, way, *fitted, threads)
+    unread = Unread(rule, len(models), look)
+    return Job(plan, rule, choices, nonfinite, place, name, merge, way, *fitted, threads, unread)
 
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
@@ -195,13 +204,21 @@ def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> cos
 
 
 def _fit(
-    most_memory: int | str | None, device: str, backend: str, models: int, tensors: int, threads: int | None
+    most_memory: int | str | None,
+    device: str,
+    used: tuple[str, str],
+    models: int,
+    tensors: int,
+    threads: int | None,
 ) -> tuple[int, int, int]:
-    """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device."""
+    """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device.
+
+    used: the backend that merges, and the one that looks whether there is more to read.
+    """
     what, room = budget.room(most_memory)
     longest, block = _LONGEST, _BLOCK
     threads = threads or backends.usual_threads()
-    most, scratch = _LANES_IN_TURNS, 0 if backend in ("cuda", "triton") else _SCRATCH
+    most, scratch = _LANES_IN_TURNS, _SCRATCH if "torch" in used else 0
     if device != "cpu":
         most, longest, block = threads + _LANES_THAT_WAIT, _LONGEST_TO_DEVICE, _BLOCK_ON_DEVICE
         # Page-locked memory is nobody else's any more: no more than half of what there is.
@@ -212,8 +229,8 @@ def _fit(
         for place, size in free.items():
             if size < room:
                 what, room = place, size
-    elif backend in backends.CONCURRENT:
-        most, scratch = max(threads, _FEWEST_LANES), 0
+    elif used[0] in backends.CONCURRENT:
+        most = max(threads, _FEWEST_LANES)
     most = min(most, max(_most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
     return budget.fit(
         room, what, models=models, tensors=tensors, lanes=most, longest=longest, scratch=scratch, block=block
@@ -250,6 +267,7 @@ class Job:
     chunk: int
     memory: int
     threads: int | None
+    unread: Unread
 
     def costs(self) -> costs.Costs | None:
         """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
@@ -327,6 +345,7 @@ class Job:
             consensus_ratio=stats.consensus_ratio,
             nonfinite=stats.nonfinite,
             bytes_read=done.read - before.read,
+            bytes_skipped=done.skipped - before.skipped,
             bytes_written=written,
             bytes_done_before=self.plan.whole.end - written,
             seconds=time.perf_counter() - began,
@@ -427,25 +446,46 @@ class Job:
                     number, piece = next_piece
                     base = piece.sources[0]
                     buffers = lane.hold([source.nbytes for source in piece.sources])
+                    block = Block(self.unread, piece, buffers, *lane.on_cpu())
                     with timeline.span("read"):
-                        self._read(piece, reader, buffers, release)
-                    counted = self._merge(piece, lane, turns) if piece.members else []
+                        skipped = self._read(piece, block, reader, buffers, release)
+                    counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
                     with timeline.span("write"):
                         self.output.write(piece.target, base.offset, buffers[0], release)
-                    done.put((number, Done(sum(s.nbytes for s in piece.sources), base.nbytes, counted)))
+                    read = sum(source.nbytes for source in piece.sources) - skipped
+                    done.put((number, Done(read, base.nbytes, counted, skipped)))
                     number = NONE
         except BaseException as error:
             done.put((number, Done(error=error)))
         done.put(None)
 
-    def _read(self, piece: Extent, reader: Reader, buffers: list[memoryview], release: bool) -> None:
+    def _read(
+        self, piece: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
+    ) -> int:
+        """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
         first, *others = piece.sources
         cached = reader.read_into(first.file, first.offset, buffers[0], release)
-        if not cached:  # nor are the others, then: the disk may fetch them all at once
-            for source in others:
-                reader.expect(source.file, source.offset, source.nbytes)
-        for source, buffer in zip(others, buffers[1:], strict=True):
-            reader.read_into(source.file, source.offset, buffer, release)
+        skipped, expected, soon = 0, 0, self.unread.needed
+        for k, (source, buffer) in enumerate(zip(others, buffers[1:], strict=True)):
+            block.look(k)
+            if not block.alive:
+                skipped += sum(source.nbytes for source in others[k:])
+                self.unread.learn(k, skipped)
+                return skipped
+            if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
+                for version, coming in enumerate(others[k:soon], k + 1):
+                    for begin, end in block.runs(version):
+                        reader.expect(coming.file, coming.offset + begin, end - begin)
+                expected, soon = soon, len(others)
+            runs = block.runs(k + 1)
+            if unread := source.nbytes - sum(end - begin for begin, end in runs):
+                skipped += unread
+                np.frombuffer(buffer, np.uint8).fill(0)
+            for begin, end in runs:
+                reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
+        if others:
+            self.unread.learn(len(others), skipped)
+        return skipped
 
     def _merge(self, piece: Extent, lane: lanes.Lane, turns: Semaphore) -> list[Counted]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
@@ -490,7 +530,7 @@ class _Tally:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
-        self._read = self._written = self._recorded = 0
+        self._read = self._written = self._skipped = self._recorded = 0
         self._stats = Stats()
         self.whole = Record([], Stats(), 0)
         self.moved = 0
@@ -500,14 +540,16 @@ class _Tally:
             self._stats.add(runs, counts)
         self._read += piece.read
         self._written += piece.written
-        self.moved += piece.read + piece.written
+        self._skipped += piece.skipped
+        self.moved += piece.read + piece.written + piece.skipped
 
     def record(self) -> Record:
         """What is done since the last one."""
         runs = between(self._runs, self._recorded, self._written)
-        made = Record(runs, self._stats, self._read)
+        made = Record(runs, self._stats, self._read, self._skipped)
         self.whole = journal.summed([self.whole, made])
-        self._recorded, self._stats, self._read = self._written, Stats(), 0
+        self._recorded, self._stats = self._written, Stats()
+        self._read = self._skipped = 0
         return made
 
 
