@@ -20,6 +20,7 @@ ARROWS = {
     "budget": {"rule"},
     "build_info": set(),
     "checkpoints": {"checkpoints", "layout", "rule"},
+    "checksums": set(),
     "cli": {"__init__", "backends", "checkpoints", "costs", "demo", "measure", "plan", "rule", "stream"},
     "costs": {"backends", "checkpoints", "lanes", "plan", "rule"},
     "demo": {"__init__", "rule"},
