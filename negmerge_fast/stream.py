@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, backends, budget, costs, lanes
+from . import backends, budget, costs, lanes
 from .checkpoints import Checkpoint, Reader, open_checkpoint
+from .manifest import Input, Recipe
 from .plan import Extent, Member, Plan, make_plan, pieces
 from .rule import (
     Batch,
@@ -166,8 +167,11 @@ def prepare(
     signatures = {member.signature for extent in plan.extents for member in extent.members}
     name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    fitted = _fit(budget.parse_size(memory_budget), way.device, name, len(models), tensors, threads)
-    return Job(plan, rule, nonfinite, place, name, merge, way, *fitted, threads)
+    sizes = [file.size for file in plan.targets.values()]
+    fitted = _fit(budget.parse_size(memory_budget), way.device, name, len(models), tensors, sizes, threads)
+    read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
+    recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
+    return Job(plan, recipe, place, name, merge, way, *fitted, threads)
 
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
@@ -180,7 +184,7 @@ def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> cos
 
 
 def _fit(
-    room: int, device: str, backend: str, models: int, tensors: int, threads: int | None
+    room: int, device: str, backend: str, models: int, tensors: int, sizes: list[int], threads: int | None
 ) -> tuple[int, int, int]:
     """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device."""
     what, longest, block = "memory_budget", _LONGEST, _BLOCK
@@ -200,8 +204,9 @@ def _fit(
         most, scratch = max(threads, _FEWEST_LANES), 0
     most = min(most, max(_most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
     return budget.fit(
-        room, what, models=models, tensors=tensors, lanes=most, longest=longest, scratch=scratch, block=block
-    )
+        room, what, models=models, tensors=tensors, sizes=sizes, lanes=most, longest=longest, scratch=scratch,
+        block=block,
+    )  # fmt: skip
 
 
 def _identities(checkpoint: Checkpoint) -> set[tuple[int, int, int]]:
@@ -223,8 +228,7 @@ class Job:
     """
 
     plan: Plan
-    rule: Rule
-    nonfinite: NonFinite
+    recipe: Recipe
     output: Output
     backend: str
     merge: Merge
@@ -233,6 +237,10 @@ class Job:
     chunk: int
     memory: int
     threads: int | None
+
+    @property
+    def rule(self) -> Rule:
+        return self.recipe.rule
 
     def costs(self) -> costs.Costs | None:
         """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
@@ -248,19 +256,21 @@ class Job:
         began = time.perf_counter()
         with self.output:
             stats = self._stream(progress, timeline or lanes.Timeline(kept=False))
-            made_of: dict[str, Any] = {
-                "base": str(self.plan.base.path),
-                "models": [str(model.path) for model in self.plan.models],
-                "scale": self.rule.scale,
-                "min_agreement": self.rule.min_agreement,
+            counted = {
+                "elements": stats.elements,
+                "agreed": stats.agreed,
+                "nonfinite": stats.nonfinite,
             }
-            self.output.finish({"negmerge_fast": __version__, **made_of})
+            self.output.finish({**self.recipe.to_json(), "counted": counted})
             if progress:  # the last moment to stop: syncing may have taken long
                 total = self.plan.bytes_read + self.plan.bytes_written
                 progress(total, total)
             self.output.publish()
         return Report(
-            **made_of,
+            base=self.recipe.base.path,
+            models=[model.path for model in self.recipe.models],
+            scale=self.rule.scale,
+            min_agreement=self.rule.min_agreement,
             output=str(self.output.target),
             backend=self.backend,
             device=self.way.device,
@@ -353,7 +363,7 @@ class Job:
             lane.merge(work)
         lane.wait()
         counted = [([(m.name, m.numel) for m in members], np.array(c.tolist())) for members, c in merged]
-        if self.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
+        if self.recipe.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
             self._refuse_nonfinite(piece, lane)
         return counted
 

@@ -22,6 +22,8 @@ from types import TracebackType
 from .checkpoints import File, open_checkpoint
 from .checkpoints.files import naming
 from .checkpoints.huggingface import MANIFEST
+from .checksums import BLOCK, Checksums
+from .manifest import beside, load
 from .rule import InputError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -34,7 +36,7 @@ class Output:
     """The place of an output, and as a context manager the output while it grows.
 
     files: of the base, by what they are called relative to target; each has a file of its size here, for nobody who may
-        not use the base's. For a single file, the one name is target's own.
+        not use the base's. For a single file, whatever its one name, it is target.
     """
 
     def __init__(self, target: Path, files: Mapping[str, File], *, directory: bool, overwrite: bool) -> None:
@@ -45,6 +47,7 @@ class Output:
         if not self.target.name:
             raise InputError(f"{target}: the root of the file system, expected a path to a new place")
         self.files, self.directory, self.overwrite = files, directory, overwrite
+        self.manifest = beside(self.target, directory)
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
         self._open: dict[str, int] = {}
@@ -69,6 +72,9 @@ class Output:
         self._check_existing()
 
     def _check_existing(self) -> None:
+        # What negmerge wrote beside a single file that is gone is in nobody's way.
+        if not self.directory and os.path.lexists(self.manifest) and not _listed(self.manifest):
+            raise InputError(f"{self.manifest}: not negmerge's, expected no other file of this name")
         if not os.path.lexists(self.target):
             return
         if not self.overwrite:
@@ -92,6 +98,7 @@ class Output:
 
     def __enter__(self) -> Output:
         self._unwritten = {name: file.size for name, file in self.files.items()}
+        self._sums = Checksums(self._unwritten)
         self._acquire()
         try:
             self._clear()
@@ -118,6 +125,7 @@ class Output:
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
             _start_writing_back(descriptor, offset, len(data))
+        self._sums.add(name, offset, data)  # now, for it is still in the cache
         with self._files_lock:
             self._unwritten[name] -= len(data)
             complete = not self._unwritten[name]
@@ -131,31 +139,53 @@ class Output:
             return self._open[name]
 
     def finish(self, manifest: Mapping[str, object]) -> None:
-        """Bring everything to the disk; manifest: what a directory says of itself."""
+        """Bring everything to the disk; manifest: what the output says of itself, but for its files."""
         if missing := [name for name, count in self._unwritten.items() if count]:
             raise RuntimeError(f"{self.target}: {missing[0]} was not written whole")
-        if self.directory:
-            listed = {**manifest, "files": sorted(self.files)}
-            with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
-                file.write(json.dumps(listed, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            for folder, _, _ in os.walk(self._staged):
-                _sync_directory(folder)
+        listed = {
+            name if self.directory else self.target.name: {"size": like.size, "checksum": self._sums.of(name)}
+            for name, like in sorted(self.files.items())
+        }
+        with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
+            file.write(json.dumps({**manifest, "block": BLOCK, "files": listed}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for folder, _, _ in os.walk(self._staged):
+            _sync_directory(folder)
 
     def publish(self) -> None:
         """Move what is finished into place."""
         self._check_existing()
-        self._move()
+        if self.directory:
+            self._move(self._staged)
+        else:
+            self._move_with_manifest(*map(self._path, self.files))
         _sync_directory(self.target.parent)
 
-    def _move(self) -> None:
+    def _move_with_manifest(self, staged: Path) -> None:
+        """A single file's manifest comes first.
+
+        Who is killed in between leaves it beside an older output or beside none: `negmerge verify` says so, and the next
+        merge replaces it. The other way round there would be an output with nothing, or with another's, to hold it against.
+        """
+        former = self.manifest.read_bytes() if self.manifest.exists() else None
+        try:
+            os.replace(self._path(MANIFEST), self.manifest)
+            self._move(staged)
+        except BaseException:
+            if former is None:
+                self.manifest.unlink(missing_ok=True)
+            else:
+                self.manifest.write_bytes(former)
+            raise
+
+    def _move(self, staged: Path) -> None:
         exists = self.overwrite and os.path.lexists(self.target)
         if exists and not self.directory:
-            os.replace(self._staged, self.target)
+            os.replace(staged, self.target)
             return
         try:
-            _rename(self._staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+            _rename(staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
             if exists:
                 self._refuse_late_strangers()
         except OSError as error:
@@ -165,7 +195,7 @@ class Output:
                 raise OSError(
                     f"{self.target}: this file system cannot exchange directories: remove it first"
                 ) from None
-            os.rename(self._staged, self.target)
+            os.rename(staged, self.target)
 
     def _refuse_late_strangers(self) -> None:
         """What was replaced is looked at again: a file may have come since the last look."""
@@ -176,7 +206,7 @@ class Output:
             raise
 
     def _path(self, name: str) -> Path:
-        return self._staged / name if self.directory else self._staged
+        return self._staged / name
 
     def _close(self, name: str, sync: bool = True, release: bool = False) -> None:
         with self._files_lock:
@@ -230,8 +260,7 @@ class Output:
             raise OSError(
                 errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent)
             )
-        if self.directory:
-            self._staged.mkdir()
+        self._staged.mkdir()
         # There, to reserve a page is to fetch it, one after the other; whoever writes it can do that.
         in_memory = _is_tmpfs(self.work)
         for name, like in self.files.items():
@@ -266,12 +295,12 @@ class Output:
 
 
 def _listed(manifest: Path) -> list[str]:
-    """The files that an earlier output says are its own."""
+    """The files that an earlier output says are its own: a list of names, or what is known of each by its name."""
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        return [name for name in files if isinstance(name, str)]
-    except (OSError, ValueError, TypeError, KeyError):
+        files = load(manifest).get("files")
+    except (OSError, InputError):
         return []
+    return [name for name in files if isinstance(name, str)] if isinstance(files, (list, dict)) else []
 
 
 def _is_tmpfs(path: Path) -> bool:

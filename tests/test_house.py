@@ -17,9 +17,9 @@ ARROWS = {
     "__init__": {"rule", "stream", "tensors"},
     "__main__": {"cli"},
     "backends": {"kernels", "native", "reference", "rule", "trust"},
-    "budget": {"rule"},
+    "budget": {"checksums", "rule"},
     "build_info": set(),
-    "checkpoints": {"checkpoints", "layout", "rule"},
+    "checkpoints": {"checkpoints", "checksums", "layout", "rule"},
     "checksums": set(),
     "cli": {"__init__", "backends", "checkpoints", "costs", "demo", "measure", "plan", "rule", "stream"},
     "costs": {"backends", "checkpoints", "lanes", "plan", "rule"},
@@ -29,6 +29,7 @@ ARROWS = {
     "kernels": {"kernels", "rule", "table"},
     "lanes": set(),
     "layout": {"rule"},
+    "manifest": {"__init__", "checkpoints", "rule"},
     "measure": {"__init__", "backends", "budget", "measure", "reference", "rule"},
     "native": {"__init__", "build_info", "rule", "table"},
     "ops": {"backends", "flat", "layout", "overlap", "rule"},
@@ -38,12 +39,12 @@ ARROWS = {
     "reference": {"rule"},
     "rule": set(),
     "stream": {
-        "__init__",
         "backends",
         "budget",
         "checkpoints",
         "costs",
         "lanes",
+        "manifest",
         "plan",
         "rule",
         "workers",
@@ -53,7 +54,7 @@ ARROWS = {
     "tensors": {"backends", "flat", "foreign", "layout", "ops", "overlap", "process", "rule"},
     "trust": {"reference", "rule"},
     "workers": {"plan"},
-    "writer": {"checkpoints", "rule"},
+    "writer": {"checkpoints", "checksums", "manifest", "rule"},
 }
 
 
