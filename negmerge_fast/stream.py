@@ -14,10 +14,11 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Semaphore, Thread
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,9 @@ import numpy as np
 from . import backends, budget, costs, lanes
 from .checkpoints import Checkpoint, Reader, open_checkpoint
 from .manifest import Input, Recipe
-from .plan import Extent, Member, Plan, make_plan, pieces
-from .rule import (
-    Batch,
-    Counts,
-    InputError,
-    Inputs,
-    Merge,
-    NonFinite,
-    Rule,
-    Segment,
-    Signature,
-    Stats,
-    Stream,
-    require_choice,
-)
-from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
+from .plan import Extent, Member, Plan, batches, make_plan, pieces
+from .rule import Counts, InputError, Inputs, Merge, NonFinite, Rule, Stats, require_choice
+from .workers import Counted, Done, work_through
 from .writer import Output
 
 Progress = Callable[[int, int], None]
@@ -287,59 +275,44 @@ class Job:
     def _stream(self, progress: Progress | None, timeline: lanes.Timeline) -> Stats:
         stats = Stats()
         total, moved = self.plan.bytes_read + self.plan.bytes_written, 0
-        taken = Pieces(pieces(self.plan, self.chunk), ahead=4 * self.workers)
-        done: Queue = SimpleQueue()
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = total > budget.free_memory() // 2
         threads = (self.threads or backends.usual_threads()) if self.backend in backends.CONCURRENT else 1
         turns = Semaphore(threads)
-        workers = [
-            Thread(target=self._work, args=(taken, done, turns, release, timeline), name=f"lane {k}")
-            for k in range(self.workers)
-        ]
-        started = []
-        try:
-            for worker in workers:
-                worker.start()
-                started.append(worker)
-            for piece in in_order(done, self.workers):
-                if piece.error is not None:
-                    raise piece.error
-                for runs, counts in piece.counted:
-                    stats.add(runs, counts)
-                moved += piece.moved
-                if progress:
-                    progress(moved, total)
-                taken.settled()
-        finally:
-            taken.stop(self.workers)
-            join(started)
+
+        def settle(piece: Done) -> None:
+            nonlocal moved
+            for runs, counts in piece.counted:
+                stats.add(runs, counts)
+            moved += piece.moved
+            if progress:
+                progress(moved, total)
+
+        ready = partial(self._worker, turns, release, timeline)
+        work_through(pieces(self.plan.extents, self.chunk), self.workers, ready, settle)
         return stats
 
-    def _work(
-        self, taken: Pieces, done: Queue, turns: Semaphore, release: bool, timeline: lanes.Timeline
-    ) -> None:
-        """One worker: read, merge and write pieces until there are no more."""
-        number = NONE
-        try:
-            with (
-                Reader(max(_most_open_files() // self.workers, 1)) as reader,
-                lanes.lane_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
-            ):
-                while (next_piece := taken.take()) is not None:
-                    number, piece = next_piece
-                    base = piece.sources[0]
-                    buffers = lane.hold([source.nbytes for source in piece.sources])
-                    with timeline.span("read"):
-                        self._read(piece, reader, buffers, release)
-                    counted = self._merge(piece, lane, turns) if piece.members else []
-                    with timeline.span("write"):
-                        self.output.write(piece.target, base.offset, buffers[0], release)
-                    done.put((number, Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)))
-                    number = NONE
-        except BaseException as error:
-            done.put((number, Done(error=error)))
-        done.put(None)
+    @contextmanager
+    def _worker(
+        self, turns: Semaphore, release: bool, timeline: lanes.Timeline
+    ) -> Iterator[Callable[[Extent], Done]]:
+        """What one worker needs, and what it does with a piece: read, merge and write."""
+        with (
+            Reader(max(_most_open_files() // self.workers, 1)) as reader,
+            lanes.lane_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
+        ):
+
+            def work(piece: Extent) -> Done:
+                base = piece.sources[0]
+                buffers = lane.hold([source.nbytes for source in piece.sources])
+                with timeline.span("read"):
+                    self._read(piece, reader, buffers, release)
+                counted = self._merge(piece, lane, turns) if piece.members else []
+                with timeline.span("write"):
+                    self.output.write(piece.target, base.offset, buffers[0], release)
+                return Done(base.nbytes + sum(s.nbytes for s in piece.sources), counted)
+
+            yield work
 
     def _read(self, piece: Extent, reader: Reader, buffers: list[memoryview], release: bool) -> None:
         first, *others = piece.sources
@@ -356,7 +329,7 @@ class Job:
         merged: list[tuple[list[Member], Counts]] = []
 
         def work(addresses: list[int], owner: Any) -> None:
-            for batch, members in _batches(piece, self.way.device, addresses, owner):
+            for batch, members in batches(piece, self.way.device, addresses, owner):
                 merged.append((members, self.merge(batch, self.rule, threads)))
 
         with turns:
@@ -372,7 +345,7 @@ class Job:
         base = piece.sources[0]
         with Reader(1) as reader:
             reader.read_into(base.file, base.offset, lane.hold([s.nbytes for s in piece.sources])[0])
-        for batch, members in _batches(piece, "cpu", *lane.on_cpu()):
+        for batch, members in batches(piece, "cpu", *lane.on_cpu()):
             if found := backends.first_nonfinite(batch, self.rule):
                 row, element, version, value = found
                 name, start, _, _ = members[row]
@@ -386,19 +359,3 @@ class Job:
                     f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a number that is not finite was counted, and is not found again")
-
-
-def _batches(
-    piece: Extent, device: str, addresses: list[int], owner: Any
-) -> Iterator[tuple[Batch, list[Member]]]:
-    """One batch for each signature in a piece whose versions are at these addresses."""
-    groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
-    for member in piece.members:
-        dtypes = (member.signature.result, *member.signature.models)
-        streams = [Stream(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
-        addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
-        segments, members = groups.setdefault(member.signature, ([], []))
-        segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
-        members.append(member)
-    for signature, (segments, members) in groups.items():
-        yield Batch(device, signature, segments), members

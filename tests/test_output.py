@@ -409,7 +409,7 @@ def test_pieces_cover_every_byte_once(
     plan = make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / "ft")])
     reached = dict.fromkeys(plan.targets, 0)
     elements: dict[str, int] = {}
-    for piece in pieces(plan, chunk):
+    for piece in pieces(plan.extents, chunk):
         base = piece.sources[0]
         assert base.offset == reached[piece.target]
         reached[piece.target] += base.nbytes
