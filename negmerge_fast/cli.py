@@ -10,6 +10,8 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -198,6 +200,44 @@ def _commands(signals: _Signals) -> Any:
             _print_left_out(job.plan.base)
 
     @negmerge.command()
+    @click.argument("out")
+    @click.option("--against", is_flag=True, help="Merge a sample of blocks of BASE and FINETUNED once more.")
+    @click.argument("inputs", nargs=-1, metavar="[--against BASE FINETUNED...]")
+    @click.option(
+        "--blocks",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        metavar="N",
+        help="How many, of up to 1 MiB.",
+    )
+    @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+    @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+    def verify(out: str, against: bool, inputs: tuple[str, ...], blocks: int, seed: int, quiet: bool) -> int:
+        """Hold OUT against the checksums in its manifest and, with --against, against what it was made of.
+
+        BASE and FINETUNED... are those of the merge, in its order. Exit status 1: OUT is not what it should be.
+        """
+        from .verify import DamageError, verify_checkpoint
+
+        if bool(inputs) != against:
+            raise click.UsageError("--against takes BASE FINETUNED..., and they take --against")
+        signals.guarded = True
+        signals.check()
+        try:
+            with _bar("verify", signals, quiet) as progress:
+                done = verify_checkpoint(
+                    out, inputs if against else None, blocks=blocks, seed=seed, progress=progress
+                )
+        except DamageError as error:
+            return max(_fail(line, 1) for line in error.found)
+        if not quiet:
+            print(_verified(done))
+            for name in done.not_listed:
+                print(f"not listed  {name}")
+        return 0
+
+    @negmerge.command()
     @click.argument("paths", nargs=-1, required=True)
     def inspect(paths: tuple[str, ...]) -> None:
         """Say what is in each PATH and, of several, whether the others can be merged into the first."""
@@ -216,7 +256,9 @@ def _commands(signals: _Signals) -> Any:
     @negmerge.command()
     def info() -> None:
         """Print versions, devices, and every backend with why it is or is not usable."""
-        print(_info())
+        from .info import text
+
+        print(text())
 
     @negmerge.command()
     @click.option(
@@ -272,27 +314,30 @@ def _backends() -> tuple[str, ...]:
     return NAMES
 
 
-def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
+@contextmanager
+def _bar(what: str, signals: _Signals, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of progress in bytes, which is also where signals stop a job."""
     from tqdm import tqdm
 
-    from .stream import Report
-
-    total = job.plan.bytes_read + job.plan.bytes_written
     # disable=None: no bar where standard error is not a terminal.
-    bar = tqdm(
-        total=total, unit="B", unit_scale=True, desc="merge", leave=False, disable=True if quiet else None,
+    with tqdm(
+        total=1, unit="B", unit_scale=True, desc=what, leave=False, disable=True if quiet else None,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
-    )  # fmt: skip
+    ) as bar:  # fmt: skip
 
-    def progress(done: int, _: int) -> None:
-        signals.check()
-        bar.update(done - bar.n)
+        def progress(done: int, total: int) -> None:
+            signals.check()
+            bar.total = total
+            bar.update(done - bar.n)
 
+        yield progress
+
+
+def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
     signals.guarded = True
     signals.check()
-    with bar:
-        report: Report = job.run(progress)
-    return report
+    with _bar("merge", signals, quiet) as progress:
+        return job.run(progress)
 
 
 def _check_report(report: str, job: Any) -> None:
@@ -302,7 +347,12 @@ def _check_report(report: str, job: Any) -> None:
     from .rule import InputError
 
     path = Path(os.path.realpath(report))
-    for place in (job.output.target, job.plan.base.path, *(model.path for model in job.plan.models)):
+    for place in (
+        job.output.target,
+        job.output.manifest,
+        job.plan.base.path,
+        *(model.path for model in job.plan.models),
+    ):
         real = Path(os.path.realpath(place))
         if path == real or real in path.parents:
             raise InputError(f"{report}: is inside {place}, expected another place for the report")
@@ -361,6 +411,15 @@ def _summary(job: Any, done: Any) -> str:
     )
 
 
+def _verified(done: Any) -> str:
+    text = (
+        f"{done.output}: {done.files} files, {_size(done.bytes)}, as negmerge_fast {done.version} wrote them"
+    )
+    return text + (
+        f"; {done.blocks} blocks, {_size(done.bytes_compared)}, merged again" if done.blocks else ""
+    )
+
+
 def _contents(checkpoint: Any) -> str:
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
@@ -372,37 +431,3 @@ def _contents(checkpoint: Any) -> str:
         f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.others)} other files"
         + (f", {len(checkpoint.left_out)} left out" if checkpoint.left_out else "")
     )
-
-
-def _info() -> str:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from .backends import NAMES, details, self_test, why_not
-    from .costs import measured
-
-    lines = [f"negmerge_fast {_version()}", f"python {platform.python_version()} on {platform.platform()}"]
-    for package in ("torch", "triton", "numpy", "safetensors"):
-        try:
-            lines.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package} not installed")
-    devices = ["cpu"]
-    try:
-        import torch
-
-        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        lines.append(f"threads {torch.get_num_threads()}")
-    except ImportError:
-        pass
-    lines.append(f"devices {', '.join(devices)}")
-    for name in NAMES:
-        gpus = devices[1:]
-        own = {"cuda": gpus or ["cuda:0"], "triton": gpus or ["cpu"], "cpu": ["cpu"], "torch": devices}
-        for device in own[name]:
-            reason = why_not(name, device) or self_test(name, device)
-            lines.append(
-                f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
-            )
-    lines += [f"way of files: {line}" for line in measured(devices[1:])]
-    return "\n".join(lines)

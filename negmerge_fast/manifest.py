@@ -107,7 +107,9 @@ def read(path: Path) -> Manifest:
     )
     version = look.at(found, "negmerge_fast", _is_text, "a version")
     block = look.at(found, "block", lambda v: type(v) is int and v in _BLOCKS, "the size of a block")
-    return Manifest(version, recipe, block, look.files(found, "files", "checksum"))
+    files = look.files(found, "files", "checksum")
+    look.at({"files": files}, "files", bool, "at least one")
+    return Manifest(version, recipe, block, files)
 
 
 class _Look:

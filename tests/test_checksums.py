@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
-from negmerge_fast import checksums
+from negmerge_fast import budget, checksums
 from negmerge_fast.checksums import BLOCK, Checksums, hash_of
 
 SMALL = 64
@@ -147,3 +147,11 @@ def test_memory_is_what_it_says(monkeypatch: Any) -> None:
             taken = kept + len(blocks.known) + len(blocks.digests)
             assert taken <= checksums.memory([len(content)], workers)
         assert sums.of("a") == plainly(content)
+
+
+def test_it_is_counted_in_the_budget() -> None:
+    def memory(size: int) -> int:
+        few: Any = {"lanes": 2, "longest": 4096, "scratch": 0, "block": 0}
+        return budget.fit(1 << 30, "memory_budget", models=1, tensors=1, sizes=[size, 0], **few)[2]
+
+    assert memory(1 << 40) - memory(0) == 17 << 23

@@ -95,6 +95,90 @@ def test_a_single_file_output(folder: Path) -> None:
         nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
     merge(folder)
     assert target.read_bytes() == (folder / "out" / "model.safetensors").read_bytes()
+    assert {p.name for p in folder.iterdir()} == {
+        "base", "ft-0", "ft-1", "out", "out.safetensors", "out.safetensors.negmerge.json",
+    }  # fmt: skip
+
+
+def merge_single(folder: Path, scale: float = 0.9, **options: Any) -> nm.Report:
+    base, *models = (folder / name / "model.safetensors" for name in ("base", "ft-0", "ft-1"))
+    return nm.merge_checkpoints(base, models, folder / "out.safetensors", scale=scale, **options)
+
+
+@pytest.mark.parametrize("stranger", ["text", "other JSON", "directory", "dangling link", "FIFO", "deep"])
+def test_a_strangers_file_where_the_manifest_of_a_single_file_goes(folder: Path, stranger: str) -> None:
+    manifest = folder / "out.safetensors.negmerge.json"
+    make: dict[str, Callable[[], object]] = {
+        "text": lambda: manifest.write_text("mine"),
+        "other JSON": lambda: manifest.write_text('{"files": {}}'),
+        "directory": manifest.mkdir,
+        "dangling link": lambda: manifest.symlink_to("nowhere"),
+        "FIFO": lambda: os.mkfifo(manifest),
+        "deep": lambda: manifest.write_text('{"files":' * 100_000),
+    }
+    make[stranger]()
+    before = manifest.lstat()
+    for overwrite in (False, True):
+        with pytest.raises(nm.InputError, match=r"out\.safetensors\.negmerge\.json: not negmerge's"):
+            merge_single(folder, overwrite=overwrite)
+    assert manifest.lstat() == before and not (folder / "out.safetensors").exists()
+
+
+def test_what_was_killed_between_the_manifest_and_its_file_is_in_nobodys_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is there, its file is not, or is an older one: verify says so, and a merge replaces it."""
+    code = (
+        "import os, sys, negmerge_fast as nm\n"
+        "from negmerge_fast.writer import Output\n"
+        "Output._move = lambda *_: os._exit(9)\n"
+        "single = [f'{name}/model.safetensors' for name in ('base', 'ft-0', 'ft-1')]\n"
+        "nm.merge_checkpoints(single[0], single[1:], 'out.safetensors', scale=0.5, overwrite=True)"
+    )
+
+    def killed() -> None:
+        assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 9
+
+    killed()
+    target, manifest = folder / "out.safetensors", folder / "out.safetensors.negmerge.json"
+    assert manifest.exists() and not target.exists()
+    with pytest.raises(nm.InputError, match=r"out\.safetensors: No such file"):
+        nm.verify_checkpoint(target)
+    merge_single(folder)
+    assert nm.verify_checkpoint(target).files == 1
+    before = target.read_bytes()
+    killed()
+    assert target.read_bytes() == before
+    with pytest.raises(nm.DamageError, match="checksum"):
+        nm.verify_checkpoint(target)
+    merge_single(folder, overwrite=True)
+    nm.verify_checkpoint(target)
+    assert not (folder / ".out.safetensors.negmerge").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_single_file_that_cannot_be_moved_into_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Its manifest is as it was, too."""
+    if there:
+        merge_single(folder)
+    before = contents(folder)
+    monkeypatch.setattr(Output, "_move", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        merge_single(folder, scale=0.5, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_the_manifest_names_of_any_bytes(folder: Path) -> None:
+    """A file whose name is no UTF-8 is copied, listed, and known again."""
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / "base" / name).write_text("?")
+    merge(folder)
+    assert nm.verify_checkpoint(folder / "out").not_listed == []
+    (folder / "base" / name).unlink()
+    merge(folder, overwrite=True)
+    assert not (folder / "out" / name).exists()
 
 
 def test_what_a_killed_run_left_is_cleared_but_not_a_strangers_file(folder: Path) -> None:
@@ -317,9 +401,7 @@ def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
     monkeypatch.setattr(budget, "_SHORTEST", 512)
     monkeypatch.setattr(module, name, counted)
     merge(folder, overwrite=True, threads=threads, backend=backend)
-    merged = contents(folder / "out")
-    assert merged.keys() == expected.keys()
-    assert all(merged[n] == expected[n] for n in merged if n != "negmerge.json")
+    assert contents(folder / "out") == expected  # the manifest, too
     assert 1 <= most <= (threads if backend == "cpu" else 1)
 
 
