@@ -316,21 +316,26 @@ def _backends() -> tuple[str, ...]:
 
 @contextmanager
 def _bar(what: str, signals: _Signals, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of progress in bytes, which is also where signals stop a job."""
+    """A bar of progress in bytes, from the first that is told of it, which is also where signals stop a job."""
     from tqdm import tqdm
 
-    # disable=None: no bar where standard error is not a terminal.
-    with tqdm(
-        total=1, unit="B", unit_scale=True, desc=what, leave=False, disable=True if quiet else None,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
-    ) as bar:  # fmt: skip
+    bars: list[Any] = []
 
-        def progress(done: int, total: int) -> None:
-            signals.check()
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, total: int) -> None:
+        signals.check()
+        if not bars:
+            # disable=None: no bar where standard error is not a terminal.
+            bars.append(tqdm(
+                total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=True if quiet else None,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
+            ))  # fmt: skip
+        bars[0].update(done - bars[0].n)
 
+    try:
         yield progress
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
