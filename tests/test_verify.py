@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,20 @@ def test_the_command(folder: Path) -> None:
     assert [line.split(": checksum")[0] for line in lines] == [
         "negmerge: out/config.json", "negmerge: out/tokenizer.json",
     ]  # fmt: skip
+
+
+def test_it_waits_for_no_torch_and_stops_when_told(folder: Path) -> None:
+    merge()
+    start = "import sys; sys.argv = ['negmerge', 'verify', 'out']\nfrom negmerge_fast import cli, verify\n"
+    lean = "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", start + lean], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    interrupted = (
+        "check = verify._check\nverify._check = lambda *a: (os.kill(os.getpid(), 2), check(*a))\ncli.main()"
+    )
+    code = "import os; " + start + interrupted
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "negmerge: interrupted\n")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
