@@ -9,37 +9,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .job import Report
     from .rule import InputError, Rule, Stats, TensorStats
-    from .stream import Report, merge_checkpoints
+    from .stream import merge_checkpoints
     from .tensors import merge, merge_, merge_task_vectors, negate_
+    from .verify import DamageError, Verified, verify_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DamageError": "verify",
     "InputError": "rule",
-    "Report": "stream",
+    "Report": "job",
     "Rule": "rule",
     "Stats": "rule",
     "TensorStats": "rule",
+    "Verified": "verify",
     "merge": "tensors",
     "merge_": "tensors",
     "merge_checkpoints": "stream",
     "merge_task_vectors": "tensors",
     "negate_": "tensors",
+    "verify_checkpoint": "verify",
 }
 
 __all__ = [
+    "DamageError",
     "InputError",
     "Report",
     "Rule",
     "Stats",
     "TensorStats",
+    "Verified",
     "__version__",
     "merge",
     "merge_",
     "merge_checkpoints",
     "merge_task_vectors",
     "negate_",
+    "verify_checkpoint",
 ]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from . import checksums
 from .rule import InputError
 
 # The shortest stroke for one file that is worth a system call.
@@ -26,18 +27,27 @@ def parse_size(size: int | str) -> int:
 
 
 def fit(
-    room: int, what: str, *, models: int, tensors: int, lanes: int, longest: int, scratch: int, block: int
+    room: int,
+    what: str,
+    *,
+    models: int,
+    tensors: int,
+    sizes: Collection[int],
+    lanes: int,
+    longest: int,
+    scratch: int,
+    block: int,
 ) -> tuple[int, int, int]:
     """As many lanes and as long strokes as there is room for, and the memory that the job then takes, in bytes.
 
-    what: that there is no more room than that. tensors: of all versions together. scratch: how many temporaries a merge has,
-    each as long as a stroke, in a wider type perhaps, or a block. Strokes become shorter before lanes become fewer, down to
-    an eighth of the longest.
+    what: that there is no more room than that. tensors: of all versions together. sizes: of the output's files. scratch: how
+    many temporaries a merge has, each as long as a stroke, in a wider type perhaps, or a block. Strokes become shorter before
+    lanes become fewer, down to an eighth of the longest.
     """
 
     def memory() -> int:
         of_a_lane = (models + 1) * chunk + scratch * min(4 * chunk, block)
-        return lanes * of_a_lane + _OBJECTS + tensors * _OF_A_TENSOR
+        return lanes * of_a_lane + _OBJECTS + tensors * _OF_A_TENSOR + checksums.memory(sizes, lanes)
 
     chunk = longest
     while memory() > room and chunk > _SHORTEST:

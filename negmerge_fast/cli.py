@@ -8,68 +8,18 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-_STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
-_WORD = {signal.SIGHUP: "hung up", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-
-
-class _Stopped(BaseException):
-    """A signal asked the job to stop."""
-
-
-class _Signals:
-    """Ctrl-C, SIGTERM and SIGHUP, unless they are ignored already (by nohup, say).
-
-    While nothing is at stake (imports, checks) they end the process at once, without unwinding somebody else's
-    half-done import; during a job they are noted, and the job's own progress calls raise.
-    """
-
-    def __init__(self) -> None:
-        self.guarded = False
-        self.received: int | None = None
-        self.ranks: Any = None
-        for number in _STATUS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if not self.guarded:
-            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-                os.write(2, f"negmerge: {_WORD[signal.Signals(number)]}\n".encode())
-            os._exit(_STATUS[signal.Signals(number)])
-
-    def check(self) -> None:
-        if self.received is not None:
-            raise _Stopped
-
-    def stopped(self) -> int:
-        """Say that, and why; of several processes one speaks."""
-        assert self.received is not None
-        received = signal.Signals(self.received)
-        dead = self.ranks.dead() if self.ranks else None
-        if self.ranks and not self.ranks.first_alive():
-            return 1
-        return _fail(dead or _WORD[received], 1 if dead else _STATUS[received])
-
-    def place(self) -> str:
-        """Which of several processes this is."""
-        return f"rank {self.ranks.rank}: " if self.ranks and self.ranks.rank else ""
-
-    def ignore(self) -> None:
-        """What happened has been said: a signal during the interpreter's own clean-up must not change the status."""
-        for number in _STATUS:
-            signal.signal(number, signal.SIG_IGN)
+from .signals import Signals, Stopped, fail
 
 
 def main() -> NoReturn:
     """The console script."""
     _fill_standard_streams()
-    signals = _Signals()  # before the imports that take long
+    signals = Signals()  # before the imports that take long
     import click
 
     from .ranks import Elsewhere
@@ -79,7 +29,7 @@ def main() -> NoReturn:
     try:
         status = _commands(signals).main(prog_name="negmerge", standalone_mode=False) or 0
         sys.stdout.flush()
-    except _Stopped:
+    except Stopped:
         status = signals.stopped()
     except Elsewhere as error:
         status = 2 if isinstance(error, InputError) else 1
@@ -87,17 +37,17 @@ def main() -> NoReturn:
         print(error.format_message())
         status = 2
     except click.ClickException as error:
-        status = _fail(error.format_message(), 2)
+        status = fail(error.format_message(), 2)
     except click.Abort:
-        status = _fail("interrupted", 130)
+        status = fail("interrupted", 130)
     except InputError as error:
-        status = _fail(str(error), 2)
+        status = fail(str(error), 2)
     except BrokenPipeError:
         status = 1  # whoever read the output has heard enough
     except (OSError, MemoryError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
         # Of several processes, all are told to stop when one has died: what fails from then on is no news.
         told = signals.received is not None and signals.ranks.count > 1
-        status = signals.stopped() if told else _fail(signals.place() + _describe(error), 1)
+        status = signals.stopped() if told else fail(signals.place() + _describe(error), 1)
     try:
         sys.stdout.flush()
     except OSError:  # said above; the interpreter would say it again
@@ -123,12 +73,7 @@ def _describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _fail(message: str, status: int) -> int:
-    print("negmerge: " + " ".join(message.splitlines()), file=sys.stderr)
-    return status
-
-
-def _commands(signals: _Signals) -> Any:
+def _commands(signals: Signals) -> Any:
     import click
 
     @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -237,6 +182,44 @@ def _commands(signals: _Signals) -> Any:
             _print_left_out(job.plan.base)
 
     @negmerge.command()
+    @click.argument("out")
+    @click.option("--against", is_flag=True, help="Merge a sample of blocks of BASE and FINETUNED once more.")
+    @click.argument("inputs", nargs=-1, metavar="[--against BASE FINETUNED...]")
+    @click.option(
+        "--blocks",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        metavar="N",
+        help="How many, of up to 1 MiB.",
+    )
+    @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+    @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+    def verify(out: str, against: bool, inputs: tuple[str, ...], blocks: int, seed: int, quiet: bool) -> int:
+        """Hold OUT against the checksums in its manifest and, with --against, against what it was made of.
+
+        BASE and FINETUNED... are those of the merge, in its order. Exit status 1: OUT is not what it should be.
+        """
+        from .verify import DamageError, verify_checkpoint
+
+        if bool(inputs) != against:
+            raise click.UsageError("--against takes BASE FINETUNED..., and they take --against")
+        signals.guarded = True
+        signals.check()
+        try:
+            with _bar("verify", signals, quiet) as progress:
+                done = verify_checkpoint(
+                    out, inputs if against else None, blocks=blocks, seed=seed, progress=progress
+                )
+        except DamageError as error:
+            return max(fail(line, 1) for line in error.found)
+        if not quiet:
+            print(_verified(done))
+            for name in done.not_listed:
+                print(f"not listed  {name}")
+        return 0
+
+    @negmerge.command()
     @click.argument("paths", nargs=-1, required=True)
     def inspect(paths: tuple[str, ...]) -> None:
         """Say what is in each PATH and, of several, whether the others can be merged into the first."""
@@ -255,7 +238,9 @@ def _commands(signals: _Signals) -> Any:
     @negmerge.command()
     def info() -> None:
         """Print versions, devices, and every backend with why it is or is not usable."""
-        print(_info())
+        from .info import text
+
+        print(text())
 
     @negmerge.command()
     @click.option(
@@ -311,27 +296,35 @@ def _backends() -> tuple[str, ...]:
     return NAMES
 
 
-def _run(job: Any, signals: _Signals, quiet: bool) -> Any:
+@contextmanager
+def _bar(what: str, signals: Signals, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of progress in bytes, from the first that is told of it, which is also where signals stop a job."""
     from tqdm import tqdm
 
-    from .stream import Report
+    bars: list[Any] = []
 
-    total = job.plan.bytes_read + job.plan.bytes_written
-    # disable=None: no bar where standard error is not a terminal.
-    bar = tqdm(
-        total=total, unit="B", unit_scale=True, desc="merge", leave=False, disable=True if quiet else None,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
-    )  # fmt: skip
-
-    def progress(done: int, _: int) -> None:
+    def progress(done: int, total: int) -> None:
         signals.check()
-        bar.update(done - bar.n)
+        if not bars:
+            # disable=None: no bar where standard error is not a terminal.
+            bars.append(tqdm(
+                total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=True if quiet else None,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
+            ))  # fmt: skip
+        bars[0].update(done - bars[0].n)
 
+    try:
+        yield progress
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _run(job: Any, signals: Signals, quiet: bool) -> Any:
     signals.guarded = True
     signals.check()
-    with bar:
-        report: Report = job.run(progress, ranks=signals.ranks)
-    return report
+    with _bar("merge", signals, quiet) as progress:
+        return job.run(progress, ranks=signals.ranks)
 
 
 def _check_report(report: str, job: Any) -> None:
@@ -341,7 +334,12 @@ def _check_report(report: str, job: Any) -> None:
     from .rule import InputError
 
     path = Path(os.path.realpath(report))
-    for place in (job.output.target, job.plan.base.path, *(model.path for model in job.plan.models)):
+    for place in (
+        job.output.target,
+        job.output.manifest,
+        job.plan.base.path,
+        *(model.path for model in job.plan.models),
+    ):
         real = Path(os.path.realpath(place))
         if path == real or real in path.parents:
             raise InputError(f"{report}: is inside {place}, expected another place for the report")
@@ -401,6 +399,15 @@ def _summary(job: Any, done: Any) -> str:
     )
 
 
+def _verified(done: Any) -> str:
+    text = (
+        f"{done.output}: {done.files} files, {_size(done.bytes)}, as negmerge_fast {done.version} wrote them"
+    )
+    return text + (
+        f"; {done.blocks} blocks, {_size(done.bytes_compared)}, merged again" if done.blocks else ""
+    )
+
+
 def _contents(checkpoint: Any) -> str:
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
@@ -412,37 +419,3 @@ def _contents(checkpoint: Any) -> str:
         f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.others)} other files"
         + (f", {len(checkpoint.left_out)} left out" if checkpoint.left_out else "")
     )
-
-
-def _info() -> str:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from .backends import NAMES, details, self_test, why_not
-    from .costs import measured
-
-    lines = [f"negmerge_fast {_version()}", f"python {platform.python_version()} on {platform.platform()}"]
-    for package in ("torch", "triton", "numpy", "safetensors"):
-        try:
-            lines.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package} not installed")
-    devices = ["cpu"]
-    try:
-        import torch
-
-        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        lines.append(f"threads {torch.get_num_threads()}")
-    except ImportError:
-        pass
-    lines.append(f"devices {', '.join(devices)}")
-    for name in NAMES:
-        gpus = devices[1:]
-        own = {"cuda": gpus or ["cuda:0"], "triton": gpus or ["cpu"], "cpu": ["cpu"], "torch": devices}
-        for device in own[name]:
-            reason = why_not(name, device) or self_test(name, device)
-            lines.append(
-                f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
-            )
-    lines += [f"way of files: {line}" for line in measured(devices[1:])]
-    return "\n".join(lines)

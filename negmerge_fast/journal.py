@@ -16,8 +16,9 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from .checkpoints.files import naming
-from .plan import Run
+from .plan import Run, between
 from .rule import InputError, Stats, TensorStats
+from .workers import Done
 
 # Seconds from one record to the next: what a crash costs at most, beside the writing of what is under way.
 EVERY = 5.0
@@ -159,3 +160,31 @@ def summed(records: Iterable[Record]) -> Record:
         stats.include(record.stats.tensors)
         read_, skipped = read_ + record.read, skipped + record.skipped
     return Record(runs, stats, read_, skipped)
+
+
+class Tally:
+    """What became of the pieces of some runs, in their order, and how much of that was put on record."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._written = self._recorded = self._read = self._skipped = 0
+        self._stats = Stats()
+        self.whole = summed([])
+        self.moved = 0
+
+    def add(self, piece: Done) -> None:
+        for runs, counts in piece.counted:
+            self._stats.add(runs, counts)
+        self._read += piece.read
+        self._written += piece.written
+        self._skipped += piece.skipped
+        self.moved += piece.read + piece.written + piece.skipped
+
+    def record(self) -> Record:
+        """What is done since the last one."""
+        runs = between(self._runs, self._recorded, self._written)
+        made = Record(runs, self._stats, self._read, self._skipped)
+        self.whole = summed([self.whole, made])
+        self._recorded, self._stats = self._written, Stats()
+        self._read = self._skipped = 0
+        return made

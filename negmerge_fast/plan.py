@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checkpoints import Checkpoint, File, Tensor
 from .layout import mismatches
-from .rule import FLOAT_SIZES, InputError, Signature
+from .rule import FLOAT_SIZES, Batch, InputError, Segment, Signature, Stream
 
 
 class Member(NamedTuple):
@@ -292,7 +292,7 @@ def _between_elements(extent: Extent, offset: int) -> int:
 
 
 def pieces(extents: Iterable[Extent], chunk: int) -> Iterator[Extent]:
-    """The extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
+    """Extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
     for extent in extents:
         if extent.members:
             yield from _cut(extent, chunk)
@@ -332,3 +332,19 @@ def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
             yield finished()
             parts, room = [], chunk
     yield finished()
+
+
+def batches(
+    piece: Extent, device: str, addresses: list[int], owner: Any
+) -> Iterator[tuple[Batch, list[Member]]]:
+    """One batch for each signature in a piece whose versions are at these addresses."""
+    groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
+    for member in piece.members:
+        dtypes = (member.signature.result, *member.signature.models)
+        streams = [Stream(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
+        addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
+        segments, members = groups.setdefault(member.signature, ([], []))
+        segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
+        members.append(member)
+    for signature, (segments, members) in groups.items():
+        yield Batch(device, signature, segments), members

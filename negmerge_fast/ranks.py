@@ -39,6 +39,10 @@ class Alone:
         """Do something on every rank: what came out of it on each. Where it fails on one, it fails on all."""
         return [work()]
 
+    def first(self, work: Callable[[], _T]) -> _T:
+        """Have the first rank do something, and all be told what came out of it."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
     def look(self, moved: int) -> int:
         """Be told how many bytes this rank has moved; the bytes that all have. Raises Elsewhere if one has failed."""
         return moved
@@ -59,7 +63,9 @@ class Ranks(Alone):
         self.rank, self.count, self._tick = rank, count, tick
         _end_with_launcher()
         try:
-            from torch import distributed
+            import torch.distributed
+
+            distributed: Any = torch.distributed
         except ImportError as error:
             raise InputError(f"{count} ranks: torch cannot be imported ({error})") from None
         try:

@@ -1,54 +1,20 @@
-"""Merging checkpoints in bounded memory.
-
-A few workers, each with a lane of its own, take the pieces of a plan as they come, and read, merge and write them: while one
-waits for the disk or for the link to a GPU, others work. On the CPU what was read is still in the cache when it is merged; on
-a GPU copies in, kernels and copies out of different lanes overlap. Memory depends on the budget alone, not on the size of
-the model or on the number of models; what is known of each tensor (half a KiB for each version of it) is counted.
-"""
+"""Merging checkpoints in bounded memory: all that is checked and decided before the first byte is read; job.py does it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Semaphore, Thread
-from typing import Any
 
-import numpy as np
-
-from . import __version__, backends, budget, costs, journal, lanes
-from .checkpoints import Checkpoint, Reader, open_checkpoint
-from .journal import Journal, Record
-from .plan import Extent, Member, Plan, Run, between, left, make_plan, part, pieces, shares
-from .ranks import Alone
-from .rule import (
-    Batch,
-    Counts,
-    InputError,
-    Inputs,
-    Merge,
-    NonFinite,
-    Rule,
-    Segment,
-    Signature,
-    Stats,
-    Stream,
-    TensorStats,
-    require_choice,
-)
-from .unread import Block, Unread, none_agreed
-from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
+from . import backends, budget, costs, lanes
+from .checkpoints import Checkpoint, open_checkpoint
+from .job import Job, Progress, Report, most_open_files
+from .manifest import Input, Recipe
+from .plan import Plan, make_plan
+from .rule import InputError, Inputs, NonFinite, Rule, require_choice
+from .unread import Unread
 from .writer import Output
 
-Progress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 
 # One reads, one merges, one writes, where only one may merge at a time; where all may, two keep each other company.
@@ -62,36 +28,6 @@ _SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
 # not measured yet.
 _LONGEST, _LONGEST_TO_DEVICE = 1 << 20, 4 << 20
 _MOST_THREADS = 1024
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a merge of checkpoints did; its fields are those of the JSON report.
-
-    seconds: wall time of this run. bytes_read, bytes_written: by it; bytes_done_before: of the output, by the run that it
-    went on with. bytes_skipped: those of the inputs that did not need to be read.
-    """
-
-    base: str
-    models: list[str]
-    output: str
-    scale: float
-    min_agreement: float
-    backend: str
-    device: str
-    elements: int
-    agreed: int
-    consensus_ratio: float
-    nonfinite: int
-    bytes_read: int
-    bytes_skipped: int
-    bytes_written: int
-    bytes_done_before: int
-    seconds: float
-    tensors: list[dict[str, Any]]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 def merge_checkpoints(
@@ -186,12 +122,13 @@ def prepare(
     signatures = {member.signature for extent in plan.extents for member in extent.members}
     name, merge = backends.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
+    sizes = [file.size for file in plan.targets.values()]
     skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
     looker, look = backends.choose("auto", "cpu") if skip else ("", None)
-    fitted = _fit(memory_budget, way.device, (name, looker), len(models), tensors, threads)
-    choices = {"inputs": inputs, "include": include, "exclude": exclude}
-    unread = Unread(rule, len(models), look)
-    return Job(plan, rule, choices, nonfinite, place, name, merge, way, *fitted, threads, unread)
+    fitted = _fit(memory_budget, way.device, (name, looker), len(models), tensors, sizes, threads)
+    read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
+    recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
+    return Job(plan, recipe, place, name, merge, way, *fitted, threads, Unread(rule, len(models), look))
 
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:
@@ -209,6 +146,7 @@ def _fit(
     used: tuple[str, str],
     models: int,
     tensors: int,
+    sizes: list[int],
     threads: int | None,
 ) -> tuple[int, int, int]:
     """How many lanes, the longest stroke, and the memory that is taken: on the host and, beside it, on a device.
@@ -231,339 +169,12 @@ def _fit(
                 what, room = place, size
     elif used[0] in backends.CONCURRENT:
         most = max(threads, _FEWEST_LANES)
-    most = min(most, max(_most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
+    most = min(most, max(most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
     return budget.fit(
-        room, what, models=models, tensors=tensors, lanes=most, longest=longest, scratch=scratch, block=block
-    )
+        room, what, models=models, tensors=tensors, sizes=sizes, lanes=most, longest=longest, scratch=scratch,
+        block=block,
+    )  # fmt: skip
 
 
 def _identities(checkpoint: Checkpoint) -> set[tuple[int, int, int]]:
     return {file.identity for file in checkpoint.weights.values()}
-
-
-def _most_open_files() -> int:
-    """Inputs that all lanes together keep open: a share of what the process may, which is usually 1,024."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 256 if most < 0 else min(most // 4, 256)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A merge of checkpoints that was found to be possible.
-
-    choices: inputs, include and exclude, as they were given. way: where it merges, and why there. workers: pieces under way at once; chunk: the longest stroke. memory: the bytes
-    that it will allocate, on the host and as many again on a device.
-    """
-
-    plan: Plan
-    rule: Rule
-    choices: Mapping[str, str | None]
-    nonfinite: NonFinite
-    output: Output
-    backend: str
-    merge: Merge
-    way: costs.Way
-    workers: int
-    chunk: int
-    memory: int
-    threads: int | None
-    unread: Unread
-
-    def costs(self) -> costs.Costs | None:
-        """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
-        on_cpu = self.way.device == "cpu"
-        threads = self.threads or backends.usual_threads()
-        found = self.way.costs or costs.measure(
-            self.plan, self.rule, threads, self.backend if on_cpu else "auto"
-        )
-        return found if on_cpu or not found else found._replace(link=costs.link_speed(self.way.device))
-
-    def run(
-        self,
-        progress: Progress | None = None,
-        timeline: lanes.Timeline | None = None,
-        ranks: Alone | None = None,
-    ) -> Report:
-        """Do it: the output is published whole, or not at all. timeline: is told when each worker did what.
-
-        ranks: the processes that do it together, each a run of the output; every one returns the report.
-        """
-        began = time.perf_counter()
-        ranks, timeline = ranks or Alone(), timeline or lanes.Timeline(kept=False)
-        before, total = Record([], Stats(), 0), self.plan.bytes_read + self.plan.bytes_written
-
-        def begin() -> list[list[Run]]:
-            nonlocal before
-            if ranks.rank:
-                return []
-            before = self._take_over()
-            if ranks.count > 1:
-                self.output.let_join()
-            return shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
-
-        def stream() -> dict[str, Any]:
-            if ranks.rank:
-                self.output.join()
-            return self._stream(lots[ranks.rank], look, timeline, ranks.rank).to_json()
-
-        def look(moved: int) -> None:
-            moved = ranks.look(moved)
-            if progress:
-                progress(total - left_over + moved, total)
-
-        with self.output:
-            lots = [[Run(*run) for run in lot] for lot in ranks.together(begin)[0]]
-            left_over = sum(self._moved(run) for lot in lots for run in lot)
-            done = journal.summed([before, *(Record.of_json(each) for each in ranks.together(stream))])
-            stats = Stats()
-            stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
-            stats.include(done.stats.tensors)
-            made_of: dict[str, Any] = {
-                "base": str(self.plan.base.path),
-                "models": [str(model.path) for model in self.plan.models],
-                "scale": self.rule.scale,
-                "min_agreement": self.rule.min_agreement,
-            }
-
-            def publish() -> None:
-                if ranks.rank:
-                    return
-                self.output.finish({"negmerge_fast": __version__, **made_of})
-                if progress:  # the last moment to stop: syncing may have taken long
-                    progress(total, total)
-                self.output.publish()
-
-            ranks.together(publish)
-        written = sum(run.end - run.begin for lot in lots for run in lot)
-        return Report(
-            **made_of,
-            output=str(self.output.target),
-            backend=self.backend,
-            device=self.way.device,
-            elements=stats.elements,
-            agreed=stats.agreed,
-            consensus_ratio=stats.consensus_ratio,
-            nonfinite=stats.nonfinite,
-            bytes_read=done.read - before.read,
-            bytes_skipped=done.skipped - before.skipped,
-            bytes_written=written,
-            bytes_done_before=self.plan.whole.end - written,
-            seconds=time.perf_counter() - began,
-            tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
-        )
-
-    def _take_over(self) -> Record:
-        """Open the output, and go on with what an earlier run left of it, or make room: what is done already."""
-        self.output.open()
-        found = [r for path in self.output.journals() for r in journal.read(path, self._made_of())]
-        done = journal.summed(found if self.output.resume else [])
-        if not done.runs:
-            self.output.make_room()
-            return done
-        if self.nonfinite == "error" and done.stats.nonfinite:
-            raise InputError(
-                f"{self.output.work}: {done.stats.nonfinite:,} elements that are not finite were counted, expected none "
-                "(--nonfinite keep-base, as before)"
-            )
-        self.output.refuse_incomplete()
-        return done
-
-    def _made_of(self) -> dict[str, Any]:
-        """What makes the output's bytes: an unfinished one of anything else is not gone on with."""
-        checkpoints = (self.plan.base, *self.plan.models)
-        files = [file for c in checkpoints for file in {**c.weights, **c.others}.values()]
-        return {
-            "negmerge_fast": __version__,
-            "scale": self.rule.scale,
-            "min_agreement": self.rule.min_agreement,
-            **self.choices,
-            "models": [os.path.realpath(checkpoint.path) for checkpoint in checkpoints],
-            "files": {os.path.realpath(file.path): [file.size, file.identity[2]] for file in files},
-        }
-
-    def _moved(self, run: Run) -> int:
-        """Bytes to read and write for a run of the output."""
-        return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in part(self.plan, run))
-
-    def _stream(
-        self, todo: Sequence[Run], look: Callable[[int], None], timeline: lanes.Timeline, rank: int
-    ) -> Record:
-        """Do some runs of the output, and say what was counted there."""
-        sizes: dict[str, int] = {}
-        for extent in (extent for run in todo for extent in part(self.plan, run)):
-            sizes[extent.target] = sizes.get(extent.target, 0) + extent.sources[0].nbytes
-        self.output.expect(sizes)
-        coming = chain.from_iterable(pieces(part(self.plan, run), self.chunk) for run in todo)
-        taken = Pieces(coming, ahead=4 * self.workers)
-        done: Queue = SimpleQueue()
-        # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
-        release = self.plan.bytes_read + self.plan.bytes_written > budget.free_memory() // 2
-        threads = (self.threads or backends.usual_threads()) if self.backend in backends.CONCURRENT else 1
-        turns = Semaphore(threads)
-        workers = [
-            Thread(target=self._work, args=(taken, done, turns, release, timeline), name=f"lane {k}")
-            for k in range(self.workers)
-        ]
-        kept = Journal(self.output.journal(rank), self._made_of(), self.output.sync)
-        tally = _Tally(todo)
-        started = []
-        try:
-            try:
-                for worker in workers:
-                    worker.start()
-                    started.append(worker)
-                for piece in in_order(done, self.workers):
-                    if piece.error is not None:
-                        raise piece.error
-                    tally.add(piece)
-                    look(tally.moved)
-                    if kept.due():
-                        kept.keep(tally.record())
-                    taken.settled()
-            finally:
-                taken.stop(self.workers)
-                join(started)
-            kept.settle()
-        except BaseException:
-            if self.output.resume:
-                with suppress(OSError):  # what stopped it is what is said
-                    kept.keep_now(tally.record())
-            raise
-        tally.record()
-        return tally.whole
-
-    def _work(
-        self, taken: Pieces, done: Queue, turns: Semaphore, release: bool, timeline: lanes.Timeline
-    ) -> None:
-        """One worker: read, merge and write pieces until there are no more."""
-        number = NONE
-        try:
-            with (
-                Reader(max(_most_open_files() // self.workers, 1)) as reader,
-                lanes.lane_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
-            ):
-                while (next_piece := taken.take()) is not None:
-                    number, piece = next_piece
-                    base = piece.sources[0]
-                    buffers = lane.hold([source.nbytes for source in piece.sources])
-                    block = Block(self.unread, piece, buffers, *lane.on_cpu())
-                    with timeline.span("read"):
-                        skipped = self._read(piece, block, reader, buffers, release)
-                    counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
-                    with timeline.span("write"):
-                        self.output.write(piece.target, base.offset, buffers[0], release)
-                    read = sum(source.nbytes for source in piece.sources) - skipped
-                    done.put((number, Done(read, base.nbytes, counted, skipped)))
-                    number = NONE
-        except BaseException as error:
-            done.put((number, Done(error=error)))
-        done.put(None)
-
-    def _read(
-        self, piece: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
-    ) -> int:
-        """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
-        first, *others = piece.sources
-        cached = reader.read_into(first.file, first.offset, buffers[0], release)
-        skipped, expected, soon = 0, 0, self.unread.needed
-        for k, (source, buffer) in enumerate(zip(others, buffers[1:], strict=True)):
-            block.look(k)
-            if not block.alive:
-                skipped += sum(source.nbytes for source in others[k:])
-                self.unread.learn(k, skipped)
-                return skipped
-            if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
-                for version, coming in enumerate(others[k:soon], k + 1):
-                    for begin, end in block.runs(version):
-                        reader.expect(coming.file, coming.offset + begin, end - begin)
-                expected, soon = soon, len(others)
-            runs = block.runs(k + 1)
-            if unread := source.nbytes - sum(end - begin for begin, end in runs):
-                skipped += unread
-                np.frombuffer(buffer, np.uint8).fill(0)
-            for begin, end in runs:
-                reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
-        if others:
-            self.unread.learn(len(others), skipped)
-        return skipped
-
-    def _merge(self, piece: Extent, lane: lanes.Lane, turns: Semaphore) -> list[Counted]:
-        """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
-        threads = 1 if self.backend in backends.CONCURRENT else self.threads
-        merged: list[tuple[list[Member], Counts]] = []
-
-        def work(addresses: list[int], owner: Any) -> None:
-            for batch, members in _batches(piece, self.way.device, addresses, owner):
-                merged.append((members, self.merge(batch, self.rule, threads)))
-
-        with turns:
-            lane.merge(work)
-        lane.wait()
-        counted = [([(m.name, m.numel) for m in members], np.array(c.tolist())) for members, c in merged]
-        if self.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
-            self._refuse_nonfinite(piece, lane)
-        return counted
-
-    def _refuse_nonfinite(self, piece: Extent, lane: lanes.Lane) -> None:
-        """Name the first non-finite element of a piece; its base was overwritten and is read again."""
-        base = piece.sources[0]
-        with Reader(1) as reader:
-            reader.read_into(base.file, base.offset, lane.hold([s.nbytes for s in piece.sources])[0])
-        for batch, members in _batches(piece, "cpu", *lane.on_cpu()):
-            if found := backends.first_nonfinite(batch, self.rule):
-                row, element, version, value = found
-                name, start, _, _ = members[row]
-                tensor = self.plan.base.tensors[name]
-                held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
-                index = tuple(int(i) for i in np.unravel_index(start + element, tensor.form.shape))
-                what = (
-                    f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
-                )
-                raise InputError(
-                    f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
-                )
-        raise RuntimeError("a number that is not finite was counted, and is not found again")
-
-
-class _Tally:
-    """What became of the pieces of some runs, in their order, and how much of that was put on record."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = runs
-        self._read = self._written = self._skipped = self._recorded = 0
-        self._stats = Stats()
-        self.whole = Record([], Stats(), 0)
-        self.moved = 0
-
-    def add(self, piece: Done) -> None:
-        for runs, counts in piece.counted:
-            self._stats.add(runs, counts)
-        self._read += piece.read
-        self._written += piece.written
-        self._skipped += piece.skipped
-        self.moved += piece.read + piece.written + piece.skipped
-
-    def record(self) -> Record:
-        """What is done since the last one."""
-        runs = between(self._runs, self._recorded, self._written)
-        made = Record(runs, self._stats, self._read, self._skipped)
-        self.whole = journal.summed([self.whole, made])
-        self._recorded, self._stats = self._written, Stats()
-        self._read = self._skipped = 0
-        return made
-
-
-def _batches(
-    piece: Extent, device: str, addresses: list[int], owner: Any
-) -> Iterator[tuple[Batch, list[Member]]]:
-    """One batch for each signature in a piece whose versions are at these addresses."""
-    groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
-    for member in piece.members:
-        dtypes = (member.signature.result, *member.signature.models)
-        streams = [Stream(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
-        addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
-        segments, members = groups.setdefault(member.signature, ([], []))
-        segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
-        members.append(member)
-    for signature, (segments, members) in groups.items():
-        yield Batch(device, signature, segments), members

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from threading import Lock, Semaphore, Thread
 from typing import Any, NamedTuple, TypeAlias
@@ -11,21 +12,93 @@ import numpy as np
 
 from .plan import Extent
 
-
-def join(workers: Sequence[Thread]) -> None:
-    """Wait for all: they use files that are closed next. An interruption comes when they have ended."""
-    interrupted: BaseException | None = None
-    for worker in workers:
-        while worker.is_alive():
-            try:
-                worker.join()
-            except BaseException as error:
-                interrupted = error
-    if interrupted is not None:
-        raise interrupted
+# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
+Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
 
 
-class Pieces:
+class Done(NamedTuple):
+    """What a worker says of a piece: the bytes that it read and wrote, and what was counted; or why it failed.
+
+    skipped: those of the bytes that it did not need to read.
+    """
+
+    read: int = 0
+    written: int = 0
+    counted: Sequence[Counted] = ()
+    skipped: int = 0
+    error: BaseException | None = None
+
+
+# Called in a worker's thread: what it needs, and as long as it has that, what it does with a piece.
+Ready: TypeAlias = "Callable[[], AbstractContextManager[Callable[[Extent], Done]]]"
+# Numbers of pieces and what became of them; None: a worker has ended.
+_Queue: TypeAlias = "SimpleQueue[tuple[int, Done] | None]"
+# The number of no piece: a worker failed before it took one.
+_NONE = -1
+
+
+def work_through(
+    coming: Iterator[Extent],
+    workers: int,
+    ready: Ready,
+    settle: Callable[[Done], None],
+) -> None:
+    """Have pieces worked on by so many threads, and be told of each, in their order.
+
+    settle: is told, in this thread; it may raise to stop them. The first error, in the order of the pieces, is raised when
+    all threads have ended.
+    """
+    taken = _Pieces(coming, ahead=4 * workers)
+    done: _Queue = SimpleQueue()
+    threads = [
+        Thread(target=_work, args=(taken, done, ready), name=f"lane {number}") for number in range(workers)
+    ]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+        for piece in _in_order(done, workers):
+            if piece.error is not None:
+                raise piece.error
+            settle(piece)
+            taken.settled()
+    finally:
+        taken.stop(workers)
+        _join(started)
+
+
+def _work(taken: _Pieces, done: _Queue, ready: Ready) -> None:
+    number = _NONE
+    try:
+        with ready() as work:
+            while (next_piece := taken.take()) is not None:
+                number, piece = next_piece
+                done.put((number, work(piece)))
+                number = _NONE
+    except BaseException as error:
+        done.put((number, Done(error=error)))
+    done.put(None)
+
+
+def _in_order(done: _Queue, workers: int) -> Iterator[Done]:
+    """What became of the pieces, in their order, until all workers have ended."""
+    early: dict[int, Done] = {}
+    following = 0
+    while workers:
+        if (message := done.get()) is None:
+            workers -= 1
+            continue
+        number, piece = message
+        if number == _NONE:
+            yield piece
+        early[number] = piece
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+class _Pieces:
     """The pieces of a plan, numbered, for several workers to take; none after a stop.
 
     ahead: how many may be taken before the first of them is settled, so that what became of them cannot pile up.
@@ -48,41 +121,14 @@ class Pieces:
         self._room.release(workers)
 
 
-# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
-Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
-
-
-class Done(NamedTuple):
-    """What a worker says of a piece: the bytes that it read and wrote, and what was counted; or why it failed.
-
-    skipped: those of the bytes that it did not need to read.
-    """
-
-    read: int = 0
-    written: int = 0
-    counted: Sequence[Counted] = ()
-    skipped: int = 0
-    error: BaseException | None = None
-
-
-# Numbers of pieces and what became of them; None: a worker has ended.
-Queue: TypeAlias = "SimpleQueue[tuple[int, Done] | None]"
-# The number of no piece: a worker failed before it took one.
-NONE = -1
-
-
-def in_order(done: Queue, workers: int) -> Iterator[Done]:
-    """What became of the pieces, in their order, until all workers have ended."""
-    early: dict[int, Done] = {}
-    following = 0
-    while workers:
-        if (message := done.get()) is None:
-            workers -= 1
-            continue
-        number, piece = message
-        if number == NONE:
-            yield piece
-        early[number] = piece
-        while following in early:
-            yield early.pop(following)
-            following += 1
+def _join(workers: Sequence[Thread]) -> None:
+    """Wait for all: they use files that are closed next. An interruption comes when they have ended."""
+    interrupted: BaseException | None = None
+    for worker in workers:
+        while worker.is_alive():
+            try:
+                worker.join()
+            except BaseException as error:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted

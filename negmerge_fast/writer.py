@@ -15,14 +15,17 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
+from typing import Any
 
 from .checkpoints import File, open_checkpoint
 from .checkpoints.files import naming
 from .checkpoints.huggingface import MANIFEST
+from .checksums import BLOCK, Checksums
+from .manifest import beside, load
 from .rule import InputError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -35,7 +38,7 @@ class Output:
     """The place of an output, and as a context manager the output while it grows.
 
     files: of the base, by what they are called relative to target; each has a file of its size here, for nobody who may
-        not use the base's. For a single file, the one name is target's own.
+        not use the base's. For a single file, whatever its one name, it is target.
     resume: what is unfinished is kept for the next run.
     """
 
@@ -55,6 +58,7 @@ class Output:
         if not self.target.name:
             raise InputError(f"{target}: the root of the file system, expected a path to a new place")
         self.files, self.directory, self.overwrite, self.resume = files, directory, overwrite, resume
+        self.manifest = beside(self.target, directory)
         self.work = self.target.with_name(f".{self.target.name}.negmerge")
         self._staged = self.work / "output"
         self._open: dict[str, int] = {}
@@ -62,6 +66,7 @@ class Output:
         self._files_lock = Lock()
         self._lock = -1
         self._first = True
+        self.sums = Checksums({name: file.size for name, file in files.items()})
 
     def check(self, inputs: Iterable[Path]) -> None:
         """Refuse a place that must not be written: where an input is, or where something else is."""
@@ -80,6 +85,9 @@ class Output:
         self._check_existing()
 
     def _check_existing(self) -> None:
+        # What negmerge wrote beside a single file that is gone is in nobody's way.
+        if not self.directory and os.path.lexists(self.manifest) and not _listed(self.manifest):
+            raise InputError(f"{self.manifest}: not negmerge's, expected no other file of this name")
         if not os.path.lexists(self.target):
             return
         if not self.overwrite:
@@ -138,6 +146,20 @@ class Output:
         """Of one process of the job."""
         return self.work / f"journal-{number}"
 
+    def leave(self, rank: int, value: Mapping[str, object]) -> None:
+        """Leave something for the first rank, on the file system, for it may be large."""
+        with open(self._share(rank), "w", encoding="utf-8") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def left_by(self, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._share(rank).read_text(encoding="utf-8"))
+        return found
+
+    def _share(self, rank: int) -> Path:
+        return self.work / f"share-{rank}"
+
     def make_room(self) -> None:
         """For a new output, in the place of whatever is unfinished."""
         self._clear()
@@ -170,6 +192,7 @@ class Output:
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
             _start_writing_back(descriptor, offset, len(data))
+        self.sums.add(name, offset, data)  # now, for it is still in the cache
         with self._files_lock:
             self._unwritten[name] -= len(data)
             complete = not self._unwritten[name]
@@ -195,17 +218,32 @@ class Output:
                 self._open[name] = os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC)
             return self._open[name]
 
-    def finish(self, manifest: Mapping[str, object]) -> None:
-        """Bring everything to the disk; manifest: what a directory says of itself."""
+    def finish(self, manifest: Mapping[str, object], tick: Callable[[], None]) -> None:
+        """Bring everything to the disk; manifest: what the output says of itself, but for its files.
+
+        tick: called now and then while bytes are read that were not written here; it may raise to stop.
+        """
         if missing := [name for name, count in self._unwritten.items() if count]:
             raise RuntimeError(f"{self.target}: {missing[0]} was not written whole")
-        if self.directory:
-            listed = {**manifest, "files": sorted(self.files)}
-            with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
-                file.write(json.dumps(listed, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        self._add_missing_sums(tick)
+        listed = {
+            name if self.directory else self.target.name: {"size": like.size, "checksum": self.sums.of(name)}
+            for name, like in sorted(self.files.items())
+        }
+        with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
+            file.write(json.dumps({**manifest, "block": BLOCK, "files": listed}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self._sync_directories()
+
+    def _add_missing_sums(self, tick: Callable[[], None]) -> None:
+        """Of blocks that an earlier run wrote, or of which two processes wrote a part."""
+        for name in self.files:
+            with naming(self.target), open(self._path(name), "rb") as file:
+                for offset, size in self.sums.gaps(name):
+                    file.seek(offset)
+                    self.sums.add(name, offset, memoryview(file.read(size)))
+                    tick()
 
     def _sync_directories(self) -> None:
         for folder, _, _ in os.walk(self.work):
@@ -214,16 +252,36 @@ class Output:
     def publish(self) -> None:
         """Move what is finished into place."""
         self._check_existing()
-        self._move()
+        if self.directory:
+            self._move(self._staged)
+        else:
+            self._move_with_manifest(*map(self._path, self.files))
         _sync_directory(self.target.parent)
 
-    def _move(self) -> None:
+    def _move_with_manifest(self, staged: Path) -> None:
+        """A single file's manifest comes first.
+
+        Who is killed in between leaves it beside an older output or beside none: `negmerge verify` says so, and the next
+        merge replaces it. The other way round there would be an output with nothing, or with another's, to hold it against.
+        """
+        former = self.manifest.read_bytes() if self.manifest.exists() else None
+        try:
+            os.replace(self._path(MANIFEST), self.manifest)
+            self._move(staged)
+        except BaseException:
+            if former is None:
+                self.manifest.unlink(missing_ok=True)
+            else:
+                self.manifest.write_bytes(former)
+            raise
+
+    def _move(self, staged: Path) -> None:
         exists = self.overwrite and os.path.lexists(self.target)
         if exists and not self.directory:
-            os.replace(self._staged, self.target)
+            os.replace(staged, self.target)
             return
         try:
-            _rename(self._staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+            _rename(staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
             if exists:
                 self._refuse_late_strangers()
         except OSError as error:
@@ -233,7 +291,7 @@ class Output:
                 raise OSError(
                     f"{self.target}: this file system cannot exchange directories: remove it first"
                 ) from None
-            os.rename(self._staged, self.target)
+            os.rename(staged, self.target)
 
     def _refuse_late_strangers(self) -> None:
         """What was replaced is looked at again: a file may have come since the last look."""
@@ -244,7 +302,7 @@ class Output:
             raise
 
     def _path(self, name: str) -> Path:
-        return self._staged / name if self.directory else self._staged
+        return self._staged / name
 
     def _close(self, name: str, sync: bool = True, release: bool = False) -> None:
         descriptor = self._open[name]
@@ -288,8 +346,11 @@ class Output:
             os.close(descriptor)
 
     def _clear(self) -> None:
-        for journal in self.journals():  # first: they speak of what is removed next
-            journal.unlink()
+        for path in (
+            *self.journals(),
+            *self.work.glob("share-*"),
+        ):  # first: they speak of what is removed next
+            path.unlink()
         if self._staged.is_dir():
             shutil.rmtree(self._staged)
         else:
@@ -312,8 +373,7 @@ class Output:
             raise OSError(
                 errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent)
             )
-        if self.directory:
-            self._staged.mkdir()
+        self._staged.mkdir()
         # There, to reserve a page is to fetch it, one after the other; whoever writes it can do that.
         in_memory = _is_tmpfs(self.work)
         for name, like in self.files.items():
@@ -334,12 +394,12 @@ class Output:
 
 
 def _listed(manifest: Path) -> list[str]:
-    """The files that an earlier output says are its own."""
+    """The files that an earlier output says are its own: a list of names, or what is known of each by its name."""
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        return [name for name in files if isinstance(name, str)]
-    except (OSError, ValueError, TypeError, KeyError):
+        files = load(manifest).get("files")
+    except (OSError, InputError):
         return []
+    return [name for name in files if isinstance(name, str)] if isinstance(files, (list, dict)) else []
 
 
 def _is_tmpfs(path: Path) -> bool:

@@ -35,6 +35,12 @@ def save_model(
     return path
 
 
+def flip(path: Path, at: int, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
+
+
 def load_model(path: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
 

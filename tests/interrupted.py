@@ -60,7 +60,12 @@ def start(folder: Path, *more: str, ranks: int = 1, wait: float = 0.004) -> list
         command = [sys.executable, "-c", SLOW, *ARGUMENTS, *more]
         processes.append(
             subprocess.Popen(
-                command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                command,
+                cwd=folder,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
         )
     return processes

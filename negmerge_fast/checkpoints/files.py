@@ -22,12 +22,16 @@ from ..rule import InputError
 
 @dataclass(frozen=True, eq=False)  # as a key, it is itself: what it holds is slow to hash
 class File:
-    """A regular file as it was when it was opened first. mode: who may do what with it."""
+    """A regular file as it was when it was opened first.
+
+    mode: who may do what with it. header: the hash of its header, or of all of an index, where that was read.
+    """
 
     path: Path
     size: int
     identity: tuple[int, int, int]
     mode: int
+    header: str = ""
 
     @classmethod
     def at(cls, path: Path) -> File:
@@ -212,8 +216,11 @@ class Checkpoint:
         return self.kind == "directory"
 
 
-def parse_json(raw: bytearray, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object in which no key comes twice, no text is half a character, and no number is -0."""
+def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> dict[str, Any]:
+    """A JSON object in which no key comes twice, no text is half a character, and no number is -0.
+
+    halves: there may be half characters, as in names of files that are not UTF-8.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -229,7 +236,7 @@ def parse_json(raw: bytearray, path: Path, what: str) -> dict[str, Any]:
             object_pairs_hook=unique,
             parse_int=lambda text: -0.0 if text == "-0" else int(text),
         )
-        if b"\\ud" in raw.lower():
+        if not halves and b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except InputError:
         raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from ..checksums import hash_of
 from ..rule import InputError
 from .files import Checkpoint, File, Tensor, parse_json
 from .safetensors import read_header
@@ -40,8 +42,8 @@ def open_directory(path: Path) -> Checkpoint:
         )
     found = _weights_name(path, names)
     if found.endswith(_INDEX_SUFFIX):
-        tensors, weights = _read_shards(path, found)
-        others = {found: File.at(path / found)}
+        tensors, weights, index = _read_shards(path, found)
+        others = {found: index}
     else:
         tensors, file = read_header(path / found)
         weights, others = {found: file}, {}
@@ -69,11 +71,12 @@ def _weights_name(path: Path, names: list[str]) -> str:
     raise InputError(f"{path}: {only}, expected {_SINGLE} or {_INDEX}")
 
 
-def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, File]]:
+def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, File], File]:
     file = File.at(path / index)
     if file.size > _LONGEST_INDEX:
         raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_LONGEST_INDEX}")
-    weight_map = parse_json(file.read(0, file.size), file.path, "index").get("weight_map")
+    raw = file.read(0, file.size)
+    weight_map = parse_json(raw, file.path, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file.path}: no weight_map, expected one of tensor names to shard files")
     for name, shard in weight_map.items():
@@ -102,7 +105,7 @@ def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, F
     for name, shard in weight_map.items():
         if name not in tensors:
             raise InputError(f"{path / shard}: tensor {name!r} is missing, but {index} names it")
-    return tensors, weights
+    return tensors, weights, replace(file, header=hash_of(raw))
 
 
 def _is_other_weights(name: str) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from ..checksums import hash_of
 from ..layout import Form
 from ..rule import InputError
 from .files import Checkpoint, File, Tensor
@@ -48,5 +50,6 @@ def open_file(path: Path) -> Checkpoint:
     nbytes = math.prod(shape) * dtype.itemsize
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
+    file = replace(file, header=hash_of(head.getbuffer()[: head.tell()]))
     tensor = Tensor(Form(_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
 from typing import Any
 
+from ..checksums import hash_of
 from ..layout import Form
 from ..rule import InputError
 from .files import Checkpoint, File, Tensor, parse_json
@@ -38,7 +40,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     file = File.at(path)
     if file.size < 8:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
-    length = int.from_bytes(file.read(0, 8), "little")
+    head = file.read(0, 8)
+    length = int.from_bytes(head, "little")
     if length > _LONGEST_HEADER:
         raise InputError(
             f"{path}: header of {length} bytes, expected at most {_LONGEST_HEADER}: not a safetensors file"
@@ -54,6 +57,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
         isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     ):
         raise InputError(f"{path}: __metadata__ is not a mapping of strings to strings")
+    file = replace(file, header=hash_of(head, raw))
     forms: dict[Form, Form] = {}  # tensors of one form share it
     tensors = {
         sys.intern(name): _tensor(file, 8 + length, name, entry, forms) for name, entry in header.items()

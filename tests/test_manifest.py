@@ -1,0 +1,193 @@
+"""What an output says of itself, and where that goes; a single file has it beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import flip
+from safetensors.torch import save_file
+from xxhash import xxh3_128_hexdigest
+
+import negmerge_fast as nm
+from negmerge_fast import budget, stream
+from negmerge_fast.writer import Output
+
+INPUTS = ("base", "ft-0", "ft-1", "ft-2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merge(**options: Any) -> nm.Report:
+    return nm.merge_checkpoints("base", list(INPUTS[1:]), "out", **{"scale": 0.9, **options})
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The size of a file, and the hash of its header by the definition of the format."""
+    content = path.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(content)
+    return {"size": len(content), "header": "xxh3_128:" + xxh3_128_hexdigest(content[:length])}
+
+
+def test_of_what_and_how(folder: Path) -> None:
+    report = merge(min_agreement=0.6, include="n", exclude="^brain$")
+    manifest = json.loads(Path("out/negmerge.json").read_text())
+    listed, block = manifest.pop("files"), manifest.pop("block")
+    assert listed.keys() | {"negmerge.json"} == contents(Path("out")).keys() and block == 128 << 10
+    read = {path: sorted(Path(path).glob("*.safetensors*")) for path in INPUTS}
+    described = {
+        path: {"path": path, "files": {f.name: header(f) for f in found}} for path, found in read.items()
+    }
+    assert "model.safetensors.index.json" in described["base"]["files"]
+    assert manifest == {
+        "negmerge_fast": nm.__version__,
+        "base": described["base"],
+        "models": [described[path] for path in INPUTS[1:]],
+        "scale": 0.9,
+        "min_agreement": 0.6,
+        "inputs": "finetuned",
+        "nonfinite": "error",
+        "include": "n",
+        "exclude": "^brain$",
+        "counted": {"elements": report.elements, "agreed": report.agreed, "nonfinite": 0},
+    }
+
+
+def test_the_manifest_is_the_same_whoever_makes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_SHORTEST", 512)
+    manifests = set()
+    for options in (
+        {"backend": "torch"},
+        {"backend": "cpu", "threads": 1},
+        {"backend": "cpu", "threads": 5, "memory_budget": "32MiB"},
+    ):
+        for longest in (512, 1 << 20):
+            monkeypatch.setattr(stream, "_LONGEST", longest)
+            merge(overwrite=True, **options)
+            manifests.add(Path("out/negmerge.json").read_bytes())
+    assert len(manifests) == 1
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npy"])
+def test_single_files(folder: Path, suffix: str) -> None:
+    for k, name in enumerate(INPUTS):
+        values = np.random.default_rng(k).normal(size=3000)
+        if suffix == "npy":
+            np.save(f"{name}.npy", values)
+        else:
+            save_file({"w": torch.from_numpy(values)}, f"{name}.safetensors")
+    paths = [f"{name}.{suffix}" for name in INPUTS]
+    out = Path(f"out.{suffix}")
+    nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9)
+    head = 128 if suffix == "npy" else 8 + int.from_bytes(Path(paths[0]).read_bytes()[:8], "little")
+    base = json.loads(Path(f"{out}.negmerge.json").read_text())["base"]
+    known = "xxh3_128:" + xxh3_128_hexdigest(Path(paths[0]).read_bytes()[:head])
+    assert base["files"] == {paths[0]: {"size": Path(paths[0]).stat().st_size, "header": known}}
+    done = nm.verify_checkpoint(out, paths)
+    assert (done.files, done.bytes, done.not_listed) == (1, out.stat().st_size, [])
+    for moved in (out, Path(f"{out}.negmerge.json"), Path(paths[0])):  # under other names
+        moved.rename(f"other-{moved}")
+    nm.verify_checkpoint(f"other-{out}", [f"other-{paths[0]}", *paths[1:]])
+    flip(Path(f"other-{out}"), -3)
+    with pytest.raises(nm.DamageError, match=f"other-{out}: checksum"):
+        nm.verify_checkpoint(f"other-{out}")
+    os.unlink(f"other-{out}.negmerge.json")
+    with pytest.raises(nm.InputError, match=r"negmerge\.json: No such file"):
+        nm.verify_checkpoint(f"other-{out}")
+
+
+def merge_single(folder: Path, scale: float = 0.9, **options: Any) -> nm.Report:
+    base, model = (folder / name / "model.safetensors" for name in ("ft-0", "ft-2"))
+    return nm.merge_checkpoints(base, [model], folder / "out.safetensors", scale=scale, **options)
+
+
+@pytest.mark.parametrize("stranger", ["text", "other JSON", "directory", "dangling link", "FIFO", "deep"])
+def test_a_strangers_file_where_the_manifest_of_a_single_file_goes(folder: Path, stranger: str) -> None:
+    manifest = folder / "out.safetensors.negmerge.json"
+    make: dict[str, Callable[[], object]] = {
+        "text": lambda: manifest.write_text("mine"),
+        "other JSON": lambda: manifest.write_text('{"files": {}}'),
+        "directory": manifest.mkdir,
+        "dangling link": lambda: manifest.symlink_to("nowhere"),
+        "FIFO": lambda: os.mkfifo(manifest),
+        "deep": lambda: manifest.write_text('{"files":' * 100_000),
+    }
+    make[stranger]()
+    before = manifest.lstat()
+    for overwrite in (False, True):
+        with pytest.raises(nm.InputError, match=r"out\.safetensors\.negmerge\.json: not negmerge's"):
+            merge_single(folder, overwrite=overwrite)
+    assert manifest.lstat() == before and not (folder / "out.safetensors").exists()
+
+
+def test_what_was_killed_between_the_manifest_and_its_file_is_in_nobodys_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is there, its file is not, or is an older one: verify says so, and a merge replaces it."""
+    code = (
+        "import os, sys, negmerge_fast as nm\n"
+        "from negmerge_fast.writer import Output\n"
+        "Output._move = lambda *_: os._exit(9)\n"
+        "single = [f'{name}/model.safetensors' for name in ('ft-0', 'ft-2')]\n"
+        "nm.merge_checkpoints(single[0], single[1:], 'out.safetensors', scale=0.5, overwrite=True)"
+    )
+
+    def killed() -> None:
+        assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 9
+
+    killed()
+    target, manifest = folder / "out.safetensors", folder / "out.safetensors.negmerge.json"
+    assert manifest.exists() and not target.exists()
+    with pytest.raises(nm.InputError, match=r"out\.safetensors: No such file"):
+        nm.verify_checkpoint(target)
+    merge_single(folder)
+    assert nm.verify_checkpoint(target).files == 1
+    before = target.read_bytes()
+    killed()
+    assert target.read_bytes() == before
+    with pytest.raises(nm.DamageError, match="checksum"):
+        nm.verify_checkpoint(target)
+    merge_single(folder, overwrite=True)
+    nm.verify_checkpoint(target)
+    assert not (folder / ".out.safetensors.negmerge").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_single_file_that_cannot_be_moved_into_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Its manifest is as it was, too."""
+    if there:
+        merge_single(folder)
+    before = contents(folder)
+    monkeypatch.setattr(Output, "_move", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        merge_single(folder, scale=0.5, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_the_manifest_names_of_any_bytes(folder: Path) -> None:
+    """A file whose name is no UTF-8 is copied, listed, and known again."""
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / "base" / name).write_text("?")
+    merge()
+    assert nm.verify_checkpoint(folder / "out").not_listed == []
+    (folder / "base" / name).unlink()
+    merge(overwrite=True)
+    assert not (folder / "out" / name).exists()

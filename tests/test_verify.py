@@ -1,0 +1,434 @@
+"""negmerge verify: finds every damage, says which; and a wrong element, where the inputs are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import family, flip, load_model, negmerge, save_model
+from hostile import random_models
+
+import negmerge_fast as nm
+from negmerge_fast import verify
+from negmerge_fast.checkpoints import open_checkpoint
+from negmerge_fast.checkpoints.files import Reader
+from negmerge_fast.plan import make_plan
+
+INPUTS = ("base", "ft-0", "ft-1", "ft-2")
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merge(**options: Any) -> None:
+    nm.merge_checkpoints("base", list(INPUTS[1:]), "out", **{"scale": 0.9, **options})
+
+
+def rechecked(path: Path = Path("out")) -> None:
+    """Makes the manifest agree with the files: what is wrong then is wrong by the inputs only."""
+    manifest = json.loads((path / "negmerge.json").read_text())
+    for name, entry in manifest["files"].items():
+        content = (path / name).read_bytes()
+        sums = verify.Checksums({name: len(content)})
+        sums.add(name, 0, memoryview(content))
+        entry["checksum"] = sums.of(name)
+    (path / "negmerge.json").write_text(json.dumps(manifest))
+
+
+def test_what_was_written_is_verified(folder: Path) -> None:
+    merge()
+    done = nm.verify_checkpoint("out")
+    size = sum(p.stat().st_size for p in Path("out").iterdir() if p.name != "negmerge.json")
+    assert done == nm.Verified("out", nm.__version__, 5, size, [], 0, 0)
+    compared = nm.verify_checkpoint("out", INPUTS, threads=3)
+    assert (compared.bytes, compared.bytes_compared) == (size, size) and compared.blocks > 5
+
+
+def test_every_flipped_bit_is_found(folder: Path) -> None:
+    merge()
+    for path in sorted(Path("out").iterdir()):
+        if path.name == "negmerge.json":
+            continue
+        before = path.read_bytes()
+        for at in {0, len(before) // 2, len(before) - 1}:
+            flip(path, at, 1 << (at % 8))
+            with pytest.raises(nm.DamageError) as found:
+                nm.verify_checkpoint("out")
+            assert len(found.value.found) == 1 and found.value.found[0].startswith(
+                f"{path}: checksum xxh3_128:"
+            )
+            path.write_bytes(before)
+    nm.verify_checkpoint("out")
+
+
+def swap() -> None:
+    """Two files of one size change places."""
+    save_model(Path("base"), {n: torch.ones(9) * k for k, n in enumerate("ab")}, ["a", "b"])
+    for k in range(3):
+        shutil.rmtree(f"ft-{k}")
+        save_model(Path(f"ft-{k}"), {n: torch.zeros(9) for n in "ab"})
+    shutil.rmtree("out")
+    merge()
+    one, other = sorted(Path("out").glob("*.safetensors"))
+    shutil.move(one, "aside")
+    shutil.move(other, one)
+    shutil.move("aside", other)
+
+
+def manifest_with(**changes: Any) -> Callable[[], object]:
+    """The manifest with other values; None: without; dotted keys reach inside."""
+
+    def change() -> None:
+        path = Path("out/negmerge.json")
+        manifest = json.loads(path.read_text())
+        for key, value in changes.items():
+            inner: Any = manifest
+            *above, last = key.split("__")
+            for step in above:
+                inner = inner[int(step) if step.isdigit() else step]
+            if value is None:
+                del inner[last]
+            else:
+                inner[last] = value
+        path.write_text(json.dumps(manifest))
+
+    return change
+
+
+def listing(name: str) -> Callable[[], object]:
+    return manifest_with(files={name: {"size": 1, "checksum": "xxh3_128:00"}})
+
+
+def write(content: bytes) -> Callable[[], object]:
+    return lambda: Path("out/negmerge.json").write_bytes(content)
+
+
+OUTSIDE = "expected a path inside the directory"
+BAD: dict[str, tuple[Callable[[], object], int, list[str]]] = {
+    "truncated": (lambda: os.truncate(f"out/{SHARD}", 100), 1, [f"out/{SHARD}: 100 bytes, expected 614"]),
+    "longer": (lambda: os.truncate(f"out/{SHARD}", 999), 1, [f"out/{SHARD}: 999 bytes, expected 614"]),
+    "two files": (
+        lambda: [flip(Path("out/config.json"), 3), os.truncate(f"out/{SHARD}", 100)], 1,
+        ["out/config.json: checksum", f"out/{SHARD}: 100 bytes"],
+    ),
+    "swapped": (swap, 1, ["out/model-00001-of-00002.safetensors: checksum", f"out/{SHARD}: checksum"]),
+    "missing": (lambda: os.unlink(f"out/{SHARD}"), 2, [f"out/{SHARD}: No such file or directory"]),
+    "a directory": (lambda: [os.unlink("out/config.json"), os.mkdir("out/config.json")], 2, ["out/config.json: not a regular file"]),
+    "a FIFO": (lambda: [os.unlink("out/config.json"), os.mkfifo("out/config.json")], 2, ["out/config.json: not a regular file"]),
+    "no output": (lambda: shutil.rmtree("out"), 2, ["out: No such file or directory"]),
+    "no manifest": (lambda: os.unlink("out/negmerge.json"), 2, ["out/negmerge.json: No such file or directory"]),
+    "a FIFO for a manifest": (
+        lambda: [os.unlink("out/negmerge.json"), os.mkfifo("out/negmerge.json")], 2, ["out/negmerge.json: not a regular file"],
+    ),
+    "no JSON": (write(b"\xff{"), 2, ["out/negmerge.json: manifest is not JSON"]),
+    "deep": (write(b'{"a":' * 100_000), 2, ["out/negmerge.json: manifest is not JSON (nested too deep)"]),
+    "twice": (write(b'{"files": {}, "files": {}}'), 2, ["out/negmerge.json: manifest names 'files' twice"]),
+    "a list": (write(b"[]"), 2, ["out/negmerge.json: manifest is a JSON list"]),
+    "empty": (write(b"{}"), 2, ["out/negmerge.json: no models, expected a list of models"]),
+    "an older manifest": (manifest_with(files=["config.json"]), 2, ["files is ['config.json'], expected an object of files"]),
+    "no files": (manifest_with(files={}), 2, ["files is {}, expected at least one"]),
+    "no version": (manifest_with(negmerge_fast=None), 2, ["no negmerge_fast, expected a version"]),
+    "base": (manifest_with(base="base"), 2, ["base is 'base', expected an object with path and files"]),
+    "model": (manifest_with(models=[3]), 2, ["models[0] is 3, expected an object with path and files"]),
+    "models": (manifest_with(models={}), 2, ["models is {}, expected a list of models"]),
+    "header": (manifest_with(base__files={"a": {"size": 3}}), 2, ["no header, expected a hash"]),
+    "scale": (manifest_with(scale=True), 2, ["scale is True, expected a number"]),
+    "infinite scale": (manifest_with(scale=float("inf")), 2, ["negmerge.json: scale: inf, expected a finite number"]),
+    "huge scale": (manifest_with(scale=10**400), 2, ["negmerge.json: scale: too large for a float"]),
+    "min_agreement": (manifest_with(min_agreement=0.2), 2, ["negmerge.json: min_agreement: 0.2, expected more than 0.5"]),
+    "inputs": (manifest_with(inputs=[]), 2, ["inputs is [], expected one of finetuned, task_vectors"]),
+    "nonfinite": (manifest_with(nonfinite="no"), 2, ["nonfinite is 'no', expected one of error, keep-base"]),
+    "include": (manifest_with(include=1), 2, ["include is 1, expected text or null"]),
+    "block": (manifest_with(block=1), 2, ["block is 1, expected the size of a block"]),
+    "block of 2^60": (manifest_with(block=2**60), 2, ["expected the size of a block"]),
+    "size": (manifest_with(files__tokenizer={"size": -1, "checksum": ""}), 2, ["size is -1, expected a number of bytes"]),
+    "size of 2^63": (manifest_with(files__tokenizer={"size": 2**63, "checksum": ""}), 2, ["expected a number of bytes"]),
+    "size that is true": (manifest_with(files__tokenizer={"size": True, "checksum": ""}), 2, ["size is True"]),
+    "checksum": (manifest_with(files__tokenizer={"size": 1, "checksum": 1}), 2, ["checksum is 1, expected a hash"]),
+    "unknown hash": (manifest_with(**{"files__config.json": {"size": 22, "checksum": "md5:0"}}), 1, [", expected md5:0"]),
+    "above": (listing("../base/config.json"), 2, [f"'../base/config.json', {OUTSIDE}"]),
+    "absolute": (listing("/etc/passwd"), 2, [f"'/etc/passwd', {OUTSIDE}"]),
+    "round about": (listing("a/../config.json"), 2, [OUTSIDE]),
+    "itself": (listing("negmerge.json"), 2, [OUTSIDE]),
+    "the directory": (listing("."), 2, [OUTSIDE]),
+    "no name": (listing(""), 2, [OUTSIDE]),
+    "NUL": (listing("a\0b"), 2, [OUTSIDE]),
+    "half a character": (listing("\ud800"), 2, ["expected a file"]),
+    "a long name": (listing("a" * 5000), 2, ["File name too long"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_said(folder: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A line for each damaged file, or one for what can't be verified."""
+    merge()
+    spoil, status, messages = BAD[case]
+    spoil()
+    raised: type[Exception] = nm.DamageError if status == 1 else nm.InputError
+    with pytest.raises(raised) as error:
+        nm.verify_checkpoint("out")
+    found = error.value.found if isinstance(error.value, nm.DamageError) else [str(error.value)]
+    if status == 1:
+        assert len(found) == len(messages)
+    for line, message in zip(found, messages, strict=status == 1):
+        assert message in line and "\n" not in line
+
+
+def test_the_command(folder: Path) -> None:
+    merge()
+    arguments = ("verify", "out", "--against", *INPUTS)
+    done = negmerge(*arguments, "--blocks", 3, "--seed", 7)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(
+        f"out: 5 files, 5.00kB, as negmerge_fast {nm.__version__} wrote them; 3 blocks"
+    )
+    Path("out/notes").touch()
+    done = negmerge("verify", "out")
+    assert done.stdout.splitlines()[1:] == ["not listed  notes"] and done.returncode == 0
+    assert negmerge("verify", "out", "--quiet").stdout == ""
+    for wrong in (
+        ("out", "base"),
+        ("out", "--against"),
+        ("out", "--against", "base"),
+        ("out", "--blocks", "0"),
+    ):
+        done = negmerge("verify", *wrong)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("negmerge: ") and done.stderr.count("\n") == 1
+    flip(Path("out/config.json"), 3)
+    flip(Path("out/tokenizer.json"), 0)
+    done = negmerge(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    assert [line.split(": checksum")[0] for line in lines] == [
+        "negmerge: out/config.json", "negmerge: out/tokenizer.json",
+    ]  # fmt: skip
+
+
+def test_it_waits_for_no_torch_and_stops_when_told(folder: Path) -> None:
+    merge()
+    start = "import sys; sys.argv = ['negmerge', 'verify', 'out']\nfrom negmerge_fast import cli, verify\n"
+    lean = "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", start + lean], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    interrupted = (
+        "check = verify._check\nverify._check = lambda *a: (os.kill(os.getpid(), 2), check(*a))\ncli.main()"
+    )
+    code = "import os; " + start + interrupted
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "negmerge: interrupted\n")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "task vectors": {"inputs": "task_vectors"},
+    "min_agreement": {"min_agreement": 0.6},
+    "include and exclude": {"include": "n|r", "exclude": "^brain$"},
+    "scale": {"scale": -0.0},
+    "long scale": {"scale": 1 / 3},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_are_those_of_the_manifest(folder: Path, case: str) -> None:
+    merge(**OPTIONS[case])
+    nm.verify_checkpoint("out", INPUTS)
+    recipe = json.loads(Path("out/negmerge.json").read_text())
+    merge(overwrite=True)
+    nm.verify_checkpoint("out", INPUTS)
+    manifest = json.loads(Path("out/negmerge.json").read_text())
+    manifest.update({k: recipe[k] for k in ("inputs", "min_agreement", "scale", "include", "exclude")})
+    Path("out/negmerge.json").write_text(json.dumps(manifest))
+    with pytest.raises(nm.DamageError, match=r"out/.*: tensor '.*': .*, expected"):
+        nm.verify_checkpoint("out", INPUTS)
+
+
+def test_what_is_not_finite(folder: Path) -> None:
+    base, finetuned = random_models(3, 5000, torch.bfloat16, [torch.float16, torch.float32], seed=3)
+    for name, tensor in zip(INPUTS, (base, *finetuned), strict=True):
+        shutil.rmtree(name)
+        save_model(Path(name), {"w": tensor})
+    merge(nonfinite="keep-base")
+    assert json.loads(Path("out/negmerge.json").read_text())["counted"]["nonfinite"] > 0
+    nm.verify_checkpoint("out", INPUTS)
+
+
+WRONG: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "no models": (lambda: None, ("base",), "against: expected the base and at least one fine-tuned model"),
+    "fewer": (lambda: None, INPUTS[:3], "2 models, expected 3"),
+    "more": (lambda: None, (*INPUTS, "ft-0"), "4 models, expected 3"),
+    "another base": (lambda: None, ("ft-0", *INPUTS[1:]), "ft-0: model-00001-of-00002.safetensors is missing, expected the files of base"),
+    "another order": (lambda: None, ("base", "ft-1", "ft-0", "ft-2"), "ft-1: model-00001-of-00002.safetensors was not there, expected the files of ft-0"),
+    "a header": (
+        lambda: flip(Path("ft-0/model.safetensors"), Path("ft-0/model.safetensors").read_bytes().index(b"norm")),
+        INPUTS, "ft-0/model.safetensors: header xxh3_128:.*, expected xxh3_128:.* as in ft-0",
+    ),
+    "a size": (
+        lambda: save_model(Path("ft-2"), {**family()[0], "more": torch.zeros(3)}), INPUTS, "ft-2/model.safetensors: .* bytes, expected 4612 as in ft-2",
+    ),
+    "the base's config": (lambda: Path("base/config.json").write_text("{}"), INPUTS, "base/config.json: 2 bytes, expected 22 bytes as in out"),
+    "more in the base": (lambda: Path("base/more").touch(), INPUTS, "base/more: 0 bytes, expected no such file as in out"),
+    "less in the base": (lambda: Path("base/config.json").unlink(), INPUTS, "base/config.json: no such file, expected 22 bytes as in out"),
+    "none": (lambda: None, ("nowhere", *INPUTS[1:]), "nowhere: no such file or directory"),
+    "a bad pattern": (manifest_with(include="("), INPUTS, "include: '\\(' is not a regular expression"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_other_inputs_than_those_of_the_merge(folder: Path, case: str) -> None:
+    spoil, against, message = WRONG[case]
+    merge()
+    spoil()
+    with pytest.raises(nm.InputError, match=message) as error:
+        nm.verify_checkpoint("out", against)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"blocks": 0}, {"threads": -1}, {"threads": -1, "against": INPUTS}])
+def test_options_out_of_range(folder: Path, options: Any) -> None:
+    merge()
+    with pytest.raises(nm.InputError, match="expected at least 1"):
+        nm.verify_checkpoint("out", **options)
+    with pytest.raises(TypeError, match="against: one path"):
+        nm.verify_checkpoint("out", "base")
+
+
+def element(name: str, index: int) -> tuple[Path, int]:
+    """Where an element of the output's tensor begins."""
+    tensor = open_checkpoint("out").tensors[name]
+    return tensor.file.path, tensor.offset + index * tensor.nbytes // tensor.numel
+
+
+@pytest.mark.parametrize(
+    "name, index, place",
+    [
+        ("embed", 799, "(49, 15)"),
+        ("norm", 0, "(0,)"),
+        ("half", 100, "(14, 2)"),
+        ("brain", 128, "(128,)"),
+        ("scalar", 0, "()"),
+    ],
+)
+def test_a_wrong_element_is_named(folder: Path, name: str, index: int, place: str) -> None:
+    """Though the manifest knows nothing of it."""
+    merge()
+    right = load_model(Path("out"))[name].flatten()[index]
+    path, at = element(name, index)
+    flip(path, at)
+    rechecked()
+    nm.verify_checkpoint("out")
+    wrong = load_model(Path("out"))[name].flatten()[index]
+    with pytest.raises(nm.DamageError) as error:
+        nm.verify_checkpoint("out", INPUTS)
+    line = str(error.value)
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[right.itemsize]
+    for value in (wrong, right):
+        assert f"0x{int(value.view(bits)) & (1 << 8 * right.itemsize) - 1:0{2 * right.itemsize}x}" in line
+    assert line.startswith(f"{path}: tensor '{name}': ") and f" at {place}, expected " in line
+
+
+def test_a_wrong_byte_of_what_is_copied_is_named(folder: Path) -> None:
+    merge()
+    path, at = element("ids", 3)
+    for file, place, message in (
+        (path, at, "tensor 'ids': byte 24 is 0x02, expected 0x03 as in base"),
+        (path, 10, "byte 10 is 0x"),
+        (Path("out/config.json"), 4, "byte 4 is 0x65, expected 0x64 as in base"),
+    ):
+        flip(file, place)
+        rechecked()
+        with pytest.raises(nm.DamageError, match=f"^{file}: {message}"):
+            nm.verify_checkpoint("out", INPUTS)
+        flip(file, place)
+
+
+def test_models_in_another_order_of_the_same_shapes(folder: Path) -> None:
+    """Whose headers are the same: the bits tell."""
+    models = [{"w": torch.randn(4000, generator=torch.Generator().manual_seed(k))} for k in range(4)]
+    for name, tensors in zip(INPUTS, models, strict=True):
+        shutil.rmtree(name)
+        save_model(Path(name), {"w": tensors["w"] * 0.1 + 1 if name != "base" else tensors["w"] * 0.1})
+    merge()
+    nm.verify_checkpoint("out", INPUTS)
+    with pytest.raises(nm.DamageError, match=r"tensor 'w': .* expected"):
+        nm.verify_checkpoint("out", ("base", "ft-2", "ft-1", "ft-0"))
+    with pytest.raises(nm.DamageError, match=r"tensor 'w': .* expected"):
+        nm.verify_checkpoint("out", ("base", "ft-0", "ft-0", "ft-2"))
+
+
+def test_the_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the number that was asked for, by the seed, in order; and large pieces are in it more often than small ones."""
+    monkeypatch.setattr(verify, "_STROKE", 256)
+    plan = make_plan(open_checkpoint("base"), [open_checkpoint(name) for name in INPUTS[1:]])
+    every = verify._sample(plan, 10**6, 0)
+    assert sum(piece.sources[0].nbytes for piece in every) == plan.bytes_written
+    assert every == verify._sample(plan, len(every), 5)
+    few = [verify._sample(plan, 5, seed) for seed in range(200)]
+    assert few[0] == verify._sample(plan, 5, 0) != few[1]
+    for sample in few:
+        places = [every.index(piece) for piece in sample]
+        assert places == sorted(set(places)) and len(places) == 5
+    size, smallest = max(p.sources[0].nbytes for p in every), min(p.sources[0].nbytes for p in every)
+    drawn = {n: sum(p.sources[0].nbytes == n for s in few for p in s) for n in (size, smallest)}
+    held = {n: sum(p.sources[0].nbytes == n for p in every) for n in (size, smallest)}
+    assert drawn[size] / held[size] > 5 * drawn[smallest] / held[smallest]
+
+
+def test_one_wrong_element_is_found_when_all_blocks_are_drawn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_STROKE", 256)
+    merge()
+    total = nm.verify_checkpoint("out", INPUTS, blocks=10**6).blocks
+    path, at = element("embed", 333)
+    flip(path, at)
+    rechecked()
+    with pytest.raises(nm.DamageError, match=r"'embed': .* at \(20, 13\)"):
+        nm.verify_checkpoint("out", INPUTS, blocks=total)
+    found = 0
+    for seed in range(20):
+        try:
+            nm.verify_checkpoint("out", INPUTS, blocks=3, seed=seed)
+        except nm.DamageError:
+            found += 1
+    assert 0 < found < 20
+
+
+def test_progress_and_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte is told once; and long files are read in long strokes, that cut no block."""
+    monkeypatch.setattr(verify, "_STROKE", 1)
+    large = {"w": torch.zeros(3 << 18), "v": torch.zeros(5)}
+    for name in INPUTS:
+        shutil.rmtree(name)
+        save_model(Path(name), large)
+    merge()
+    reads: list[tuple[int, int]] = []
+    read = Reader.read_into
+
+    def noted(self: Reader, file: Any, offset: int, buffer: memoryview, release: bool = False) -> bool | None:
+        if file.path.suffix == ".safetensors":
+            reads.append((offset, len(buffer)))
+        return read(self, file, offset, buffer, release)
+
+    monkeypatch.setattr(Reader, "read_into", noted)
+    seen: list[tuple[int, int]] = []
+    nm.verify_checkpoint("out", progress=lambda done, total: seen.append((done, total)))
+    size = Path("out/model.safetensors").stat().st_size
+    assert [offset for offset, _ in sorted(reads)] == list(range(0, size, 128 << 10))
+    assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] == nm.verify_checkpoint("out").bytes
+    monkeypatch.setattr(verify, "_STROKE", 1 << 20)
+    nm.verify_checkpoint("out", INPUTS, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1]
+    with pytest.raises(KeyboardInterrupt):
+        nm.verify_checkpoint("out", progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
