@@ -15,10 +15,9 @@ import pytest
 import torch
 from checkpoint_files import family, flip, load_model, negmerge, save_model
 from hostile import random_models
-from safetensors.torch import save_file
 
 import negmerge_fast as nm
-from negmerge_fast import budget, stream, verify
+from negmerge_fast import verify
 from negmerge_fast.checkpoints import open_checkpoint
 from negmerge_fast.checkpoints.files import Reader
 from negmerge_fast.plan import make_plan
