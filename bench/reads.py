@@ -33,7 +33,7 @@ from negmerge_fast.checkpoints import File, Reader
 from negmerge_fast.lanes import Lane, Timeline
 from negmerge_fast.measure.limits import make_cold, read_files
 from negmerge_fast.measure.work import RULE, SCALE
-from negmerge_fast.plan import Extent, Plan, pieces
+from negmerge_fast.plan import Extent, Plan, batches, pieces
 from negmerge_fast.rule import Batch, Stream
 
 MODELS, THREADS = 8, 2
@@ -64,7 +64,7 @@ def reads(plan: Plan) -> Iterator[Merged]:
                 reader.expect(source.file, source.offset, source.nbytes)
         for source, buffer in zip(others, buffers[1:], strict=True):
             reader.read_into(source.file, source.offset, buffer)
-        for batch, _ in stream._batches(piece, "cpu", *lane.on_cpu()):
+        for batch, _ in batches(piece, "cpu", *lane.on_cpu()):
             native.merge_cpu(batch, RULE, 1)
         return buffers[0]
 
@@ -110,7 +110,7 @@ def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
     """Merge a piece into memory of its own: the engine's batches write where the base is."""
     addresses = [held.ctypes.data for held in inputs]
     elsewhere = out.ctypes.data - addresses[0]
-    for batch, _ in stream._batches(piece, "cpu", addresses, inputs):
+    for batch, _ in batches(piece, "cpu", addresses, inputs):
         segments = [
             segment._replace(out=Stream(segment.base.address + elsewhere, batch.signature.result, out))
             for segment in batch.segments
@@ -120,7 +120,7 @@ def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
 
 def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
     """Merge the files of a plan, which have one file each, on some threads."""
-    coming, lock = pieces(plan, stream._LONGEST), Lock()
+    coming, lock = pieces(plan.extents, stream._LONGEST), Lock()
 
     def take() -> Extent | None:
         with lock:

@@ -18,7 +18,7 @@ from interrupted import contents, finish, kill_all, make_models, start, under_wa
 from safetensors.torch import load_file
 
 import negmerge_fast as nm
-from negmerge_fast import journal, stream
+from negmerge_fast import journal, manifest, stream
 from negmerge_fast.checkpoints.files import Reader
 from negmerge_fast.writer import Output
 
@@ -144,7 +144,7 @@ def test_changed_inputs_are_refused(made: Path, folder: Path, monkeypatch: pytes
         nm.merge_checkpoints(
             folder / "base", [folder / "ft-1", folder / "ft-0"], folder / "out", scale=0.9, resume=True
         )
-    monkeypatch.setattr(stream, "__version__", "0.0.1")
+    monkeypatch.setattr(manifest, "__version__", "0.0.1")
     with pytest.raises(nm.InputError, match=r"was made with negmerge_fast '\S+', expected '0\.0\.1'"):
         merge(folder)
 
