@@ -270,7 +270,7 @@ def test_pages_are_given_back_when_a_job_is_large(folder: Path, monkeypatch: pyt
     for free in (1 << 40, 1000):
         monkeypatch.setattr(budget, "free_memory", lambda free=free: free)
         advice.clear()
-        merge(folder, overwrite=True)
+        merge(folder, overwrite=True, memory_budget="1GiB")
         given_back.append(advice.count(os.POSIX_FADV_DONTNEED))
     assert given_back[0] == 0 < given_back[1]
 
