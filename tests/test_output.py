@@ -144,8 +144,8 @@ def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     finished = []
     finish = Output.finish
 
-    def noted(self: Output, manifest: dict[str, object]) -> None:
-        finish(self, manifest)
+    def noted(self: Output, *of_it: Any) -> None:
+        finish(self, *of_it)
         finished.append(True)
 
     def stop(done: int, total: int) -> None:
