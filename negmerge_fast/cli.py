@@ -13,6 +13,8 @@ import sys
 from types import FrameType
 from typing import Any, NoReturn
 
+from .rule import visible
+
 _STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 _WORD = {signal.SIGHUP: "hung up", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -101,13 +103,17 @@ def _fill_standard_streams() -> None:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{visible(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def _fail(message: str, status: int) -> int:
-    print("negmerge: " + " ".join(message.splitlines()), file=sys.stderr)
+    print("negmerge: " + visible(" ".join(message.splitlines())), file=sys.stderr)
     return status
+
+
+def _say(*lines: str) -> None:
+    print("\n".join(map(visible, lines)))
 
 
 def _commands(signals: _Signals) -> Any:
@@ -187,14 +193,14 @@ def _commands(signals: _Signals) -> Any:
         if report is not None:
             _check_report(report, job)
         if dry_run:
-            print(_plan_text(job))
+            _say(*_plan_lines(job))
             _print_left_out(job.plan.base)
             return
         done = _run(job, signals, quiet)
         if report is not None:
             _write_report(report, done.to_json())
         if not quiet:
-            print(_summary(job, done))
+            _say(_summary(job, done))
             _print_left_out(job.plan.base)
 
     @negmerge.command()
@@ -206,7 +212,7 @@ def _commands(signals: _Signals) -> Any:
 
         opened = [open_checkpoint(path) for path in paths]
         for checkpoint in opened:
-            print(_contents(checkpoint))
+            _say(_contents(checkpoint))
         if len(opened) > 1:
             plan = make_plan(opened[0], opened[1:])
             print(
@@ -328,10 +334,10 @@ def _size(count: float) -> str:
     return str(tqdm.format_sizeof(count, "B"))
 
 
-def _plan_text(job: Any) -> str:
+def _plan_lines(job: Any) -> list[str]:
     plan = job.plan
     segments = plan.segments(job.chunk)
-    return "\n".join([
+    return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"models    {len(plan.models)}",
         f"output    {job.output.target}: {len(plan.targets)} files",
@@ -342,13 +348,13 @@ def _plan_text(job: Any) -> str:
         f"memory    {_size(job.memory)}{'' if job.way.device == 'cpu' else f', and as much on {job.way.device}'}",
         f"backend   {job.backend} on {job.way.device} ({job.way.why})",
         *(f"way       {costs}" for costs in [job.costs()] if costs),
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def _print_left_out(base: Any) -> None:
     """What lies in BASE and will not be in OUT: other weights, which were not merged, and hidden files."""
     for name in base.left_out:
-        print(f"left out  {name}")
+        _say(f"left out  {name}")
 
 
 def _summary(job: Any, done: Any) -> str:

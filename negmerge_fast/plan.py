@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .checkpoints import Checkpoint, File, Tensor
 from .layout import mismatches
-from .rule import FLOAT_SIZES, InputError, Signature
+from .rule import FLOAT_SIZES, InputError, Signature, brief
 
 
 class Member(NamedTuple):
@@ -93,7 +93,7 @@ def make_plan(
     """Pair the tensors of all checkpoints by name.
 
     include, exclude: regular expressions searched in the names; tensors not chosen are the base's, untouched.
-    Raises InputError, one line with everything that does not fit.
+    Raises InputError, one line with what does not fit.
     """
     chosen = _choose(base.tensors, include, exclude)
     chosen_in = [_choose(model.tensors, include, exclude) for model in models]
@@ -103,7 +103,7 @@ def make_plan(
     def where(k: int | None, name: str) -> str:
         checkpoint = base if k is None else models[k]
         path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
-        return f"{path}: tensor {name!r}"
+        return f"{path}: tensor {brief(name)}"
 
     forms = {name: tensor.form for name, tensor in chosen.items()}
     forms_in = [{name: tensor.form for name, tensor in held.items()} for held in chosen_in]
