@@ -74,9 +74,7 @@ def _weights_name(path: Path, names: list[str]) -> str:
     raise InputError(f"{path}: {only}, expected {_SINGLE} or {_INDEX}")
 
 
-def _read_shards(
-    path: Path, index: str, present: list[str]
-) -> tuple[dict[str, Tensor], dict[str, File]]:
+def _read_shards(path: Path, index: str, present: list[str]) -> tuple[dict[str, Tensor], dict[str, File]]:
     """present: the names in the directory."""
     file = File.at(path / index)
     if file.size > _LONGEST_INDEX:

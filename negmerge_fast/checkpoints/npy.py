@@ -45,7 +45,9 @@ def open_file(path: Path) -> Checkpoint:
     if fortran and len(shape) > 1:
         raise InputError(f"{path}: column-major order, expected row-major")
     if not is_shape(list(shape)):
-        raise InputError(f"{path}: shape {brief(shape)}, expected non-negative integers, no product over 2^64")
+        raise InputError(
+            f"{path}: shape {brief(shape)}, expected non-negative integers, no product over 2^64"
+        )
     nbytes = math.prod(shape) * dtype.itemsize
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")

@@ -78,7 +78,9 @@ def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, For
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise InputError(f"{where}: unknown dtype {brief(dtype)}")
     if not is_shape(shape):
-        raise InputError(f"{where}: shape {brief(shape)}, expected non-negative integers, no product over 2^64")
+        raise InputError(
+            f"{where}: shape {brief(shape)}, expected non-negative integers, no product over 2^64"
+        )
     if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{where}: data_offsets {brief(offsets)}, expected a begin and an end")
     bits = math.prod(shape) * _BITS[dtype]
