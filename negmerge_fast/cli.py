@@ -80,7 +80,12 @@ def main() -> NoReturn:
         status = _fail(str(error), 2)
     except BrokenPipeError:
         status = 1  # whoever read the output has heard enough
-    except (OSError, MemoryError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
+    except (
+        OSError,
+        MemoryError,
+        RuntimeError,
+        ImportError,
+    ) as error:  # a device's faults are RuntimeErrors of torch
         status = _fail(_describe(error), 1)
     try:
         sys.stdout.flush()

@@ -71,22 +71,23 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
 
 
 def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, Form]) -> Tensor:
-    where = f"{file.path}: tensor {brief(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: expected dtype, shape and data_offsets in the header")
+        raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise InputError(f"{where}: unknown dtype {brief(dtype)}")
+        raise _malformed(file, name, f"unknown dtype {brief(dtype)}")
     if not is_shape(shape):
-        raise InputError(
-            f"{where}: shape {brief(shape)}, expected non-negative integers, no product over 2^64"
-        )
+        expected = "expected non-negative integers, no product over 2^64"
+        raise _malformed(file, name, f"shape {brief(shape)}, {expected}")
     if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: data_offsets {brief(offsets)}, expected a begin and an end")
+        raise _malformed(file, name, f"data_offsets {brief(offsets)}, expected a begin and an end")
     bits = math.prod(shape) * _BITS[dtype]
     if bits != (offsets[1] - offsets[0]) * 8:
-        raise InputError(
-            f"{where}: {offsets[1] - offsets[0]} bytes, expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
-        )
+        expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
+        raise _malformed(file, name, f"{offsets[1] - offsets[0]} bytes, {expected}")
     form = Form(sys.intern(dtype), tuple(shape))
     return Tensor(forms.setdefault(form, form), file, start + offsets[0], offsets[1] - offsets[0])
+
+
+def _malformed(file: File, name: str, problem: str) -> InputError:
+    return InputError(f"{file.path}: tensor {brief(name)}: {problem}")
