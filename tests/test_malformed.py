@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from in_process import Answer, Process
 from malformed import HEADERS, LONG, NOT_SIZES, VECTORS, array, npy
-from malformed_models import CONTROLS, DIRECTORIES, PAIRS, PATHS, SHARD, UNREADABLE, Case, good_model
+from malformed_models import DIRECTORIES, PAIRS, PATHS, SHARD, UNREADABLE, good_model
 from safetensors import safe_open
 
 ROLES = ("base", "ft-1")
