@@ -317,11 +317,11 @@ def _check_report(report: str, job: Any) -> None:
         real = Path(os.path.realpath(place))
         if path == real or real in path.parents:
             raise InputError(f"{report}: is inside {place}, expected another place for the report")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
-    if report.endswith("/") or (path.exists() and not path.is_file()):
-        raise InputError(f"{report}: not a regular file")
     try:
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
+        if report.endswith("/") or (path.exists() and not path.is_file()):
+            raise InputError(f"{report}: not a regular file")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

@@ -37,6 +37,7 @@ from .rule import (
     Signature,
     Stats,
     Stream,
+    brief,
     require_choice,
 )
 from .workers import NONE, Counted, Done, Pieces, Queue, in_order, join
@@ -373,7 +374,7 @@ class Job:
                     f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
                 )
                 raise InputError(
-                    f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
+                    f"{held.file.path}: tensor {brief(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a number that is not finite was counted, and is not found again")
 

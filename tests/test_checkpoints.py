@@ -26,11 +26,13 @@ def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).touch()
     (path / "link").symlink_to(tmp_path)
+    (path / "loop").symlink_to("loop")
     opened = open_checkpoint(path)
     assert sorted(opened.others) == ["1_Pooling/config.json", "README.md", "config.json", "tokenizer.json"]
     assert sorted(opened.left_out) == [
         ".hidden",
         "link",
+        "loop",
         "model.SafeTensors.bak",
         "model.ckpt.index",
         "model.gguf",

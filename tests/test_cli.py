@@ -163,6 +163,8 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "deep pattern": (lambda p: None, ["--include", "(" * 5000], ["is not a regular expression"]),
     "large pattern": (lambda p: None, ["--include", "a{99999999999}"], ["is not a regular expression"]),
     "root": (lambda p: None, ["--output", "/"], ["/: the root of the file system"]),
+    "a name too long for a work directory": (lambda p: None, ["--output", "o" * 250], ["o: File name too long, expected a path"]),
+    "a report's name, too long": (lambda p: None, ["--report", "r" * 300], ["r: cannot be written (File name too long)"]),
     "report is a folder": (lambda p: None, ["--report", "r.json/"], ["r.json/: not a regular file"]),
     "report in /proc": (lambda p: None, ["--report", "/proc/r.json"], ["/proc/r.json: cannot be written"]),
     "base in the work directory": (
