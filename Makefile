@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test suite interpreted slow sanitize lint format bench tune ci clean
+.PHONY: demo test suite interpreted slow fuzz sanitize lint format bench tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
@@ -23,6 +23,10 @@ interpreted: $(VENV)/.test
 # Lengths beyond 2^31 and 2^32: 4 GiB of memory, a minute.
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# Ten minutes of models with a few things wrong; SECONDS=60 for one. What fails is saved in fuzz-found/.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),600)
 
 sanitize:
 	tests/sanitize/run
@@ -63,7 +67,7 @@ $(VENV)/.package: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(w
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
+$(VENV)/.demo $(VENV)/.test $(VENV)/.fuzz $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
 	$(PIP) 'negmerge_fast[$*]'
 	@touch $@
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from .rule import visible
 from .signals import Signals, Stopped, fail
 
 
@@ -44,9 +45,9 @@ def main() -> NoReturn:
         status = fail(str(error), 2)
     except BrokenPipeError:
         status = 1  # whoever read the output has heard enough
-    except (OSError, MemoryError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
+    except (OSError, MemoryError, ImportError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
         # Of several processes, all are told to stop when one has died: what fails from then on is no news.
-        told = signals.received is not None and signals.ranks.count > 1
+        told = signals.received is not None and signals.ranks and signals.ranks.count > 1
         status = signals.stopped() if told else fail(signals.place() + _describe(error), 1)
     try:
         sys.stdout.flush()
@@ -69,8 +70,12 @@ def _fill_standard_streams() -> None:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{visible(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def _say(*lines: str) -> None:
+    print("\n".join(map(visible, lines)))
 
 
 def _commands(signals: Signals) -> Any:
@@ -169,7 +174,7 @@ def _commands(signals: Signals) -> Any:
         ranks.together(check)
         if dry_run:
             if ranks.rank == 0:
-                print(_plan_text(job))
+                _say(*_plan_lines(job))
                 _print_left_out(job.plan.base)
             return
         done = _run(job, signals, quiet or ranks.rank > 0)
@@ -178,7 +183,7 @@ def _commands(signals: Signals) -> Any:
         if report is not None:
             _write_report(report, done.to_json())
         if not quiet:
-            print(_summary(job, done))
+            _say(_summary(job, done))
             _print_left_out(job.plan.base)
 
     @negmerge.command()
@@ -228,7 +233,7 @@ def _commands(signals: Signals) -> Any:
 
         opened = [open_checkpoint(path) for path in paths]
         for checkpoint in opened:
-            print(_contents(checkpoint))
+            _say(_contents(checkpoint))
         if len(opened) > 1:
             plan = make_plan(opened[0], opened[1:])
             print(
@@ -343,11 +348,11 @@ def _check_report(report: str, job: Any) -> None:
         real = Path(os.path.realpath(place))
         if path == real or real in path.parents:
             raise InputError(f"{report}: is inside {place}, expected another place for the report")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
-    if report.endswith("/") or (path.exists() and not path.is_file()):
-        raise InputError(f"{report}: not a regular file")
     try:
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
+        if report.endswith("/") or (path.exists() and not path.is_file()):
+            raise InputError(f"{report}: not a regular file")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -365,10 +370,10 @@ def _size(count: float) -> str:
     return str(tqdm.format_sizeof(count, "B"))
 
 
-def _plan_text(job: Any) -> str:
+def _plan_lines(job: Any) -> list[str]:
     plan = job.plan
     segments = plan.segments(job.chunk)
-    return "\n".join([
+    return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"models    {len(plan.models)}",
         f"output    {job.output.target}: {len(plan.targets)} files",
@@ -379,13 +384,13 @@ def _plan_text(job: Any) -> str:
         f"memory    {_size(job.memory)}{'' if job.way.device == 'cpu' else f', and as much on {job.way.device}'}",
         f"backend   {job.backend} on {job.way.device} ({job.way.why})",
         *(f"way       {costs}" for costs in [job.costs()] if costs),
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def _print_left_out(base: Any) -> None:
     """What lies in BASE and will not be in OUT: other weights, which were not merged, and hidden files."""
     for name in base.left_out:
-        print(f"left out  {name}")
+        _say(f"left out  {name}")
 
 
 def _summary(job: Any, done: Any) -> str:

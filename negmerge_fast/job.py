@@ -31,7 +31,7 @@ from .journal import read as read_journal
 from .manifest import Recipe
 from .plan import Extent, Member, Plan, Run, batches, left, part, pieces, shares
 from .ranks import Alone
-from .rule import Counts, InputError, Merge, Rule, Stats, TensorStats
+from .rule import Counts, InputError, Merge, Rule, Stats, TensorStats, brief
 from .unread import Block, Unread, none_agreed
 from .workers import Counted, Done, work_through
 from .writer import Output
@@ -344,7 +344,7 @@ class Job:
                     f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
                 )
                 raise InputError(
-                    f"{held.file.path}: tensor {name!r}: {what}, expected finite numbers (or --nonfinite keep-base)"
+                    f"{held.file.path}: tensor {brief(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a number that is not finite was counted, and is not found again")
 

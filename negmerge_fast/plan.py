@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .checkpoints import Checkpoint, File, Tensor
 from .layout import mismatches
-from .rule import FLOAT_SIZES, Batch, InputError, Segment, Signature, Stream
+from .rule import FLOAT_SIZES, Batch, InputError, Segment, Signature, Stream, brief
 
 
 class Member(NamedTuple):
@@ -105,7 +105,7 @@ def make_plan(
     """Pair the tensors of all checkpoints by name.
 
     include, exclude: regular expressions searched in the names; tensors not chosen are the base's, untouched.
-    Raises InputError, one line with everything that does not fit.
+    Raises InputError, one line with what does not fit.
     """
     chosen = _choose(base.tensors, include, exclude)
     chosen_in = [_choose(model.tensors, include, exclude) for model in models]
@@ -115,7 +115,7 @@ def make_plan(
     def where(k: int | None, name: str) -> str:
         checkpoint = base if k is None else models[k]
         path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
-        return f"{path}: tensor {name!r}"
+        return f"{path}: tensor {brief(name)}"
 
     forms = {name: tensor.form for name, tensor in chosen.items()}
     forms_in = [{name: tensor.form for name, tensor in held.items()} for held in chosen_in]

@@ -22,6 +22,7 @@ To the bit, so that every backend gives the same bits:
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -34,8 +35,26 @@ NonFinite = Literal["keep-base", "error"]
 FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
+def visible(text: str) -> str:
+    """Text in one line, and nothing in it that a terminal obeys: what is not printable is written as in a literal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
+_BRIEF.maxlist = _BRIEF.maxtuple = 8
+
+
+def brief(value: object) -> str:
+    """The repr of what a file says, which may be a name of a megabyte or a thousand lists in each other."""
+    return _BRIEF.repr(value)
+
+
 class InputError(ValueError):
     """A user's mistake, in one line: where, what was found, what was expected."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import sys
 from types import FrameType
 from typing import Any
 
+from .rule import visible
+
 _STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 _WORD = {signal.SIGHUP: "hung up", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -62,5 +64,5 @@ class Signals:
 
 
 def fail(message: str, status: int) -> int:
-    print("negmerge: " + " ".join(message.splitlines()), file=sys.stderr)
+    print("negmerge: " + visible(" ".join(message.splitlines())), file=sys.stderr)
     return status

@@ -70,6 +70,12 @@ class Output:
 
     def check(self, inputs: Iterable[Path]) -> None:
         """Refuse a place that must not be written: where an input is, or where something else is."""
+        try:
+            os.lstat(self.work)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # its name is too long, say
+            raise InputError(f"{self.target}: {error.strerror}, expected a path to a new place") from None
         real, work = Path(os.path.realpath(self.target)), Path(os.path.realpath(self.work))
         for path in inputs:
             found = Path(os.path.realpath(path))

@@ -70,7 +70,7 @@ ARROWS = {
     "reference": {"rule"},
     "rule": set(),
     "sharded": {"rule"},
-    "signals": set(),
+    "signals": {"rule"},
     "stream": {
         "backends",
         "budget",

@@ -279,7 +279,7 @@ def test_memory_is_bounded_by_what_is_free(
     usual = prepare(tmp_path, threads=6)
     assert usual.workers == 8 and usual.memory <= 1 << 30
     told = dataclasses.replace(usual, way=usual.way._replace(costs=Costs(1e9, False, 2e9, 5e9)))
-    assert f"and as much on {DEVICE}" in cli._plan_text(told)
+    assert f"and as much on {DEVICE}" in "\n".join(cli._plan_lines(told))
     for module, name, at in (
         (lanes, "room_on", lambda _: 64 << 20),
         (budget, "free_memory", lambda: 128 << 20),
@@ -359,7 +359,7 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
     on_cpu = prepare(tmp_path, device="cpu")
     assert on_cpu.costs() and on_cpu.costs().link is None  # type: ignore[union-attr]
     integers = prepare(tmp_path, device="cpu", include="ids")
-    assert integers.costs() is None and "way" not in cli._plan_text(integers)
+    assert integers.costs() is None and "way" not in "\n".join(cli._plan_lines(integers))
     lines = list(costs.measured([DEVICE]))
     assert len(lines) == 2 and "cuda:0 takes" in lines[1]
     costs.link_speed.cache_clear()

@@ -17,7 +17,7 @@ from test_compiled import tools
 from ways import merge_on_host
 
 import negmerge_fast as nm
-from negmerge_fast import backends, cli, native, trust
+from negmerge_fast import backends, info, native, trust
 from negmerge_fast.rule import Batch, Rule, Signature
 
 triton = pytest.importorskip("triton")
@@ -184,7 +184,7 @@ def test_a_kernel_that_differs_is_not_used(wrong_kernel: list[str], what: str, m
         nm.merge_(base, models, scale=1.0, backend="cpu")
     assert nm.merge_(base, models, scale=1.0).agreed == 100
     wrong_kernel[:] = [what]
-    assert re.search(r"^backend cpu on cpu: (not the reference|failed when tried)", cli._info(), re.MULTILINE)
+    assert re.search(r"^backend cpu on cpu: (not the reference|failed when tried)", info.text(), re.MULTILINE)
 
 
 FAULTS = {
@@ -254,13 +254,13 @@ def test_works_the_same_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch, negmerge_fast as nm
-from negmerge_fast import cli
+from negmerge_fast import info
 assert nm.merge(torch.zeros(3), [torch.ones(3)], scale=1.0).tolist() == [-1, -1, -1]
 try:
     nm.merge(torch.zeros(3), [torch.ones(3)], scale=1.0, backend="triton")
 except nm.InputError as error:
     print(error)
-print(cli._info())
+print(info.text())
 """
     printed = python(code)
     assert "backend 'triton' cannot run here: triton: cannot be imported" in printed

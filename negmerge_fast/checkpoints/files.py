@@ -13,11 +13,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 from ..layout import Form
-from ..rule import InputError
+from ..rule import InputError, brief
 
 
 @dataclass(frozen=True, eq=False)  # as a key, it is itself: what it holds is slow to hash
@@ -69,6 +71,10 @@ class File:
                 reader.read_into(self, offset, memoryview(buffer))
         except PermissionError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise InputError(str(error)) from None  # shorter than it seems, as files of /sys are
         return buffer
 
 
@@ -216,17 +222,25 @@ class Checkpoint:
         return self.kind == "directory"
 
 
+# Lists and objects take up to forty times their text: those of real headers and indexes are one in sixteen bytes at most.
+_MUCH, _BYTES_PER_BRACKET = 1 << 20, 8
+# Digits of 2^63 and a sign: longer numbers take long to read, and no file says one.
+_LONGEST_INTEGER = 20
+
+
 def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> dict[str, Any]:
-    """A JSON object in which no key comes twice, no text is half a character, and no number is -0.
+    """A JSON object in which no key comes twice, no text is half a character, and no number is -0, NaN or very long.
 
     halves: there may be half characters, as in names of files that are not UTF-8.
     """
+    if len(raw) > _MUCH and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
+        raise InputError(f"{path}: {what} is mostly brackets, expected names of tensors")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise InputError(f"{path}: {what} names {key!r} twice")
+                raise InputError(f"{path}: {what} names {brief(key)} twice")
             found[key] = value
         return found
 
@@ -234,7 +248,8 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=unique,
-            parse_int=lambda text: -0.0 if text == "-0" else int(text),
+            parse_int=_integer,
+            parse_constant=_refuse_constant,
         )
         if not halves and b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -246,3 +261,27 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _integer(text: str) -> int | float:
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return -0.0 if text == "-0" else int(text)
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def are_sizes(value: Any) -> bool:
+    """Whether it is a list of sizes or offsets: integers that a file can have."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 64  # so that a product of them is quickly had
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
+
+
+def is_shape(value: Any) -> bool:
+    """Whether it is a list of sizes whose products can be counted in 64 bits, as other programs do."""
+    return are_sizes(value) and all(count < 2**64 for count in accumulate(value, mul))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checksums import hash_of
-from ..rule import InputError
+from ..rule import InputError, brief
 from .files import Checkpoint, File, Tensor, parse_json
 from .safetensors import read_header
 
@@ -26,6 +26,12 @@ _OTHER_WEIGHTS = frozenset({
 # As for the header of a .safetensors file.
 _LONGEST_INDEX = 100_000_000
 
+# Of a file, on Linux; what is longer is not shown whole, either.
+_LONGEST_NAME = 255
+
+# Directories in each other, below that of a model.
+_DEEPEST = 64
+
 # What negmerge writes beside the weights of its output; it speaks of that output only.
 MANIFEST = "negmerge.json"
 
@@ -42,13 +48,12 @@ def open_directory(path: Path) -> Checkpoint:
         )
     found = _weights_name(path, names)
     if found.endswith(_INDEX_SUFFIX):
-        tensors, weights, index = _read_shards(path, found)
+        tensors, weights, index = _read_shards(path, found, names)
         others = {found: index}
     else:
         tensors, file = read_header(path / found)
         weights, others = {found: file}, {}
-    left_out: list[str] = []
-    _find_others(path, "", weights, others, left_out)
+    left_out = _find_others(path, weights, others)
     return Checkpoint(path, "directory", tensors, weights, others, tuple(left_out))
 
 
@@ -71,7 +76,10 @@ def _weights_name(path: Path, names: list[str]) -> str:
     raise InputError(f"{path}: {only}, expected {_SINGLE} or {_INDEX}")
 
 
-def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, File], File]:
+def _read_shards(
+    path: Path, index: str, present: list[str]
+) -> tuple[dict[str, Tensor], dict[str, File], File]:
+    """Also the index itself; present: the names in the directory."""
     file = File.at(path / index)
     if file.size > _LONGEST_INDEX:
         raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_LONGEST_INDEX}")
@@ -86,25 +94,26 @@ def _read_shards(path: Path, index: str) -> tuple[dict[str, Tensor], dict[str, F
             or "/" in shard
             or "\\" in shard
             or "\0" in shard
+            or len(shard) > _LONGEST_NAME
         ):
             raise InputError(
-                f"{file.path}: tensor {name!r} is in {shard!r}, expected a file of this directory"
+                f"{file.path}: tensor {brief(name)} is in {brief(shard)}, expected a file of this directory"
             )
     tensors: dict[str, Tensor] = {}
     weights: dict[str, File] = {}
+    if missing := set(weight_map.values()).difference(present):
+        raise InputError(f"{path / min(missing)}: missing, but named in {index}")
     for shard in sorted(set(weight_map.values())):
-        if not (path / shard).exists():
-            raise InputError(f"{path / shard}: missing, but named in {index}")
         held, weights[shard] = read_header(path / shard)
         for name, tensor in held.items():
             if weight_map.get(name) != shard:
                 raise InputError(
-                    f"{path / shard}: tensor {name!r} is not in {index}, expected {index} to name it there"
+                    f"{path / shard}: tensor {brief(name)} is not in {index}, expected {index} to name it there"
                 )
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise InputError(f"{path / shard}: tensor {name!r} is missing, but {index} names it")
+            raise InputError(f"{path / shard}: tensor {brief(name)} is missing, but {index} names it")
     return tensors, weights, replace(file, header=hash_of(raw))
 
 
@@ -112,18 +121,28 @@ def _is_other_weights(name: str) -> bool:
     return not _OTHER_WEIGHTS.isdisjoint(name.lower().split(".")[1:])
 
 
-def _find_others(
-    path: Path, below: str, weights: dict[str, File], others: dict[str, File], left_out: list[str]
-) -> None:
-    """Sort what lies in a directory into what belongs to the model and what is left out."""
-    with os.scandir(path / below) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            name = below + entry.name
-            if name in weights or name in others:
-                continue
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                _find_others(path, name + "/", weights, others, left_out)
-            elif entry.name.startswith(".") or _is_other_weights(entry.name) or not entry.is_file():
-                left_out.append(name)
-            elif name != MANIFEST:
-                others[name] = File.at(path / name)
+def _find_others(path: Path, weights: dict[str, File], others: dict[str, File]) -> list[str]:
+    """Add to others what belongs to the model and is no weights; what does not belong to it is returned."""
+    left_out: list[str] = []
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        if below.count("/") > _DEEPEST:
+            raise InputError(f"{path / below}: expected at most {_DEEPEST} directories in each other")
+        try:
+            with os.scandir(path / below) as found:
+                entries = sorted(found, key=lambda e: e.name)
+            for entry in entries:
+                name = below + entry.name
+                if name in weights or name in others:
+                    continue
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    pending.append(name + "/")
+                # Unlike the entry, it says no of a link that leads to itself.
+                elif entry.name.startswith(".") or _is_other_weights(entry.name) or not os.path.isfile(entry):
+                    left_out.append(name)
+                elif name != MANIFEST:
+                    others[name] = File.at(path / name)
+        except OSError as error:
+            raise InputError(f"{path / below}: {error.strerror}") from None
+    return left_out

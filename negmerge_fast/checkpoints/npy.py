@@ -12,8 +12,8 @@ import numpy as np
 
 from ..checksums import hash_of
 from ..layout import Form
-from ..rule import InputError
-from .files import Checkpoint, File, Tensor
+from ..rule import InputError, brief
+from .files import Checkpoint, File, Tensor, is_shape
 
 # What the one tensor is called in messages and reports.
 NAME = "vector"
@@ -40,13 +40,16 @@ def open_file(path: Path) -> Checkpoint:
     except InputError:
         raise
     except Exception as error:  # numpy's header parser raises whatever the text makes it raise
-        raise InputError(f"{path}: not a .npy file ({str(error).splitlines()[0][:120]})") from None
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path}: not a .npy file ({reason.splitlines()[0][:120]})") from None
     if dtype.str not in _DTYPES:
         raise InputError(f"{path}: dtype {dtype.str}, expected one of {', '.join(_DTYPES)}")
     if fortran and len(shape) > 1:
         raise InputError(f"{path}: column-major order, expected row-major")
-    if len(shape) > 64 or any(extent < 0 for extent in shape):
-        raise InputError(f"{path}: shape {shape}, expected at most 64 non-negative integers")
+    if not is_shape(list(shape)):
+        raise InputError(
+            f"{path}: shape {brief(shape)}, expected non-negative integers, no product over 2^64"
+        )
     nbytes = math.prod(shape) * dtype.itemsize
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")

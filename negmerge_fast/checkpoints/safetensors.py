@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Any
 
 from ..checksums import hash_of
 from ..layout import Form
-from ..rule import InputError
-from .files import Checkpoint, File, Tensor, parse_json
+from ..rule import InputError, brief
+from .files import Checkpoint, File, Tensor, are_sizes, is_shape, parse_json
 
 # The library's own bound.
 _LONGEST_HEADER = 100_000_000
@@ -67,7 +65,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     for name, tensor in ordered.items():
         if tensor.offset != position:
             raise InputError(
-                f"{path}: tensor {name!r} begins at byte {tensor.offset}, expected {position}: offsets overlap or leave holes"
+                f"{path}: tensor {brief(name)} begins at byte {tensor.offset}, expected {position}: offsets overlap or leave holes"
             )
         position = tensor.end
     if position != file.size:
@@ -77,28 +75,23 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
 
 
 def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, Form]) -> Tensor:
-    where = f"{file.path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: expected dtype, shape and data_offsets in the header")
+        raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise InputError(f"{where}: unknown dtype {dtype!r}")
-    if not _are_sizes(shape) or any(count >= 2**64 for count in accumulate(shape, mul)):
-        raise InputError(f"{where}: shape {shape!r}, expected non-negative integers, no product over 2^64")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: data_offsets {offsets!r}, expected a begin and an end")
+        raise _malformed(file, name, f"unknown dtype {brief(dtype)}")
+    if not is_shape(shape):
+        expected = "expected non-negative integers, no product over 2^64"
+        raise _malformed(file, name, f"shape {brief(shape)}, {expected}")
+    if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _malformed(file, name, f"data_offsets {brief(offsets)}, expected a begin and an end")
     bits = math.prod(shape) * _BITS[dtype]
     if bits != (offsets[1] - offsets[0]) * 8:
-        raise InputError(
-            f"{where}: {offsets[1] - offsets[0]} bytes, expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
-        )
+        expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
+        raise _malformed(file, name, f"{offsets[1] - offsets[0]} bytes, {expected}")
     form = Form(sys.intern(dtype), tuple(shape))
     return Tensor(forms.setdefault(form, form), file, start + offsets[0], offsets[1] - offsets[0])
 
 
-def _are_sizes(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 64  # so that a product of them is quickly had
-        and all(type(item) is int and 0 <= item < 2**63 for item in value)
-    )
+def _malformed(file: File, name: str, problem: str) -> InputError:
+    return InputError(f"{file.path}: tensor {brief(name)}: {problem}")
