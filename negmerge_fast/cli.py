@@ -45,7 +45,12 @@ def main() -> NoReturn:
         status = fail(str(error), 2)
     except BrokenPipeError:
         status = 1  # whoever read the output has heard enough
-    except (OSError, MemoryError, ImportError, RuntimeError) as error:  # a device's faults are RuntimeErrors of torch
+    except (
+        OSError,
+        MemoryError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # a device's faults are RuntimeErrors of torch
         # Of several processes, all are told to stop when one has died: what fails from then on is no news.
         told = signals.received is not None and signals.ranks and signals.ranks.count > 1
         status = signals.stopped() if told else fail(signals.place() + _describe(error), 1)
@@ -394,6 +399,8 @@ def _print_left_out(base: Any) -> None:
 
 
 def _summary(job: Any, done: Any) -> str:
+    if job.finished:
+        return f"{done.output}: was finished already"
     moved = done.bytes_read + done.bytes_written
     skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
     return (

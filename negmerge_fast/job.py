@@ -28,7 +28,7 @@ from . import backends, budget, costs, lanes
 from .checkpoints import Reader
 from .journal import Journal, Record, Tally, summed
 from .journal import read as read_journal
-from .manifest import Recipe
+from .manifest import Recipe, load
 from .plan import Extent, Member, Plan, Run, batches, left, part, pieces, shares
 from .ranks import Alone
 from .rule import Counts, InputError, Merge, Rule, Stats, TensorStats, brief
@@ -75,7 +75,8 @@ class Job:
     """A merge of checkpoints that was found to be possible.
 
     way: where it merges, and why there. workers: pieces under way at once; chunk: the longest stroke. memory: the bytes
-    that it will allocate, on the host and as many again on a device.
+    that it will allocate, on the host and as many again on a device. finished: the output is there already, of an earlier run
+    that was stopped at its very end.
     """
 
     plan: Plan
@@ -89,6 +90,7 @@ class Job:
     memory: int
     threads: int | None
     unread: Unread
+    finished: bool = False
 
     @property
     def rule(self) -> Rule:
@@ -111,36 +113,52 @@ class Job:
     ) -> Report:
         """Do it: the output is published whole, or not at all. timeline: is told when each worker did what.
 
-        ranks: the processes that do it together, each some runs of the output; every one returns the report.
+        ranks: the processes that do it together, each some runs of the output; the first of them returns the whole report.
         """
         began = time.perf_counter()
         ranks, timeline = ranks or Alone(), timeline or lanes.Timeline(kept=False)
         total = self.plan.bytes_read + self.plan.bytes_written
+        before = done = summed([])
+        if self.finished:
+            return self._finished(ranks)
 
         def look(moved: int) -> None:
             moved = ranks.look(moved)
             if progress:
                 progress(total - coming + moved, total)
 
+        def begin() -> list[list[Run]]:
+            nonlocal before
+            before = self._take_over()
+            if ranks.count > 1:
+                self.output.let_join()
+            return shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
+
+        def publish() -> None:
+            nonlocal done
+            done = self._publish(ranks, before, lambda: look(coming))
+
         with self.output:
-            before: Record = summed([])
-            lots: list[list[Run]] = []
-
-            def begin() -> list[list[Run]]:
-                nonlocal before
-                before = self._take_over()
-                if ranks.count > 1:
-                    self.output.let_join()
-                return shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
-
             lots = [[Run(*run) for run in lot] for lot in ranks.first(begin)]
             coming = sum(self._moved(run) for lot in lots for run in lot)
             ranks.together(lambda: self._work_as(ranks, lots[ranks.rank], look, timeline))
-            done = ranks.first(lambda: self._publish(ranks, before, partial(look, coming)).to_json())
-        return self._report(Record.of_json(done), lots, time.perf_counter() - began)
+            ranks.first(publish)
+        written = sum(run.end - run.begin for lot in lots for run in lot)
+        return self._report(done, written, time.perf_counter() - began)
 
-    def _report(self, done: Record, lots: Sequence[Sequence[Run]], seconds: float) -> Report:
-        stats, written = done.stats, sum(run.end - run.begin for lot in lots for run in lot)
+    def _finished(self, ranks: Alone) -> Report:
+        """Tidy up after the run that finished it."""
+        with self.output:
+            if ranks.rank == 0:
+                self.output.open()
+        counted = load(self.output.manifest)["counted"]
+        stats = Stats()
+        stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
+        report = self._report(summed([])._replace(stats=stats), 0, 0.0)
+        return dataclasses.replace(report, tensors=[])
+
+    def _report(self, done: Record, written: int, seconds: float) -> Report:
+        stats = done.stats
         return Report(
             base=self.recipe.base.path,
             models=[model.path for model in self.recipe.models],
@@ -252,8 +270,9 @@ class Job:
             work_through(coming, self.workers, ready, settle)
             journal.settle()
         except BaseException:
-            if self.output.resume:
-                with suppress(OSError):  # what stopped it is what is said
+            with suppress(OSError):  # what stopped it is what is said
+                journal.settle()
+                if self.output.resume:
                     journal.keep_now(tally.record())
             raise
         tally.record()

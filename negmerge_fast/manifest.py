@@ -5,8 +5,9 @@ Nothing in it depends on the machine, the backend, memory or time: who makes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def read(path: Path) -> Manifest:
     files = look.files(found, "files", "checksum")
     look.at({"files": files}, "files", bool, "at least one")
     return Manifest(version, recipe, block, files)
+
+
+def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
+    """Whether a manifest is of an output that is all there, made of the very same in the same way.
+
+    files: of the inputs, which must be older.
+    """
+    try:
+        found, written = read(path), path.stat().st_mtime_ns
+    except (InputError, OSError):
+        return False
+    outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
+    there = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
+    older = all(file.identity[2] < written for file in files)
+    return there and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    base, *models = (replace(i, path=os.path.realpath(i.path)) for i in (recipe.base, *recipe.models))
+    return replace(recipe, base=base, models=models)
 
 
 class _Look:

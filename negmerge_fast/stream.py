@@ -9,7 +9,7 @@ from pathlib import Path
 from . import backends, budget, costs, lanes
 from .checkpoints import Checkpoint, open_checkpoint
 from .job import Job, Progress, Report, most_open_files
-from .manifest import Input, Recipe
+from .manifest import Input, Recipe, holds
 from .plan import Plan, make_plan
 from .rule import InputError, Inputs, NonFinite, Rule, require_choice
 from .unread import Unread
@@ -116,8 +116,12 @@ def prepare(
     if not opened.is_directory and target.suffix != opened.path.suffix:
         raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
     place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite, resume=resume)
-    files = (f.path for c in (opened, *models) for f in {**c.weights, **c.others}.values())
-    place.check([opened.path, *(m.path for m in models), *files])
+    read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
+    recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
+    files = [file for c in (opened, *models) for file in {**c.weights, **c.others}.values()]
+    finished = resume and not overwrite and holds(place.manifest, recipe, files)
+    if not finished:
+        place.check([opened.path, *(m.path for m in models), *(file.path for file in files)])
     way = _way(plan, rule, backend, device, threads or backends.usual_threads())
     signatures = {member.signature for extent in plan.extents for member in extent.members}
     name, merge = backends.choose(backend, way.device, rule, signatures)
@@ -126,9 +130,8 @@ def prepare(
     skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
     looker, look = backends.choose("auto", "cpu") if skip else ("", None)
     fitted = _fit(memory_budget, way.device, (name, looker), len(models), tensors, sizes, threads)
-    read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
-    recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
-    return Job(plan, recipe, place, name, merge, way, *fitted, threads, Unread(rule, len(models), look))
+    unread = Unread(rule, len(models), look)
+    return Job(plan, recipe, place, name, merge, way, *fitted, threads, unread, finished)
 
 
 def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> costs.Way:

@@ -243,6 +243,35 @@ def test_counted_nonfinite_are_no_longer_an_error_that_could_be_missed(
     assert merge(folder, nonfinite="keep-base").nonfinite == 1 << 17
 
 
+def test_what_was_published_is_finished(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed when all that is left to do is to tidy up; or one that is started once more."""
+
+    def killed(self: Output) -> None:
+        raise Stop
+
+    monkeypatch.setattr(Output, "_remove_work", killed)
+    with pytest.raises(Stop):
+        merge(folder)
+    monkeypatch.undo()
+    assert (folder / ".out.negmerge").exists()
+    before = contents(folder / "out")
+    report = merge(folder)
+    assert contents(folder / "out") == before and not (folder / ".out.negmerge").exists()
+    assert (report.bytes_written, report.elements) == (0, 16 << 17) and 0 < report.agreed < report.elements
+    [(status, said, _)] = finish(start(folder, "--resume"))
+    assert status == 0 and said.endswith("out: was finished already\n")
+    for other in ({"scale": 0.8}, {"resume": False}):
+        with pytest.raises(nm.InputError, match="exists already"):
+            merge(folder, **other)
+    os.utime(folder / "out" / "negmerge.json", (1, 1))  # older than the models
+    with pytest.raises(nm.InputError, match="exists already"):
+        merge(folder)
+    os.utime(folder / "out" / "negmerge.json")
+    os.truncate(folder / "out" / "config.json", 3)
+    with pytest.raises(nm.InputError, match="exists already"):
+        merge(folder)
+
+
 def test_a_second_run_is_refused_while_the_first_is_under_way(folder: Path) -> None:
     [process] = start(folder, "--resume", wait=0.05)
     under_way(folder, [process])

@@ -252,7 +252,9 @@ def test_a_third_of_the_tensors_touched(
     asked = counted_reads(monkeypatch)
     report = job.run()
     assert report.bytes_read <= 0.6 * (report.bytes_read + report.bytes_skipped)
-    inputs = [size for folder, _, size in asked["read"] if folder.isdigit()]  # and not an older output's manifest
+    inputs = [
+        size for folder, _, size in asked["read"] if folder.isdigit()
+    ]  # and not an older output's manifest
     assert report.bytes_read == sum(inputs)
     assert merge(tmp_path, made, None, nonfinite="error")[0].bytes_skipped == 0
 
