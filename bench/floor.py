@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import NamedTuple
 
-from negmerge_fast.writer import _allocate, _start_writing_back
+from negmerge_fast.linux import allocate, start_writing_back
 
 
 class Stroke(NamedTuple):
@@ -41,7 +41,7 @@ def strokes(models: list[Path], size: int) -> Iterator[Stroke]:
 def run(models: list[Path], out: Path, size: int, threads: int, release: bool) -> None:
     coming, lock, errors = strokes(models, size), Lock(), []
     target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    _allocate(target, sum(path.stat().st_size for path in models[0].glob("*.safetensors")))
+    allocate(target, sum(path.stat().st_size for path in models[0].glob("*.safetensors")))
 
     def take() -> Stroke | None:
         with lock:
@@ -60,7 +60,7 @@ def run(models: list[Path], out: Path, size: int, threads: int, release: bool) -
                 os.posix_fadvise(stroke.file, stroke.at, done, os.POSIX_FADV_DONTNEED)
             if stroke.to is not None:
                 os.pwrite(target, buffer[:done], stroke.to)
-                _start_writing_back(target, stroke.to, done)
+                start_writing_back(target, stroke.to, done)
 
     def worker() -> None:
         try:

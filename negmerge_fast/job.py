@@ -296,7 +296,8 @@ class Job:
                     skipped = self._read(piece, block, reader, buffers, release)
                 counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
                 with timeline.span("write"):
-                    self.output.write(piece.target, base.offset, buffers[0], release)
+                    like = None if block.alive else reader.descriptor(base.file)
+                    self.output.write(piece.target, base.offset, buffers[0], release, like)
                 read = sum(source.nbytes for source in piece.sources) - skipped
                 return Done(read, base.nbytes, counted, skipped)
 

@@ -8,7 +8,6 @@ and publishes, and all hold the lock.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -25,13 +24,20 @@ from .checkpoints import File, open_checkpoint
 from .checkpoints.files import naming
 from .checkpoints.huggingface import MANIFEST
 from .checksums import BLOCK, Checksums
+from .linux import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    SHARING,
+    TMPFS,
+    allocate,
+    kind_of,
+    rename,
+    share,
+    start_writing_back,
+    sync_directory,
+)
 from .manifest import beside, load
 from .rule import InputError
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
-_SYNC_FILE_RANGE_WRITE = 2
-_TMPFS = 0x01021994
 
 
 class Output:
@@ -66,6 +72,7 @@ class Output:
         self._files_lock = Lock()
         self._lock = -1
         self._first = True
+        self._shares = False
         self.sums = Checksums({name: file.size for name, file in files.items()})
 
     def check(self, inputs: Iterable[Path]) -> None:
@@ -154,16 +161,16 @@ class Output:
 
     def leave(self, rank: int, value: Mapping[str, object]) -> None:
         """Leave something for the first rank, on the file system, for it may be large."""
-        with open(self._share(rank), "w", encoding="utf-8") as file:
+        with open(self.share(rank), "w", encoding="utf-8") as file:
             json.dump(value, file)
             file.flush()
             os.fsync(file.fileno())
 
     def left_by(self, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._share(rank).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(self.share(rank).read_text(encoding="utf-8"))
         return found
 
-    def _share(self, rank: int) -> Path:
+    def share(self, rank: int) -> Path:
         return self.work / f"share-{rank}"
 
     def make_room(self) -> None:
@@ -186,18 +193,24 @@ class Output:
         """Say how many bytes of each file will be written here."""
         self._unwritten = dict(sizes)
 
-    def write(self, name: str, offset: int, data: memoryview, release: bool = False) -> None:
+    def write(
+        self, name: str, offset: int, data: memoryview, release: bool = False, like: int | None = None
+    ) -> None:
         """Write a run of bytes of one file, from any thread; a file that is complete is synced.
 
-        release: give its pages back to the system then.
+        release: give its pages back to the system then. like: a descriptor of a file that has the same bytes in the same place.
         """
         if not data:
             return
-        descriptor, done = self._descriptor(name), 0
+        descriptor = self._descriptor(name)
         with naming(self.target):
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], offset + done)
-            _start_writing_back(descriptor, offset, len(data))
+            shared = range(offset, offset)
+            if like is not None and self._shares:
+                shared = share(like, descriptor, offset, offset + len(data))
+            for begin, end in ((offset, shared.start), (shared.stop, offset + len(data))):
+                while begin < end:
+                    begin += os.pwrite(descriptor, data[begin - offset : end - offset], begin)
+            start_writing_back(descriptor, offset, len(data))
         self.sums.add(name, offset, data)  # now, for it is still in the cache
         with self._files_lock:
             self._unwritten[name] -= len(data)
@@ -253,7 +266,7 @@ class Output:
 
     def _sync_directories(self) -> None:
         for folder, _, _ in os.walk(self.work):
-            _sync_directory(folder)
+            sync_directory(folder)
 
     def publish(self) -> None:
         """Move what is finished into place."""
@@ -262,7 +275,7 @@ class Output:
             self._move(self._staged)
         else:
             self._move_with_manifest(*map(self._path, self.files))
-        _sync_directory(self.target.parent)
+        sync_directory(self.target.parent)
 
     def _move_with_manifest(self, staged: Path) -> None:
         """A single file's manifest comes first.
@@ -287,7 +300,7 @@ class Output:
             os.replace(staged, self.target)
             return
         try:
-            _rename(staged, self.target, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+            rename(staged, self.target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
             if exists:
                 self._refuse_late_strangers()
         except OSError as error:
@@ -304,7 +317,7 @@ class Output:
         try:
             self._refuse_strangers(self._staged)
         except InputError:
-            _rename(self._staged, self.target, _RENAME_EXCHANGE)
+            rename(self._staged, self.target, RENAME_EXCHANGE)
             raise
 
     def _path(self, name: str) -> Path:
@@ -342,7 +355,7 @@ class Output:
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                    self._lock = descriptor
+                    self._lock, self._shares = descriptor, kind_of(self.work) in SHARING
                     return
             except BlockingIOError:
                 os.close(descriptor)
@@ -381,7 +394,7 @@ class Output:
             )
         self._staged.mkdir()
         # There, to reserve a page is to fetch it, one after the other; whoever writes it can do that.
-        in_memory = _is_tmpfs(self.work)
+        in_memory = kind_of(self.work) == TMPFS
         for name, like in self.files.items():
             path = self._path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,7 +407,7 @@ class Output:
                         if in_memory:
                             os.ftruncate(descriptor, like.size)
                         else:
-                            _allocate(descriptor, like.size)
+                            allocate(descriptor, like.size)
             finally:
                 os.close(descriptor)
 
@@ -406,43 +419,3 @@ def _listed(manifest: Path) -> list[str]:
     except (OSError, InputError):
         return []
     return [name for name in files if isinstance(name, str)] if isinstance(files, (list, dict)) else []
-
-
-def _is_tmpfs(path: Path) -> bool:
-    found = ctypes.create_string_buffer(256)  # struct statfs, whose first field says
-    failed = _LIBC.statfs(os.fsencode(path), found)
-    return not failed and ctypes.c_long.from_buffer(found).value == _TMPFS
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
-
-
-def _start_writing_back(descriptor: int, offset: int, size: int) -> None:
-    """So that the sync at the end has little left to do. posix_fadvise(DONTNEED) does that, too, but waits for all CPUs."""
-    if hasattr(_LIBC, "sync_file_range"):  # a hint: what it returns does not matter
-        _LIBC.sync_file_range(
-            descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE
-        )
-
-
-def _rename(source: Path, target: Path, flags: int) -> None:
-    if not hasattr(_LIBC, "renameat2"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    here = -100  # AT_FDCWD
-    if _LIBC.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(target))
-
-
-def _sync_directory(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -59,6 +59,7 @@ ARROWS = {
     "kernels": {"kernels", "rule", "table"},
     "lanes": set(),
     "layout": {"rule"},
+    "linux": set(),
     "manifest": {"__init__", "checkpoints", "rule"},
     "measure": {"__init__", "backends", "budget", "measure", "reference", "rule"},
     "native": {"__init__", "build_info", "rule", "table"},
@@ -100,7 +101,7 @@ ARROWS = {
         "workers",
     },
     "workers": {"plan"},
-    "writer": {"checkpoints", "checksums", "manifest", "rule"},
+    "writer": {"checkpoints", "checksums", "linux", "manifest", "rule"},
 }
 
 

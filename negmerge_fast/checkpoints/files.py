@@ -107,7 +107,7 @@ class Reader:
 
     def expect(self, file: File, offset: int, size: int) -> None:
         """Say that this will be read next: the system may fetch it meanwhile."""
-        os.posix_fadvise(self._descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self.descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool | None:
         """Fill the buffer from a position, and say whether all of it was cached; None: the file system doesn't tell.
@@ -116,7 +116,7 @@ class Reader:
         """
         if not buffer:
             return True
-        descriptor = self._descriptor(file)
+        descriptor = self.descriptor(file)
         try:
             found = _read_cached(descriptor, offset, buffer)
             done, cached = found or 0, None if found is None else found == len(buffer)
@@ -133,7 +133,8 @@ class Reader:
             raise _named(error, file.path) from None
         return cached
 
-    def _descriptor(self, file: File) -> int:
+    def descriptor(self, file: File) -> int:
+        """Of an open file, until the next call."""
         descriptor = self._open.pop(file, None)
         if descriptor is None:
             if len(self._open) == self._most:

@@ -1,0 +1,71 @@
+"""What Linux does with files beyond what Python offers."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+_SYNC_FILE_RANGE_WRITE = 2
+TMPFS = 0x01021994
+# Those that keep what two files have in common once, or copy it where it lies: Btrfs, XFS, bcachefs, OCFS2, ZFS; NFS, SMB.
+SHARING = {0x9123683E, 0x58465342, 0xCA451A4E, 0x7461636F, 0x2FC12FC1, 0x6969, 0xFE534D42}
+_CANNOT_SHARE = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY}
+_PAGE = 4096
+
+
+def kind_of(path: Path) -> int:
+    """The number of the kind of file system that a path is on; 0: nobody knows."""
+    found = ctypes.create_string_buffer(256)  # struct statfs, whose first field says
+    failed = _LIBC.statfs(os.fsencode(path), found)
+    return 0 if failed else int(ctypes.c_long.from_buffer(found).value)
+
+
+def share(source: int, target: int, begin: int, end: int) -> range:
+    """Have the file system take whole pages from the same place in another file; which bytes it took."""
+    first = at = -(-begin // _PAGE) * _PAGE
+    last = end // _PAGE * _PAGE
+    try:
+        while at < last and (done := os.copy_file_range(source, target, last - at, at, at)):
+            at += done
+    except OSError as error:
+        if error.errno not in _CANNOT_SHARE:
+            raise
+    return range(first, at) if at > first else range(begin, begin)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def start_writing_back(descriptor: int, offset: int, size: int) -> None:
+    """So that the sync at the end has little left to do. posix_fadvise(DONTNEED) does that, too, but waits for all CPUs."""
+    if hasattr(_LIBC, "sync_file_range"):  # a hint: what it returns does not matter
+        _LIBC.sync_file_range(
+            descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE
+        )
+
+
+def rename(source: Path, target: Path, flags: int) -> None:
+    if not hasattr(_LIBC, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    here = -100  # AT_FDCWD
+    if _LIBC.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(target))
+
+
+def sync_directory(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
