@@ -134,14 +134,18 @@ class Job:
                 self.output.let_join()
             return shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
 
+        def work() -> None:
+            nonlocal done
+            done = self._work_as(ranks, lots[ranks.rank], look, timeline)
+
         def publish() -> None:
             nonlocal done
-            done = self._publish(ranks, before, lambda: look(coming))
+            done = self._publish(before, [done, *self._of_others(ranks)], lambda: look(coming))
 
         with self.output:
             lots = [[Run(*run) for run in lot] for lot in ranks.first(begin)]
             coming = sum(self._moved(run) for lot in lots for run in lot)
-            ranks.together(lambda: self._work_as(ranks, lots[ranks.rank], look, timeline))
+            ranks.together(work)
             ranks.first(publish)
         written = sum(run.end - run.begin for lot in lots for run in lot)
         return self._report(done, written, time.perf_counter() - began)
@@ -216,28 +220,32 @@ class Job:
 
     def _work_as(
         self, ranks: Alone, todo: Sequence[Run], look: Callable[[int], None], timeline: lanes.Timeline
-    ) -> None:
+    ) -> Record:
         """Do what is this rank's, and leave for the first one what was counted."""
         if ranks.rank:
             self.output.join()
         done = self._stream(todo, look, timeline, ranks.rank)
-        sums = {
-            name: [base64.b64encode(each).decode() for each in known]
-            for name, known in (self.output.sums.export().items() if ranks.rank else ())
-        }
-        self.output.leave(ranks.rank, {"done": done.to_json(), "sums": sums})
+        if ranks.rank:
+            known = self.output.sums.export().items()
+            sums = {name: [base64.b64encode(each).decode() for each in pair] for name, pair in known}
+            self.output.leave(ranks.rank, {"done": done.to_json(), "sums": sums})
+        return done
 
-    def _publish(self, ranks: Alone, before: Record, tick: Callable[[], None]) -> Record:
-        """Make one output of what all ranks have left, and say what they did."""
-        shared = [self.output.left_by(rank) for rank in range(ranks.count)]
-        done = summed(Record.of_json(each["done"]) for each in shared)
+    def _of_others(self, ranks: Alone) -> Iterator[Record]:
+        """What the other ranks did, and the checksums that they know."""
+        for rank in range(1, ranks.count):
+            found = self.output.left_by(rank)
+            sums = {name: tuple(map(base64.b64decode, pair)) for name, pair in found["sums"].items()}
+            self.output.sums.update(sums)  # type: ignore[arg-type]
+            yield Record.of_json(found["done"])
+
+    def _publish(self, before: Record, shared: Sequence[Record], tick: Callable[[], None]) -> Record:
+        """Make one output of what all ranks have done, and say what that was."""
+        done = summed(shared)
         stats = Stats()
         stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
         for record in (before, done):
             stats.include(record.stats.tensors)
-        for each in shared:
-            known = {name: tuple(map(base64.b64decode, pair)) for name, pair in each["sums"].items()}
-            self.output.sums.update(known)  # type: ignore[arg-type]
         counted = {"elements": stats.elements, "agreed": stats.agreed, "nonfinite": stats.nonfinite}
         self.output.finish({**self.recipe.to_json(), "counted": counted}, tick)
         tick()  # the last moment to stop: syncing may have taken long
@@ -255,7 +263,7 @@ class Job:
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = self.plan.bytes_read + self.plan.bytes_written > budget.free_memory() // 2
         threads = (self.threads or backends.usual_threads()) if self.backend in backends.CONCURRENT else 1
-        journal = Journal(self.output.journal(rank), self._made_of(), self.output.sync)
+        journal = Journal(self.output.journal(rank), self._made_of, self.output.sync)
         tally = Tally(todo)
 
         def settle(piece: Done) -> None:

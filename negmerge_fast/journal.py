@@ -48,7 +48,7 @@ class Record(NamedTuple):
 class Journal:
     """A journal that is written beside the work: a record is kept once `sync` has brought to the disk what it speaks of."""
 
-    def __init__(self, path: Path, made_of: Made, sync: Callable[[], None]) -> None:
+    def __init__(self, path: Path, made_of: Callable[[], Made], sync: Callable[[], None]) -> None:
         self.path, self.made_of, self.sync = path, made_of, sync
         self._last = time.monotonic()
         self._size: int | None = None  # of its whole lines, once that was looked at
@@ -90,7 +90,7 @@ class Journal:
     def append(self, record: Record) -> None:
         if self._size is None:
             self._size = _lines(self.path)[1]
-        lines = _line(record.to_json()) if self._size else _line(self.made_of) + _line(record.to_json())
+        lines = _line(record.to_json()) if self._size else _line(self.made_of()) + _line(record.to_json())
         with naming(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             with open(descriptor, "wb") as file:
