@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
@@ -62,9 +63,13 @@ def fit(
 
 
 def room(size: int | str | None) -> tuple[str, int]:
-    """What a job may take, in bytes, and what to call it; None or "auto": half of what is free now."""
+    """What a job may take, in bytes, and what to call it; None or "auto": half of what is free now.
+
+    Of several processes that torchrun started on a machine, each takes its part of that.
+    """
     if size is None or size == "auto":
-        return "half of the free memory", free_memory() // 2
+        beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return "half of the free memory", free_memory() // 2 // max(int(beside) if beside.isdecimal() else 1, 1)
     return "memory_budget", parse_size(size)
 
 

@@ -85,6 +85,8 @@ def test_in_a_container_the_groups_are_where_they_are_mounted(tmp_path: Path, pa
 def test_the_usual_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
     monkeypatch.setattr(budget, "free_memory", lambda: 1001)
     assert budget.room(given) == ("half of the free memory", 500)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert budget.room(given) == ("half of the free memory", 125)
     assert budget.room("2KiB") == ("memory_budget", 2048)
 
 
