@@ -196,8 +196,10 @@ def models(draw: st.DrawFn) -> Models:
             name: (draw(st.sampled_from(FLOATS)) if k and dtype in FLOATS else dtype, shape)
             for name, (dtype, shape) in named.items()
         }
+        if draw(st.integers(0, 9)) == 9:  # no version of its base
+            versions[draw(st.sampled_from(NAMES))] = draw(forms)
         if kind == "sharded":
-            of = {name: draw(st.sampled_from([SHARD, OTHER])) for name in named}
+            of = {name: draw(st.sampled_from([SHARD, OTHER])) for name in versions}
             for shard in sorted(set(of.values())):
                 held = {name: form for name, form in versions.items() if of[name] == shard}
                 jsons[f"{model}/{shard}"] = weights(held, k)
