@@ -169,7 +169,7 @@ class Tally:
         self._runs = runs
         self._written = self._recorded = self._read = self._skipped = 0
         self._stats = Stats()
-        self.whole = summed([])
+        self.whole = Record(runs, Stats(), 0)
         self.moved = 0
 
     def add(self, piece: Done) -> None:
@@ -184,7 +184,9 @@ class Tally:
         """What is done since the last one."""
         runs = between(self._runs, self._recorded, self._written)
         made = Record(runs, self._stats, self._read, self._skipped)
-        self.whole = summed([self.whole, made])
+        self.whole.stats.include(made.stats.tensors)
+        read, skipped = self.whole.read + made.read, self.whole.skipped + made.skipped
+        self.whole = self.whole._replace(read=read, skipped=skipped)
         self._recorded, self._stats = self._written, Stats()
         self._read = self._skipped = 0
         return made

@@ -143,6 +143,8 @@ def _choose(tensors: Mapping[str, Tensor], include: str | None, exclude: str | N
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
 
+    if include is None and exclude is None:
+        return dict(tensors)
     wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
     return {n: t for n, t in tensors.items() if wanted.search(n) and not unwanted.search(n)}
 

@@ -197,8 +197,10 @@ class Stats:
 
     def include(self, tensors: Mapping[str, TensorStats]) -> None:
         """Take what was counted elsewhere."""
+        self._count()
         for name, counted in tensors.items():
-            self._counted[name] = self.tensors.get(name, TensorStats()) + counted
+            before = self._counted.get(name)
+            self._counted[name] = before + counted if before else counted
 
     def _count(self) -> None:
         for runs, counts in self._pending:

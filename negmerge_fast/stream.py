@@ -11,6 +11,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .job import Job, Progress, Report, most_open_files
 from .manifest import Input, Recipe, holds
 from .plan import Plan, make_plan
+from .process import uncollected
 from .rule import InputError, Inputs, NonFinite, Rule, require_choice
 from .unread import Unread
 from .writer import Output
@@ -78,6 +79,7 @@ def merge_checkpoints(
     return job.run(progress)
 
 
+@uncollected()
 def prepare(
     base: PathLike,
     finetuned: Sequence[PathLike],

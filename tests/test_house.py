@@ -81,6 +81,7 @@ ARROWS = {
         "lanes",
         "manifest",
         "plan",
+        "process",
         "rule",
         "unread",
         "writer",
