@@ -52,6 +52,8 @@ CUDA = {
     "64 bytes at once": ["GROUP_BYTES=64"],
     "256 bytes at once": ["GROUP_BYTES=256"],
     "8 bytes of the base": ["BASE_BYTES=8"],
+    "4 waves of blocks": ["WAVES=4"],
+    "16 waves of blocks": ["WAVES=16"],
 }
 
 

@@ -31,7 +31,11 @@ namespace {
 #ifndef NEGMERGE_CUDA_BASE_BYTES
 #define NEGMERGE_CUDA_BASE_BYTES 16
 #endif
+#ifndef NEGMERGE_CUDA_WAVES
+#define NEGMERGE_CUDA_WAVES 1
+#endif
 constexpr int kThreads = NEGMERGE_CUDA_THREADS;       // of a block
+constexpr int kWaves = NEGMERGE_CUDA_WAVES;           // blocks for each one that runs at a time
 constexpr int kGroup = NEGMERGE_CUDA_GROUP;           // models whose loads are under way at once
 constexpr int kBaseBytes = NEGMERGE_CUDA_BASE_BYTES;  // of the base, for a thread at a time
 
@@ -265,7 +269,7 @@ void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t s
   int processors = 0, resident = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "no code for this device");
-  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident));
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident * kWaves));
   void* arguments[] = {&work};
   check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream), "launch");
 }
