@@ -38,20 +38,22 @@ SOURCE = Path(__file__).with_name("tune_gpu.cu")
 # For Triton, those for which all groups differ; each candidate is compiled once for each number.
 MODELS = {"cuda": (2, 8, 32), "triton": (8, 32)}
 
-# Each compiles for sm_90 without local memory; 512 threads or 32 bytes of the base do not.
+# Each compiles for sm_90 without local memory, but for 4 blocks of 256 threads and F16.
 CUDA = {
     "as built": [],
-    "blocks of 64 threads": ["THREADS=64"],
-    "blocks of 128 threads": ["THREADS=128"],
-    "blocks of 128 threads, tiles of 2,048": ["THREADS=128", "TILE=2048"],
+    "2 blocks at a time": ["BLOCKS=2"],
+    "4 blocks at a time": ["BLOCKS=4"],
+    "4 blocks at a time, 4 models at once": ["BLOCKS=4", "GROUP=4"],
+    "blocks of 128 threads": ["THREADS=128", "BLOCKS=6"],
+    "blocks of 128 threads, tiles of 2,048": ["THREADS=128", "BLOCKS=6", "TILE=2048"],
+    "blocks of 128 threads, tiles of 1,024, 16 waves": ["THREADS=128", "BLOCKS=6", "TILE=1024", "WAVES=16"],
+    "blocks of 512 threads, tiles of 8,192": ["THREADS=512", "BLOCKS=1", "TILE=8192"],
     "tiles of 2,048": ["TILE=2048"],
+    "tiles of 2,048, 4 waves": ["TILE=2048", "WAVES=4"],
+    "tiles of 2,048, 16 waves": ["TILE=2048", "WAVES=16"],
     "tiles of 8,192": ["TILE=8192"],
-    "tiles of 16,384": ["TILE=16384"],
     "4 models at once": ["GROUP=4"],
-    "16 models of 256 bytes at once": ["GROUP=16", "GROUP_BYTES=256"],
     "64 bytes at once": ["GROUP_BYTES=64"],
-    "256 bytes at once": ["GROUP_BYTES=256"],
-    "8 bytes of the base": ["BASE_BYTES=8"],
     "4 waves of blocks": ["WAVES=4"],
     "16 waves of blocks": ["WAVES=16"],
 }
