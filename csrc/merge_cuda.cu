@@ -20,7 +20,9 @@
 namespace negmerge {
 namespace {
 
-// Reasoned, not measured yet: bench/tune_gpu.py compiles others on a GPU (`make tune`).
+// The best that bench/tune_gpu.py found on an H100 (bench/results/tune_gpu.jsonl), with tiles of 2,048 elements: 0.96 of a device
+// copy, the geometric mean over all types and 2, 8 and 32 models. With 1 wave it was 0.94, and then with 4 blocks at a time 0.91,
+// with 4 models or 64 bytes at once as much.
 #ifndef NEGMERGE_CUDA_THREADS
 #define NEGMERGE_CUDA_THREADS 256
 #endif
@@ -34,10 +36,14 @@ namespace {
 #define NEGMERGE_CUDA_BASE_BYTES 16
 #endif
 #ifndef NEGMERGE_CUDA_WAVES
-#define NEGMERGE_CUDA_WAVES 1
+#define NEGMERGE_CUDA_WAVES 16
 #endif
 #ifndef NEGMERGE_CUDA_BLOCKS
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+#define NEGMERGE_CUDA_BLOCKS 2  // for others the compiler needs more registers
+#else
 #define NEGMERGE_CUDA_BLOCKS 3
+#endif
 #endif
 constexpr int kThreads = NEGMERGE_CUDA_THREADS;       // of a block
 constexpr int kWaves = NEGMERGE_CUDA_WAVES;           // blocks for each one that runs at a time
@@ -74,8 +80,8 @@ template <bool kAlike, class Seen>
 constexpr int kBlocks = kAlike && Seen::kResultTells ? NEGMERGE_CUDA_BLOCKS : 1;
 
 // The most bytes of them: they and the running values are held in registers.
-template <class Seen>
-constexpr int kGroupBytes = NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Seen) > 24 ? 2 : 1);
+template <class Seen, int E>
+constexpr int kGroupBytes = NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Seen) > 48 && E > 2 ? 4 : sizeof(Seen) > 24 ? 2 : 1);
 
 // Elements of a thread at a time, fewer where their running values would not fit the registers.
 template <class T, class S>
@@ -161,7 +167,7 @@ __device__ void see(const std::int64_t* addresses, std::int64_t element, const E
 template <class T, class S, class M, int E, class Seen>
 __device__ void see(const std::int64_t* addresses, std::int64_t same, std::int64_t element, const Elements<S, E>& base,
                     bool task_vectors, Seen (&seen)[E]) {
-  constexpr int fit = kGroupBytes<Seen> / (E * static_cast<int>(sizeof(typename M::Bits)));
+  constexpr int fit = kGroupBytes<Seen, E> / (E * static_cast<int>(sizeof(typename M::Bits)));
   constexpr int G = fit < kGroup ? fit : kGroup;
   std::int64_t k = 0;
   for (; k + G <= same; k += G) see<T, S, M, E, G>(addresses + k, element, base, task_vectors, seen);
@@ -207,8 +213,8 @@ __device__ bool finish_quickly(const Work<T>& work, Elements<S, E>& stored, cons
   int agreed = 0;
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    const T t = work.constants.scale * -quick_quotient(seen[e].sum, work.constants.n, work.reciprocal);
-    const auto result = static_cast<typename S::Float>(widen<T, S>(stored.bits[e]) + t);
+    const T mean = quick_quotient(seen[e].sum, work.constants.n, work.reciprocal);
+    const auto result = static_cast<typename S::Float>(negated_mean(widen<T, S>(stored.bits[e]), mean, work.constants));
     const bool agree = seen[e].agree(work.constants);
     sure &= in_range<S>(result) & (!agree | (magnitude(seen[e].sum) >= kLeast<T>));
     if (agree) merged.bits[e] = static_cast<typename S::Bits>(S::template round<typename S::Word>(result));

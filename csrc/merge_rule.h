@@ -85,10 +85,14 @@ struct Majority : Unanimous<T, N> {
 };
 
 // What comes out where the models agree, before it is rounded to storage.
+template <class T, class N>
+NEGMERGE_INLINE N negated_mean(N b, N mean, const Constants<T>& c) {
+  const N t = c.scale * -mean;
+  return b + t;
+}
 template <class T, class N, class Seen>
 NEGMERGE_INLINE N negated(N b, const Seen& seen, const Constants<T>& c) {
-  const N t = c.scale * -seen.mean(c);
-  return b + t;
+  return negated_mean(b, seen.mean(c), c);
 }
 
 // |x|, for packs without a comparison.

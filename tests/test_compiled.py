@@ -67,8 +67,9 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
 def test_machine_code_loads_16_bytes_at_a_time_and_keeps_to_its_registers() -> None:
     for (arch, name), code in _kernels("sass").items():
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} for {arch} uses local memory"
-        # One base, and models in groups of 8, 4, 2 and 1; two loads at a time where registers are short.
-        assert len(re.findall(r"\bLDG\.E\S*\.128\b", code)) >= 8, f"{name} for {arch}"
+        # One base, and models in groups of 8, 4, 2 and 1; two loads at a time where registers are short, one where more so.
+        short = re.search("merge_tilesId.*(F32|F16).*Majority", name)
+        assert len(re.findall(r"\bLDG\.E\S*\.128\b", code)) >= (4 if short else 8), f"{name} for {arch}"
         assert re.search(r"\bSTG\.E\S*\.(128|64)\b", code), f"{name} for {arch}"
 
 
