@@ -1,4 +1,5 @@
-"""Writes the README's numbers, between its two marks: the latest rows of each device in bench/results/suite.jsonl.
+"""Writes the README's numbers, between its two marks: the latest rows of each device in bench/results/suite.jsonl, and of a GPU
+that the suite has not been run on those of the tuner in tune_gpu.jsonl.
 
 python bench/readme.py [--check]        check: exit status 1 if there are others
 """
@@ -6,6 +7,7 @@ python bench/readme.py [--check]        check: exit status 1 if there are others
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,12 +17,11 @@ from runs import Row, Unreadable, latest, read
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 SUITE = HERE / "results" / "suite.jsonl"
+TUNER = HERE / "results" / "tune_gpu.jsonl"
 BEGIN, END = "<!-- written by bench/readme.py -->", "<!-- until here -->"
 OURS = ("cuda", "triton", "cpu", "torch", "merge_")
-NO_GPU = (
-    "No GPU has been measured yet. Where there is one, `make bench` measures the CUDA and the Triton kernel beside the same peers, "
-    "and streaming through it, and writes the tables here."
-)
+NO_GPU = "No GPU has been measured yet: where there is one, `make bench` measures the kernels there beside the same peers."
+NO_SUITE = "The suite has not been run on this GPU yet: `make bench` measures there whole models, streaming and the same peers as above, too."
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> list[str]:
@@ -42,7 +43,10 @@ def crossed(rows: list[Row], across: str, cell: Callable[[Row], str], corner: st
 
 
 def speed(row: Row) -> str:
-    return f"{row['GB/s']:.3g} ({row['of_limit']:.2f})"
+    found = row["GB/s"]
+    return (
+        f"{found:,.0f} ({row['of_limit']:.2f})" if found >= 1000 else f"{found:.3g} ({row['of_limit']:.2f})"
+    )
 
 
 def seconds(row: Row) -> str:
@@ -83,6 +87,37 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
     return lines
 
 
+def of_tuner(rows: list[Row]) -> list[str]:
+    """The table of a GPU of which there is only what the tuner measured: CUDA's best constants, Triton's best launch by type."""
+    last = rows[-1]
+    chosen: list[Row] = []
+    for kernel, dtypes in (
+        ("cuda", [None]),
+        ("triton", list(dict.fromkeys(row["dtype"] for row in rows))),
+    ):
+        for dtype in dtypes:
+            ways: dict[str, list[Row]] = {}
+            for row in rows:
+                if row["way"].startswith(kernel) and dtype in (None, row["dtype"]):
+                    ways.setdefault(row["way"], []).append(row)
+            most = max(map(len, ways.values()), default=0)
+            whole = [found for found in ways.values() if len(found) == most]
+            chosen += max(whole, key=_share, default=[])
+    named = [{**row, "way": f"{row['way'].partition(',')[0]}, {row['dtype']}"} for row in chosen]
+    limits = sorted(row["limit GB/s"] for row in chosen)
+    return [
+        f"**{last['device']}**, driver {last['driver']}, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}",
+        "",
+        *crossed(named, "n", speed, f"by the tuner, n models: GB/s (share of the limit, {last['limit']})"),
+        "",
+        f"One tensor, {last['bytes'] / 1e9:.2g} GB in all. The limit beside them was between {limits[0]:.4g} and {limits[-1]:.4g} GB/s. {NO_SUITE}",
+    ]
+
+
+def _share(rows: list[Row]) -> float:
+    return statistics.geometric_mean(row["of_limit"] for row in rows)
+
+
 def _times(rows: list[Row]) -> str:
     """By how much our kernels are faster than others, by type."""
     found = {(row["way"], row["dtype"]): row["GB/s"] for row in rows}
@@ -107,12 +142,19 @@ def _what(row: Row) -> str:
     return f"{row['layout']}, {row['dtype']}, {size}{state}"
 
 
-def text(suite: Path) -> str:
+def text(suite: Path, tuner: Path) -> str:
     """What stands between the marks."""
     # Numbers of what nobody else can have are for their maker.
-    rows = [row for row in read(suite) if not str(row["commit"]).endswith("-dirty")]
+    rows, tuned = (
+        [row for row in read(path) if not str(row["commit"]).endswith("-dirty")] if path.exists() else []
+        for path in (suite, tuner)
+    )
     lines = [line for device, found in latest(rows).items() for line in (*of_device(device, found), "")]
-    if not any(row["driver"] for row in rows):
+    measured = {row["device"] for row in rows}
+    for device, found in latest(tuned).items():
+        if device not in measured:
+            lines += [*of_tuner(found), ""]
+    if not any(row["driver"] for row in (*rows, *tuned)):
         lines += [NO_GPU, ""]
     return "\n".join([BEGIN, "", *lines, END])
 
@@ -126,7 +168,7 @@ def main() -> int:
     before = README.read_text(encoding="utf-8")
     head, _, rest = before.partition(BEGIN)
     try:
-        after = head + text(SUITE) + rest.partition(END)[2]
+        after = head + text(SUITE, TUNER) + rest.partition(END)[2]
     except Unreadable as error:
         print(error, file=sys.stderr)
         return 2

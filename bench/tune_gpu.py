@@ -35,23 +35,24 @@ from negmerge_fast.table import device_memory, upload
 
 SOURCE = Path(__file__).with_name("tune_gpu.cu")
 
-# For Triton, those for which all groups differ; each candidate is compiled once for each number.
-MODELS = {"cuda": (2, 8, 32), "triton": (8, 32)}
+# Few, a group, and several.
+MODELS = (2, 8, 32)
 
-# Each compiles for sm_90 without local memory; 512 threads or 32 bytes of the base do not.
+# Each compiles for sm_90 without local memory, but for 4 blocks of 256 threads and blocks of 512.
 CUDA = {
     "as built": [],
-    "blocks of 64 threads": ["THREADS=64"],
-    "blocks of 128 threads": ["THREADS=128"],
-    "blocks of 128 threads, tiles of 2,048": ["THREADS=128", "TILE=2048"],
-    "tiles of 2,048": ["TILE=2048"],
-    "tiles of 8,192": ["TILE=8192"],
-    "tiles of 16,384": ["TILE=16384"],
+    "1 wave of blocks": ["WAVES=1"],
+    "4 waves of blocks": ["WAVES=4"],
+    "64 waves of blocks": ["WAVES=64"],
+    "tiles of 1,024": ["TILE=1024"],
+    "tiles of 4,096": ["TILE=4096"],
+    "2 blocks at a time": ["BLOCKS=2"],
+    "4 blocks at a time": ["BLOCKS=4"],
+    "blocks of 128 threads": ["THREADS=128", "BLOCKS=6"],
+    "blocks of 128 threads, tiles of 1,024": ["THREADS=128", "BLOCKS=6", "TILE=1024"],
+    "blocks of 512 threads, tiles of 8,192": ["THREADS=512", "BLOCKS=1", "TILE=8192"],
     "4 models at once": ["GROUP=4"],
-    "16 models of 256 bytes at once": ["GROUP=16", "GROUP_BYTES=256"],
     "64 bytes at once": ["GROUP_BYTES=64"],
-    "256 bytes at once": ["GROUP_BYTES=256"],
-    "8 bytes of the base": ["BASE_BYTES=8"],
 }
 
 
@@ -122,7 +123,7 @@ def triton_ways(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]
     from negmerge_fast.kernels.merge import launch_merge
 
     launches = {
-        f"triton, {launch.elements} x {launch.threads} elements, {launch.group} models at once": launch
+        f"triton, {launch.elements} x {launch.threads} elements, {launch.group} models at once, {launch.programs} programs": launch
         for launch in candidates(signature, unanimous=True)
     }
     return {name: partial(launch_merge, launch=launch) for name, launch in launches.items()}, launches
@@ -204,9 +205,9 @@ def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: 
     for dtype, size in FLOAT_SIZES.items():
         rows: list[Row] = []
         launches: dict[str, Any] = {}
-        for n in sorted({*(MODELS["cuda"] if cuda else ()), *(MODELS["triton"] if triton else ())}):
-            ways = dict(cuda) if n in MODELS["cuda"] else {}
-            if triton and n in MODELS["triton"]:
+        for n in MODELS:
+            ways = dict(cuda)
+            if triton:
                 candidates, launches = triton_ways(Signature(dtype, (dtype,) * n, False))
                 ways |= candidates
             numel = max(4096, total // (n + 2) // size // 4096 * 4096)

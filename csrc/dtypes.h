@@ -8,6 +8,7 @@
 #include <cstring>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
@@ -57,8 +58,12 @@ struct BF16 {
   static NEGMERGE_INLINE F widen(U bits) { return bits_as<F>(bits << 16); }
   template <class U, class F>
   static NEGMERGE_INLINE U round(F x) {
+#ifdef __CUDA_ARCH__
+    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
     const U bits = bits_as<U>(x);
     return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+#endif
   }
 };
 

@@ -8,6 +8,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -18,7 +20,9 @@
 namespace negmerge {
 namespace {
 
-// Reasoned, not measured yet: bench/tune_gpu.py compiles others on a GPU (`make tune`).
+// The best that bench/tune_gpu.py found on an H100 (bench/results/tune_gpu.jsonl), with tiles of 2,048 elements: 0.96 of a device
+// copy, the geometric mean over all types and 2, 8 and 32 models. With 1 wave it was 0.94, and then with 4 blocks at a time 0.91,
+// with 4 models or 64 bytes at once as much.
 #ifndef NEGMERGE_CUDA_THREADS
 #define NEGMERGE_CUDA_THREADS 256
 #endif
@@ -31,26 +35,53 @@ namespace {
 #ifndef NEGMERGE_CUDA_BASE_BYTES
 #define NEGMERGE_CUDA_BASE_BYTES 16
 #endif
+#ifndef NEGMERGE_CUDA_WAVES
+#define NEGMERGE_CUDA_WAVES 16
+#endif
+#ifndef NEGMERGE_CUDA_BLOCKS
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+#define NEGMERGE_CUDA_BLOCKS 2  // for others the compiler needs more registers
+#else
+#define NEGMERGE_CUDA_BLOCKS 3
+#endif
+#endif
 constexpr int kThreads = NEGMERGE_CUDA_THREADS;       // of a block
+constexpr int kWaves = NEGMERGE_CUDA_WAVES;           // blocks for each one that runs at a time
 constexpr int kGroup = NEGMERGE_CUDA_GROUP;           // models whose loads are under way at once
 constexpr int kBaseBytes = NEGMERGE_CUDA_BASE_BYTES;  // of the base, for a thread at a time
 
-// segments: the number of tiles before each segment, and whether all its addresses are multiples of 16.
+// segments: the number of tiles before each segment, and whether all its addresses are multiples of 16. one_type: all
+// models are stored as `type`, and nobody has to look.
 struct Tiling {
   const std::int64_t* segments;
   std::int64_t tiles;
+  bool one_type;
+  Dtype type;
 };
 
+// reciprocal: 1 / n, rounded; NaN where n is too large for `quick_quotient`.
 template <class T>
 struct Work {
   Batch batch;
   Tiling tiling;
   Constants<T> constants;
+  T reciprocal;
 };
 
+// Of one segment.
+struct Place {
+  const char* base;
+  char* out;
+  const std::int64_t* addresses;  // of the models
+};
+
+// Blocks that a processor runs at a time, at least: registers are kept for so many.
+template <bool kAlike, class Seen>
+constexpr int kBlocks = kAlike && Seen::kResultTells ? NEGMERGE_CUDA_BLOCKS : 1;
+
 // The most bytes of them: they and the running values are held in registers.
-template <class Seen>
-constexpr int kGroupBytes = NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Seen) > 24 ? 2 : 1);
+template <class Seen, int E>
+constexpr int kGroupBytes = NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Seen) > 48 && E > 2 ? 4 : sizeof(Seen) > 24 ? 2 : 1);
 
 // Elements of a thread at a time, fewer where their running values would not fit the registers.
 template <class T, class S>
@@ -123,7 +154,7 @@ __device__ void see(const std::int64_t* addresses, std::int64_t element, const E
   Elements<M, E> x[G];
 #pragma unroll
   for (int k = 0; k < G; ++k)
-    x[k] = load_elements<M, E>(reinterpret_cast<const char*>(addresses[k]) + element * sizeof(typename M::Bits));
+    x[k] = load_elements<M, E>(reinterpret_cast<const char*>(__ldg(addresses + k)) + element * sizeof(typename M::Bits));
 #pragma unroll
   for (int e = 0; e < E; ++e) {
     const T from = task_vectors ? T(0) : widen<T, S>(base.bits[e]);
@@ -136,7 +167,7 @@ __device__ void see(const std::int64_t* addresses, std::int64_t element, const E
 template <class T, class S, class M, int E, class Seen>
 __device__ void see(const std::int64_t* addresses, std::int64_t same, std::int64_t element, const Elements<S, E>& base,
                     bool task_vectors, Seen (&seen)[E]) {
-  constexpr int fit = kGroupBytes<Seen> / (E * static_cast<int>(sizeof(typename M::Bits)));
+  constexpr int fit = kGroupBytes<Seen, E> / (E * static_cast<int>(sizeof(typename M::Bits)));
   constexpr int G = fit < kGroup ? fit : kGroup;
   std::int64_t k = 0;
   for (; k + G <= same; k += G) see<T, S, M, E, G>(addresses + k, element, base, task_vectors, seen);
@@ -159,37 +190,84 @@ struct Counts {
   int agreed = 0, nonfinite = 0;
 };
 
-// E elements of a segment, from all models to what is stored.
+// The least sum, by magnitude, that quick_quotient divides, and the largest n.
+template <class T>
+constexpr T kLeast = sizeof(T) == 8 ? T(0x1p-1000) : T(0x1p-100);
+constexpr std::int64_t kMost = 1 << 20;
+
+// sum / n as IEEE rounds it, in 3 instructions instead of 10 and a branch; n a whole number. The first quotient is wrong by
+// less than 1.5 units in its last place, so that what it leaves of the sum is exact. The last rounding goes wrong only where
+// sum / n is nearer than 2^-22 of such a unit to the middle of two numbers, and it never is nearer than 0.5 / n.
+template <class T>
+__device__ T quick_quotient(T sum, T n, T reciprocal) {
+  const T quotient = sum * reciprocal;
+  return std::fma(std::fma(-quotient, n, sum), reciprocal, quotient);
+}
+
+// The end of the rule for E elements whose results are all finite, as are their sums then, and with them b and every d_k.
+// False, and nothing done, where that is not so, or quick_quotient will not do.
 template <class T, class S, class Seen, int E>
-__device__ void merge(const Work<T>& work, const std::int64_t* row, std::int64_t element, Counts& counts) {
-  const Batch& batch = work.batch;
-  const std::int64_t offset = element * sizeof(typename S::Bits);
-  Elements<S, E> stored = {};
-  if (row[1]) stored = load_elements<S, E>(reinterpret_cast<const char*>(row[1]) + offset);
-  Seen seen[E];
-  for (std::int64_t k = 0, same; k < batch.n; k += same) {
-    const Dtype dtype = batch.dtypes[k];
-    for (same = 1; k + same < batch.n && batch.dtypes[k + same] == dtype;) ++same;
-    const std::int64_t* addresses = row + 3 + k;
-    switch (dtype) {
-      case kF64:
-        if constexpr (sizeof(T) == 8) see<T, S, F64, E>(addresses, same, element, stored, batch.task_vectors, seen);
-        break;
-      case kF32: see<T, S, F32, E>(addresses, same, element, stored, batch.task_vectors, seen); break;
-      case kF16: see<T, S, F16, E>(addresses, same, element, stored, batch.task_vectors, seen); break;
-      case kBF16: see<T, S, BF16, E>(addresses, same, element, stored, batch.task_vectors, seen); break;
-    }
-  }
+__device__ bool finish_quickly(const Work<T>& work, Elements<S, E>& stored, const Seen (&seen)[E], Counts& counts) {
+  Elements<S, E> merged = stored;
+  bool sure = true;
+  int agreed = 0;
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    const auto outcome = finish<S>(stored.bits[e], seen[e], work.constants);
-    stored.bits[e] = outcome.bits;
-    counts.agreed += outcome.agreed;
-    counts.nonfinite += !outcome.finite;
+    const T mean = quick_quotient(seen[e].sum, work.constants.n, work.reciprocal);
+    const auto result = static_cast<typename S::Float>(negated_mean(widen<T, S>(stored.bits[e]), mean, work.constants));
+    const bool agree = seen[e].agree(work.constants);
+    sure &= in_range<S>(result) & (!agree | (magnitude(seen[e].sum) >= kLeast<T>));
+    if (agree) merged.bits[e] = static_cast<typename S::Bits>(S::template round<typename S::Word>(result));
+    agreed += agree;
   }
-  if (!row[2]) return;
-  char* out = reinterpret_cast<char*>(row[2]) + offset;
-  E == 1 ? store_anywhere(out, stored) : store(out, stored);
+  if (!sure) return false;
+  stored = merged;
+  counts.agreed += agreed;
+  return true;
+}
+
+// The same for all models of a batch, each run of one storage type in groups.
+template <class T, class S, bool kAlike, int E, class Seen>
+__device__ void see_all(const Work<T>& work, const std::int64_t* addresses, std::int64_t element, const Elements<S, E>& base,
+                        Seen (&seen)[E]) {
+  const Batch& batch = work.batch;
+  if constexpr (kAlike) return see<T, S, S, E>(addresses, batch.n, element, base, batch.task_vectors, seen);
+  for (std::int64_t k = 0, same; k < batch.n; k += same) {
+    const Dtype dtype = work.tiling.one_type ? work.tiling.type : batch.dtypes[k];
+    if (work.tiling.one_type) same = batch.n;
+    else for (same = 1; k + same < batch.n && batch.dtypes[k + same] == dtype;) ++same;
+    switch (dtype) {
+      case kF64:
+        if constexpr (sizeof(T) == 8) see<T, S, F64, E>(addresses + k, same, element, base, batch.task_vectors, seen);
+        break;
+      case kF32: see<T, S, F32, E>(addresses + k, same, element, base, batch.task_vectors, seen); break;
+      case kF16: see<T, S, F16, E>(addresses + k, same, element, base, batch.task_vectors, seen); break;
+      case kBF16: see<T, S, BF16, E>(addresses + k, same, element, base, batch.task_vectors, seen); break;
+    }
+  }
+}
+
+// E elements of a segment, from all models to what is stored.
+template <class T, class S, bool kAlike, class Seen, int E>
+__device__ void merge(const Work<T>& work, const Place& place, std::int64_t element, Counts& counts) {
+  const std::int64_t offset = element * sizeof(typename S::Bits);
+  Elements<S, E> stored = {};
+  if (place.base) stored = load_elements<S, E>(place.base + offset);
+  Seen seen[E];
+  see_all<T, S, kAlike, E>(work, place.addresses, element, stored, seen);
+  bool done = false;
+  if constexpr (Seen::kResultTells) done = finish_quickly<T, S, Seen, E>(work, stored, seen, counts);
+  if (!done) {
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      const auto outcome = finish<S>(stored.bits[e], seen[e], work.constants);
+      stored.bits[e] = outcome.bits;
+      counts.agreed += outcome.agreed;
+      counts.nonfinite += !outcome.finite;
+    }
+  }
+  if (!place.out) return;
+  E == 1 ? store_anywhere(place.out + offset, stored) : store(place.out + offset, stored);
 }
 
 __device__ void add_for_warp(std::int64_t* to, int count) {
@@ -197,8 +275,9 @@ __device__ void add_for_warp(std::int64_t* to, int count) {
   if (threadIdx.x % 32 == 0 && total) atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(total));
 }
 
-template <class T, class S, template <class, class> class Seen>
-__global__ void __launch_bounds__(kThreads, 1) merge_tiles(const __grid_constant__ Work<T> work) {
+// kAlike: the models are stored as the base is.
+template <class T, class S, bool kAlike, template <class, class> class Seen>
+__global__ void __launch_bounds__(kThreads, kBlocks<kAlike, Seen<T, T>>) merge_tiles(const __grid_constant__ Work<T> work) {
   constexpr int E = kElements<T, S>;
   static_assert(kCudaTile % 16 == 0 && kCudaTile % E == 0, "a tile begins where a thread may load");
   const Batch& batch = work.batch;
@@ -217,16 +296,17 @@ __global__ void __launch_bounds__(kThreads, 1) merge_tiles(const __grid_constant
     const std::int64_t first = segments[2 * segment], next = segments[2 * segment + 2];
     const std::int64_t last = next < end ? next : end;
     const std::int64_t* row = batch.row(segment);
+    const Place place{reinterpret_cast<const char*>(row[1]), reinterpret_cast<char*>(row[2]), row + 3};
     Counts counts;
     const std::int64_t whole = (last - first) * kCudaTile, stop = whole < row[0] ? whole : row[0];
     std::int64_t element = (tile - first) * kCudaTile;
     if (segments[2 * segment + 1]) {
       std::int64_t own = element + threadIdx.x * E;
-      for (; own + E <= stop; own += kThreads * E) merge<T, S, Seen<T, T>, E>(work, row, own, counts);
+      for (; own + E <= stop; own += kThreads * E) merge<T, S, kAlike, Seen<T, T>, E>(work, place, own, counts);
       element = stop - stop % E;
     }
     for (std::int64_t own = element + threadIdx.x; own < stop; own += kThreads)
-      merge<T, S, Seen<T, T>, 1>(work, row, own, counts);
+      merge<T, S, kAlike, Seen<T, T>, 1>(work, place, own, counts);
     add_for_warp(batch.counts + 2 * segment, counts.agreed);
     add_for_warp(batch.counts + 2 * segment + 1, counts.nonfinite);
     tile = last;
@@ -258,22 +338,32 @@ void require_on_device(const void* memory, int device, const char* what) {
     throw std::invalid_argument(std::string(what) + " is not in the memory of CUDA device " + std::to_string(device));
 }
 
-template <class T, class S, template <class, class> class Seen>
+template <class T, class S, bool kAlike, template <class, class> class Seen>
 void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
-  Work<T> work{batch, tiling, {static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)}};
-  void (*const kernel)(Work<T>) = merge_tiles<T, S, Seen>;
+  const auto n = static_cast<T>(batch.n);
+  const T reciprocal = batch.n <= kMost ? T(1) / n : std::numeric_limits<T>::quiet_NaN();
+  Work<T> work{batch, tiling, {static_cast<T>(batch.scale), n, static_cast<T>(batch.required)}, reciprocal};
+  void (*const kernel)(Work<T>) = merge_tiles<T, S, kAlike, Seen>;
   int processors = 0, resident = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "no code for this device");
-  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident));
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident * kWaves));
   void* arguments[] = {&work};
   check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream), "launch");
 }
 
+template <class T, class S, bool kAlike>
+void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
+  if (batch.required == batch.n) launch<T, S, kAlike, Unanimous>(batch, tiling, device, stream);
+  else launch<T, S, kAlike, Majority>(batch, tiling, device, stream);
+}
+
 template <class T, class S>
 void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
-  if (batch.required == batch.n) launch<T, S, Unanimous>(batch, tiling, device, stream);
-  else launch<T, S, Majority>(batch, tiling, device, stream);
+  if constexpr (sizeof(T) == sizeof(typename S::Float)) {
+    if (tiling.one_type && tiling.type == batch.result) return launch<T, S, true>(batch, tiling, device, stream);
+  }
+  launch<T, S, false>(batch, tiling, device, stream);
 }
 
 template <class T>
@@ -300,7 +390,9 @@ void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t til
   Batch there = batch;
   there.table = memory + 2 * (batch.segments + 1);
   there.dtypes = reinterpret_cast<const Dtype*>(there.row(batch.segments));
-  const Tiling tiling{memory, tiles};
+  const auto* types = batch.dtypes;
+  const bool one_type = std::all_of(types, types + batch.n, [=](Dtype dtype) { return dtype == types[0]; });
+  const Tiling tiling{memory, tiles, one_type, types[0]};
   is_double(batch) ? launch<double>(there, tiling, device, stream) : launch<float>(there, tiling, device, stream);
 }
 

@@ -7,9 +7,9 @@
 
 namespace negmerge {
 
-// Reasoned, not measured yet: bench/tune_gpu.py tries others on a GPU (`make tune`).
+// With the waves of merge_cuda.cu as good as 4096 on an H100, or better: bench/results/tune_gpu.jsonl.
 #ifndef NEGMERGE_CUDA_TILE
-#define NEGMERGE_CUDA_TILE 4096
+#define NEGMERGE_CUDA_TILE 2048
 #endif
 // A segment is cut into tiles of so many elements, the last one shorter. A multiple of what a thread takes at a time.
 constexpr std::int64_t kCudaTile = NEGMERGE_CUDA_TILE;

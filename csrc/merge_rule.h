@@ -23,6 +23,22 @@ struct Constants {
   T scale, n, required;
 };
 
+// The lesser and the greater of x, which may be NaN, and a known one, which is not and stays where x is. Of zeros, either.
+template <class N>
+NEGMERGE_INLINE N lesser(N x, N known) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(N) == 4) return fminf(x, known);
+#endif
+  return x < known ? x : known;
+}
+template <class N>
+NEGMERGE_INLINE N greater(N x, N known) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(N) == 4) return fmaxf(x, known);
+#endif
+  return x > known ? x : known;
+}
+
 // All d_k of an element, taken in in the order of the models.
 //
 // least and greatest ignore a NaN, the sum does not. The sum is NaN, too, after infinities of both signs, and one of
@@ -36,8 +52,8 @@ struct Unanimous {
 
   NEGMERGE_INLINE void see(N d) {
     sum = sum + d;
-    least = d < least ? d : least;
-    greatest = d > greatest ? d : greatest;
+    least = lesser(d, least);
+    greatest = greater(d, greatest);
   }
   NEGMERGE_INLINE auto finite() const { return (sum == sum) & (least > N{} - kInf) & (greatest < N{} + kInf); }
   NEGMERGE_INLINE auto agree(const Constants<T>&) const { return (least > N{}) | (greatest < N{}); }
@@ -69,10 +85,14 @@ struct Majority : Unanimous<T, N> {
 };
 
 // What comes out where the models agree, before it is rounded to storage.
+template <class T, class N>
+NEGMERGE_INLINE N negated_mean(N b, N mean, const Constants<T>& c) {
+  const N t = c.scale * -mean;
+  return b + t;
+}
 template <class T, class N, class Seen>
 NEGMERGE_INLINE N negated(N b, const Seen& seen, const Constants<T>& c) {
-  const N t = c.scale * -seen.mean(c);
-  return b + t;
+  return negated_mean(b, seen.mean(c), c);
 }
 
 // |x|, for packs without a comparison.

@@ -145,9 +145,13 @@ def _divide(a, b, T: tl.constexpr):
 
 @triton.jit
 def _see(d, total, least, greatest, below, n_above, n_below, UNANIMOUS: tl.constexpr):
-    """Takes a model in. least and greatest ignore a NaN, total keeps it. total: of all or, for a majority, those above 0."""
-    least = tl.where(d < least, d, least)
-    greatest = tl.where(d > greatest, d, greatest)
+    """Takes a model in. total keeps a NaN, whatever least and greatest do. total: of all or, for a majority, those above 0."""
+    if d.dtype == tl.float64:  # one instruction there is for float32 alone
+        least = tl.where(d < least, d, least)
+        greatest = tl.where(d > greatest, d, greatest)
+    else:
+        least = tl.minimum(least, d)
+        greatest = tl.maximum(greatest, d)
     if UNANIMOUS:
         total += d
     else:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _PLACES, _STROKE, _MOST_BUFFERS = 64, 1 << 20, 16
 # Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
 _MERGED, _REPEATED, _COPIED, _LINKED = 4 << 20, 16, 256 << 20, 32 << 20
-# Seconds that a GPU must save, to be worth an import of torch (1 … 3 s), a context and the trial of its kernels: reasoned, for
-# the last two were not measured yet; and bytes of a job that it can't save them on.
+# Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the trial of its kernels
+# (0.1 s there); and bytes of a job that it can't save them on.
 _WAKING, _FEW = 5.0, 4 << 30
 # Faster by less than this is noise. Memory without which it is in use by others. Strokes too short for launches.
 _WORTH, _LEAST_ROOM, _SHORT = 1.2, 1 << 30, 1 << 20

@@ -81,6 +81,25 @@ def test_min_agreement(way: Way, n: int, min_agreement: float) -> None:
     check(way, *random_models(n, 4097, torch.float32, [torch.float32]), min_agreement=min_agreement)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 9, 10, 21, 48])
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_every_kind_of_quotient(way: Way, dtype: str, n: int) -> None:
+    """Means of all magnitudes, next to the middle of two numbers, too: every bit of the division is stored."""
+    wide = STORAGE[dtype]
+    limits, generator = torch.finfo(wide), torch.Generator().manual_seed(n)
+    drawn = torch.rand(40_000, generator=generator, dtype=wide) + 1
+    lowest, highest = (
+        torch.tensor(x, dtype=torch.float64).log2() for x in (limits.tiny * limits.eps, limits.max)
+    )
+    exponents = lowest + torch.rand(40_000, generator=generator, dtype=torch.float64) * (highest - lowest - 8)
+    sums = drawn * exponents.floor().exp2().to(wide)
+    middle = (drawn + limits.eps) * n  # 1 … 2, in steps: n times the middle of two, rounded
+    first = torch.cat([sums, -sums, middle * (1 - limits.eps / 2), middle, middle * (1 + limits.eps)])
+    # The others change no sum, but agree.
+    rest = [torch.copysign(torch.full_like(first, limits.tiny * limits.eps), first)] * (n - 1)
+    check(way, torch.zeros_like(first), [first, *rest], scale=-1.0, inputs="task_vectors")
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, 1.0, 1e-45, 1e30, 1e300])
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_any_scale(way: Way, dtype: str, scale: float) -> None:

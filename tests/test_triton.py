@@ -194,7 +194,7 @@ FAULTS = {
         "const N m = sum / c.n, tiny = sizeof(T) == 4 ? 0x1p-126 : 0x1p-1022; return m < tiny && m > -tiny ? N{} : m;",
     ),
     "a zero that agrees": ("(least > N{}) |", "(least >= N{}) |"),
-    "a fused multiply-add": ("return b + t;", "return __builtin_fma(c.scale, -seen.mean(c), b);"),
+    "a fused multiply-add": ("return b + t;", "return __builtin_fma(c.scale, -mean, b);"),
     "an infinity that is ignored": ("(greatest < N{} + kInf)", "(greatest == greatest)"),
 }
 

@@ -25,6 +25,8 @@ struct alignas(8) uint2 {
 template <class V>
 V __ldcs(const V* from) { return *from; }
 template <class V>
+V __ldg(const V* from) { return *from; }
+template <class V>
 void __stcs(V* to, V value) { *to = value; }
 
 enum cudaError_t { cudaSuccess };
