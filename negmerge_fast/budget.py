@@ -69,7 +69,9 @@ def room(size: int | str | None) -> tuple[str, int]:
     """
     if size is None or size == "auto":
         beside = os.environ.get("LOCAL_WORLD_SIZE", "")
-        return "half of the free memory", free_memory() // 2 // max(int(beside) if beside.isdecimal() else 1, 1)
+        return "half of the free memory", free_memory() // 2 // max(
+            int(beside) if beside.isdecimal() else 1, 1
+        )
     return "memory_budget", parse_size(size)
 
 
