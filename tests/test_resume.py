@@ -288,12 +288,12 @@ def test_killed_at_random_moments(made: Path, folder: Path, ranks: int) -> None:
     generator = random.Random(ranks)
     kept = 0
     for kill in range(KILLS):
-        processes = start(folder, "--resume", ranks=ranks, wait=0.012 / ranks)
+        processes = start(folder, "--resume", ranks=ranks, wait=0.012)
         # From before the first import to after the last byte.
         if kill % 8:
             while not (folder / ".out.negmerge").exists():
                 time.sleep(0.005)
-        time.sleep(generator.uniform(0, 2.2))
+        time.sleep(generator.uniform(0, 2.4 / ranks))
         kill_all(processes, generator, one=ranks > 1 and kill % 2 == 0)
         if (folder / "out").exists():
             assert weights(folder / "out") == weights(made / "expected")
@@ -307,4 +307,4 @@ def test_killed_at_random_moments(made: Path, folder: Path, ranks: int) -> None:
     print(
         f"{ranks} processes: {KILLS} kills, {kept} with something on record, {KILLS} of {KILLS} the same bytes"
     )
-    assert kept > KILLS // 3
+    assert kept >= KILLS // 4
