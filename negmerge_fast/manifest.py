@@ -5,6 +5,7 @@ Nothing in it depends on the machine, the backend, memory or time: who makes the
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from . import __version__
 from .checkpoints import Checkpoint, File
-from .checkpoints.files import parse_json
+from .checkpoints.files import naming, parse_json
 from .checkpoints.huggingface import MANIFEST
 from .rule import InputError, Inputs, NonFinite, Rule
 
@@ -90,6 +91,14 @@ def load(path: Path) -> dict[str, Any]:
     if file.size > _LONGEST:
         raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_LONGEST}")
     return parse_json(file.read(0, file.size), path, "manifest", halves=True)
+
+
+def save(path: Path, value: object, indent: int | None = None) -> None:
+    """Write JSON, and bring it to the disk."""
+    with naming(path), open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> Manifest:
