@@ -176,13 +176,13 @@ class Output:
 
     def leave(self, rank: int, value: Mapping[str, object]) -> None:
         """Leave something for the first rank, on the file system, for it may be large."""
-        save(self.share(rank), value)
+        save(self._left_by(rank), value)
 
     def left_by(self, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.share(rank).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(self._left_by(rank).read_text(encoding="utf-8"))
         return found
 
-    def share(self, rank: int) -> Path:
+    def _left_by(self, rank: int) -> Path:
         return self.work / f"share-{rank}"
 
     def make_room(self) -> None:
