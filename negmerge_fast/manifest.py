@@ -133,7 +133,8 @@ def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
         return False
     outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
     there = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
-    older = all(file.identity[2] < written for file in files)
+    # Of both times: a copy may keep the older one.
+    older = all(max(file.identity[2], file.path.stat().st_ctime_ns) < written for file in files)
     return there and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
 
 
