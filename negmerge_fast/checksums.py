@@ -75,9 +75,16 @@ class Checksums:
         return hash_of(blocks.digests)
 
     def export(self) -> dict[str, tuple[bytes, bytes]]:
-        """What is known, for another process: of each file, which of its blocks, and their hashes. Parts of blocks are not."""
+        """What is known, for another process: of each file, which of its blocks, and their hashes. Parts of blocks are not.
+
+        Files of which nothing is known are left out.
+        """
         with self._lock:
-            return {n: (bytes(blocks.known), bytes(blocks.digests)) for n, blocks in self._files.items()}
+            return {
+                n: (bytes(blocks.known), bytes(blocks.digests))
+                for n, blocks in self._files.items()
+                if any(blocks.known)
+            }
 
     def update(self, exported: Mapping[str, tuple[bytes, bytes]]) -> None:
         """Take what another process knows of the same files."""

@@ -59,6 +59,8 @@ def main() -> NoReturn:
     except OSError:  # said above; the interpreter would say it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signals.ignore()
+    if signals.ranks:
+        signals.ranks.part()
     sys.exit(status)
 
 

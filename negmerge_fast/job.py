@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from threading import Semaphore
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 
 from . import backends, budget, costs, lanes
 from .checkpoints import Reader
-from .journal import Journal, Record, Tally, summed
+from .journal import Journal, Made, Record, Tally, difference, summed
 from .journal import read as read_journal
 from .manifest import Recipe, load
 from .plan import Extent, Member, Plan, Run, batches, left, part, pieces, shares
@@ -121,21 +121,25 @@ class Job:
         before = done = summed([])
         if self.finished:
             return self._finished(ranks)
+        skips = self.unread.merge is not None
+        job = {**self._made_of, "nonfinite": self.recipe.nonfinite, "skip_unchanged": skips}
 
         def look(moved: int) -> None:
             moved = ranks.look(moved)
             if progress:
                 progress(total - coming + moved, total)
 
-        def begin() -> list[list[Run]]:
+        def begin() -> tuple[Made, list[list[Run]]]:
             nonlocal before
             before = self._take_over()
             if ranks.count > 1:
                 self.output.let_join()
-            return shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
+            return job, shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
 
         def work() -> None:
             nonlocal done
+            if differs := difference(first, job):
+                raise InputError(f"rank {ranks.rank}: the output of the first rank {differs}")
             done = self._work_as(ranks, lots[ranks.rank], look, timeline)
 
         def publish() -> None:
@@ -143,7 +147,8 @@ class Job:
             done = self._publish(before, [done, *self._of_others(ranks)], lambda: look(coming))
 
         with self.output:
-            lots = [[Run(*run) for run in lot] for lot in ranks.first(begin)]
+            first, cut = ranks.first(begin)
+            lots = [[Run(*run) for run in lot] for lot in cut]
             coming = sum(self._moved(run) for lot in lots for run in lot)
             ranks.together(work)
             ranks.first(publish)
@@ -187,7 +192,7 @@ class Job:
         """Open the output, and go on with what an earlier run left of it, or make room: what is done already."""
         self.output.open()
         found = self.output.journals() if self.output.resume else []
-        done = summed(record for path in found for record in read_journal(path, self._made_of()))
+        done = summed(record for path in found for record in read_journal(path, self._made_of))
         if not done.runs:
             self.output.make_room()
             return done
@@ -203,7 +208,8 @@ class Job:
         self.output.refuse_incomplete()
         return done
 
-    def _made_of(self) -> dict[str, Any]:
+    @cached_property
+    def _made_of(self) -> Made:
         """What makes the output's bytes: an unfinished one of anything else is not gone on with."""
         checkpoints = (self.plan.base, *self.plan.models)
         files = [file for c in checkpoints for file in {**c.weights, **c.others}.values()]
@@ -242,6 +248,8 @@ class Job:
     def _publish(self, before: Record, shared: Sequence[Record], tick: Callable[[], None]) -> Record:
         """Make one output of what all ranks have done, and say what that was."""
         done = summed(shared)
+        if gaps := left(self.plan.whole, [*before.runs, *done.runs]):
+            raise RuntimeError(f"{self.output.target}: {gaps[0]} was not written")
         stats = Stats()
         stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
         for record in (before, done):
@@ -274,16 +282,19 @@ class Job:
 
         coming = chain.from_iterable(pieces(part(self.plan, run), self.chunk) for run in todo)
         ready = partial(self._worker, Semaphore(threads), release, timeline)
+
+        def keep() -> None:
+            journal.settle()
+            if (record := tally.record()).runs and self.output.resume:
+                journal.keep_now(record)
+
         try:
             work_through(coming, self.workers, ready, settle)
-            journal.settle()
         except BaseException:
             with suppress(OSError):  # what stopped it is what is said
-                journal.settle()
-                if self.output.resume:
-                    journal.keep_now(tally.record())
+                keep()
             raise
-        tally.record()
+        keep()  # others may take long, and fail
         return tally.whole
 
     @contextmanager

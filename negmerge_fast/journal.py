@@ -15,9 +15,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from .checkpoints.files import naming
+from .checkpoints.files import are_sizes, naming, parse_json
+from .linux import sync_directory
 from .plan import Run, between
-from .rule import InputError, Stats, TensorStats
+from .rule import InputError, Stats, TensorStats, brief
 from .workers import Done
 
 # Seconds from one record to the next: what a crash costs at most, beside the writing of what is under way.
@@ -41,14 +42,21 @@ class Record(NamedTuple):
     @classmethod
     def of_json(cls, line: Mapping[str, Any]) -> Record:
         stats = Stats()
-        stats.include({name: TensorStats(*counted) for name, counted in line["tensors"].items()})
-        return cls([Run(*run) for run in line["runs"]], stats, line["read"], line["skipped"])
+        stats.include({name: TensorStats(*_sizes(counted, 3)) for name, counted in line["tensors"].items()})
+        runs = [Run(*_sizes(run, 2)) for run in line["runs"]]
+        return cls(runs, stats, *_sizes([line["read"], line["skipped"]], 2))
+
+
+def _sizes(value: Any, count: int) -> list[int]:
+    if not are_sizes(value) or len(value) != count:
+        raise ValueError(f"{brief(value)}, expected {count} sizes")
+    return list(value)
 
 
 class Journal:
     """A journal that is written beside the work: a record is kept once `sync` has brought to the disk what it speaks of."""
 
-    def __init__(self, path: Path, made_of: Callable[[], Made], sync: Callable[[], None]) -> None:
+    def __init__(self, path: Path, made_of: Made, sync: Callable[[], None]) -> None:
         self.path, self.made_of, self.sync = path, made_of, sync
         self._last = time.monotonic()
         self._size: int | None = None  # of its whole lines, once that was looked at
@@ -90,7 +98,7 @@ class Journal:
     def append(self, record: Record) -> None:
         if self._size is None:
             self._size = _lines(self.path)[1]
-        lines = _line(record.to_json()) if self._size else _line(self.made_of()) + _line(record.to_json())
+        lines = _line(record.to_json()) if self._size else _line(self.made_of) + _line(record.to_json())
         with naming(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             with open(descriptor, "wb") as file:
@@ -99,6 +107,8 @@ class Journal:
                 file.write(lines)
                 file.flush()
                 os.fsync(descriptor)
+        if not self._size:
+            sync_directory(self.path.parent)
         self._size += len(lines)
 
 
@@ -107,12 +117,15 @@ def read(path: Path, made_of: Made) -> list[Record]:
     lines, _ = _lines(path)
     if not lines:
         return []
-    if difference := _difference(lines[0], made_of):
-        raise InputError(f"{path}: the unfinished output {difference} (without --resume it is made anew)")
-    return [Record.of_json(line) for line in lines[1:]]
+    if differs := difference(lines[0], made_of):
+        raise InputError(f"{path}: the unfinished output {differs} (without --resume it is made anew)")
+    try:
+        return [Record.of_json(line) for line in lines[1:]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: a record that negmerge did not write ({brief(error)})") from None
 
 
-def _difference(found: Made, expected: Made) -> str | None:
+def difference(found: Made, expected: Made) -> str | None:
     """What makes two jobs differ, in words that follow "the unfinished output"."""
     for name in expected:
         was, now = found.get(name), expected[name]
@@ -123,9 +136,9 @@ def _difference(found: Made, expected: Made) -> str | None:
                 if path not in was:
                     return f"was not made of {path}"
                 if was[path] != now[path]:
-                    return f"was made of another {path}: (size, time in ns, header) {was[path]}, expected {now[path]}"
-            return f"was made of {next(path for path in was if path not in now)}, too"
-        return f"was made with {name} {was!r}, expected {now!r}"
+                    return f"was made of another {path}: (size, time in ns, header) {brief(was[path])}, expected {now[path]}"
+            return f"was made of {brief(next(path for path in was if path not in now))}, too"
+        return f"was made with {name} {brief(was)}, expected {brief(now)}"
     return None
 
 
@@ -146,7 +159,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         crc, _, text = line.partition(b" ")
         if not text.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
             break
-        found.append(json.loads(text))
+        found.append(parse_json(bytearray(text), path, "a line", halves=True))
         size += len(line)
     return found, size
 

@@ -5,6 +5,7 @@ Nothing in it depends on the machine, the backend, memory or time: who makes the
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from . import __version__
 from .checkpoints import Checkpoint, File
-from .checkpoints.files import parse_json
+from .checkpoints.files import naming, parse_json
 from .checkpoints.huggingface import MANIFEST
 from .rule import InputError, Inputs, NonFinite, Rule
 
@@ -92,6 +93,14 @@ def load(path: Path) -> dict[str, Any]:
     return parse_json(file.read(0, file.size), path, "manifest", halves=True)
 
 
+def save(path: Path, value: object, indent: int | None = None) -> None:
+    """Write JSON, and bring it to the disk."""
+    with naming(path), open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read(path: Path) -> Manifest:
     """A manifest, checked. Raises InputError, one line, for one that negmerge would not have written."""
     found = load(path)
@@ -124,7 +133,8 @@ def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
         return False
     outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
     there = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
-    older = all(file.identity[2] < written for file in files)
+    # Of both times: a copy may keep the older one.
+    older = all(max(file.identity[2], file.path.stat().st_ctime_ns) < written for file in files)
     return there and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
 
 

@@ -12,16 +12,19 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 from .rule import InputError
 
 _T = TypeVar("_T")
 
-# Seconds that processes may be apart when they begin, between two looks at a key, and between two at what the others do.
-_PATIENCE, _NAP, _GLANCE = 600, 0.01, 0.5
+# Seconds that processes may be apart when they begin and when they end, between two looks at a key, and between two at what
+# the others do.
+_PATIENCE, _FAREWELL, _NAP, _GLANCE = 600, 10, 0.01, 0.5
 _PR_SET_PDEATHSIG = 1
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -55,6 +58,9 @@ class Alone:
         """Whether no lower rank of this machine lives: then it is for this one to speak."""
         return True
 
+    def part(self) -> None:
+        """Say that this process ends now."""
+
 
 class Ranks(Alone):
     """One of several processes. tick: called while waiting; it may raise to stop the job."""
@@ -62,6 +68,7 @@ class Ranks(Alone):
     def __init__(self, rank: int, count: int, tick: Callable[[], None]) -> None:
         self.rank, self.count, self._tick = rank, count, tick
         _end_with_launcher()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # an end is told in one line, by us
         try:
             import torch.distributed
 
@@ -69,7 +76,9 @@ class Ranks(Alone):
         except ImportError as error:
             raise InputError(f"{count} ranks: torch cannot be imported ({error})") from None
         try:
-            store, *_ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=_PATIENCE)))
+            store, *_ = _aside(
+                lambda: next(distributed.rendezvous("env://", timeout=timedelta(seconds=_PATIENCE)))
+            )
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RuntimeError(f"rank {rank} of {count}: no store at {address} ({_line_of(error)})") from None
@@ -77,19 +86,25 @@ class Ranks(Alone):
         self._store: Any = distributed.PrefixStore(f"negmerge/{again}", store)
         self._step, self._looked, self._others = 0, 0.0, 0
         self._processes: dict[int, tuple[str, int]] = {}
-        me = (os.uname().nodename, os.getpid())
+        me = (_here(), os.getpid())
         self._processes = dict(enumerate(self.together(lambda: me)))
 
     def together(self, work: Callable[[], _T]) -> list[_T]:
         self._step += 1
         try:
             said: dict[str, Any] = {"value": work()}
-            failed: Exception | None = None
-        except Exception as error:
+            failed: BaseException | None = None
+        except BaseException as error:
             failed = error
-            said = {"failed": not isinstance(error, Elsewhere), "input": isinstance(error, InputError)}
+            said = {
+                "failed": not isinstance(error, Elsewhere),
+                "input": isinstance(error, InputError),
+                "stopped": not isinstance(error, Exception),
+            }
             self._set("failed", b"1")
         self._set(f"{self._step}/{self.rank}", json.dumps(said).encode())
+        if failed is not None and said["stopped"]:
+            raise failed  # and does not wait
         heard = [json.loads(self._get(f"{self._step}/{rank}", rank)) for rank in range(self.count)]
         # The first that failed by itself says why.
         guilty = next((rank for rank, each in enumerate(heard) if each.get("failed")), None)
@@ -97,6 +112,8 @@ class Ranks(Alone):
             return [each["value"] for each in heard]
         if failed is not None and guilty in (self.rank, None):
             raise failed
+        if guilty is not None and heard[guilty]["stopped"] and self.rank == 0:
+            raise RuntimeError(f"rank {guilty} of {self.count} was stopped")
         kind = ElsewhereBadInput if guilty is not None and heard[guilty]["input"] else Elsewhere
         raise kind(f"rank {guilty} failed")
 
@@ -109,21 +126,31 @@ class Ranks(Alone):
                 raise RuntimeError(dead)
             self._set(f"moved/{self.rank}", str(moved).encode())
             keys = [f"moved/{rank}" for rank in range(self.count) if rank != self.rank]
-            self._others = sum(int(self._store.get(key)) for key in keys if self._check(key))
+            told = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
+            self._others = sum(map(int, told))
         return moved + self._others
 
     def dead(self) -> str | None:
         for rank, (host, process) in self._processes.items():
-            if host == os.uname().nodename and not _lives(process):
+            if host == _here() and not _lives(process):
                 return f"rank {rank} of {self.count} (process {process}) died"
         return None
 
     def first_alive(self) -> bool:
-        host = os.uname().nodename
+        host = _here()
         return not any(
             rank < self.rank and (there != host or _lives(process))
             for rank, (there, process) in self._processes.items()
         )
+
+    def part(self) -> None:
+        """The first goes last: what they tell each other may be kept by it."""
+        began = time.monotonic()
+        with suppress(RuntimeError):
+            self._set(f"parted/{self.rank}", b"1")
+            others = [f"parted/{rank}" for rank in range(self.count) if self.rank == 0]
+            while not (self._store.check(others) or self.dead() or time.monotonic() - began > _FAREWELL):
+                time.sleep(_NAP)
 
     def _get(self, key: str, rank: int) -> bytes:
         began = time.monotonic()
@@ -181,6 +208,31 @@ def _end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         signal.raise_signal(signal.SIGTERM)
+
+
+def _here() -> str:
+    """Where numbers of processes are the same: machines, and containers on one, may share a name."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _aside(work: Callable[[], _T]) -> _T:
+    """Do something that signals cannot interrupt, in a thread that an end of the process does not wait for."""
+    done: list[_T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as error:
+            failed.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 def _lives(process: int) -> bool:

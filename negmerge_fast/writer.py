@@ -36,7 +36,7 @@ from .linux import (
     start_writing_back,
     sync_directory,
 )
-from .manifest import beside, load
+from .manifest import beside, load, save
 from .rule import InputError
 
 
@@ -70,6 +70,7 @@ class Output:
         self._open: dict[str, int] = {}
         self._unwritten: dict[str, int] = {}
         self._files_lock = Lock()
+        self._lost: OSError | None = None
         self._lock = -1
         self._first = True
         self._shares = False
@@ -133,7 +134,9 @@ class Output:
         if self._lock == -1:
             return
         try:
-            if self._first and not (kind and self.resume):
+            over = self._first if kind is None else self._is_last()
+            kept = kind is not None and self.resume and self.journals()
+            if over and not kept:
                 self._remove_work()
         finally:
             os.close(self._lock)
@@ -142,6 +145,8 @@ class Output:
     def open(self) -> None:
         """Take the lock: what an earlier run left is now this one's, to go on with or to clear."""
         self._acquire(fcntl.LOCK_EX)
+        if self._was_exchanged():
+            self._clear()
 
     def join(self) -> None:
         """Take part in the work of another process, which makes room and publishes."""
@@ -149,7 +154,17 @@ class Output:
         self._acquire(fcntl.LOCK_SH)
 
     def let_join(self) -> None:
-        fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        """Let other processes take part."""
+        with naming(self.work / "lock"):
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def _is_last(self) -> bool:
+        """Whether no other process of the job is there any more: none writes then, and none can come."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.work / "lock"))
+        except OSError:
+            return False
 
     def journals(self) -> list[Path]:
         """Those that an earlier run left."""
@@ -161,16 +176,13 @@ class Output:
 
     def leave(self, rank: int, value: Mapping[str, object]) -> None:
         """Leave something for the first rank, on the file system, for it may be large."""
-        with open(self.share(rank), "w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save(self._left_by(rank), value)
 
     def left_by(self, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.share(rank).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(self._left_by(rank).read_text(encoding="utf-8"))
         return found
 
-    def share(self, rank: int) -> Path:
+    def _left_by(self, rank: int) -> Path:
         return self.work / f"share-{rank}"
 
     def make_room(self) -> None:
@@ -219,7 +231,7 @@ class Output:
             self._close(name, release=release)
 
     def sync(self) -> None:
-        """Bring to the disk what is written of files that are not complete yet, and their names."""
+        """Bring to the disk what is written, and its names; what was complete before, and could not be, is an error, too."""
         with self._files_lock:
             unfinished = [os.dup(descriptor) for descriptor in self._open.values()]
         try:
@@ -229,7 +241,10 @@ class Output:
         finally:
             for descriptor in unfinished:
                 os.close(descriptor)
+        if self._lost:
+            raise self._lost
         self._sync_directories()
+        sync_directory(self.work.parent)
 
     def _descriptor(self, name: str) -> int:
         with self._files_lock:
@@ -242,17 +257,12 @@ class Output:
 
         tick: called now and then while bytes are read that were not written here; it may raise to stop.
         """
-        if missing := [name for name, count in self._unwritten.items() if count]:
-            raise RuntimeError(f"{self.target}: {missing[0]} was not written whole")
         self._add_missing_sums(tick)
         listed = {
             name if self.directory else self.target.name: {"size": like.size, "checksum": self.sums.of(name)}
             for name, like in sorted(self.files.items())
         }
-        with open(self._path(MANIFEST), "w", encoding="utf-8") as file:
-            file.write(json.dumps({**manifest, "block": BLOCK, "files": listed}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        save(self._path(MANIFEST), {**manifest, "block": BLOCK, "files": listed}, indent=2)
         self._sync_directories()
 
     def _add_missing_sums(self, tick: Callable[[], None]) -> None:
@@ -300,6 +310,8 @@ class Output:
             os.replace(staged, self.target)
             return
         try:
+            if exists:
+                self._tell_exchange(staged)
             rename(staged, self.target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
             if exists:
                 self._refuse_late_strangers()
@@ -311,6 +323,17 @@ class Output:
                     f"{self.target}: this file system cannot exchange directories: remove it first"
                 ) from None
             os.rename(staged, self.target)
+
+    def _tell_exchange(self, staged: Path) -> None:
+        """To whoever comes after a crash, and must not take what was replaced for what the journals speak of."""
+        save(self.work / "exchange", staged.stat().st_ino)
+        sync_directory(self.work)
+
+    def _was_exchanged(self) -> bool:
+        try:
+            return bool(json.loads((self.work / "exchange").read_text()) == os.stat(self.target).st_ino)
+        except (OSError, ValueError):
+            return False
 
     def _refuse_late_strangers(self) -> None:
         """What was replaced is looked at again: a file may have come since the last look."""
@@ -331,6 +354,9 @@ class Output:
                     os.fsync(descriptor)
             if release:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            self._lost = error
+            raise
         finally:
             # Not before: sync() has to know of it until it is on the disk.
             with self._files_lock:
@@ -353,7 +379,8 @@ class Output:
             except FileNotFoundError:  # its holder has just finished and removed the directory
                 continue
             try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                with naming(lock):
+                    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                     self._lock, self._shares = descriptor, kind_of(self.work) in SHARING
                     return
@@ -365,15 +392,16 @@ class Output:
             os.close(descriptor)
 
     def _clear(self) -> None:
-        for path in (
-            *self.journals(),
-            *self.work.glob("share-*"),
-        ):  # first: they speak of what is removed next
-            path.unlink()
+        if found := self.journals():  # first, and for good: they speak of what is removed next
+            for path in found:
+                path.unlink()
+            sync_directory(self.work)
         if self._staged.is_dir():
             shutil.rmtree(self._staged)
         else:
             self._staged.unlink(missing_ok=True)
+        for path in (*self.work.glob("share-*"), *self.work.glob("exchange")):
+            path.unlink()
 
     def _remove_work(self) -> None:
         self._clear()

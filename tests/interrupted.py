@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from checkpoint_files import save_model
 # Every stroke waits a moment, and what is done is put on record as soon as it can be.
 SLOW = """
 import os, sys, time
-from negmerge_fast import cli, journal, stream
+from negmerge_fast import cli, journal, ranks, stream
 from negmerge_fast.checkpoints.files import Reader
 read, journal.EVERY, stream._LONGEST = Reader.read_into, 0.0, 1 << 16
 wait = float(os.environ.get("TEST_WAIT", "0.004"))
+if os.environ.get("RANK") == os.environ.get("TEST_LATE"):
+    ranks._NAP = 2.0
 def slow(self, *a):
     time.sleep(wait)
     return read(self, *a)
@@ -46,18 +49,29 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(folder: Path, *more: str, ranks: int = 1, wait: float = 0.004) -> list[subprocess.Popen[str]]:
-    """The processes of one slow merge, by rank."""
+def start(
+    folder: Path,
+    *more: str,
+    ranks: int = 1,
+    wait: float = 0.004,
+    present: Sequence[int] | None = None,
+    of_last: Sequence[str] = (),
+    late: int | None = None,
+) -> list[subprocess.Popen[str]]:
+    """The processes of one slow merge, by rank.
+
+    present: those that are started. of_last: what only the last one is told. late: the one that seldom listens to others.
+    """
     port = str(free_port())
     processes = []
-    for rank in range(ranks):
-        environment = {**os.environ, "TEST_WAIT": str(wait), "OMP_NUM_THREADS": "1"}
+    for rank in range(ranks) if present is None else present:
+        environment = {**os.environ, "TEST_WAIT": str(wait), "TEST_LATE": str(late), "OMP_NUM_THREADS": "1"}
         if ranks > 1:
             environment |= {
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        command = [sys.executable, "-c", SLOW, *ARGUMENTS, *more]
+        command = [sys.executable, "-c", SLOW, *ARGUMENTS, *more, *(of_last if rank == ranks - 1 else ())]
         processes.append(
             subprocess.Popen(
                 command,

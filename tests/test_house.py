@@ -54,7 +54,7 @@ ARROWS = {
         "workers",
         "writer",
     },
-    "journal": {"checkpoints", "plan", "rule", "workers"},
+    "journal": {"checkpoints", "linux", "plan", "rule", "workers"},
     "info": {"__init__", "backends", "costs"},
     "kernels": {"kernels", "rule", "table"},
     "lanes": set(),

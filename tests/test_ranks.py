@@ -158,3 +158,56 @@ def test_interrupted(folder: Path) -> None:
     ended = finish(processes)
     assert [said for *_, said in ended] == ["negmerge: interrupted\n", ""] and ended[0][0] == 130
     assert nothing_left(folder)
+
+
+def test_one_that_is_late_is_waited_for(made: Path, folder: Path) -> None:
+    """The first rank keeps what they tell each other: it ends when all have been told that there is an output, or is none."""
+    ended = finish(start(folder, ranks=2, wait=0.0, late=1))
+    assert [(status, said) for status, _, said in ended] == [(0, ""), (0, "")]
+    ended = finish(start(folder, ranks=2, wait=0.0, late=1))
+    assert [status for status, *_ in ended] == [2, 2] and "exists already" in ended[0][2]
+    assert [said.count("\n") for *_, said in ended] == [1, 0]
+
+
+@pytest.mark.parametrize("other", [("--scale", "0.8"), ("--nonfinite", "keep-base")])
+def test_ranks_of_different_jobs_are_refused(folder: Path, other: tuple[str, str]) -> None:
+    ended = finish(start(folder, ranks=2, of_last=other))
+    assert [status for status, *_ in ended] == [2, 2] and ended[0][2] == ""
+    what = other[0].lstrip("-")
+    assert re.fullmatch(rf"negmerge: rank 1: .* was made with {what} \S+, expected \S+\n", ended[1][2])
+    assert nothing_left(folder)
+
+
+def test_the_last_that_ends_tidies_up(folder: Path) -> None:
+    """While another may still write, nobody else gets the place."""
+    processes = start(folder, ranks=2, wait=0.02)
+    under_way(folder, processes, journals=2)
+    processes[1].send_signal(signal.SIGSTOP)
+    processes[0].send_signal(signal.SIGTERM)
+    assert processes[0].wait(30) == 143
+    assert (folder / ".out.negmerge" / "output").exists()
+    [(status, _, said)] = finish(start(folder))
+    assert status == 2 and "another negmerge is writing it" in said
+    processes[1].send_signal(signal.SIGCONT)
+    ended = finish(processes)
+    assert [said.count("\n") for *_, said in ended] == [1, 1] and "rank 0 of 2" in ended[1][2]
+    assert nothing_left(folder)
+
+
+def test_stopped_while_the_others_have_not_come(folder: Path) -> None:
+    for rank in (0, 1):
+        [process] = start(folder, ranks=2, present=[rank])
+        time.sleep(5)  # importing torch, and waiting
+        process.send_signal(signal.SIGTERM)
+        said = "negmerge: terminated\n" if rank == 0 else ""
+        assert finish([process]) == [(143, "", said)]
+
+
+def test_one_that_is_told_to_stop_stops_the_others(folder: Path) -> None:
+    processes = start(folder, ranks=2, wait=0.02)
+    under_way(folder, processes, journals=2)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [said for *_, said in ended] == ["negmerge: rank 1 of 2 was stopped\n", ""]
+    assert [status for status, *_ in ended] == [1, 1]
+    assert nothing_left(folder)
