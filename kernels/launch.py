@@ -44,8 +44,12 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
     if double and not unanimous and elements == 4:
         group = 2
-    # Left alone, NVIDIA's compiler keeps some of a majority's values in local memory, for the sake of more programs at once.
-    registers = 0 if unanimous else 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
+    # Left alone, NVIDIA's compiler keeps some of a majority's values in local memory, or of eight elements', for the sake of more
+    # programs at once.
+    if unanimous:
+        registers = 128 if elements == 8 and not double else 0
+    else:
+        registers = 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
     # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster, and with 2^20 far slower
     # for few models, bench/results/tune_gpu.jsonl.
     return Launch(elements, group, threads=128, programs=16384, registers=registers)
