@@ -90,6 +90,7 @@ def test_out_of_core(run: Run, bench: Callable[[str], Any]) -> None:
     assert 0 < (ours["group's peak MB"] or 1) < 269 and 0 < ours["peak MB"] < 269
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "second", "most_read", "missing"),
     [
@@ -108,6 +109,7 @@ def test_out_of_core_in_other_ways(
     assert 0 < rows[2]["read"] <= most_read
 
 
+@pytest.mark.slow
 def test_peers_without_mergekit(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run("peers", *SMALL, "--rounds", "1", "--mergekit", "/", "--tmpfs", str(tmp_path))
     assert [row["way"] for row in rows] == [
@@ -129,6 +131,7 @@ def test_reads(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.count(" of read and write\n") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["outofcore", "peers"])
 def test_a_wrong_result_gets_no_number(
     run: Run, bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

@@ -49,7 +49,7 @@ def alive(text: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_bytes_of_one_process(made: Path, folder: Path, ranks: int) -> None:
     ended = finish(start(folder, "--report", "report.json", ranks=ranks, wait=0.0))
     assert [status for status, *_ in ended] == [0] * ranks, ended
@@ -160,6 +160,7 @@ def test_interrupted(folder: Path) -> None:
     assert nothing_left(folder)
 
 
+@pytest.mark.slow
 def test_one_that_is_late_is_waited_for(made: Path, folder: Path) -> None:
     """The first rank keeps what they tell each other: it ends when all have been told that there is an output, or is none."""
     ended = finish(start(folder, ranks=2, wait=0.0, late=1))
@@ -178,6 +179,7 @@ def test_ranks_of_different_jobs_are_refused(folder: Path, other: tuple[str, str
     assert nothing_left(folder)
 
 
+@pytest.mark.slow
 def test_the_last_that_ends_tidies_up(folder: Path) -> None:
     """While another may still write, nobody else gets the place."""
     processes = start(folder, ranks=2, wait=0.02)
@@ -194,6 +196,7 @@ def test_the_last_that_ends_tidies_up(folder: Path) -> None:
     assert nothing_left(folder)
 
 
+@pytest.mark.slow
 def test_stopped_while_the_others_have_not_come(folder: Path) -> None:
     for rank in (0, 1):
         [process] = start(folder, ranks=2, present=[rank])
