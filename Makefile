@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 suite interpreted
 
-APART := $(addprefix tests/test_,crashes.py malformed.py ranks.py resume.py sharded.py)
+APART := $(addprefix tests/test_,crashes.py malformed.py process.py ranks.py resume.py sharded.py)
 
 suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(APART))
