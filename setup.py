@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: which folders are packages, and how the compiled part is built.
 
 CMake builds negmerge_fast._native out of csrc/. A machine that lacks what it takes gets the package without it, or
-without its CUDA kernel; why is written beside the library, where negmerge_fast/build_info.py reads it.
+without its CUDA kernel; why is written beside the library, where negmerge_fast/backends/native.py reads it.
 
 The environment variable NEGMERGE_CUDA says whether the CUDA kernel is compiled: 0 no, 1 yes or fail; if it is not set,
 where it can be.
@@ -113,7 +113,7 @@ def build(library: Path, cuda: bool) -> list[int]:
 
 
 def build_what_can_be(library: Path) -> dict[str, object]:
-    """Builds with CUDA, without, or not at all; returns what negmerge_fast/build_info.py says of it."""
+    """Builds with CUDA, without, or not at all; returns what negmerge_fast/backends/native.py says of it."""
     wanted = cuda_wanted(os.environ.get("NEGMERGE_CUDA"))
     no_cuda = "left out by NEGMERGE_CUDA=0"
     if wanted is not False:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
-from negmerge_fast.build_info import build_info
+from negmerge_fast.backends.native import build_info
 
 built = build_info()
 print(f"negmerge_fast {nm.__version__} from {nm.__file__}: {built}")
@@ -23,7 +23,7 @@ if built["cpu"] is None:
     assert native.cuda == (built["cuda"] is None)
 
 assert importlib.util.find_spec("negmerge_fast.kernels.merge"), "the Triton kernel is not in the wheel"
-assert importlib.util.find_spec("negmerge_fast.measure.brief"), "negmerge bench is not in the wheel"
+assert importlib.util.find_spec("negmerge_fast.benchmark.quick"), "negmerge bench is not in the wheel"
 
 generator = torch.Generator().manual_seed(0)
 base = {"weight": torch.randn(1000, 100, generator=generator)}

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from negmerge_fast.measure.layouts import LAYOUTS, Shapes, one_tensor
-from negmerge_fast.measure.limits import IN_MEMORY
-from negmerge_fast.measure.rows import on_gpu
-from negmerge_fast.measure.ways import IN_PLACE, PEERS, PUBLIC
-from negmerge_fast.rule import FLOAT_SIZES
+from negmerge_fast.benchmark.bandwidth import IN_MEMORY
+from negmerge_fast.benchmark.candidates import IN_PLACE, PEERS, PUBLIC
+from negmerge_fast.benchmark.records import on_gpu
+from negmerge_fast.benchmark.shapes import LAYOUTS, Shapes, one_tensor
+from negmerge_fast.core.dtypes import FLOAT_SIZES
 
 GPU, CPU = "cuda:0", "cpu"
 OURS = {GPU: ("cuda", "triton", "torch"), CPU: ("cpu", "torch")}

@@ -13,12 +13,12 @@ import pytest
 import torch
 from cases import SIZES, Case, Size, cases
 
-from negmerge_fast.measure import append, table
-from negmerge_fast.measure.clock import clock, wall
-from negmerge_fast.measure.rows import line, on_gpu
-from negmerge_fast.measure.trial import Trial, trial_of
-from negmerge_fast.measure.ways import PUBLIC, Refused, check, failure, least_rounds, way
-from negmerge_fast.measure.work import Lacking, hold, release
+from negmerge_fast.benchmark import append, table
+from negmerge_fast.benchmark.candidates import PUBLIC, Refused, check, failure, least_rounds, way
+from negmerge_fast.benchmark.records import line, on_gpu
+from negmerge_fast.benchmark.timers import clock, wall
+from negmerge_fast.benchmark.timing import Trial, trial_of
+from negmerge_fast.benchmark.workload import Lacking, hold, release
 
 ORDER = ["test_limits", "test_memory", "test_layouts", "test_files"]
 RESULTS = Path(__file__).parent / "results" / "suite.jsonl"

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import NamedTuple
 
-from negmerge_fast.linux import allocate, start_writing_back
+from negmerge_fast.output.filesystem import allocate, start_writing_back
 
 
 class Stroke(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from negmerge_fast.measure.ways import eager
+from negmerge_fast.benchmark.candidates import eager
 
 
 def main() -> None:

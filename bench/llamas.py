@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
-from negmerge_fast.measure.layouts import Shapes, llama
-from negmerge_fast.measure.work import SCALE
-from negmerge_fast.reference import DTYPES
-from negmerge_fast.rule import FLOAT_SIZES
+from negmerge_fast.backends.pytorch import DTYPES
+from negmerge_fast.benchmark.shapes import Shapes, llama
+from negmerge_fast.benchmark.workload import SCALE
+from negmerge_fast.core.dtypes import FLOAT_SIZES
 
 # What numbers are drawn for; tensors are other stretches of it, and longer ones repeat it.
 _DRAWN, _STEP = 1 << 24, 611_953

@@ -29,9 +29,9 @@ import processes
 from processes import Ended
 from rows import percentiles, record
 
-from negmerge_fast.budget import parse_size
-from negmerge_fast.measure.limits import make_cold
-from negmerge_fast.measure.work import SCALE
+from negmerge_fast.benchmark.bandwidth import make_cold
+from negmerge_fast.benchmark.workload import SCALE
+from negmerge_fast.runtime.memory import parse_size
 
 MODEL = llamas.Llama(22, 2048, 5632, 256, 32, 32000, "BF16")  # TinyLlama's layout
 LIMIT = "read and write, synced"
@@ -175,7 +175,7 @@ def ways_of(given: argparse.Namespace, case: Case) -> dict[str, Callable[[], End
 
 def lacking(given: argparse.Namespace) -> str | None:
     """Why a case cannot be measured here."""
-    if given.ranks and not importlib.util.find_spec("negmerge_fast.ranks"):
+    if given.ranks and not importlib.util.find_spec("negmerge_fast.runtime.distributed"):
         return "negmerge_fast has no ranks here"
     if given.partial and "--skip-unchanged" not in processes.done((*MERGE, "--help")).said:
         return "`negmerge merge` has no --skip-unchanged here"

@@ -27,8 +27,8 @@ import processes
 from processes import Ended, Failed
 from rows import percentiles, record
 
-from negmerge_fast.measure.limits import read_files
-from negmerge_fast.measure.work import SCALE
+from negmerge_fast.benchmark.bandwidth import read_files
+from negmerge_fast.benchmark.workload import SCALE
 
 ROOT = Path(__file__).parents[1]
 MODEL = llamas.Llama(12, 768, 2048, 768, 12, 32000, "F32")

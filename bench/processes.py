@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-from negmerge_fast.budget import control_groups
+from negmerge_fast.runtime.memory import control_groups
 
 # Of both kinds of control groups: the limit, and the most that was used.
 _FILES = (("memory.limit_in_bytes", "memory.max_usage_in_bytes"), ("memory.max", "memory.peak"))

@@ -28,13 +28,16 @@ from rows import alternate, percentiles, record
 from strokes import DTYPES, make
 
 import negmerge_fast as nm
-from negmerge_fast import native, stream
-from negmerge_fast.checkpoints import File, Reader
-from negmerge_fast.lanes import Lane, Timeline
-from negmerge_fast.measure.limits import make_cold, read_files
-from negmerge_fast.measure.work import RULE, SCALE
-from negmerge_fast.plan import Extent, Plan, batches, pieces
-from negmerge_fast.rule import Batch, Stream
+from negmerge_fast.backends import native
+from negmerge_fast.benchmark.bandwidth import make_cold, read_files
+from negmerge_fast.benchmark.workload import RULE, SCALE
+from negmerge_fast.checkpoints.reader import File, Reader
+from negmerge_fast.core.batch import Batch, Stream
+from negmerge_fast.runtime.buffers import Lane, Timeline
+from negmerge_fast.streaming import api
+from negmerge_fast.streaming.partition import pieces
+from negmerge_fast.streaming.plan import Extent, Plan
+from negmerge_fast.streaming.worker import batches
 
 MODELS, THREADS = 8, 2
 LIMIT = "read and write"
@@ -68,7 +71,7 @@ def reads(plan: Plan) -> Iterator[Merged]:
             native.merge_cpu(batch, RULE, 1)
         return buffers[0]
 
-    with Reader(versions) as reader, Lane(versions, stream._LONGEST, Timeline(kept=False)) as lane:
+    with Reader(versions) as reader, Lane(versions, api._LONGEST, Timeline(kept=False)) as lane:
         yield merged
 
 
@@ -77,7 +80,7 @@ def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
     """Merged where the files are mapped, into memory that stays in the cache."""
     checkpoints = (plan.base, *plan.models)
     mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
-    out = np.empty(stream._LONGEST, np.uint8)
+    out = np.empty(api._LONGEST, np.uint8)
 
     def advise(piece: Extent, what: int) -> None:
         for file, offset, size in piece.sources:
@@ -120,7 +123,7 @@ def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
 
 def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
     """Merge the files of a plan, which have one file each, on some threads."""
-    coming, lock = pieces(plan.extents, stream._LONGEST), Lock()
+    coming, lock = pieces(plan.extents, api._LONGEST), Lock()
 
     def take() -> Extent | None:
         with lock:
@@ -154,7 +157,7 @@ def measure(
     """A row for each way, warm and cold, and what to say of them."""
     merged, out = folder / "merged.safetensors", folder / "out.safetensors"
     usual = nm.merge_checkpoints(paths[0], paths[1:], merged, scale=SCALE, backend="torch")
-    plan = stream.prepare(paths[0], paths[1:], folder / "none.safetensors", scale=SCALE).plan
+    plan = api.prepare(paths[0], paths[1:], folder / "none.safetensors", scale=SCALE).plan
     ways = {"positioned reads": partial(run, plan, out, reads)}
     ways |= {name: partial(run, plan, out, partial(maps, advice=advice)) for name, advice in ADVICE.items()}
     for name, way in ways.items():

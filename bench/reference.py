@@ -13,15 +13,15 @@ import torch
 from rows import alternate, percentiles, record
 
 import negmerge_fast as nm
-from negmerge_fast import reference
-from negmerge_fast.measure.ways import eager
-from negmerge_fast.measure.work import SCALE
+from negmerge_fast.backends import pytorch
+from negmerge_fast.benchmark.candidates import eager
+from negmerge_fast.benchmark.workload import SCALE
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def blocked(block: int, base: torch.Tensor, models: list[torch.Tensor]) -> None:
-    reference.CPU_BLOCK_BYTES = block
+    pytorch.CPU_BLOCK_BYTES = block
     nm.merge_(base, models, scale=SCALE, backend="torch")
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     options.add_argument("--models", type=int, default=8)
     options.add_argument("--rounds", type=int, default=5)
     given = options.parse_args()
-    usual = reference.CPU_BLOCK_BYTES
+    usual = pytorch.CPU_BLOCK_BYTES
     rows = []
     for name, dtype in DTYPES.items():
         generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from negmerge_fast.measure import append, machine, percentiles
+from negmerge_fast.benchmark import append, machine, percentiles
 
 RESULTS = Path(__file__).parent / "results"
 

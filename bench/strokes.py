@@ -19,7 +19,7 @@ from rows import alternate, percentiles, record
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
-from negmerge_fast import stream
+from negmerge_fast.streaming import api
 
 STROKES = [1 << power for power in range(18, 24)]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -37,12 +37,12 @@ def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Pa
 
 
 def merge(stroke: int, paths: list[Path], out: Path) -> None:
-    usual, stream._LONGEST = stream._LONGEST, stroke
+    usual, api._LONGEST = api._LONGEST, stroke
     try:
         # A budget that makes no stroke shorter.
         nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9, memory_budget="1TiB")
     finally:
-        stream._LONGEST = usual
+        api._LONGEST = usual
 
 
 def limit(paths: list[Path], out: Path) -> None:

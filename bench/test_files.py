@@ -20,14 +20,14 @@ from cases import CPU, GPU, PLAIN, SIZES, Case
 from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
-from negmerge_fast.lanes import Timeline
-from negmerge_fast.measure import machine
-from negmerge_fast.measure.clock import wall
-from negmerge_fast.measure.limits import Limit, make_cold, read_files
-from negmerge_fast.measure.trial import Trial
-from negmerge_fast.measure.ways import eager, unusable
-from negmerge_fast.measure.work import SCALE, Lacking, Work
-from negmerge_fast.stream import prepare
+from negmerge_fast.benchmark import machine
+from negmerge_fast.benchmark.bandwidth import Limit, make_cold, read_files
+from negmerge_fast.benchmark.candidates import eager, unusable
+from negmerge_fast.benchmark.timers import wall
+from negmerge_fast.benchmark.timing import Trial
+from negmerge_fast.benchmark.workload import SCALE, Lacking, Work
+from negmerge_fast.runtime.buffers import Timeline
+from negmerge_fast.streaming.api import prepare
 
 WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
 STROKE = os.urandom(256 << 10)  # which no disk can compress

@@ -11,10 +11,10 @@ import pytest
 import torch
 from cases import Case, Size
 
-from negmerge_fast.measure.limits import Limit, file_read, flush, in_memory, make_cold
-from negmerge_fast.measure.rows import on_gpu
-from negmerge_fast.measure.trial import Trial
-from negmerge_fast.measure.ways import nothing
+from negmerge_fast.benchmark.bandwidth import Limit, file_read, flush, in_memory, make_cold
+from negmerge_fast.benchmark.candidates import nothing
+from negmerge_fast.benchmark.records import on_gpu
+from negmerge_fast.benchmark.timing import Trial
 
 
 def test_limit(case: Case, size: Size, time: Callable[..., None], build: Path) -> None:

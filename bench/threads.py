@@ -22,7 +22,7 @@ import torch
 from rows import percentiles, record
 
 import negmerge_fast as nm
-from negmerge_fast.table import NUMBERS
+from negmerge_fast.core.dtypes import NUMBERS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"

@@ -24,14 +24,16 @@ from typing import Any
 import torch
 from rows import record
 
-from negmerge_fast import backends, native, trust
-from negmerge_fast.measure.clock import Clock, clock
-from negmerge_fast.measure.layouts import one_tensor
-from negmerge_fast.measure.limits import Limit, device_copy, flush
-from negmerge_fast.measure.rows import Row, device_name, speed
-from negmerge_fast.measure.work import RULE, Lacking, Work, hold, release
-from negmerge_fast.rule import FLOAT_SIZES, Batch, Merge, Rule, Signature
-from negmerge_fast.table import device_memory, upload
+from negmerge_fast.backends import native, registry, selftest
+from negmerge_fast.benchmark.bandwidth import Limit, device_copy, flush
+from negmerge_fast.benchmark.records import Row, device_name, speed
+from negmerge_fast.benchmark.shapes import one_tensor
+from negmerge_fast.benchmark.timers import Clock, clock
+from negmerge_fast.benchmark.workload import RULE, Lacking, Work, hold, release
+from negmerge_fast.core.batch import Batch, Merge, Signature
+from negmerge_fast.core.descriptors import device_memory, upload
+from negmerge_fast.core.dtypes import FLOAT_SIZES
+from negmerge_fast.core.rule import Rule
 
 SOURCE = Path(__file__).with_name("tune_gpu.cu")
 
@@ -162,7 +164,7 @@ def measure(work: Work, ways: dict[str, Merge], rounds: int) -> list[Row]:
         print(f"{way}, {work.dtype}, n = {work.n}: no speed, {reason}", flush=True)
 
     for way, merge in ways.items():
-        if (reason := trust.distrust(way, merge, work.device, batch.signature, RULE)) is None:
+        if (reason := selftest.distrust(way, merge, work.device, batch.signature, RULE)) is None:
             work.poison()
             reason = fault(work, merge(batch, RULE))
         if reason is not None:
@@ -246,7 +248,7 @@ def main() -> None:
         print("tune_gpu: torch finds no GPU here, nothing was measured")
         return
     torch.cuda.set_device(given.device)
-    if (no_triton := backends.why_not("triton", given.device)) is not None:
+    if (no_triton := registry.why_not("triton", given.device)) is not None:
         print(f"triton: {no_triton}")
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Merge] = {}

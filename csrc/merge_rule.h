@@ -5,7 +5,7 @@
 //     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 //
 // N is a number of the arithmetic type T (float or double), or a pack of them: GCC's vectors have the same operators,
-// and comparing two of them gives a mask where comparing two numbers gives a bool. negmerge_fast/rule.py says the rule
+// and comparing two of them gives a mask where comparing two numbers gives a bool. negmerge_fast/core/rule.py says the rule
 // to the bit. Built without fused multiply-adds and without fast-math; nothing here allocates or fails.
 #pragma once
 

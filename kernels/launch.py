@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..rule import FLOAT_SIZES, Batch, Rule, Segment, Signature, Stream
+from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.dtypes import FLOAT_SIZES
+from ..core.rule import Rule
 
 
 class Launch(NamedTuple):

@@ -4,7 +4,7 @@
     agree = all d_k > 0  or  all d_k < 0
     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
-negmerge_fast/rule.py says it to the bit. Numbers are loaded and stored as integers of their size; bf16 is widened and
+negmerge_fast/core/rule.py says it to the bit. Numbers are loaded and stored as integers of their size; bf16 is widened and
 rounded with integers, so that what Triton's interpreter computes is what a GPU does. Programs take equal runs of tiles,
 so that a batch of one large segment and one of thousands of small ones are the same work.
 """
@@ -18,11 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rule import Batch, Rule, Signature
-from ..table import NUMBERS, device_memory, upload
+from ..core.batch import Batch, Signature
+from ..core.descriptors import device_memory, upload
+from ..core.dtypes import NUMBERS
+from ..core.rule import Rule
 from .launch import Launch, launch_for, usual_launch
 
-# Storage types, as negmerge_fast/table.py numbers them.
+# Storage types, as negmerge_fast/core/descriptors.py numbers them.
 F64 = tl.constexpr(0)
 F32 = tl.constexpr(1)
 F16 = tl.constexpr(2)
@@ -247,7 +249,7 @@ def merge_tiles(
 ):  # fmt: skip
     """One program: `run` tiles of BLOCK elements, of as many segments as they happen to be of.
 
-    memory: what negmerge_fast/table.py calls device memory. counts: int64[segments, 2], agreed and non-finite are added.
+    memory: what negmerge_fast/core/descriptors.py calls device memory. counts: int64[segments, 2], agreed and non-finite are added.
     scale: λ, one float64. T: the arithmetic type. RESULT: the storage type of base and output. KIND: that of all models, or
     MIXED. The models are taken GROUP at a time (0: there is no group), the last REST unrolled; REST_KINDS: the storage
     types of those, four bits each.

@@ -8,29 +8,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .job import Report
-    from .rule import InputError, Rule, Stats, TensorStats
-    from .stream import merge_checkpoints
-    from .tensors import merge, merge_, merge_task_vectors, negate_
-    from .verify import DamageError, Verified, verify_checkpoint
+from ._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .core.errors import InputError
+    from .core.rule import Rule
+    from .core.stats import Stats, TensorStats
+    from .streaming.api import merge_checkpoints
+    from .streaming.report import Report
+    from .streaming.verify import DamageError, Verified, verify_checkpoint
+    from .tensors.api import merge, merge_, merge_task_vectors, negate_
 
 _HOMES = {
-    "DamageError": "verify",
-    "InputError": "rule",
-    "Report": "job",
-    "Rule": "rule",
-    "Stats": "rule",
-    "TensorStats": "rule",
-    "Verified": "verify",
-    "merge": "tensors",
-    "merge_": "tensors",
-    "merge_checkpoints": "stream",
-    "merge_task_vectors": "tensors",
-    "negate_": "tensors",
-    "verify_checkpoint": "verify",
+    "DamageError": "streaming.verify",
+    "InputError": "core.errors",
+    "Report": "streaming.report",
+    "Rule": "core.rule",
+    "Stats": "core.stats",
+    "TensorStats": "core.stats",
+    "Verified": "streaming.verify",
+    "merge": "tensors.api",
+    "merge_": "tensors.api",
+    "merge_checkpoints": "streaming.api",
+    "merge_task_vectors": "tensors.api",
+    "negate_": "tensors.api",
+    "verify_checkpoint": "streaming.verify",
 }
 
 __all__ = [

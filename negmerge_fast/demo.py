@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from . import merge, merge_checkpoints
-from .rule import InputError
+from .core.errors import InputError
+from .streaming.api import merge_checkpoints
+from .tensors.api import merge
 
 FORGET = (5, 6, 7, 8, 9)
 # The paper's own rule: the retained accuracy may fall to this share of the original's, no further.

@@ -18,7 +18,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["negmerge_fast"]):
-    from negmerge_fast import native, stream  # noqa: F401
+    from negmerge_fast.streaming import api  # noqa: F401
 
 from test_fuzz import TRIED, fuzzed
 

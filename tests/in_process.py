@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from negmerge_fast import cli, signals
+from negmerge_fast.cli import main, signals
 
 # Bytes of address space on top of what the process has when it begins, and seconds.
 _ROOM, _PATIENCE = 512 << 20, 20.0
@@ -39,7 +39,7 @@ def negmerge(*arguments: str) -> Answer:
     status = 1
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
+            main.main()
     except SystemExit as stopped:
         status = int(stopped.code or 0)
     except BaseException:
@@ -84,7 +84,7 @@ def _answer(folder: str, arguments: Sequence[str], user: int | None) -> Answer:
 
 
 def _serve() -> None:
-    from negmerge_fast import native, stream  # noqa: F401  what a merge imports
+    from negmerge_fast.streaming import api  # noqa: F401  what a merge imports
 
     answers = sys.stdout
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -17,17 +17,20 @@ from checkpoint_files import save_model
 # Every stroke waits a moment, and what is done is put on record as soon as it can be.
 SLOW = """
 import os, sys, time
-from negmerge_fast import cli, journal, ranks, stream
-from negmerge_fast.checkpoints.files import Reader
-read, journal.EVERY, stream._LONGEST = Reader.read_into, 0.0, 1 << 16
+from negmerge_fast.cli import main
+from negmerge_fast.output import journal
+from negmerge_fast.runtime import distributed
+from negmerge_fast.streaming import api
+from negmerge_fast.checkpoints.reader import Reader
+read, journal.EVERY, api._LONGEST = Reader.read_into, 0.0, 1 << 16
 wait = float(os.environ.get("TEST_WAIT", "0.004"))
 if os.environ.get("RANK") == os.environ.get("TEST_LATE"):
-    ranks._NAP = 2.0
+    distributed._NAP = 2.0
 def slow(self, *a):
     time.sleep(wait)
     return read(self, *a)
 Reader.read_into = slow
-cli.main()
+main.main()
 """
 
 ARGUMENTS = ("merge", "base", "ft-0", "ft-1", "-o", "out", "--scale", "0.9", "--threads", "1")

@@ -17,12 +17,12 @@ import pytest
 import test_cli
 import torch
 
-from negmerge_fast import native
-from negmerge_fast.measure import append, brief, clock, limits, machine, table, trial, ways
-from negmerge_fast.measure import work as works
-from negmerge_fast.measure.layouts import LAYOUTS, one_tensor
-from negmerge_fast.measure.rows import line
-from negmerge_fast.measure.trial import Trial, trial_of
+from negmerge_fast.backends import native
+from negmerge_fast.benchmark import append, bandwidth, candidates, machine, quick, table, timers, timing
+from negmerge_fast.benchmark import workload as works
+from negmerge_fast.benchmark.records import line
+from negmerge_fast.benchmark.shapes import LAYOUTS, one_tensor
+from negmerge_fast.benchmark.timing import Trial, trial_of
 
 ROOT = Path(__file__).parents[1]
 Run, run = test_cli.Run, test_cli.run
@@ -33,7 +33,7 @@ FOUND = {"rounds", "p20", "p50", "p80", "GB/s", "limit", "limit GB/s", "of_limit
 
 # Of every BF16 merge on the CPU the last element is wrong, by one bit.
 PLANTED = """
-from negmerge_fast import native
+from negmerge_fast.backends import native
 right = native.merge_cpu
 
 def wrong(batch, rule, threads=None):
@@ -112,10 +112,10 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
 
 def test_a_kernel_that_is_right_only_once_gets_no_speed() -> None:
     work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
-    way = ways.way(work, "torch")
-    ways.check(work, way)
+    way = candidates.way(work, "torch")
+    candidates.check(work, way)
     timed = trial_of(work, replace(way, run=lambda: (way.run(), work.out[-1:].zero_())[0]), "memory")
-    with pytest.raises(ways.Refused, match="torch: 1 element differs from the reference's, no speed"):
+    with pytest.raises(candidates.Refused, match="torch: 1 element differs from the reference's, no speed"):
         timed.result(timed.measure(0, 2))
 
 
@@ -133,12 +133,12 @@ def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
 
 
 def test_a_backend_that_failed_its_trial_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from negmerge_fast import backends
+    from negmerge_fast.backends import registry
 
-    monkeypatch.setattr(backends, "_distrust", lambda *_: "not the reference's bits")
+    monkeypatch.setattr(registry, "_distrust", lambda *_: "not the reference's bits")
     work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
-    with pytest.raises(ways.Refused, match="torch: not the reference's bits"):
-        ways.way(work, "torch")
+    with pytest.raises(candidates.Refused, match="torch: not the reference's bits"):
+        candidates.way(work, "torch")
 
 
 def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
 def test_peers_compute_the_formula(dtype: str, name: str) -> None:
     shapes = {"a": (7, 11), "b": (), "c": (5000,)}
     work = works.Work("three tensors", shapes, dtype, 3, "cpu", rotate=False)
-    differing, _ = ways.check(work, ways.way(work, name))
+    differing, _ = candidates.check(work, candidates.way(work, name))
     # A sum in another order may be another number.
     assert differing == 0 or (name == "dense two-step" and differing < 0.5 * work.numel)
 
@@ -175,8 +175,8 @@ def test_a_way_on_copies_that_take_turns(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(works, "last_level_cache", lambda: 1 << 16)
     work = works.Work("three tensors", {"a": (7, 11), "b": (), "c": (500,)}, "BF16", 2, "cpu")
     assert work.copies > 10 and len(work.versions[0]) >= work.copies * work.numel
-    way = ways.way(work, name)
-    ways.check(work, way)
+    way = candidates.way(work, name)
+    candidates.check(work, way)
     timed = trial_of(work, way, "layouts")
     row = timed.result(timed.measure(0, 2), work.copies, differing=0)
     assert row["bytes"] == 4 * 578 * 2 and row["rounds"] == 2
@@ -185,16 +185,16 @@ def test_a_way_on_copies_that_take_turns(name: str, monkeypatch: pytest.MonkeyPa
 def test_one_wrong_element_anywhere_or_one_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(works, "_COMPARED_BYTES", 1000)
     work = works.Work("two tensors", {"a": (300,), "b": (41, 17)}, "F32", 3, "cpu", rotate=False)
-    way = ways.way(work, "torch")
-    assert ways.check(work, way)[0] == 0
+    way = candidates.way(work, "torch")
+    assert candidates.check(work, way)[0] == 0
     for at, tensor in ((0, 0), (299, 0), (0, 1), (696, 1), (350, 1)):
         wrong = work.tensors(work.out)[tensor].view(-1)[at : at + 1].view(torch.int32)
         wrong.bitwise_xor_(1)
         assert work.compare(work.tensors(work.out))[0] == 1
         wrong.bitwise_xor_(1)
 
-    with pytest.raises(ways.Refused, match="counts differ"):
-        ways.check(work, replace(way, counts=lambda _: [[1, 0], [2, 0]]))
+    with pytest.raises(candidates.Refused, match="counts differ"):
+        candidates.check(work, replace(way, counts=lambda _: [[1, 0], [2, 0]]))
 
 
 def test_versions_agree_as_often_as_is_said() -> None:
@@ -208,15 +208,18 @@ def test_what_does_not_fit_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(works.Lacking, match=r"Llama 8B, F32, n = 8: 322 GB needed, 1 GB free on cpu"):
         works.Work("Llama 8B", LAYOUTS["Llama 8B"](), "F32", 8, "cpu")
     work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
-    monkeypatch.setattr(ways, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(candidates, "free_memory", lambda device: 1000)
     with pytest.raises(works.Lacking, match=r"eager formula of one tensor, F32, n = 2: .* needed"):
-        ways.way(work, "eager formula")
+        candidates.way(work, "eager formula")
 
 
 def test_reasons_of_peers_are_one_line() -> None:
-    assert ways.failure(torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to")) == "out of memory"
-    assert ways.failure(RuntimeError("DefaultCPUAllocator: not enough memory: you tried")) == "out of memory"
-    assert ways.failure(ValueError("one\ntwo")) == "ValueError: one"
+    assert candidates.failure(torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to")) == "out of memory"
+    assert (
+        candidates.failure(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
+        == "out of memory"
+    )
+    assert candidates.failure(ValueError("one\ntwo")) == "ValueError: one"
 
 
 def test_sizes_of_layouts() -> None:
@@ -289,7 +292,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_moments_wait_only_when_they_are_subtracted(fake_gpu: list[str]) -> None:
-    now = clock.clock("cuda:1")
+    now = timers.clock("cuda:1")
     began = now()
     middle, ended = now(), now()
     assert not began.event.done and not ended.event.done and not fake_gpu
@@ -300,9 +303,9 @@ def test_moments_wait_only_when_they_are_subtracted(fake_gpu: list[str]) -> None
 def test_nothing_waits_between_limit_and_work_on_a_gpu(
     fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("negmerge_fast.measure.rows.machine", lambda device: {})
+    monkeypatch.setattr("negmerge_fast.benchmark.timing.machine", lambda device: {})
     done: list[str] = []
-    limit = limits.Limit("device copy", 8 * 10**9, lambda: done.append("limit"))
+    limit = bandwidth.Limit("device copy", 8 * 10**9, lambda: done.append("limit"))
     row = {"suite": "memory", "bytes": 4 * 10**9}
     trial = Trial(
         lambda: done.append("run"),
@@ -328,13 +331,13 @@ def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(
 ) -> None:
     flushed: list[str] = []
     seconds = iter(range(0, 1000, 10))  # each look at the host's clock is ten seconds later
-    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    monkeypatch.setattr(trial, "flush", flushed.append)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(timing, "flush", flushed.append)
     monkeypatch.setattr(
-        trial, "of_merge", lambda device, inputs, size: limits.Limit("device copy", size, list)
+        timing, "of_merge", lambda device, inputs, size: bandwidth.Limit("device copy", size, list)
     )
     work = works.Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
-    way = ways.way(work, "torch, in place")
+    way = candidates.way(work, "torch, in place")
     work.device = "cuda:1"
     made = trial_of(work, way, "memory")
     assert len(flushed) == 2 and fake_gpu == ["cuda:1", "cuda:1"]
@@ -347,17 +350,17 @@ def test_a_device_copy_moves_as_much_as_the_work_but_never_little(monkeypatch: p
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000)
     )
-    monkeypatch.setattr(limits, "_COPIED_BYTES", 512)
-    limits._pair.cache_clear()
+    monkeypatch.setattr(bandwidth, "_COPIED_BYTES", 512)
+    bandwidth._pair.cache_clear()
     try:
-        assert limits.device_copy("cpu", 10).bytes == 2 * 4000
-        copy = limits.device_copy("cpu", 20_000)
+        assert bandwidth.device_copy("cpu", 10).bytes == 2 * 4000
+        copy = bandwidth.device_copy("cpu", 20_000)
         copy.run()
-        assert copy.bytes == 16_000 and limits._pair("cpu")[1].all()
-        limits.flush("cpu")  # reads
-        assert limits._pair("cpu")[0].all() and limits._pair("cpu")[1].all()
+        assert copy.bytes == 16_000 and bandwidth._pair("cpu")[1].all()
+        bandwidth.flush("cpu")  # reads
+        assert bandwidth._pair("cpu")[0].all() and bandwidth._pair("cpu")[1].all()
     finally:
-        limits._pair.cache_clear()
+        bandwidth._pair.cache_clear()
 
 
 def test_where_a_row_was_measured(tmp_path: Path) -> None:
@@ -397,13 +400,13 @@ def test_a_table_fits_100_columns() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brief, "BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
-    monkeypatch.setattr(brief, "SECONDS", 0.0)
-    monkeypatch.setattr(brief, "MODELS", (2,))
-    monkeypatch.setattr(brief, "COMPARED", {("F32", 2): ("eager formula",)})
-    monkeypatch.setattr(brief, "FLOAT_SIZES", {"F32": 4, "BF16": 2})
+    monkeypatch.setattr(quick, "BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(quick, "SECONDS", 0.0)
+    monkeypatch.setattr(quick, "MODELS", (2,))
+    monkeypatch.setattr(quick, "COMPARED", {("F32", 2): ("eager formula",)})
+    monkeypatch.setattr(quick, "FLOAT_SIZES", {"F32": 4, "BF16": 2})
     monkeypatch.setattr(works, "last_level_cache", lambda: 1 << 18)
-    monkeypatch.setattr("negmerge_fast.measure.trial.rest", lambda device: None)
+    monkeypatch.setattr("negmerge_fast.benchmark.timing.rest", lambda device: None)
 
 
 def test_negmerge_bench(run: Run, small: None, tmp_path: Path) -> None:
@@ -422,14 +425,16 @@ def test_negmerge_bench(run: Run, small: None, tmp_path: Path) -> None:
 def test_negmerge_bench_refuses_a_wrong_kernel(
     run: Run, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from negmerge_fast import reference
+    from negmerge_fast.backends import pytorch
 
     def wrong(right: Any, *arguments: Any) -> Any:
         counts = right(*arguments)
         counts[0, 0] += 1
         return counts
 
-    monkeypatch.setattr("negmerge_fast.backends._merge_of", lambda name: partial(wrong, reference.merge))
+    monkeypatch.setattr(
+        "negmerge_fast.backends.registry._merge_of", lambda name: partial(wrong, pytorch.merge)
+    )
     status, out, err = run("bench", "--device", "cpu")
     assert (
         status == 1 and "torch: counts differ from the reference's, no speed" in err and err.count("\n") == 1

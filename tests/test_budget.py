@@ -9,7 +9,9 @@ import pytest
 import torch
 from checkpoint_files import load_model, negmerge, save_model
 
-from negmerge_fast import InputError, budget, merge_checkpoints, stream
+from negmerge_fast import InputError, merge_checkpoints
+from negmerge_fast.runtime import memory
+from negmerge_fast.streaming import api, budget
 
 BENCH = Path(__file__).parents[1] / "bench"
 MACHINE = 8 << 30
@@ -40,29 +42,29 @@ def group(folder: Path, **files: object) -> None:
 
 def test_without_a_control_group_it_is_what_the_machine_has_available(tmp_path: Path) -> None:
     machine(tmp_path, SECOND, "/")
-    assert budget.free_memory(tmp_path) == MACHINE
-    assert budget.free_memory(tmp_path / "nothing") == 1 << 62
+    assert memory.free_memory(tmp_path) == MACHINE
+    assert memory.free_memory(tmp_path / "nothing") == 1 << 62
 
 
 def test_a_group_of_the_second_kind(tmp_path: Path) -> None:
     own = machine(tmp_path, SECOND, "/a/b") / "a/b"
     group(own, max=1000, current=900, stat="anon 200\nactive_file 300\ninactive_file 400\nshmem 50")
-    assert budget.free_memory(tmp_path) == 1000 - 900 + 300 + 400
+    assert memory.free_memory(tmp_path) == 1000 - 900 + 300 + 400
     group(own, high=850)
-    assert budget.free_memory(tmp_path) == 850 - 900 + 300 + 400
+    assert memory.free_memory(tmp_path) == 850 - 900 + 300 + 400
     group(own, current=5000)
-    assert budget.free_memory(tmp_path) == 0
+    assert memory.free_memory(tmp_path) == 0
     group(own, max="max", high="max")
-    assert budget.free_memory(tmp_path) == MACHINE
+    assert memory.free_memory(tmp_path) == MACHINE
 
 
 def test_a_group_of_the_first_kind_counts_those_within(tmp_path: Path) -> None:
     own = machine(tmp_path, FIRST, "/a") / "a"
     stat = "active_file 1\ninactive_file 2\ntotal_active_file 30\ntotal_inactive_file 40"
     group(own, limit_in_bytes=1000, usage_in_bytes=900, stat=stat)
-    assert budget.free_memory(tmp_path) == 1000 - 900 + 30 + 40
+    assert memory.free_memory(tmp_path) == 1000 - 900 + 30 + 40
     group(own, limit_in_bytes=9223372036854771712)
-    assert budget.free_memory(tmp_path) == MACHINE
+    assert memory.free_memory(tmp_path) == MACHINE
 
 
 @pytest.mark.parametrize("kind", [FIRST, SECOND])
@@ -71,19 +73,19 @@ def test_the_tightest_of_the_groups_above_counts(tmp_path: Path, kind: tuple[str
     names = ("limit_in_bytes", "usage_in_bytes") if kind is FIRST else ("max", "current")
     for place, limit in ((mounted / "a/b", 1000), (mounted / "a", 500), (mounted, 700)):
         group(place, **dict(zip(names, (limit, 100), strict=True)))
-    assert budget.free_memory(tmp_path) == 400
+    assert memory.free_memory(tmp_path) == 400
 
 
 @pytest.mark.parametrize("path", ["/docker/1", "/docker/1/b", "/elsewhere", "/../b"])
 def test_in_a_container_the_groups_are_where_they_are_mounted(tmp_path: Path, path: str) -> None:
     mounted = machine(tmp_path, FIRST, path, top="/docker/1")
     group(mounted, limit_in_bytes=1000, usage_in_bytes=100)
-    assert budget.free_memory(tmp_path) == 900
+    assert memory.free_memory(tmp_path) == 900
 
 
 @pytest.mark.parametrize("given", [None, "auto"])
 def test_the_usual_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
-    monkeypatch.setattr(budget, "free_memory", lambda: 1001)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1001)
     assert budget.room(given) == ("half of the free memory", 500)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert budget.room(given) == ("half of the free memory", 125)
@@ -101,11 +103,11 @@ def test_a_merge_takes_no_more_than_half_of_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, *finetuned = models(tmp_path, 1000)
-    usual = stream.prepare(base, finetuned, tmp_path / "out", scale=0.9)
-    monkeypatch.setattr(budget, "free_memory", lambda: 10 << 20)
-    job = stream.prepare(base, finetuned, tmp_path / "out", scale=0.9)
+    usual = api.prepare(base, finetuned, tmp_path / "out", scale=0.9)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10 << 20)
+    job = api.prepare(base, finetuned, tmp_path / "out", scale=0.9)
     assert job.memory <= 5 << 20 < usual.memory
-    monkeypatch.setattr(budget, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 20)
     with pytest.raises(InputError, match=r"^half of the free memory: 524,288 bytes, expected at least"):
         merge_checkpoints(base, finetuned, tmp_path / "out", scale=0.9)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from negmerge_fast import build_info
+from negmerge_fast.backends import native
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("negmerge_setup", ROOT / "setup.py")
@@ -20,7 +20,7 @@ spec.loader.exec_module(setup)
 
 
 def test_what_is_said_of_this_build_is_true() -> None:
-    info = build_info.build_info()
+    info = native.build_info()
     if info["cpu"] is None:
         from negmerge_fast import _native
 
@@ -43,8 +43,8 @@ def test_the_library_brings_no_cuda_and_no_torch_into_a_process() -> None:
 def test_without_a_file_the_reason_is_that_nothing_was_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(build_info, "__file__", str(tmp_path / "build_info.py"))
-    info = build_info.build_info()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "build_info.py"))
+    info = native.build_info()
     assert "pip install" in info["cpu"] and "pip install" in info["cuda"]
     assert info["cuda_architectures"] == []
 
@@ -148,7 +148,7 @@ def build_without_compilers(folder: Path, **environment: str) -> subprocess.Comp
 
 
 def test_without_a_compiler_the_build_succeeds_and_nothing_of_an_earlier_one_stays(tmp_path: Path) -> None:
-    library = tmp_path / "negmerge_fast" / f"_native{build_info.EXTENSION_SUFFIXES[0]}"
+    library = tmp_path / "negmerge_fast" / f"_native{native.EXTENSION_SUFFIXES[0]}"
     library.parent.mkdir()
     library.write_text("an earlier build's")
     done = build_without_compilers(tmp_path)

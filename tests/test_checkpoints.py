@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from checkpoint_files import entry, raw, save_model
 
-from negmerge_fast.checkpoints import open_checkpoint
+from negmerge_fast.checkpoints.formats import open_checkpoint
 
 
 def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
-from negmerge_fast import budget, checksums
-from negmerge_fast.checksums import BLOCK, Checksums, hash_of
+from negmerge_fast.core.hashing import hash_of
+from negmerge_fast.output import checksums
+from negmerge_fast.output.checksums import BLOCK, Checksums
+from negmerge_fast.streaming import budget
 
 SMALL = 64
 

@@ -18,7 +18,7 @@ from checkpoint_files import MERGE, check, load_model, nothing_left, save_model
 from plain import plain_merge, same_bits
 from safetensors.torch import save_file
 
-from negmerge_fast import cli, signals
+from negmerge_fast.cli import main, signals
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["negmerge", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         out, err = capfd.readouterr()
         return int(stopped.value.code or 0), out, err
 
@@ -246,5 +246,5 @@ def test_help_info_and_version(run: Run) -> None:
 
 def test_help_and_inspect_wait_for_no_torch(tmp_path: Path, models: Any) -> None:
     for arguments in (["--help"], ["inspect", "base", "ft-0"]):
-        code = f"import sys; sys.argv = {['negmerge', *arguments]!r}\nfrom negmerge_fast import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+        code = f"import sys; sys.argv = {['negmerge', *arguments]!r}\nfrom negmerge_fast.cli import main\ntry: main.main()\nfinally: assert 'torch' not in sys.modules"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path).returncode == 0

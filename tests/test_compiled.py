@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from negmerge_fast.build_info import build_info
+from negmerge_fast.backends.native import build_info
 
 # Arithmetic and storage type, whether models are stored alike, and rule, as they stand in a mangled name.
 KERNELS = [

@@ -14,7 +14,8 @@ from interrupted import make_models
 from test_resume import Stop, interrupt, merge, weights
 
 import negmerge_fast as nm
-from negmerge_fast import journal, stream, writer
+from negmerge_fast.output import journal, writer
+from negmerge_fast.streaming import api
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def often(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Short strokes, each on record at once."""
     monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(stream, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
     return monkeypatch
 
 

@@ -136,7 +136,7 @@ def test_reads(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_wrong_result_gets_no_number(
     run: Run, bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    scale = bench("negmerge_fast.measure.work").SCALE
+    scale = bench("negmerge_fast.benchmark.workload").SCALE
     monkeypatch.setattr(bench("llamas"), "SCALE", scale + 0.1)
     options = ["--without-mergekit", "--tmpfs", str(tmp_path)] if name == "peers" else []
     with pytest.raises(SystemExit, match="elements differ from the reference's, no speed"):

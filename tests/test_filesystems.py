@@ -16,7 +16,7 @@ from checkpoint_files import negmerge, save_model
 from interrupted import contents
 
 import negmerge_fast as nm
-from negmerge_fast import linux, writer
+from negmerge_fast.output import filesystem, writer
 
 MERGE = ("merge", "base", "ft-0", "ft-1", "--scale", "0.9", "--threads", "1")
 
@@ -56,9 +56,11 @@ def merge(folder: Path, out: Path, **options: Any) -> nm.Report:
 # Others use up what was free, byte by byte with what is written: a tmpfs reserves nothing.
 GREEDY = """
 import sys
-from negmerge_fast import cli, journal, stream
-from negmerge_fast.writer import Output
-write, journal.EVERY, stream._LONGEST, written = Output.write, 0.0, 1 << 16, [0]
+from negmerge_fast.cli import main
+from negmerge_fast.output import journal
+from negmerge_fast.streaming import api
+from negmerge_fast.output.writer import Output
+write, journal.EVERY, api._LONGEST, written = Output.write, 0.0, 1 << 16, [0]
 def with_others(self, name, offset, data, *more):
     written[0] += len(data)
     if written[0] > 1 << 21:
@@ -69,7 +71,7 @@ def with_others(self, name, offset, data, *more):
             pass
     write(self, name, offset, data, *more)
 Output.write = with_others
-cli.main()
+main.main()
 """
 
 
@@ -106,14 +108,14 @@ def test_what_no_model_changed_may_be_shared_with_the_base(
     """Every system copies with the call that shares where it can."""
     merge(folder, folder / "out", nonfinite="keep-base")
     expected, taken = contents(folder / "out"), []
-    share = linux.share
+    share = filesystem.share
 
     def noted(*of: int) -> range:
         taken.append(share(*of))
         return taken[-1]
 
     monkeypatch.setattr(writer, "share", noted)
-    monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(linux.SHARING)))
+    monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(filesystem.SHARING)))
     merge(folder, folder / "out", nonfinite="keep-base", overwrite=True)
     assert contents(folder / "out") == expected
     # w0 and w2, but for their first and last pages, and at least half of the ids.
@@ -125,8 +127,8 @@ def test_whole_pages_are_shared_and_the_rest_is_left(tmp_path: Path) -> None:
     (tmp_path / "to").write_bytes(bytes(5 << 12))
     with open(tmp_path / "from", "rb") as source, open(tmp_path / "to", "r+b") as target:
         files = source.fileno(), target.fileno()
-        assert linux.share(*files, 5000, 3 << 12) == range(8192, 12288)
-        assert len(linux.share(*files, 4100, 8100)) == 0 == len(linux.share(*files, 1, 4095))
+        assert filesystem.share(*files, 5000, 3 << 12) == range(8192, 12288)
+        assert len(filesystem.share(*files, 4100, 8100)) == 0 == len(filesystem.share(*files, 1, 4095))
     held = (tmp_path / "to").read_bytes()
     assert held[8192:12288] == (tmp_path / "from").read_bytes()[8192:12288]
     assert not any(held[:8192]) and not any(held[12288:])
@@ -139,6 +141,6 @@ def test_where_nothing_can_be_shared_it_is_written(folder: Path, monkeypatch: py
     merge(folder, folder / "out", nonfinite="keep-base")
     expected = contents(folder / "out")
     monkeypatch.setattr(os, "copy_file_range", cannot)
-    monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(linux.SHARING)))
+    monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(filesystem.SHARING)))
     merge(folder, folder / "out", nonfinite="keep-base", overwrite=True)
     assert contents(folder / "out") == expected

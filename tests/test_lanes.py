@@ -16,11 +16,17 @@ import torch
 from checkpoint_files import check, family, nothing_left, save_model
 
 import negmerge_fast as nm
-from negmerge_fast import backends, budget, cli, costs, lanes, reference, stream
-from negmerge_fast.checkpoints.files import Reader
-from negmerge_fast.costs import Costs
-from negmerge_fast.lanes import Straight, Timeline
-from negmerge_fast.rule import Batch, Rule
+from negmerge_fast.backends import pytorch, registry
+from negmerge_fast.checkpoints.reader import Reader
+from negmerge_fast.cli import text
+from negmerge_fast.core.batch import Batch
+from negmerge_fast.core.rule import Rule
+from negmerge_fast.runtime import device as device_module
+from negmerge_fast.runtime import memory
+from negmerge_fast.runtime.buffers import Timeline
+from negmerge_fast.runtime.device import Straight
+from negmerge_fast.streaming import api, placement, probes
+from negmerge_fast.streaming.placement import Costs
 
 NAMES = ("base", "ft-0", "ft-1", "ft-2")
 DEVICE = "cuda:0"
@@ -58,19 +64,19 @@ class LateStream(Straight):
 def merge_there(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """The kernel of the device that is none."""
     assert batch.device == DEVICE
-    return reference.merge(dataclasses.replace(batch, device="cpu"), rule, 1)
+    return pytorch.merge(dataclasses.replace(batch, device="cpu"), rule, 1)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    real = backends.choose
+    real = registry.choose
     monkeypatch.setattr(LateStream, "locked", set())
-    monkeypatch.setattr(lanes, "Stream", LateStream)
-    monkeypatch.setattr(lanes, "room_on", lambda device: 1 << 30)
+    monkeypatch.setattr(device_module, "Stream", LateStream)
+    monkeypatch.setattr(device_module, "room_on", lambda device: 1 << 30)
     monkeypatch.setattr(
-        backends, "choose", lambda b, device, *a: ("cuda", merge_there) if device == DEVICE else real(b, device, *a)
+        registry, "choose", lambda b, device, *a: ("cuda", merge_there) if device == DEVICE else real(b, device, *a)
     )  # fmt: skip
-    forget = costs.link_speed.cache_clear
+    forget = probes.link_speed.cache_clear
     forget()
     yield
     forget()
@@ -90,12 +96,12 @@ def tensors(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def prepare(folder: Path, **options: Any) -> stream.Job:
+def prepare(folder: Path, **options: Any) -> api.Job:
     base, *models = [folder / name for name in NAMES]
-    return stream.prepare(base, models, folder / "out", **{"scale": 0.9, "device": DEVICE, **options})
+    return api.prepare(base, models, folder / "out", **{"scale": 0.9, "device": DEVICE, **options})
 
 
-def run(job: stream.Job, **options: Any) -> None:
+def run(job: api.Job, **options: Any) -> None:
     """Does a job; one that hangs is a failure, too."""
     before = threading.active_count()
     raised: list[BaseException] = []
@@ -120,7 +126,7 @@ def run(job: stream.Job, **options: Any) -> None:
 def test_the_same_bytes_as_on_the_cpu(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, stroke: int, threads: int
 ) -> None:
-    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", stroke)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", stroke)
     timeline = Timeline()
     run(prepare(tmp_path, threads=threads), timeline=timeline)
     check(tmp_path / "out", tensors)
@@ -132,7 +138,7 @@ def test_the_same_bytes_as_on_the_cpu(
 def test_lanes_wait_beside_each_other(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", 512)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 512)
     wait, both, met = LateStream.wait, threading.Barrier(2, timeout=20), []
 
     def waits(self: LateStream) -> None:
@@ -242,7 +248,7 @@ FAULTS = {
 def test_a_fault_at_any_stage_leaves_nothing(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
-    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
     job = prepare(tmp_path, threads=3)
     if message == "the kernel failed":
         job = dataclasses.replace(job, merge=fails(RuntimeError(message)))
@@ -256,7 +262,7 @@ def test_a_fault_at_any_stage_leaves_nothing(
 def test_stopped_while_lanes_are_under_way(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
     with pytest.raises(KeyboardInterrupt):
         run(prepare(tmp_path, threads=3), progress=fails(KeyboardInterrupt()))
     assert nothing_left(tmp_path)
@@ -279,16 +285,16 @@ def test_memory_is_bounded_by_what_is_free(
     usual = prepare(tmp_path, threads=6)
     assert usual.workers == 8 and usual.memory <= 1 << 30
     told = dataclasses.replace(usual, way=usual.way._replace(costs=Costs(1e9, False, 2e9, 5e9)))
-    assert f"and as much on {DEVICE}" in "\n".join(cli._plan_lines(told))
+    assert f"and as much on {DEVICE}" in "\n".join(text._plan_lines(told))
     for module, name, at in (
-        (lanes, "room_on", lambda _: 64 << 20),
-        (budget, "free_memory", lambda: 128 << 20),
+        (device_module, "room_on", lambda _: 64 << 20),
+        (memory, "free_memory", lambda: 128 << 20),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, at)
             less = prepare(tmp_path, threads=6)
             assert less.memory <= 64 << 20 < usual.memory
-    monkeypatch.setattr(lanes, "room_on", lambda _: 1 << 20)
+    monkeypatch.setattr(device_module, "room_on", lambda _: 1 << 20)
     with pytest.raises(nm.InputError, match=f"free memory of {DEVICE}: 1,048,576 bytes, expected at least"):
         prepare(tmp_path)
 
@@ -306,17 +312,17 @@ def test_memory_is_bounded_by_what_is_free(
 def test_the_way_of_a_job_is_chosen_by_its_costs(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Costs, device: str, why: str
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(costs, "measure", lambda *_: found)
-    monkeypatch.setattr(costs, "link_speed", lambda _: 40e9)
+    monkeypatch.setattr(placement, "measure", lambda *_: found)
+    monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
     assert prepare(tmp_path, device="auto").way == ("cpu", "no GPU here", None)
-    monkeypatch.setattr(costs, "gpu_at_hand", lambda: True)
+    monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
     assert prepare(tmp_path, device="auto").way == ("cpu", "done before a GPU would have begun", None)
-    monkeypatch.setattr(costs, "_FEW", 0)
+    monkeypatch.setattr(placement, "_FEW", 0)
     assert prepare(tmp_path, device="auto").way == ("cpu", "strokes too short for a GPU", None)
-    monkeypatch.setattr(costs, "_SHORT", 0)
-    monkeypatch.setattr(costs, "_WAKING", 1e3)
+    monkeypatch.setattr(placement, "_SHORT", 0)
+    monkeypatch.setattr(placement, "_WAKING", 1e3)
     assert "at best" in prepare(tmp_path, device="auto").way.why
-    monkeypatch.setattr(costs, "_WAKING", 0.0 if device == DEVICE or "through" in why else 1e-9)
+    monkeypatch.setattr(placement, "_WAKING", 0.0 if device == DEVICE or "through" in why else 1e-9)
     way = prepare(tmp_path, device="auto").way
     assert way.device == device and re.search(why, way.why), way
     for backend, there in (("cuda", DEVICE), ("cpu", "cpu"), ("torch", "cpu")):
@@ -326,11 +332,11 @@ def test_the_way_of_a_job_is_chosen_by_its_costs(
 def test_a_gpu_that_nobody_asked_for_stops_no_job(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "measure", lambda *_: Costs(50e9, True, 20e9))
-    monkeypatch.setattr(costs, "gpu_at_hand", lambda: True)
+    monkeypatch.setattr(placement, "measure", lambda *_: Costs(50e9, True, 20e9))
+    monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
     for name in ("_FEW", "_SHORT", "_WAKING"):
-        monkeypatch.setattr(costs, name, 0)
-    fake = backends.choose
+        monkeypatch.setattr(placement, name, 0)
+    fake = registry.choose
 
     def torch_only(backend: str, device: str, *rest: Any) -> Any:
         return ("torch", merge_there) if device == DEVICE else fake(backend, device, *rest)
@@ -342,14 +348,14 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
 
     for place, name, planted, why in (
         (LateStream, "lock", fails(RuntimeError("no pages")), "cuda:0 cannot be used: no pages"),
-        (lanes, "room_on", lambda _: 1 << 20, "only 1,048,576 bytes are free on cuda:0"),
-        (backends, "choose", torch_only, "no kernel is usable on cuda:0"),
-        (backends, "choose", refused, "cuda:0 cannot be used: backend 'auto' cannot run here"),
+        (device_module, "room_on", lambda _: 1 << 20, "only 1,048,576 bytes are free on cuda:0"),
+        (registry, "choose", torch_only, "no kernel is usable on cuda:0"),
+        (registry, "choose", refused, "cuda:0 cannot be used: backend 'auto' cannot run here"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, planted)
             assert prepare(tmp_path, device="auto").way[:2] == ("cpu", why)
-    monkeypatch.setattr(costs, "link_speed", lambda _: 40e9)
+    monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
     assert prepare(tmp_path, device="auto").way.device == DEVICE
 
 
@@ -359,39 +365,39 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
     on_cpu = prepare(tmp_path, device="cpu")
     assert on_cpu.costs() and on_cpu.costs().link is None  # type: ignore[union-attr]
     integers = prepare(tmp_path, device="cpu", include="ids")
-    assert integers.costs() is None and "way" not in "\n".join(cli._plan_lines(integers))
-    lines = list(costs.measured([DEVICE]))
+    assert integers.costs() is None and "way" not in "\n".join(text._plan_lines(integers))
+    lines = list(placement.measured([DEVICE]))
     assert len(lines) == 2 and "cuda:0 takes" in lines[1]
-    costs.link_speed.cache_clear()
+    probes.link_speed.cache_clear()
     monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
-    assert list(costs.measured([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
+    assert list(placement.measured([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
     # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
     for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
         with monkeypatch.context() as patch:
             patch.setattr(Reader, "read_into", lambda *_, a=answers: a.pop(0) if len(a) > 1 else a[0])
-            assert costs.reading_speed(on_cpu.plan, 2)[1] is cached
+            assert probes.reading_speed(on_cpu.plan, 2)[1] is cached
 
 
 def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "_STROKE", 64)
+    monkeypatch.setattr(probes, "_STROKE", 64)
     names = [f"t{k}" for k in range(40)]
     models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
     save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])
     save_model(tmp_path / "ft", models[1], [names[::-1]])
-    plan = stream.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=1.0).plan
-    sampled = list(costs._strokes(plan, 50))
+    plan = api.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=1.0).plan
+    sampled = list(probes._strokes(plan, 50))
     assert sum(size > 4 for _, _, size in sampled) >= 48
     assert all(offset + size <= file.size for file, offset, size in sampled)
-    assert sampled != list(costs._strokes(plan, 50))
+    assert sampled != list(probes._strokes(plan, 50))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("backend", ["auto", "cuda", "triton", "torch"])
 def test_through_a_gpu(tmp_path: Path, tensors: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    if backend != "auto" and (reason := backends.why_not(backend, DEVICE)):
+    if backend != "auto" and (reason := registry.why_not(backend, DEVICE)):
         pytest.skip(reason)
-    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
     timeline = Timeline()
     run(prepare(tmp_path, backend=backend), timeline=timeline)
     check(tmp_path / "out", tensors)

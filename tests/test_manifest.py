@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from xxhash import xxh3_128_hexdigest
 
 import negmerge_fast as nm
-from negmerge_fast import budget, stream
-from negmerge_fast.writer import Output
+from negmerge_fast.output.writer import Output
+from negmerge_fast.streaming import api, budget
 
 INPUTS = ("base", "ft-0", "ft-1", "ft-2")
 
@@ -78,7 +78,7 @@ def test_the_manifest_is_the_same_whoever_makes_it(folder: Path, monkeypatch: py
         {"backend": "cpu", "threads": 5, "memory_budget": "32MiB"},
     ):
         for longest in (512, 1 << 20):
-            monkeypatch.setattr(stream, "_LONGEST", longest)
+            monkeypatch.setattr(api, "_LONGEST", longest)
             merge(overwrite=True, **options)
             manifests.add(Path("out/negmerge.json").read_bytes())
     assert len(manifests) == 1
@@ -142,7 +142,7 @@ def test_what_was_killed_between_the_manifest_and_its_file_is_in_nobodys_way(
     """The manifest is there, its file is not, or is an older one: verify says so, and a merge replaces it."""
     code = (
         "import os, sys, negmerge_fast as nm\n"
-        "from negmerge_fast.writer import Output\n"
+        "from negmerge_fast.output.writer import Output\n"
         "Output._move = lambda *_: os._exit(9)\n"
         "single = [f'{name}/model.safetensors' for name in ('ft-0', 'ft-2')]\n"
         "nm.merge_checkpoints(single[0], single[1:], 'out.safetensors', scale=0.5, overwrite=True)"

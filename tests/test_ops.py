@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import negmerge_fast.ops
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,7 @@ from plain import plain_merge, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import negmerge_fast as nm
-import negmerge_fast.ops
-from negmerge_fast.table import launched
+from negmerge_fast.core.descriptors import launched
 
 merge, merge_ = torch.ops.negmerge.merge, torch.ops.negmerge.merge_
 

@@ -21,12 +21,16 @@ from hypothesis import strategies as st
 from plain import plain_merge, same_bits
 
 import negmerge_fast as nm
-from negmerge_fast import budget, native, reference, stream
-from negmerge_fast.checkpoints import files, open_checkpoint
-from negmerge_fast.checkpoints.files import File, Reader
-from negmerge_fast.plan import make_plan, pieces
-from negmerge_fast.stream import Job
-from negmerge_fast.writer import Output
+from negmerge_fast.backends import native, pytorch
+from negmerge_fast.checkpoints import reader
+from negmerge_fast.checkpoints.formats import open_checkpoint
+from negmerge_fast.checkpoints.reader import File, Reader
+from negmerge_fast.output.writer import Output
+from negmerge_fast.runtime import memory
+from negmerge_fast.streaming import api, budget
+from negmerge_fast.streaming.api import Job
+from negmerge_fast.streaming.partition import pieces
+from negmerge_fast.streaming.plan import make_plan
 
 
 @pytest.fixture
@@ -120,7 +124,7 @@ def test_a_strangers_file_that_comes_at_the_last_moment(
         check(self)
         (folder / "out" / "notes.txt").write_text("mine")
 
-    job = stream.prepare(folder / "base", [folder / "ft-0"], folder / "out", scale=0.5, overwrite=True)
+    job = api.prepare(folder / "base", [folder / "ft-0"], folder / "out", scale=0.5, overwrite=True)
     monkeypatch.setattr(Output, "_check_existing", and_then)
     with pytest.raises(nm.InputError, match=r"out/notes.txt: not negmerge's"):
         job.run()
@@ -221,10 +225,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     plant, message = FAULTS[fault]
-    job = stream.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
+    job = api.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
     plant(monkeypatch)
     if fault == "the kernel fails":
-        job = stream.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
+        job = api.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
     with pytest.raises(OSError, match=message):
         job.run()
     assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
@@ -268,7 +272,7 @@ def test_pages_are_given_back_when_a_job_is_large(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "posix_fadvise", noted)
     given_back = []
     for free in (1 << 40, 1000):
-        monkeypatch.setattr(budget, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         advice.clear()
         merge(folder, overwrite=True, memory_budget="1GiB")
         given_back.append(advice.count(os.POSIX_FADV_DONTNEED))
@@ -299,7 +303,7 @@ def test_every_file_is_on_the_disk_before_it_is_published(
 def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int, backend: str
 ) -> None:
-    module, name = (native, "merge_cpu") if backend == "cpu" else (reference, "merge")
+    module, name = (native, "merge_cpu") if backend == "cpu" else (pytorch, "merge")
     real, lock, now, most = getattr(module, name), threading.Lock(), 0, 0
 
     def counted(*arguments: Any) -> Any:
@@ -316,7 +320,7 @@ def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
 
     merge(folder, backend="torch")
     expected = contents(folder / "out")
-    monkeypatch.setattr(stream, "_LONGEST", 512)
+    monkeypatch.setattr(api, "_LONGEST", 512)
     monkeypatch.setattr(budget, "_SHORTEST", 512)
     monkeypatch.setattr(module, name, counted)
     merge(folder, overwrite=True, threads=threads, backend=backend)
@@ -337,7 +341,7 @@ def test_the_first_error_in_the_order_of_the_pieces_is_told(
         raise OSError(f"piece {number}")
 
     monkeypatch.setattr(Job, "_read", failing)
-    monkeypatch.setattr(stream, "_LONGEST", 512)
+    monkeypatch.setattr(api, "_LONGEST", 512)
     monkeypatch.setattr(budget, "_SHORTEST", 512)
     with pytest.raises(OSError, match="piece 1"):
         merge(folder, threads=3)
@@ -361,7 +365,7 @@ def test_a_thread_that_cannot_be_started(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_without_reads_that_do_not_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_NOWAIT", None)
+    monkeypatch.setattr(reader, "_NOWAIT", None)
     merge(folder)
     assert (folder / "out" / "config.json").exists()
 
@@ -386,11 +390,11 @@ def test_sharding_and_strokes_change_no_bit(
     tensors = family(seed, n=2)
     for path, held, split in zip(("base", "ft-0", "ft-1"), tensors, shards, strict=True):
         save_model(folder / path, held, split)
-    usual, stream._LONGEST = stream._LONGEST, chunk
+    usual, api._LONGEST = api._LONGEST, chunk
     try:
         merge(folder)
     finally:
-        stream._LONGEST = usual
+        api._LONGEST = usual
     merged = load_model(folder / "out")
     for name, base in tensors[0].items():
         expected = base

@@ -10,8 +10,10 @@ from checkpoint_files import family, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negmerge_fast.checkpoints import open_checkpoint
-from negmerge_fast.plan import Plan, Run, left, make_plan, part, pieces, shares
+from negmerge_fast.checkpoints.formats import open_checkpoint
+from negmerge_fast.core.ranges import Run, left
+from negmerge_fast.streaming.partition import part, pieces, shares
+from negmerge_fast.streaming.plan import Plan, make_plan
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,15 @@ from checkpoint_files import MERGE, check, load_model, negmerge, nothing_left, s
 # A merge that takes its time: every stroke waits a moment, so that it can be caught in the middle.
 SLOW = """
 import sys, time
-from negmerge_fast import cli, stream
-from negmerge_fast.checkpoints.files import Reader
-read, stream._LONGEST = Reader.read_into, 4096
+from negmerge_fast.cli import main
+from negmerge_fast.streaming import api
+from negmerge_fast.checkpoints.reader import Reader
+read, api._LONGEST = Reader.read_into, 4096
 def slow(self, *a):
     time.sleep(0.02)
     read(self, *a)
 Reader.read_into = slow
-cli.main()
+main.main()
 """
 
 

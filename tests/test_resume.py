@@ -18,9 +18,10 @@ from interrupted import contents, finish, kill_all, make_models, start, under_wa
 from safetensors.torch import load_file
 
 import negmerge_fast as nm
-from negmerge_fast import journal, manifest, stream
-from negmerge_fast.checkpoints.files import Reader
-from negmerge_fast.writer import Output
+from negmerge_fast.checkpoints.reader import Reader
+from negmerge_fast.output import journal, manifest
+from negmerge_fast.output.writer import Output
+from negmerge_fast.streaming import api
 
 # Of each kind of merge in the slow test; NEGMERGE_KILLS=50 for more.
 KILLS = int(os.environ.get("NEGMERGE_KILLS", "8"))
@@ -60,7 +61,7 @@ class Stop(Exception):
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, at: float = 0.5, **options: Any) -> None:
     """Merge a part of it, in short strokes, and stop."""
     monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(stream, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
 
     def progress(done: int, total: int) -> None:
         time.sleep(0.005)  # for more than one record
@@ -200,7 +201,7 @@ def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(Output, "sync", noted_sync)
     monkeypatch.setattr(journal.Journal, "append", noted_append)
     monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(stream, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
     merge(folder, progress=lambda *_: time.sleep(0.005))
     assert len(order) > 3
 
@@ -214,7 +215,7 @@ def test_nonfinite_found_late_can_be_kept_after_all(folder: Path, monkeypatch: p
     metadata = {"format": "pt"}
     torch_save(tensors, path, metadata)
     monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(stream, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
     with pytest.raises(nm.InputError, match="tensor 'w15': nan at"):
         merge(folder)
     report = merge(folder, nonfinite="keep-base")

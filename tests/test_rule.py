@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import STORAGE, peak_allocated, same_bits
 
-from negmerge_fast import InputError, Rule, merge, merge_, reference
+from negmerge_fast import InputError, Rule, merge, merge_
+from negmerge_fast.backends import pytorch
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -26,7 +27,7 @@ def test_general_path_of_a_unanimous_rule_is_the_fast_path(
     base, models = random_models(8, 4097, STORAGE[dtype], [STORAGE[dtype]])
     expected = merge(base, models, scale=0.7, backend="torch")
     monkeypatch.setattr(
-        reference._Workspace, "_unanimous_mean", lambda self, *_: pytest.fail("not the general path")
+        pytorch._Workspace, "_unanimous_mean", lambda self, *_: pytest.fail("not the general path")
     )
     monkeypatch.setattr(Rule, "required", lambda self, models: _Unequal(models))
     assert same_bits(merge(base, models, scale=0.7, backend="torch"), expected)
@@ -152,14 +153,14 @@ def test_any_kind_of_number_is_the_float_it_equals(scale: Any) -> None:
 def test_block_size_and_threads_change_no_bit(block: int, threads: int, n: int, dtype: str) -> None:
     base, models = random_models(n, 1000, STORAGE[dtype], [STORAGE[dtype]])
     expected = merge(base, models, scale=0.9, backend="torch")
-    before, size = torch.get_num_threads(), reference.CPU_BLOCK_BYTES
+    before, size = torch.get_num_threads(), pytorch.CPU_BLOCK_BYTES
     try:
         torch.set_num_threads(threads)
-        reference.CPU_BLOCK_BYTES = block * 8
+        pytorch.CPU_BLOCK_BYTES = block * 8
         assert same_bits(merge(base, models, scale=0.9, backend="torch"), expected)
     finally:
         torch.set_num_threads(before)
-        reference.CPU_BLOCK_BYTES = size
+        pytorch.CPU_BLOCK_BYTES = size
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -182,6 +183,6 @@ def test_copies_of_the_base_and_a_scale_of_zero_change_nothing(
 def test_extra_memory_is_a_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The most that is ever allocated: by a general merge in double precision, rounded to another type."""
     base, models = random_models(3, 1_000_000, torch.bfloat16, [torch.float64])
-    monkeypatch.setattr(reference, "_kept", threading.local())
+    monkeypatch.setattr(pytorch, "_kept", threading.local())
     peak = peak_allocated(lambda: merge_(base, models, scale=0.9, min_agreement=0.6, backend="torch"))
-    assert reference.CPU_BLOCK_BYTES < peak <= reference.SCRATCH_BYTES
+    assert pytorch.CPU_BLOCK_BYTES < peak <= pytorch.SCRATCH_BYTES

@@ -16,7 +16,7 @@ from plain import STORAGE, plain_merge, same_bits
 from ways import INTERPRETED, ON_HOST, WAYS, Way, to_device
 
 from negmerge_fast import Rule, merge, merge_
-from negmerge_fast.rule import Batch, Segment, Signature, Stream
+from negmerge_fast.core.batch import Batch, Segment, Signature, Stream
 
 # Of models: all in a group, a group and some, many. An interpreter would take minutes for 300.
 NUMBERS = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]

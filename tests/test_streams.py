@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from negmerge_fast import lanes
-from negmerge_fast.lanes import Straight, Timeline
+from negmerge_fast.runtime import device as device_module
+from negmerge_fast.runtime.buffers import Timeline
+from negmerge_fast.runtime.device import Straight
 
 DEVICE = "cuda:0"
 
@@ -80,7 +81,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_a_lane_asks_of_a_gpu(cuda: FakeCuda, kept: bool) -> None:
     timeline, current = Timeline(kept), [DEVICE, f"stream of {DEVICE}"]
-    with lanes.lane_on(DEVICE, 2, 512, timeline) as lane:
+    with device_module.lane_on(DEVICE, 2, 512, timeline) as lane:
         assert cuda.locked == {(lane.memory.ctypes.data, 1024)}
         for buffer in lane.hold([300, 200]):
             buffer[:] = bytes([7]) * len(buffer)
@@ -109,7 +110,7 @@ def test_what_a_lane_asks_of_a_gpu(cuda: FakeCuda, kept: bool) -> None:
 def test_a_copy_on_a_stream_waits_for_nothing(cuda: FakeCuda) -> None:
     asked: list[Any] = []
     to = SimpleNamespace(copy_=lambda source, **options: asked.append((source, options)))
-    lanes.Stream(DEVICE, Timeline(kept=False)).copy(to, "source")  # type: ignore[arg-type]
+    device_module.Stream(DEVICE, Timeline(kept=False)).copy(to, "source")  # type: ignore[arg-type]
     assert asked == [("source", {"non_blocking": True})]
 
 
@@ -119,6 +120,6 @@ def test_memory_that_cannot_be_locked(cuda: FakeCuda) -> None:
         pytest.raises(
             RuntimeError, match=r"^1,024 bytes of memory cannot be locked for cuda:0: error 2 \(a smaller"
         ),
-        lanes.lane_on(DEVICE, 2, 512, Timeline()),
+        device_module.lane_on(DEVICE, 2, 512, Timeline()),
     ):
         pass

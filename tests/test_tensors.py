@@ -10,8 +10,9 @@ import torch
 from plain import peak_allocated, plain_merge, same_bits
 
 import negmerge_fast as nm
-from negmerge_fast import native
-from negmerge_fast.rule import Batch, Rule
+from negmerge_fast.backends import native
+from negmerge_fast.core.batch import Batch
+from negmerge_fast.core.rule import Rule
 
 
 def versions(

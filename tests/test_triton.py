@@ -17,8 +17,10 @@ from test_compiled import tools
 from ways import merge_on_host
 
 import negmerge_fast as nm
-from negmerge_fast import backends, info, native, trust
-from negmerge_fast.rule import Batch, Rule, Signature
+from negmerge_fast.backends import native, registry, selftest
+from negmerge_fast.cli import info
+from negmerge_fast.core.batch import Batch, Signature
+from negmerge_fast.core.rule import Rule
 
 triton = pytest.importorskip("triton")
 
@@ -155,9 +157,9 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise RuntimeError("no kernel image\nfor this device")
         return counts
 
-    monkeypatch.setattr(trust, "_found", {})
+    monkeypatch.setattr(selftest, "_found", {})
     monkeypatch.setattr(native, "merge_cpu", merge)
-    monkeypatch.setattr(backends, "_TRIED", {"cpu"})
+    monkeypatch.setattr(registry, "_TRIED", {"cpu"})
     return wrong
 
 
@@ -210,7 +212,7 @@ def test_a_trial_finds_what_goes_wrong_on_chips(fault: str, dtype: str, task_vec
     if fault == "a subnormal mean that is zero" and dtype == "F16":
         pytest.skip("what is subnormal there is a normal float")
     merge = partial(merge_on_host, wrong=FAULTS.get(fault))
-    found = trust._try(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
+    found = selftest._try(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
     assert (found is None) == (fault == "none"), found
 
 
@@ -226,7 +228,7 @@ def test_a_trial_takes_every_way(job: str) -> None:
                 raise ValueError(job)
         return merge_on_host(batch, rule)
 
-    found = trust._try(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
+    found = selftest._try(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
     assert found == f"failed when tried on cpu: ValueError: {job}"
 
 
@@ -234,13 +236,13 @@ def test_a_kernel_is_tried_once_for_what_it_is_used_for(wrong_kernel: list[str])
     wrong_kernel[:] = []
     base, models = torch.zeros(100), [torch.ones(100)] * 2
     nm.merge(base, models, scale=1.0)
-    assert len(trust._found) == 1
+    assert len(selftest._found) == 1
     nm.merge(base, models, scale=0.5)
-    assert len(trust._found) == 1
+    assert len(selftest._found) == 1
     nm.merge(base, models, scale=0.5, min_agreement=0.6)  # of two, both
     nm.merge(base, [*models, base], scale=0.5, min_agreement=0.6)
     nm.merge(base.half(), models, scale=0.5)
-    assert len(trust._found) == 3 and not any(trust._found.values())
+    assert len(selftest._found) == 3 and not any(selftest._found.values())
 
 
 def python(code: str) -> str:
@@ -254,7 +256,7 @@ def test_works_the_same_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch, negmerge_fast as nm
-from negmerge_fast import info
+from negmerge_fast.cli import info
 assert nm.merge(torch.zeros(3), [torch.ones(3)], scale=1.0).tolist() == [-1, -1, -1]
 try:
     nm.merge(torch.zeros(3), [torch.ones(3)], scale=1.0, backend="triton")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from negmerge_fast import reference, trust
-from negmerge_fast.measure.limits import Limit
-from negmerge_fast.rule import Signature
+from negmerge_fast.backends import pytorch, selftest
+from negmerge_fast.benchmark.bandwidth import Limit
+from negmerge_fast.core.batch import Signature
 
 ROOT = Path(__file__).parents[1]
 WAYS = {"as built": [], "another": ["THREADS=128", "TILE=2048"]}
@@ -74,7 +74,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
     monkeypatch.setattr(
         rows, "machine", lambda device: {"commit": "abc1234", "device": "A GPU", "driver": "1.2"}
     )
-    monkeypatch.setattr(trust, "_found", {})
+    monkeypatch.setattr(selftest, "_found", {})
     return tune_gpu
 
 
@@ -156,7 +156,7 @@ def test_a_way_that_fails_on_hostile_numbers_is_not_timed(
     tune_gpu: Any, time: FakeTime, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def wrong(batch: Any, rule: Any, threads: Any = None) -> Any:
-        counts = reference.merge(batch, rule)
+        counts = pytorch.merge(batch, rule)
         if len(batch.segments) > 1:
             batch.segments[0].out.owner[0] ^= 1
         return counts
@@ -175,7 +175,7 @@ def test_lines_for_triton_are_those_that_it_prints_itself(
     def ways(signature: Any) -> Any:
         usual, other, *_ = candidates(signature, True)
         names = {"triton, usual": usual, "triton, other": other}
-        merges = time.takes(reference.merge, 4.0), time.takes(reference.merge, 3.0)
+        merges = time.takes(pytorch.merge, 4.0), time.takes(pytorch.merge, 3.0)
         return dict(zip(names, merges, strict=True)), names
 
     monkeypatch.setattr(tune_gpu, "triton_ways", ways)

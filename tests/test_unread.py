@@ -16,19 +16,22 @@ from plain import STORAGE, plain_merge, same_bits
 from test_lanes import DEVICE, LateStream, gpu  # noqa: F401
 
 import negmerge_fast as nm
-from negmerge_fast import backends, native, stream, unread
-from negmerge_fast.checkpoints import File, Reader
-from negmerge_fast.plan import Extent, Member, Source
-from negmerge_fast.rule import FLOAT_SIZES, Rule, Signature
+from negmerge_fast.backends import native, registry
+from negmerge_fast.checkpoints.reader import File, Reader
+from negmerge_fast.core.batch import Signature
+from negmerge_fast.core.dtypes import FLOAT_SIZES
+from negmerge_fast.core.rule import Rule
+from negmerge_fast.streaming import api, skipping
+from negmerge_fast.streaming.plan import Extent, Member, Source
 
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
 def short_strokes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_LONGEST", 4096)
-    monkeypatch.setattr(unread, "_FIRST", 16)
-    monkeypatch.setattr(unread, "_SAMPLE", 8)
+    monkeypatch.setattr(api, "_LONGEST", 4096)
+    monkeypatch.setattr(skipping, "_FIRST", 16)
+    monkeypatch.setattr(skipping, "_SAMPLE", 8)
 
 
 def versions(
@@ -65,23 +68,23 @@ def versions(
     return made
 
 
-def prepare(folder: Path, tensors: list[Tensors], skip: bool | None, **options: Any) -> stream.Job:
+def prepare(folder: Path, tensors: list[Tensors], skip: bool | None, **options: Any) -> api.Job:
     for k, model in enumerate(tensors):
         if not (folder / str(k)).exists():
             save_model(folder / str(k), model)
     paths = [folder / str(k) for k in range(1, len(tensors))]
     options = {"scale": 0.9, "nonfinite": "keep-base", "overwrite": True, "skip_unchanged": skip, **options}
-    return stream.prepare(folder / "0", paths, folder / "out", **options)
+    return api.prepare(folder / "0", paths, folder / "out", **options)
 
 
 def merge(
     folder: Path, tensors: list[Tensors], skip: bool | None, **options: Any
-) -> tuple[stream.Report, bytes]:
+) -> tuple[api.Report, bytes]:
     report = prepare(folder, tensors, skip, **options).run()
     return report, (folder / "out" / "model.safetensors").read_bytes()
 
 
-def check(folder: Path, tensors: list[Tensors], min_agreement: float = 1.0, **options: Any) -> stream.Report:
+def check(folder: Path, tensors: list[Tensors], min_agreement: float = 1.0, **options: Any) -> api.Report:
     """Merged with and without: the same bytes and counts, those of the rule written out plainly."""
     options["min_agreement"] = min_agreement
     whole, expected = merge(folder, tensors, False, **options)
@@ -148,9 +151,9 @@ def test_a_witness_is_enough(tmp_path: Path) -> None:
 
 def test_a_wrong_number_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = versions(8, [torch.float32])
-    required = unread.Prefix.required
+    required = skipping.Prefix.required
     # One more than the others could make good.
-    monkeypatch.setattr(unread.Prefix, "required", lambda self, models: required(self, models) + 1)
+    monkeypatch.setattr(skipping.Prefix, "required", lambda self, models: required(self, models) + 1)
     with pytest.raises(AssertionError):
         check(tmp_path, tensors, 0.75)
 
@@ -182,8 +185,8 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
     piece = Extent("", [Source(None, 0, len(s)) for s in stored], members)  # type: ignore[arg-type]
     addresses = [np.frombuffer(m, np.uint8).ctypes.data for m in memory]
     rule = Rule(0.9, min_agreement)
-    watched = unread.Unread(rule, n, backends.choose("auto", "cpu")[1])
-    block = unread.Block(watched, piece, [memoryview(m) for m in memory], addresses, memory)
+    watched = skipping.Unread(rule, n, registry.choose("auto", "cpu")[1])
+    block = skipping.Block(watched, piece, [memoryview(m) for m in memory], addresses, memory)
     for k in range(n):
         block.look(k)
         possible = [
@@ -245,7 +248,7 @@ def a_third(tensors: int, numel: int, dtype: torch.dtype = torch.float32) -> lis
 def test_a_third_of_the_tensors_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, numel: int, stroke: int
 ) -> None:
-    monkeypatch.setattr(stream, "_LONGEST", stroke)
+    monkeypatch.setattr(api, "_LONGEST", stroke)
     made = a_third(tensors, numel)
     check(tmp_path, made)
     job = prepare(tmp_path, made, None)
@@ -261,7 +264,7 @@ def test_a_third_of_the_tensors_touched(
 
 def test_nothing_is_expected_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for one piece at each border."""
-    monkeypatch.setattr(stream.backends, "usual_threads", lambda: 1)
+    monkeypatch.setattr(api.registry, "usual_threads", lambda: 1)
     made = a_third(6, 1 << 14)  # of 16 strokes each
     check(tmp_path, made)
     job, whole = prepare(tmp_path, made, None), prepare(tmp_path, made, False)
@@ -327,7 +330,7 @@ def test_through_a_gpu_only_what_can_agree(
     gpu: Iterator[None],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stream, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
     crossed: list[int] = []
     copy = LateStream.copy
     monkeypatch.setattr(

@@ -17,10 +17,10 @@ from checkpoint_files import family, flip, load_model, negmerge, save_model
 from hostile import random_models
 
 import negmerge_fast as nm
-from negmerge_fast import verify
-from negmerge_fast.checkpoints import open_checkpoint
-from negmerge_fast.checkpoints.files import Reader
-from negmerge_fast.plan import make_plan
+from negmerge_fast.checkpoints.formats import open_checkpoint
+from negmerge_fast.checkpoints.reader import Reader
+from negmerge_fast.streaming import verify
+from negmerge_fast.streaming.plan import make_plan
 
 INPUTS = ("base", "ft-0", "ft-1", "ft-2")
 SHARD = "model-00002-of-00002.safetensors"
@@ -219,12 +219,12 @@ def test_the_command(folder: Path) -> None:
 
 def test_it_waits_for_no_torch_and_stops_when_told(folder: Path) -> None:
     merge()
-    start = "import sys; sys.argv = ['negmerge', 'verify', 'out']\nfrom negmerge_fast import cli, verify\n"
-    lean = "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    start = "import sys; sys.argv = ['negmerge', 'verify', 'out']\nfrom negmerge_fast.cli import main\nfrom negmerge_fast.streaming import verify\n"
+    lean = "try: main.main()\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", start + lean], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     interrupted = (
-        "check = verify._check\nverify._check = lambda *a: (os.kill(os.getpid(), 2), check(*a))\ncli.main()"
+        "check = verify._check\nverify._check = lambda *a: (os.kill(os.getpid(), 2), check(*a))\nmain.main()"
     )
     code = "import os; " + start + interrupted
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

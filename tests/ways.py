@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from negmerge_fast import backends, native
-from negmerge_fast.rule import Batch, Merge, Rule
-from negmerge_fast.table import device_memory
+from negmerge_fast.backends import native, registry
+from negmerge_fast.core.batch import Batch, Merge
+from negmerge_fast.core.descriptors import device_memory
+from negmerge_fast.core.rule import Rule
 
 HERE = Path(__file__).parent
 
@@ -36,7 +37,7 @@ class Way(NamedTuple):
     def why_not(self) -> str | None:
         if self == ON_HOST:
             return None if shutil.which("g++") else "no g++ to build the CUDA kernel for the host"
-        if (reason := backends.why_not(self.backend, self.device)) is not None:
+        if (reason := registry.why_not(self.backend, self.device)) is not None:
             return f"{self.backend} on {self.device}: {reason}"
         if self.instruction_set:
             from negmerge_fast import _native
@@ -52,8 +53,8 @@ class Way(NamedTuple):
             if self.instruction_set:
                 patch.setenv("NEGMERGE_CPU", self.instruction_set)
             if self == ON_HOST:
-                patch.setattr(backends, "choose", lambda *_: ("cuda", merge_on_host))
-            yield backends.choose(self.backend, self.device)[1]
+                patch.setattr(registry, "choose", lambda *_: ("cuda", merge_on_host))
+            yield registry.choose(self.backend, self.device)[1]
 
 
 # The CUDA kernel's source, compiled for the host: all but the device's own conversions of F16, streams and warps.

@@ -6,10 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from ..checksums import hash_of
-from ..rule import InputError, brief
-from .files import Checkpoint, File, Tensor, parse_json
+from ..core.errors import InputError, brief
+from ..core.hashing import hash_of
+from .base import MANIFEST, Checkpoint, Tensor
+from .reader import File
 from .safetensors import read_header
+from .strict_json import parse_json
 
 # The names transformers looks for, in its order; other names are taken where there is only one.
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,9 +33,6 @@ _LONGEST_NAME = 255
 
 # Directories in each other, below that of a model.
 _DEEPEST = 64
-
-# What negmerge writes beside the weights of its output; it speaks of that output only.
-MANIFEST = "negmerge.json"
 
 
 def open_directory(path: Path) -> Checkpoint:

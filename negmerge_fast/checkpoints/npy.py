@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checksums import hash_of
-from ..layout import Form
-from ..rule import InputError, brief
-from .files import Checkpoint, File, Tensor, is_shape
+from ..core.errors import InputError, brief
+from ..core.hashing import hash_of
+from ..core.schema import Form
+from .base import Checkpoint, Tensor
+from .reader import File
+from .strict_json import is_shape
 
 # What the one tensor is called in messages and reports.
 NAME = "vector"

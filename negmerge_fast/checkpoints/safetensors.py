@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checksums import hash_of
-from ..layout import Form
-from ..rule import InputError, brief
-from .files import Checkpoint, File, Tensor, are_sizes, is_shape, parse_json
+from ..core.errors import InputError, brief
+from ..core.hashing import hash_of
+from ..core.schema import Form
+from .base import Checkpoint, Tensor
+from .reader import File
+from .strict_json import are_sizes, is_shape, parse_json
 
 # The library's own bound.
 _LONGEST_HEADER = 100_000_000

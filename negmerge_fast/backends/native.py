@@ -1,0 +1,148 @@
+"""The compiled kernels of csrc/ behind the one function of every backend.
+
+A batch becomes a table of addresses, and the kernels are given integers: they know neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.batch import Batch
+from ..core.descriptors import device_memory, table_of, upload
+from ..core.dtypes import NUMBERS
+from ..core.errors import InputError
+from ..core.rule import Rule
+
+if TYPE_CHECKING:
+    import torch
+import json
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import TypedDict
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why the "cpu" or the "cuda" kernel cannot run on a device here; None if it can."""
+    if device.partition(":")[0] != name:
+        return f"is for tensors on {name}, not on {device}"
+    built = build_info()
+    if (reason := built["cpu" if name == "cpu" else "cuda"]) is not None:
+        return f"not built: {reason}"
+    try:
+        from .. import _native  # noqa: F401
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
+    if name == "cpu":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return f"torch has no device {device!r} here: {str(error).splitlines()[0]}"
+    number = 10 * capability[0] + capability[1]
+    if number < min(built["cuda_architectures"]):
+        return f"compiled for sm_{min(built['cuda_architectures'])} and later, the device is sm_{number}"
+    return None
+
+
+def details(name: str) -> str:
+    """What the kernel was compiled for, if it was."""
+    built = build_info()
+    if built["cpu" if name == "cpu" else "cuda"] is not None:
+        return ""
+    if name == "cpu":
+        return f" ({instruction_set()}, {usual_threads()} threads)"
+    return f" (compiled for {', '.join(f'sm_{number}' for number in built['cuda_architectures'])})"
+
+
+def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
+    """Merge every segment of a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
+    from .. import _native
+
+    table = table_of(batch)
+    counts = np.zeros((len(batch.segments), 2), np.int64)
+    _native.merge_cpu(
+        *_signature(batch, rule),
+        table.ctypes.data,
+        counts.ctypes.data,
+        threads or usual_threads(),
+        instruction_set(),
+    )
+    return counts
+
+
+def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
+    import torch
+
+    from .. import _native
+
+    device = torch.device(batch.device)
+    memory, tiles = device_memory(batch, _native.cuda_tile)
+    with torch.cuda.device(device):
+        on_device = upload(memory, f"cuda:{torch.cuda.current_device()}")
+        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
+        _native.merge_cuda(
+            *_signature(batch, rule),
+            on_device.data_ptr(),
+            counts.data_ptr(),
+            tiles,
+            on_device.device.index,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return counts
+
+
+def instruction_set() -> str:
+    """The best of this machine's that there is code for; NEGMERGE_CPU asks for another, so that all can be tested."""
+    from .. import _native
+
+    found: list[str] = _native.instruction_sets
+    if (asked := os.environ.get("NEGMERGE_CPU", found[0])) not in found:
+        raise InputError(f"NEGMERGE_CPU: {asked!r}, expected one of {', '.join(found)}")
+    return asked
+
+
+def usual_threads() -> int:
+    """torch's number where torch is loaded; else what it would be: OpenMP's, or one for each processor of ours."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return int(torch.get_num_threads())
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def _signature(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
+    result, models, task_vectors = batch.signature
+    numbers = bytes(NUMBERS[dtype] for dtype in models)
+    return (
+        NUMBERS[result],
+        numbers,
+        task_vectors,
+        rule.scale,
+        rule.required(len(models)),
+        len(batch.segments),
+    )
+
+
+class BuildInfo(TypedDict):
+    cpu: str | None  # why there is no CPU kernel; None: there is one
+    cuda: str | None  # the same of the CUDA kernel
+    cuda_architectures: list[int]  # that it has machine code for; others start from intermediate code
+
+
+def build_info() -> BuildInfo:
+    # Each Python has its own library, and its own file: several may share one source folder.
+    path = Path(__file__).parents[1].joinpath("_native" + EXTENSION_SUFFIXES[0]).with_suffix(".json")
+    try:
+        info: BuildInfo = json.loads(path.read_text())
+    except FileNotFoundError:
+        reason = "negmerge_fast was never installed for this Python, which compiles it: pip install -e ."
+        return {"cpu": reason, "cuda": reason, "cuda_architectures": []}
+    return info

@@ -1,0 +1,262 @@
+"""The rule in plain PyTorch, on any torch device: the oracle of every other backend, and the fallback.
+
+    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    agree = all d_k > 0  or  all d_k < 0
+    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
+
+rule.py says it to the bit. It works block by block, so that the temporaries stay in cache and the extra memory is a
+few MB whatever the model. Two running values per element, the least and the greatest d_k, hold both flags of `agree`
+and whether every d_k is finite (torch's minimum and maximum hand NaN on).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..core.batch import Batch, Segment, Stream
+from ..core.dtypes import FLOAT_SIZES
+from ..core.rule import Rule
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+# Bytes of one temporary: 256 Ki elements of fp32 was the best of 16 Ki … 1 Mi, bench/results/reference.jsonl.
+CPU_BLOCK_BYTES = 1024 * 1024
+# On a GPU every operation is a launch: few and large ones.
+DEVICE_BLOCK_BYTES = 64 * 1024 * 1024
+
+# The most a merge on the CPU allocates beside its data: the temporaries of _Workspace, counted for the general rule.
+SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
+
+
+def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
+    """Merge every segment of a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
+    counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
+    with _at_work(batch, rule, threads) as work:
+        for row, segment in enumerate(batch.segments):
+            for start in range(0, segment.numel, work.block):
+                counts[row] += work.merge_block(segment, start, min(work.block, segment.numel - start))
+    return counts
+
+
+def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
+    """Where a batch first has a non-finite element: what an error names. Writes nothing.
+
+    Returns the segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
+    "result") and the value found there; None if everything is finite.
+    """
+    with _at_work(batch, rule) as work:
+        for row, segment in enumerate(batch.segments):
+            for start in range(0, segment.numel, work.block):
+                size = min(work.block, segment.numel - start)
+                if work.merge_block(segment._replace(out=None), start, size)[1]:
+                    index = start + int(work.nonfinite[:size].nonzero()[0])
+                    return row, index, *_culprit(segment, index)
+    return None
+
+
+def _culprit(segment: Segment, index: int) -> tuple[int | str, float]:
+    versions: list[tuple[int | str, Stream]] = list(enumerate(segment.models))
+    if segment.base is not None:
+        versions.insert(0, ("base", segment.base))
+    for which, stream in versions:
+        value = float(_load(stream, index, 1))
+        if value - value != 0:
+            return which, value
+    return "result", float("inf")
+
+
+class _Workspace:
+    """The temporaries of one block."""
+
+    def __init__(self, batch: Batch, rule: Rule) -> None:
+        self.signature = batch.signature
+        self.storage = DTYPES[batch.signature.result]
+        self.dtype = DTYPES[batch.signature.arithmetic]
+        self.required = rule.required(len(batch.signature.models))
+        self.unanimous = self.required == len(batch.signature.models)
+        device = torch.device(batch.device)
+        most = (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // self.dtype.itemsize
+        self.block = min(most, max((s.numel for s in batch.segments), default=0)) or 1
+
+        wide, flags = (6, 3) if self.unanimous else (9, 3)
+        memory = _scratch((wide * self.dtype.itemsize + flags) * self.block, device)
+        numbers, bits = torch.split(memory, [len(memory) - flags * self.block, flags * self.block])
+        temporaries = torch.split(numbers.view(self.dtype), self.block)
+        self.b, self.x, self.d, self.least, self.greatest, self.sum = temporaries[:6]
+        if not self.unanimous:
+            self.below, self.n_above, self.n_below = temporaries[6:]
+        self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
+        # Tensors, and on the device: dividing by a Python number multiplies by its reciprocal on a GPU.
+        self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
+        self.minus_scale = (
+            torch.tensor(-rule.scale, dtype=torch.float64, device="cpu").to(self.dtype).to(device)
+        )
+
+    def merge_block(self, segment: Segment, start: int, size: int) -> torch.Tensor:
+        """Merge elements start … start + size; leaves their non-finite flags in self.nonfinite."""
+        stored = None if segment.base is None else _load(segment.base, start, size)
+        b = self.b[:size]
+        b.zero_() if stored is None else b.copy_(stored)
+        mean = self._unanimous_mean if self.unanimous else self._majority_mean
+        agree, nonfinite = self.agree[:size], self.nonfinite[:size]
+        t = mean(segment, start, b, agree).mul_(self.minus_scale)
+        result = self._round(t.add_(b))
+
+        if self._all_finite(b, result):
+            nonfinite.zero_()
+        else:
+            finite = (
+                torch.isfinite(self.least[:size]) & torch.isfinite(self.greatest[:size]) & torch.isfinite(b)
+            )
+            finite &= torch.isfinite(result) | ~agree
+            torch.logical_not(finite, out=nonfinite)
+            agree &= finite
+        if segment.out is not None:
+            kept = b.to(self.storage) if stored is None else stored
+            chosen = self.d.view(_BITS[self.storage.itemsize])[:size]
+            _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
+        # Not sum(), which makes an int64 of every flag first.
+        return torch.stack([torch.count_nonzero(agree), torch.count_nonzero(nonfinite)])
+
+    def _round(self, values: torch.Tensor) -> torch.Tensor:
+        if self.dtype == self.storage:
+            return values
+        # By way of float32, as everywhere: a direct conversion from float64 rounds once, and differently.
+        rounded: torch.Tensor = self.x.view(self.storage)
+        return rounded[: len(values)].copy_(values.float())
+
+    def _all_finite(self, b: torch.Tensor, result: torch.Tensor) -> bool:
+        """Cheaply: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
+        seen = (self.least[: len(b)], self.greatest[: len(b)], b, result)
+        return bool(torch.stack([t.sum(dtype=self.dtype) for t in seen]).isfinite().all())
+
+    def _differences(self, segment: Segment, start: int, b: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Each d_k in turn, noting the least and the greatest."""
+        size = len(b)
+        d, least, greatest = self.d[:size], self.least[:size], self.greatest[:size]
+        for k, stream in enumerate(segment.models):
+            x = _load(stream, start, size)
+            if x.dtype != self.dtype:
+                x = self.x[:size].copy_(x)
+            if self.signature.task_vectors:
+                d.copy_(x)
+            else:
+                torch.sub(x, b, out=d)
+            if k == 0:
+                least.copy_(d)
+                greatest.copy_(d)
+            else:
+                torch.minimum(least, d, out=least)
+                torch.maximum(greatest, d, out=greatest)
+            yield d
+
+    def _unanimous_mean(
+        self, segment: Segment, start: int, b: torch.Tensor, agree: torch.Tensor
+    ) -> torch.Tensor:
+        total = self.sum[: len(b)].zero_()
+        for d in self._differences(segment, start, b):
+            total.add_(d)
+        torch.gt(self.least[: len(b)], 0, out=agree)
+        agree |= torch.lt(self.greatest[: len(b)], 0, out=self.flag[: len(b)])
+        return total.div_(self.n)
+
+    def _majority_mean(
+        self, segment: Segment, start: int, b: torch.Tensor, agree: torch.Tensor
+    ) -> torch.Tensor:
+        size = len(b)
+        # Adding +0 for the models of the other sign changes no bit of a sum that started at +0.
+        above, below = self.sum[:size].zero_(), self.below[:size].zero_()
+        n_above, n_below = self.n_above[:size].zero_(), self.n_below[:size].zero_()
+        flag, part = self.flag[:size], self.x[:size]
+        for d in self._differences(segment, start, b):
+            above.add_(torch.clamp(d, min=0, out=part))
+            below.add_(torch.clamp(d, max=0, out=part))
+            n_above.add_(torch.gt(d, 0, out=flag))
+            n_below.add_(torch.lt(d, 0, out=flag))
+        torch.ge(n_above, self.required, out=agree)
+        negative = torch.ge(n_below, self.required, out=flag)
+        agree |= negative
+        torch.where(negative, below, above, out=above)
+        torch.where(negative, n_below, n_above, out=n_above)
+        return above.div_(n_above)
+
+
+_kept = threading.local()
+
+
+def _scratch(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes for temporaries. On the CPU each thread keeps its own: a stream of many batches allocates once."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    memory: torch.Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or len(memory) < size:
+        _kept.memory = memory = None  # the old one goes before the new one comes
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device=device)
+    return memory[:size]
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(_BITS[values.itemsize])
+
+
+def _bytes(stream: Stream, start: int, size: int) -> torch.Tensor:
+    owner = stream.owner
+    if not isinstance(owner, torch.Tensor):
+        owner = torch.frombuffer(owner, dtype=torch.uint8)
+    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
+    memory = owner.as_strided((owner.numel(),), (1,)).view(torch.uint8)
+    first = stream.address - memory.data_ptr() + start * FLOAT_SIZES[stream.dtype]
+    return memory[first : first + size * FLOAT_SIZES[stream.dtype]]
+
+
+def _aligned(memory: torch.Tensor, itemsize: int) -> bool:
+    return memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0
+
+
+def _load(stream: Stream, start: int, size: int) -> torch.Tensor:
+    """Elements of a stream in their storage type: a view, or a copy where they are not aligned."""
+    memory = _bytes(stream, start, size)
+    if not _aligned(memory, FLOAT_SIZES[stream.dtype]):
+        memory = memory.clone()
+    return memory.view(DTYPES[stream.dtype])
+
+
+def _store(stream: Stream, start: int, bits: torch.Tensor) -> None:
+    _bytes(stream, start, len(bits)).copy_(bits.view(torch.uint8))
+
+
+@contextmanager
+def _at_work(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
+    """The temporaries of a batch; while they are in use, subnormals are kept.
+
+    torch.set_flush_denormal(True) is a mode of the calling thread, and of each of torch's own threads that was started
+    under it, for ever. The caller's is undone for the call; where another thread flushes, the caller works alone.
+    """
+    before = torch.get_num_threads()
+    if threads is not None and threads != before:
+        torch.set_num_threads(threads)
+    flushing = _flushes(torch.empty(1, dtype=torch.float32, device="cpu"))
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        with torch.inference_mode():
+            work = _Workspace(batch, rule)
+            if work.d.device.type == "cpu" and _flushes(work.d):
+                torch.set_num_threads(1)
+            yield work
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+        if flushing:
+            torch.set_flush_denormal(True)
+
+
+def _flushes(numbers: torch.Tensor) -> bool:
+    """Whether arithmetic on so many elements takes subnormals for zeros, in any thread that has a part in it."""
+    _bits(numbers).fill_(1)
+    return not bool(numbers.mul_(1.0).all())

@@ -1,0 +1,128 @@
+"""Which backends work here, and why the others do not.
+
+Every backend is one function, merge(batch, rule) -> counts; rule.py says what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..core.batch import Batch, Merge, Signature
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError
+from ..core.rule import Rule
+
+# In the order in which "auto" prefers them.
+NAMES = ("cuda", "triton", "cpu", "torch")
+
+# Those that several threads may call at once, on batches of their own.
+CONCURRENT = frozenset({"cpu"})
+
+# Those that must give the reference's bits on the very device before they are used there. The CPU's kernel is not among
+# them: a merge of files would have to import torch for it.
+_TRIED = frozenset({"cuda", "triton"})
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why a backend cannot run on a device here; None if it can."""
+    if name == "triton":
+        try:
+            from ..kernels import merge
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+        reason: str | None = merge.why_not(device)
+        return reason
+    if name != "torch":
+        from . import native
+
+        return native.why_not(name, device)
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return f"torch has no device {device!r} here: {str(error).splitlines()[0]}"
+    if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
+        return "cannot be captured in a graph: it waits for the device"
+    return None
+
+
+def details(name: str) -> str:
+    """What a person may want to know of a backend beside whether it can run."""
+    if name not in ("cuda", "cpu"):
+        return ""
+    from . import native
+
+    return native.details(name)
+
+
+def choose(
+    backend: str, device: str, rule: Rule | None = None, signatures: Iterable[Signature] = ()
+) -> tuple[str, Merge]:
+    """The name and the merge function of a backend for one device; "auto" takes the first that can run there.
+
+    Where it is to be used for the first time for one of the signatures, it is tried on it, if it has to be.
+    """
+    if backend not in ("auto", *NAMES):
+        raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
+    reasons = []
+    for name in NAMES if backend == "auto" else (backend,):
+        # Triton on the CPU is an interpreter, for tests.
+        if (backend, name, device) == ("auto", "triton", "cpu"):
+            continue
+        reason = why_not(name, device) or (rule and _distrust(name, device, rule, signatures))
+        if reason is None:
+            return name, _merge_of(name)
+        reasons.append(f"{name}: {reason}")
+    raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def _distrust(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
+    if name not in _TRIED:
+        return None
+    from . import selftest
+
+    merge = _merge_of(name)
+    if name == "triton":
+        from ..kernels.merge import merge_in_few_programs
+
+        merge = merge_in_few_programs
+    tried = (selftest.distrust(name, merge, device, signature, rule) for signature in signatures)
+    return next(filter(None, tried), None)
+
+
+def self_test(name: str, device: str) -> str | None:
+    """Why a backend that can run is not used on a device for one of the storage types; None if it gives the right bits."""
+    signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
+    return _distrust(name, device, Rule(1.0), signatures)
+
+
+def _merge_of(name: str) -> Merge:
+    if name == "torch":
+        from . import pytorch
+
+        return pytorch.merge
+    if name == "triton":
+        from ..kernels import merge
+
+        found: Merge = merge.merge
+        return found
+    from . import native
+
+    return native.merge_cpu if name == "cpu" else native.merge_cuda
+
+
+def usual_threads() -> int:
+    """How many threads merge on the CPU unless told otherwise: torch's number, or what it would be."""
+    from . import native
+
+    return native.usual_threads()
+
+
+def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
+    """Where a batch first has a non-finite element; reference.py says what is returned."""
+    from . import pytorch
+
+    return pytorch.first_nonfinite(batch, rule)

@@ -1,0 +1,125 @@
+"""Whether a kernel gives the reference's bits on this very device: tried on hostile numbers before its first real use.
+
+Kernels that are right on one chip have silently been wrong on a newer one. What was found is kept for the process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..core.batch import Batch, Merge, Segment, Signature, Stream
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError
+from ..core.rule import Rule
+from . import pytorch
+
+# What it is tried on: elements, what they are to do, and whether their addresses are off the multiples of their size.
+_SEGMENTS = (
+    (4096, "in place", 0), (1029, "apart", 0), (517, "no base", 0), (300, "in place", 1), (1, "apart", 0),
+    (0, "in place", 0), (2, "count", 0), (259, "count", 1),
+)  # fmt: skip
+
+_HOSTILE = [
+    0.0, -0.0, 1e-45, -1e-45, 1e-40, 6e-8, 5e-324, 65504.0, 65520.0, 3.4e38, -3.4e38, 1e300,
+    float("inf"), -float("inf"), float("nan"),
+]  # fmt: skip
+
+_found: dict[tuple[Any, ...], str | None] = {}
+
+
+def distrust(name: str, merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
+    """Why a backend is not to be used for a signature on a device; None if it gave the same bits as the reference."""
+    models = len(signature.models)
+    unanimous = rule.required(models) == models
+    key = name, device, signature, unanimous
+    if key not in _found:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                f"backend {name}: not yet tried on {device}, expected one call before a graph's capture"
+            )
+        min_agreement = 1.0 if unanimous else rule.min_agreement
+        tried = (_try(merge, device, signature, Rule(scale, min_agreement)) for scale in (0.9, -1.0))
+        _found[key] = next(filter(None, tried), None)
+    return _found[key]
+
+
+def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
+    expected = _memory(signature)
+    got = [version.to(device, copy=True) for version in expected]  # before the reference writes
+    counts = pytorch.merge(_batch("cpu", signature, expected), rule).tolist()
+    try:
+        counted = merge(_batch(device, signature, got), rule).tolist()
+    except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
+        raise
+    except Exception as error:  # a compiler's, or the device's: whatever it is, the kernel cannot be used
+        reason = (str(error).splitlines() or [""])[0]
+        return f"failed when tried on {device}: {type(error).__name__}: {reason}"
+    kinds = "+".join(sorted(set(signature.models)))
+    what = f"{kinds} into {signature.result}, {len(signature.models)} models"
+    for is_there, should_be in zip(got, expected, strict=True):
+        if len(wrong := (is_there.cpu() != should_be).nonzero()):
+            at = int(wrong[0])
+            found, right = int(is_there[at]), int(should_be[at])
+            return f"not the reference's bits on {device} for {what}: byte {at} of a trial is {found:#04x}, expected {right:#04x}"
+    if counted != counts:
+        return f"not the reference's counts on {device} for {what}: {counted}, expected {counts}"
+    return None
+
+
+def _memory(signature: Signature) -> list[torch.Tensor]:
+    """Bytes of the base, of all models, and of outputs that are not the base."""
+    room = sum(length + 1 for length, *_ in _SEGMENTS)
+    with torch.device("cpu"):
+        versions = _numbers(signature, room, torch.Generator().manual_seed(0))
+        out = torch.full((room * FLOAT_SIZES[signature.result],), 0xA5, dtype=torch.uint8)
+    return [*(version.view(torch.uint8) for version in versions), out]
+
+
+def _numbers(signature: Signature, room: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """The base and all models; eight kinds of element take turns, and most lean to one side."""
+
+    def random() -> torch.Tensor:
+        return torch.randn(room, generator=generator, dtype=torch.float64)
+
+    base, lean, kind = random(), random(), torch.arange(room) % 8
+    types = [pytorch.DTYPES[dtype] for dtype in (signature.result, *signature.models)]
+    # Where nothing is added to the base, every bit of the mean shows.
+    base = torch.where((kind >= 3) & (kind < 7), 0.0, base)
+    base = torch.where((kind == 5) & (lean > 0), -0.0, base)
+    # Half-way between two neighbours of the result's type, and just beside it.
+    stored = lean.to(types[0])
+    bits = stored.view(pytorch._BITS[stored.itemsize])
+    middle = (stored.double() + (bits + 1).view(types[0]).double()) / 2
+    middle = middle * (1 + (torch.arange(room) // 8 % 3 - 1) * 2.0**-20)
+    hostile, rare = torch.tensor(_HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
+    versions = [base]
+    for k, dtype in enumerate(types[1:]):
+        step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the least subnormal
+        d = 0.1 * lean + 0.05 * random()
+        d = torch.where(kind == 3, lean * (1 + random().abs()), d)
+        d = torch.where((kind == 4) | (kind == 5), step * (1 + random().abs() * 99).floor() * lean.sign(), d)
+        d = torch.where(kind == 6, middle, d)
+        d = torch.where((kind == 1) & (k == torch.arange(room) // 8 % len(types)), 0.0, d)
+        x = d if signature.task_vectors else torch.where(d == 0, versions[0], versions[0] + d)
+        versions.append(x)
+    for k, values in enumerate(versions):
+        strewn = (kind == 7) & (torch.rand(room, generator=generator) < rare)
+        chosen = hostile[torch.randint(len(hostile), (room,), generator=generator)]
+        versions[k] = torch.where(strewn, chosen, values)
+    return [values.to(dtype) for values, dtype in zip(versions, types, strict=True)]
+
+
+def _batch(device: str, signature: Signature, memory: list[torch.Tensor]) -> Batch:
+    dtypes = (signature.result, *signature.models, signature.result)
+    segments, start = [], 0
+    for length, job, off in _SEGMENTS:
+        base, *models, out = [
+            Stream(held.data_ptr() + start * FLOAT_SIZES[dtype] + off, dtype, held)
+            for held, dtype in zip(memory, dtypes, strict=True)
+        ]
+        where = {"in place": base, "count": None}.get(job, out)
+        segments.append(Segment(length, None if job == "no base" else base, models, where))
+        start += length + 1
+    return Batch(device, signature, segments)

@@ -1,0 +1,119 @@
+"""What `negmerge bench` does: limits, every backend on one tensor of each type, and plain PyTorch beside them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..backends import registry
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError
+from . import bandwidth
+from .candidates import PEERS, Refused, check, failure, least_rounds, nothing, unusable, way
+from .records import Row, append, line, on_gpu, table
+from .shapes import one_tensor
+from .timing import Trial, trial_of
+from .workload import Lacking, free_memory, hold, release
+
+# All versions of one tensor together: past the caches, and a fraction of a second.
+BYTES = {"cpu": 400_000_000, "cuda": 1 << 30}
+MODELS = (2, 8, 32)
+# One type and number of models shows what the formula takes.
+COMPARED = {("F32", 8): ("eager formula", "torch.compile")}
+SECONDS = 2.0
+
+
+def run(
+    device: str = "auto",
+    report: str | None = None,
+    progress: Callable[[], None] = nothing,
+    quiet: bool = False,
+) -> list[Row]:
+    """Measure, print the table and return its rows.
+
+    report: a file that each row is appended to as it is found. progress: called every moment; it may raise to stop.
+    """
+    from tqdm import tqdm
+
+    device = _checked(device)
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise InputError(f"{report}: no such directory, expected one to hold the report")
+    rows: list[Row] = []
+    refused: list[str] = []
+    missing = {reason: None for name in registry.NAMES if (reason := unusable(name, device))}
+    names = [name for name in registry.NAMES if not unusable(name, device)]
+    kind = "cuda" if on_gpu(device) else "cpu"
+    most = min(BYTES[kind], free_memory(device) // 4)
+    cases: list[tuple[str, int, str]] = [("", 0, name) for name in bandwidth.IN_MEMORY[kind]]
+    for dtype in FLOAT_SIZES:
+        for n in MODELS:
+            cases += [(dtype, n, name) for name in (*names, *COMPARED.get((dtype, n), ()))]
+    # disable=None: no bar where standard error is not a terminal.
+    with tqdm(cases, desc="bench", unit="case", leave=False, disable=True if quiet else None) as bar:
+        for dtype, n, name in bar:
+            progress()
+            failed = None
+            try:
+                row = (
+                    _of_work(device, dtype, n, name, most, progress)
+                    if n
+                    else _of_limit(device, name, most, progress)
+                )
+                rows.append(row)
+                if report is not None:
+                    append(Path(report), [row])
+                bar.set_postfix_str(line(row), refresh=False)
+            except Lacking as error:
+                failed = str(error)
+            except Refused as error:
+                refused.append(str(error))
+            except Exception as error:
+                if name not in PEERS:
+                    raise
+                failed = f"{name}: {failure(error)}"
+            if failed is not None:
+                missing[failed] = None
+                gc.collect()  # of what the exception had hold of
+    release()
+    print(table(rows))
+    for reason in missing:
+        print(f"left out: {reason}")
+    if refused:
+        raise RuntimeError("; ".join(refused))
+    return rows
+
+
+def _checked(device: str) -> str:
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {device!r}: {str(error).splitlines()[0]}") from None
+    if kind not in BYTES:
+        raise InputError(f"device: {device!r}, expected cpu or a CUDA device, such as cuda:0")
+    return device
+
+
+def _of_limit(device: str, name: str, size: int, tick: Callable[[], None]) -> Row:
+    limit = bandwidth.in_memory(name, device, size)
+    row = {"suite": "limits", "way": name, "bytes": limit.bytes, "state": "in memory"}
+    trial = Trial(
+        limit.run, row, None, device, before=partial(bandwidth.flush, device) if on_gpu(device) else nothing
+    )
+    return trial.result(trial.measure(SECONDS, 7, tick=tick))
+
+
+def _of_work(device: str, dtype: str, n: int, name: str, size: int, tick: Callable[[], None]) -> Row:
+    numel = max(4096, size // (n + 2) // FLOAT_SIZES[dtype] // 4096 * 4096)
+    work = hold("one tensor", one_tensor(numel), dtype, n, device)
+    chosen = way(work, name)
+    differing, taken = check(work, chosen)
+    trial = trial_of(work, chosen, "memory")
+    seconds = trial.measure(SECONDS, least_rounds(name), taken, tick)
+    return trial.result(seconds, work.copies, differing=differing)

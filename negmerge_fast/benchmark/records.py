@@ -1,0 +1,193 @@
+"""Result rows: self-contained JSON lines, and the table a person reads."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
+# What a row is said to be of, beside the machine; None where it does not apply.
+WORK = ("suite", "layout", "way", "dtype", "n", "numel", "bytes", "state")
+
+
+def machine(device: str = "cpu") -> Row:
+    """Where and with what a row was measured."""
+    return {
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "driver": _driver(device),
+        "threads": torch.get_num_threads(),
+        "negmerge_fast": __version__,
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "python": platform.python_version(),
+    }
+
+
+def on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"  # torch's word for AMD's, too
+
+
+@cache
+def device_name(device: str) -> str:
+    if on_gpu(device):
+        return str(torch.cuda.get_device_name(device))
+    try:
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+@cache
+def _driver(device: str) -> str | None:
+    """The version of a GPU's driver, as its vendor's program or the kernel tells it."""
+    if not on_gpu(device):
+        return None
+    asked = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if asked:
+        return asked.splitlines()[0].strip()
+    for module in ("amdgpu", "nvidia"):
+        if (path := Path("/sys/module", module, "version")).is_file():
+            return path.read_text().strip()
+    return None
+
+
+@cache
+def _triton() -> str | None:
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+@cache
+def _commit() -> str | None:
+    """The commit that is measured; rows that a benchmark has just appended, also to the README, are no change to it.
+
+    None: not in a checkout.
+    """
+    project = ROOT / "pyproject.toml"
+    if not project.is_file() or 'name = "negmerge_fast"' not in project.read_text(encoding="utf-8"):
+        return None
+    git = ("git", "-C", str(ROOT))
+    top, head = _said(*git, "rev-parse", "--show-toplevel"), _said(*git, "rev-parse", "--short", "HEAD")
+    if not top or not head or Path(top).resolve() != ROOT.resolve():
+        return None
+    changed = _said(
+        *git, "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md"
+    )
+    return head + ("-dirty" if changed else "")
+
+
+def _said(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        "p20": ordered[len(ordered) // 5],
+        "p50": statistics.median(ordered),
+        "p80": ordered[-1 - len(ordered) // 5],
+    }
+
+
+def speed(row: Row, seconds: Sequence[float]) -> Row:
+    """The row with what the rounds give; row: its work, with the bytes that count."""
+    spread = percentiles(seconds)
+    timed = {"rounds": len(seconds), **spread, "GB/s": row["bytes"] / spread["p50"] / 1e9}
+    rest = {"limit": None, "limit GB/s": None, "of_limit": None, "differing": None}
+    return {**dict.fromkeys(WORK), **row, **timed, **rest}
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a result file, each in one go: what is interrupted keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows in groups of one suite, layout, type and state, in lines of at most 100 characters."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row[part] for part in ("device", "suite", "layout", "dtype", "state"))
+        groups.setdefault(key if row["n"] else (row["device"], row["suite"]), []).append(row)
+    return "\n\n".join("\n  ".join(_group(members)) for members in groups.values())
+
+
+def line(row: Row) -> str:
+    """A row for those who wait: what was timed, and how fast."""
+    work = "" if not row["n"] else f"{row['layout']}, {row['dtype']}, n = {row['n']}, {row['numel']:,}: "
+    share = f", {row['of_limit']:.2f} of {row['limit']}" if row["of_limit"] else ""
+    state = f" {row['state']}" if row["state"] in ("cold", "warm") and work else ""
+    return f"{work}{row['way']}{state}: {_short(row['GB/s'])} GB/s{share}"
+
+
+def _group(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    if not first["n"]:
+        cells = [["way", "ms (p20 … p80)", "GB/s"]]
+        cells += [[row["way"], _spread(row), _short(row["GB/s"])] for row in rows]
+        return [f"limits on {first['device']}", *_aligned(cells)]
+    title = f"{first['layout']}, {first['dtype']}, {first['state']}, on {first['device']}"
+    cells, before = [], None
+    for row in rows:
+        if (work := (row["n"], row["numel"])) != before:
+            heading = f"n = {row['n']}, {row['numel']:,} elements"
+            cells.append([heading, "ms (p20 … p80)", "GB/s", "limit", "share", "differing"])
+        before = work
+        limited = row["limit"] is not None
+        cells.append([
+            "  " + row["way"], _spread(row), _short(row["GB/s"]), _short(row["limit GB/s"]) if limited else "",
+            f"{row['of_limit']:.2f}" if limited else "", "" if row["differing"] is None else f"{row['differing']:,}",
+        ])  # fmt: skip
+    return [title + (f"; limit: {first['limit']}" if first["limit"] else ""), *_aligned(cells)]
+
+
+def _spread(row: Row) -> str:
+    p20, p50, p80 = (_short(1e3 * row[p]) for p in ("p20", "p50", "p80"))
+    return f"{p50} ({p20} … {p80})"
+
+
+def _short(number: float) -> str:
+    """Three digits, and no more places than they need."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    """Lines in columns, to the right but for the first."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
+            for i, (text, width) in enumerate(zip(texts, widths, strict=True))
+        ).rstrip()
+        for texts in cells
+    ]

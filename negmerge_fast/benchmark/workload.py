@@ -1,0 +1,208 @@
+"""A base and its fine-tuned versions on a device, as backends and as formulas take them, and the reference's opinion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backends import pytorch
+from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.dtypes import FLOAT_SIZES
+from ..core.rule import Rule
+from ..runtime import memory
+from .records import Row, on_gpu
+from .shapes import Shapes
+
+SCALE = 0.9
+RULE = Rule(SCALE)
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+# Each tensor starts at a multiple of it, as the allocators of GPUs would have it.
+_ALIGNED = 512
+# What is made, and what is compared, at a time.
+_BLOCK = 1 << 22
+_COMPARED_BYTES = 1 << 26
+_SHIFTS = 1 << 20
+
+
+class Lacking(Exception):
+    """What this machine lacks for a case, in one line."""
+
+
+class Work:
+    """n fine-tuned versions of a base: each version one flat tensor, the model's tensors in a row, `copies` times over.
+
+    rotate: as many copies as exceed the CPU's caches several times, so that each is cold when its turn comes again; on a
+    GPU there is one, and the caches are flushed. By construction the n versions agree on 2 / (n + 1) of the elements.
+    """
+
+    def __init__(
+        self, layout: str, shapes: Shapes, dtype: str, n: int, device: str, rotate: bool = True
+    ) -> None:
+        self.layout, self.shapes, self.dtype, self.n, self.device = layout, shapes, dtype, n, device
+        self.size = FLOAT_SIZES[dtype]
+        self.numel = sum(map(math.prod, shapes.values()))
+        self.bytes = (n + 2) * self.numel * self.size
+        unit = _ALIGNED // self.size
+        ends = np.cumsum([0, *(-(math.prod(shape) // -unit) * unit for shape in shapes.values())])
+        caches = 4 * last_level_cache() if rotate and not on_gpu(device) else 0
+        self.copies = max(1, -(caches // -self.bytes))
+        self.spans = [
+            (copy * int(ends[-1]) + int(start), shape)
+            for copy in range(self.copies)
+            for start, shape in zip(ends, shapes.values(), strict=False)
+        ]
+        room = self.copies * int(ends[-1])
+        needed, free = (n + 2) * room * self.size + 6 * _COMPARED_BYTES, free_memory(device)
+        if needed > 0.9 * free:
+            raise Lacking(f"{self}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free on {device}")
+        self.versions = [torch.empty(room, dtype=pytorch.DTYPES[dtype], device=device) for _ in range(n + 1)]
+        self.out = torch.empty_like(self.versions[0])
+        self._fill()
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.dtype}, n = {self.n}"
+
+    def row(self, suite: str, way: str) -> Row:
+        return {
+            "suite": suite, "layout": self.layout, "way": way, "dtype": self.dtype, "n": self.n, "numel": self.numel,
+            "bytes": self.bytes, "state": "in memory",
+        }  # fmt: skip
+
+    def _fill(self) -> None:
+        """A base, and versions that lean away from it with noise as large as what they lean by."""
+        wide = torch.float64 if self.dtype == "F64" else torch.float32
+        base, *models = self.versions
+        block = min(_BLOCK, len(base))
+        generator = torch.Generator(self.device).manual_seed(0)
+        # Drawn once; each piece is another stretch of it.
+        drawn = torch.randn(block + _SHIFTS, generator=generator, dtype=wide, device=self.device)
+        pieces = 0
+
+        def noise(size: int) -> torch.Tensor:
+            nonlocal pieces
+            pieces += 1
+            at = pieces * 611_953 % _SHIFTS
+            return drawn[at : at + size]
+
+        for start in range(0, len(base), block):
+            size = min(block, len(base) - start)
+            stored = base[start : start + size].copy_(noise(size)).to(wide)
+            lean = noise(size)
+            for model in models:
+                model[start : start + size].copy_((lean + noise(size)).mul_(0.1).add_(stored))
+
+    def tensors(self, version: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of a version, of all copies in turn: views."""
+        return [version[start : start + math.prod(shape)].view(shape) for start, shape in self.spans]
+
+    def batches(self, in_place: bool) -> list[Batch]:
+        """One for each copy. In place is on `out`, which is to hold the base."""
+        versions = [self.out, *self.versions[1:]] if in_place else self.versions
+        base, *models, out = [
+            [Stream(tensor.data_ptr(), self.dtype, tensor) for tensor in self.tensors(version)]
+            for version in (*versions, self.out)
+        ]
+        segments = [
+            Segment(math.prod(shape), base[i], [model[i] for model in models], out[i])
+            for i, (_, shape) in enumerate(self.spans)
+        ]
+        signature, each = Signature(self.dtype, (self.dtype,) * self.n, False), len(self.shapes)
+        return [Batch(self.device, signature, segments[i : i + each]) for i in range(0, len(segments), each)]
+
+    def poison(self) -> None:
+        self.out.view(torch.uint8).fill_(0xA5)
+
+    def compare(self, merged: Sequence[torch.Tensor]) -> tuple[int, list[list[int]]]:
+        """How many elements of the merged tensors have other bits than the reference's; and its counts, tensor by tensor."""
+        segments = [segment for batch in self.batches(in_place=False) for segment in batch.segments]
+        most = min(_COMPARED_BYTES // self.size, len(self.out))
+        expected = torch.empty(most, dtype=self.out.dtype, device=self.device)
+        signature = Signature(self.dtype, (self.dtype,) * self.n, False)
+        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        counts = np.zeros((len(segments), 2), np.int64)
+        for pack in _packs([segment.numel for segment in segments], most):
+            parts = [
+                _part(segments[row], start, numel, Stream(expected[at:].data_ptr(), self.dtype, expected))
+                for row, start, numel, at in pack
+            ]
+            counted = pytorch.merge(Batch(self.device, signature, parts), RULE).tolist()
+            for (row, start, numel, at), of_part in zip(pack, counted, strict=True):
+                counts[row] += of_part
+                found = merged[row].reshape(-1)[start : start + numel]
+                wrong += (_bits(found) != _bits(expected[at : at + numel])).count_nonzero()
+        return int(wrong), counts.tolist()
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(_BITS[values.itemsize])
+
+
+def _packs(numels: list[int], most: int) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Row, start, elements and place of runs of all rows, as many at a time as fit."""
+    pack, at = [], 0
+    for row, numel in enumerate(numels):
+        start = 0
+        while start < numel:
+            run = min(numel - start, most - at)
+            pack.append((row, start, run, at))
+            start, at = start + run, at + run
+            if at == most:
+                yield pack
+                pack, at = [], 0
+    if pack:
+        yield pack
+
+
+def _part(segment: Segment, start: int, numel: int, out: Stream) -> Segment:
+    def later(stream: Stream) -> Stream:
+        return stream._replace(address=stream.address + start * FLOAT_SIZES[stream.dtype])
+
+    assert segment.base is not None
+    return Segment(numel, later(segment.base), [later(model) for model in segment.models], out)
+
+
+_held: dict[tuple[Any, ...], Work] = {}
+
+
+def hold(layout: str, shapes: Shapes, dtype: str, n: int, device: str, rotate: bool = True) -> Work:
+    """The work of this description, for all ways on the same memory: what a machine reads per second is another in another."""
+    key = layout, tuple(shapes.items()), dtype, n, device, rotate
+    if key not in _held:
+        release()
+        _held[key] = Work(layout, shapes, dtype, n, device, rotate)
+    return _held[key]
+
+
+def release() -> None:
+    """Let go of the last work; a next one would not fit beside it."""
+    _held.clear()
+
+
+def free_memory(device: str) -> int:
+    """Bytes that could still be allocated."""
+    if on_gpu(device):
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    return memory.free_memory()
+
+
+def last_level_cache() -> int:
+    """Bytes of the CPU's largest caches, all together; 32 MiB where the system does not say."""
+    caches: dict[tuple[int, str], int] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, shared, size = (
+                (index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+            )
+        except OSError:
+            continue
+        if size.endswith("K"):
+            caches[int(level), shared] = int(size[:-1]) * 1024
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or 32 << 20

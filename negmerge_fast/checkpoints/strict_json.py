@@ -1,0 +1,79 @@
+"""JSON of untrusted files, parsed strictly."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import InputError, brief
+
+# Lists and objects take up to forty times their text: those of real headers and indexes are one in sixteen bytes at most.
+_MUCH, _BYTES_PER_BRACKET = 1 << 20, 8
+# Digits of 2^63 and a sign: longer numbers take long to read, and no file says one.
+_LONGEST_INTEGER = 20
+_ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_LONGEST_INTEGER + 1))
+
+
+def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> dict[str, Any]:
+    """A JSON object in which no key comes twice, no text is half a character, and no number is -0, NaN or very long.
+
+    halves: there may be half characters, as in names of files that are not UTF-8.
+    """
+    if len(raw) > _MUCH and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
+        raise InputError(f"{path}: {what} is mostly brackets, expected names of tensors")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise InputError(f"{path}: {what} names {brief(twice)} twice")
+        return found
+
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=unique,
+            # Slow, and seldom needed: a header has three integers and more for each tensor.
+            parse_int=_integer if _ODD_INTEGER.search(raw) else None,
+            parse_constant=_refuse_constant,
+        )
+        if not halves and b"\\ud" in raw.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise InputError(f"{path}: {what} is not JSON ({reason[:120]})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return -0.0 if text == "-0" else int(text)
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def are_sizes(value: Any) -> bool:
+    """Whether it is a list of sizes or offsets: integers that a file can have."""
+    if not isinstance(value, list) or len(value) > 64:  # so that a product of them is quickly had
+        return False
+    for item in value:  # noqa: SIM110 (a generator takes twice as long)
+        if type(item) is not int or not 0 <= item < 1 << 63:
+            return False
+    return True
+
+
+def is_shape(value: Any) -> bool:
+    """Whether it is a list of sizes whose products can be counted in 64 bits, as other programs do."""
+    return are_sizes(value) and max(accumulate(value, mul), default=0) < 1 << 64

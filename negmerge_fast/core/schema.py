@@ -1,0 +1,68 @@
+"""Whether the versions of a model fit each other: names, shapes and kinds of type. Pure: no torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from .dtypes import FLOAT_SIZES, INTEGERS
+
+# Mismatches that are told; of two models that have nothing in common there are as many as tensors.
+_TOLD = 20
+
+
+class Form(NamedTuple):
+    """dtype: spelled as safetensors spells it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def mismatches(
+    base: Mapping[str, Form],
+    models: Sequence[Mapping[str, Form]],
+    where: Callable[[int | None, str], str],
+    task_vectors: bool = False,
+    reference: str = "base",
+) -> list[str]:
+    """What keeps the models from being merged into the base, one phrase each; empty if nothing does.
+
+    Of many, the first ones, and how many more there are.
+
+    where: names a tensor of the base (None) or of a model (its number from 0); reference: what to call the base. Integer and bool
+    tensors are the base's, untouched, so task vectors need not have them.
+    """
+    found = _mismatches(base, models, task_vectors, reference)
+    told = [f"{where(k, name)}: {problem}" for k, name, problem in islice(found, _TOLD)]
+    if more := sum(1 for _ in found):
+        told.append(f"and {more:,} more")
+    return told
+
+
+def _mismatches(
+    base: Mapping[str, Form], models: Sequence[Mapping[str, Form]], task_vectors: bool, reference: str
+) -> Iterator[tuple[int | None, str, str]]:
+    for name, form in base.items():
+        if form.dtype not in FLOAT_SIZES and form.dtype not in INTEGERS:
+            yield None, name, f"dtype {form.dtype}, expected {', '.join(FLOAT_SIZES)} or an integer type"
+    for k, model in enumerate(models):
+        for name, form in base.items():
+            if name in model:
+                if problem := _difference(form, model[name], reference):
+                    yield k, name, problem
+            elif form.dtype in FLOAT_SIZES or not task_vectors:
+                yield k, name, f"missing, expected {form.dtype} {form.shape} like {reference}"
+        for name, form in model.items():
+            if name not in base and not (task_vectors and form.dtype in INTEGERS):
+                yield k, name, f"not in {reference}"
+
+
+def _difference(base: Form, model: Form, reference: str) -> str | None:
+    if model.shape != base.shape:
+        return f"shape {model.shape}, expected {base.shape} like {reference}"
+    if base.dtype in FLOAT_SIZES and model.dtype not in FLOAT_SIZES:
+        return f"dtype {model.dtype}, expected one of {', '.join(FLOAT_SIZES)} ({reference} has {base.dtype})"
+    if base.dtype in INTEGERS and model.dtype not in INTEGERS:
+        return f"dtype {model.dtype}, expected an integer type ({reference} has {base.dtype})"
+    return None

@@ -1,0 +1,79 @@
+"""Counts of a merge, per tensor and in all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .batch import Counts
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """elements: of the tensor. agreed: those that were changed by the rule. nonfinite: those kept because not finite."""
+
+    elements: int = 0
+    agreed: int = 0
+    nonfinite: int = 0
+
+    def __add__(self, other: TensorStats) -> TensorStats:
+        return TensorStats(
+            self.elements + other.elements, self.agreed + other.agreed, self.nonfinite + other.nonfinite
+        )
+
+
+class Stats:
+    """What a merge counted, per tensor and in all. Counts stay on their device until one of the numbers is read."""
+
+    def __init__(self) -> None:
+        self._counted: dict[str, TensorStats] = {}
+        self._pending: list[tuple[Sequence[tuple[str, int]], Counts]] = []
+
+    def add(self, runs: Sequence[tuple[str, int]], counts: Counts) -> None:
+        """Take the counts of one batch; runs: the tensor's name and the number of elements of each of its segments."""
+        self._pending.append((runs, counts))
+        if len(self._pending) >= 1024:  # so that a long job's counts don't pile up
+            self._count()
+
+    def include(self, tensors: Mapping[str, TensorStats]) -> None:
+        """Take what was counted elsewhere."""
+        self._count()
+        for name, counted in tensors.items():
+            before = self._counted.get(name)
+            self._counted[name] = before + counted if before else counted
+
+    def _count(self) -> None:
+        for runs, counts in self._pending:
+            for (name, numel), (agreed, nonfinite) in zip(runs, counts.tolist(), strict=True):
+                before = self._counted.get(name, TensorStats())
+                self._counted[name] = before + TensorStats(numel, agreed, nonfinite)
+        self._pending.clear()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorStats]:
+        """Per tensor, in the order they were merged. Integer and bool tensors are not in it."""
+        self._count()
+        return self._counted
+
+    @property
+    def elements(self) -> int:
+        return sum(t.elements for t in self.tensors.values())
+
+    @property
+    def agreed(self) -> int:
+        return sum(t.agreed for t in self.tensors.values())
+
+    @property
+    def nonfinite(self) -> int:
+        return sum(t.nonfinite for t in self.tensors.values())
+
+    @property
+    def consensus_ratio(self) -> float:
+        """agreed / elements; 0 when there is nothing to merge."""
+        return self.agreed / self.elements if self.elements else 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats(elements={self.elements}, agreed={self.agreed}, nonfinite={self.nonfinite}, "
+            f"consensus_ratio={self.consensus_ratio:.4f})"
+        )

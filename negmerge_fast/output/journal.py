@@ -1,0 +1,176 @@
+"""The journal of a merge: which runs of its output are on the disk, and what was counted there.
+
+A line for what the job is made of, then one for each record, as JSON behind its CRC-32; a last line that a crash cut short is
+not there. Several processes of one job have a journal each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+from ..checkpoints.reader import naming
+from ..checkpoints.strict_json import are_sizes, parse_json
+from ..core.errors import InputError, brief
+from ..core.ranges import Run
+from ..core.stats import Stats, TensorStats
+from .filesystem import sync_directory
+
+# Seconds from one record to the next: what a crash costs at most, beside the writing of what is under way.
+EVERY = 5.0
+
+Made = Mapping[str, Any]
+
+
+class Record(NamedTuple):
+    """runs: of the output that are done since the last record. stats: counted there. read, skipped: bytes of the inputs."""
+
+    runs: Sequence[Run]
+    stats: Stats
+    read: int
+    skipped: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        counted = {name: [t.elements, t.agreed, t.nonfinite] for name, t in self.stats.tensors.items()}
+        return {"runs": list(self.runs), "read": self.read, "skipped": self.skipped, "tensors": counted}
+
+    @classmethod
+    def of_json(cls, line: Mapping[str, Any]) -> Record:
+        stats = Stats()
+        stats.include({name: TensorStats(*_sizes(counted, 3)) for name, counted in line["tensors"].items()})
+        runs = [Run(*_sizes(run, 2)) for run in line["runs"]]
+        return cls(runs, stats, *_sizes([line["read"], line["skipped"]], 2))
+
+
+def _sizes(value: Any, count: int) -> list[int]:
+    if not are_sizes(value) or len(value) != count:
+        raise ValueError(f"{brief(value)}, expected {count} sizes")
+    return list(value)
+
+
+class Journal:
+    """A journal that is written beside the work: a record is kept once `sync` has brought to the disk what it speaks of."""
+
+    def __init__(self, path: Path, made_of: Made, sync: Callable[[], None]) -> None:
+        self.path, self.made_of, self.sync = path, made_of, sync
+        self._last = time.monotonic()
+        self._size: int | None = None  # of its whole lines, once that was looked at
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def due(self) -> bool:
+        """Whether it is time for a record, and the one before is kept."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.settle()
+        return self._thread is None and time.monotonic() - self._last >= EVERY
+
+    def keep(self, record: Record) -> None:
+        self._last = time.monotonic()
+        self._thread = Thread(target=self._keep, args=(record,), name="journal")
+        self._thread.start()
+
+    def settle(self) -> None:
+        """Wait for the record that is being kept, and raise what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def _keep(self, record: Record) -> None:
+        try:
+            self.sync()
+            self.append(record)
+        except BaseException as error:
+            self._error = error
+
+    def keep_now(self, record: Record) -> None:
+        """Keep a record before this returns."""
+        self.settle()
+        self.sync()
+        self.append(record)
+
+    def append(self, record: Record) -> None:
+        if self._size is None:
+            self._size = _lines(self.path)[1]
+        lines = _line(record.to_json()) if self._size else _line(self.made_of) + _line(record.to_json())
+        with naming(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with open(descriptor, "wb") as file:
+                file.truncate(self._size)
+                file.seek(self._size)
+                file.write(lines)
+                file.flush()
+                os.fsync(descriptor)
+        if not self._size:
+            sync_directory(self.path.parent)
+        self._size += len(lines)
+
+
+def read(path: Path, made_of: Made) -> list[Record]:
+    """The records of a journal, none if there is no journal. Raises InputError if it is another job's, saying what differs."""
+    lines, _ = _lines(path)
+    if not lines:
+        return []
+    if differs := difference(lines[0], made_of):
+        raise InputError(f"{path}: the unfinished output {differs} (without --resume it is made anew)")
+    try:
+        return [Record.of_json(line) for line in lines[1:]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: a record that negmerge did not write ({brief(error)})") from None
+
+
+def difference(found: Made, expected: Made) -> str | None:
+    """What makes two jobs differ, in words that follow "the unfinished output"."""
+    for name in expected:
+        was, now = found.get(name), expected[name]
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            for path in now:
+                if path not in was:
+                    return f"was not made of {path}"
+                if was[path] != now[path]:
+                    return f"was made of another {path}: (size, time in ns, header) {brief(was[path])}, expected {now[path]}"
+            return f"was made of {brief(next(path for path in was if path not in now))}, too"
+        return f"was made with {name} {brief(was)}, expected {brief(now)}"
+    return None
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines at the beginning of a journal, and their size in bytes."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    found: list[dict[str, Any]] = []
+    size = 0
+    for line in raw.splitlines(keepends=True):
+        crc, _, text = line.partition(b" ")
+        if not text.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
+            break
+        found.append(parse_json(bytearray(text), path, "a line", halves=True))
+        size += len(line)
+    return found, size
+
+
+def summed(records: Iterable[Record]) -> Record:
+    """All of them in one."""
+    runs: list[Run] = []
+    stats, read_, skipped = Stats(), 0, 0
+    for record in records:
+        runs += record.runs
+        stats.include(record.stats.tensors)
+        read_, skipped = read_ + record.read, skipped + record.skipped
+    return Record(runs, stats, read_, skipped)

@@ -1,0 +1,232 @@
+"""What an output says of itself: of what and how it was made, and the checksums of its files.
+
+Nothing in it depends on the machine, the backend, memory or time: who makes the same output writes the same manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..checkpoints.base import MANIFEST, Checkpoint
+from ..checkpoints.reader import File, naming
+from ..checkpoints.strict_json import parse_json
+from ..core.errors import InputError
+from ..core.rule import Inputs, NonFinite, Rule
+
+# The same bounds as for an index; and blocks of which as many are held as there are threads.
+_LONGEST, _BLOCKS = 100_000_000, range(1 << 12, (1 << 24) + 1)
+
+
+def beside(target: Path, directory: bool) -> Path:
+    """Where the manifest of an output is: in a directory, or beside a single file."""
+    return target / MANIFEST if directory else target.with_name(f"{target.name}.{MANIFEST}")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A checkpoint as it was when it was merged.
+
+    path: as it was given. files: sizes, and hashes of the headers, of those that say what tensors are where: the weights
+        and their index. Other files of the base were copied, and so are among the output's; those of models were not read.
+    """
+
+    path: str
+    files: dict[str, tuple[int, str]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Input:
+        every = sorted({**checkpoint.weights, **checkpoint.others}.items())
+        return cls(str(checkpoint.path), {n: (file.size, file.header) for n, file in every if file.header})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What determines every byte of an output. models: in the order in which they are added."""
+
+    base: Input
+    models: list[Input]
+    rule: Rule
+    inputs: Inputs
+    nonfinite: NonFinite
+    include: str | None
+    exclude: str | None
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "negmerge_fast": __version__,
+            "base": _described(self.base),
+            "models": [_described(model) for model in self.models],
+            "scale": self.rule.scale,
+            "min_agreement": self.rule.min_agreement,
+            "inputs": self.inputs,
+            "nonfinite": self.nonfinite,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+
+
+def _described(found: Input) -> dict[str, object]:
+    files = {name: {"size": size, "header": header} for name, (size, header) in found.files.items()}
+    return {"path": found.path, "files": files}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as it was read. version: of negmerge_fast. block: bytes. files: size and checksum of each, by name."""
+
+    version: str
+    recipe: Recipe
+    block: int
+    files: dict[str, tuple[int, str]]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The JSON of a manifest, whatever is in it."""
+    file = File.at(path)
+    if file.size > _LONGEST:
+        raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_LONGEST}")
+    return parse_json(file.read(0, file.size), path, "manifest", halves=True)
+
+
+def save(path: Path, value: object, indent: int | None = None) -> None:
+    """Write JSON, and bring it to the disk."""
+    with naming(path), open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> Manifest:
+    """A manifest, checked. Raises InputError, one line, for one that negmerge would not have written."""
+    found = load(path)
+    look = _Look(path)
+    models = look.at(found, "models", _is_list, "a list of models")
+    recipe = Recipe(
+        look.input(found, "base"),
+        [look.input({f"models[{k}]": model}, f"models[{k}]") for k, model in enumerate(models)],
+        look.rule(found),
+        look.choice(found, "inputs", "finetuned", "task_vectors"),
+        look.choice(found, "nonfinite", "error", "keep-base"),
+        look.at(found, "include", _is_text_or_none, "text or null"),
+        look.at(found, "exclude", _is_text_or_none, "text or null"),
+    )
+    version = look.at(found, "negmerge_fast", _is_text, "a version")
+    block = look.at(found, "block", lambda v: type(v) is int and v in _BLOCKS, "the size of a block")
+    files = look.files(found, "files", "checksum")
+    look.at({"files": files}, "files", bool, "at least one")
+    return Manifest(version, recipe, block, files)
+
+
+def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
+    """Whether a manifest is of an output that is all there, made of the very same in the same way.
+
+    files: of the inputs, which must be older.
+    """
+    try:
+        found, written = read(path), path.stat().st_mtime_ns
+    except (InputError, OSError):
+        return False
+    outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
+    there = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
+    # Of both times: a copy may keep the older one.
+    older = all(max(file.identity[2], file.path.stat().st_ctime_ns) < written for file in files)
+    return there and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    base, *models = (replace(i, path=os.path.realpath(i.path)) for i in (recipe.base, *recipe.models))
+    return replace(recipe, base=base, models=models)
+
+
+class _Look:
+    """Takes a manifest apart, and says what is wrong with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def at(self, found: dict[str, Any], key: str, fits: Callable[[Any], bool], expected: str) -> Any:
+        if key not in found:
+            raise InputError(f"{self.path}: no {key}, expected {expected}")
+        if not fits(found[key]):
+            raise InputError(f"{self.path}: {key} is {repr(found[key])[:120]}, expected {expected}")
+        return found[key]
+
+    def choice(self, found: dict[str, Any], key: str, *choices: str) -> Any:
+        return self.at(found, key, lambda v: _is_text(v) and v in choices, f"one of {', '.join(choices)}")
+
+    def rule(self, found: dict[str, Any]) -> Rule:
+        scale = self.at(found, "scale", _is_number, "a number")
+        min_agreement = self.at(found, "min_agreement", _is_number, "a number")
+        try:
+            return Rule(scale, min_agreement)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+
+    def input(self, found: dict[str, Any], key: str) -> Input:
+        held = self.at(found, key, _is_object, "an object with path and files")
+        return Input(self.at(held, "path", _is_text, "text"), self.files(held, "files", "header"))
+
+    def files(self, found: dict[str, Any], key: str, hashed: str) -> dict[str, tuple[int, str]]:
+        files: dict[str, tuple[int, str]] = {}
+        for name, entry in self.at(found, key, _is_object, "an object of files").items():
+            if not _is_inside(name):
+                raise InputError(
+                    f"{self.path}: names the file {name!r}, expected a path inside the directory"
+                )
+            held = self.at({name: entry}, name, _is_object, f"an object with size and {hashed}")
+            size = self.at(held, "size", lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of bytes")
+            files[name] = size, self.at(held, hashed, _is_text, "a hash")
+        return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it is the relative path of a file, written in the one usual way, that cannot leave its directory."""
+    return "\0" not in name and not {"", ".", ".."}.intersection(name.split("/")) and name != MANIFEST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def differences(then: Sequence[Input], now: Sequence[Checkpoint]) -> str | None:
+    """How checkpoints, the base first, differ from what was merged, in one line; None if they are the same."""
+    if len(then) != len(now):
+        return f"{len(now) - 1} models, expected {len(then) - 1}"
+    for before, checkpoint in zip(then, now, strict=True):
+        here = Input.of(checkpoint).files
+        # A single file may have got another name.
+        old = (
+            before.files if checkpoint.is_directory else dict(zip(here, before.files.values(), strict=False))
+        )
+        if missing := sorted(old.keys() ^ here.keys()):
+            gone = missing[0] in old
+            return f"{checkpoint.path}: {missing[0]} {'is missing' if gone else 'was not there'}, expected the files of {before.path}"
+        for name, (size, header) in here.items():
+            path = checkpoint.path / name if checkpoint.is_directory else checkpoint.path
+            if size != old[name][0]:
+                return f"{path}: {size} bytes, expected {old[name][0]} as in {before.path}"
+            if header != old[name][1]:
+                return f"{path}: header {header}, expected {old[name][1]} as in {before.path}"
+    return None

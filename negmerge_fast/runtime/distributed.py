@@ -1,0 +1,248 @@
+"""The processes of one job, as torchrun starts them: what they tell each other, and that none outlives the others.
+
+They meet in torchrun's own store of keys and values, over which hardly a byte goes: weights and journals go over the file
+system that they share. Whoever waits looks around meanwhile, so that a signal, a failure elsewhere or a death ends the wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+from ..core.errors import InputError
+
+_T = TypeVar("_T")
+
+# Seconds that processes may be apart when they begin and when they end, between two looks at a key, and between two at what
+# the others do.
+_PATIENCE, _FAREWELL, _NAP, _GLANCE = 600, 10, 0.01, 0.5
+_PR_SET_PDEATHSIG = 1
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Elsewhere(RuntimeError):
+    """Another rank failed, and says why."""
+
+
+class Alone:
+    """One process, which is all there is."""
+
+    rank, count = 0, 1
+
+    def together(self, work: Callable[[], _T]) -> list[_T]:
+        """Do something on every rank: what came out of it on each. Where it fails on one, it fails on all."""
+        return [work()]
+
+    def first(self, work: Callable[[], _T]) -> _T:
+        """Have the first rank do something, and all be told what came out of it."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def look(self, moved: int) -> int:
+        """Be told how many bytes this rank has moved; the bytes that all have. Raises Elsewhere if one has failed."""
+        return moved
+
+    def dead(self) -> str | None:
+        """Who has died, if anybody did."""
+        return None
+
+    def first_alive(self) -> bool:
+        """Whether no lower rank of this machine lives: then it is for this one to speak."""
+        return True
+
+    def part(self) -> None:
+        """Say that this process ends now."""
+
+
+class Ranks(Alone):
+    """One of several processes. tick: called while waiting; it may raise to stop the job."""
+
+    def __init__(self, rank: int, count: int, tick: Callable[[], None]) -> None:
+        self.rank, self.count, self._tick = rank, count, tick
+        _end_with_launcher()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # an end is told in one line, by us
+        try:
+            import torch.distributed
+
+            distributed: Any = torch.distributed
+        except ImportError as error:
+            raise InputError(f"{count} ranks: torch cannot be imported ({error})") from None
+        try:
+            store, *_ = _aside(
+                lambda: next(distributed.rendezvous("env://", timeout=timedelta(seconds=_PATIENCE)))
+            )
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RuntimeError(f"rank {rank} of {count}: no store at {address} ({_line_of(error)})") from None
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store: Any = distributed.PrefixStore(f"negmerge/{again}", store)
+        self._step, self._looked, self._others = 0, 0.0, 0
+        self._processes: dict[int, tuple[str, int]] = {}
+        me = (_here(), os.getpid())
+        self._processes = dict(enumerate(self.together(lambda: me)))
+
+    def together(self, work: Callable[[], _T]) -> list[_T]:
+        self._step += 1
+        try:
+            said: dict[str, Any] = {"value": work()}
+            failed: BaseException | None = None
+        except BaseException as error:
+            failed = error
+            said = {
+                "failed": not isinstance(error, Elsewhere),
+                "input": isinstance(error, InputError),
+                "stopped": not isinstance(error, Exception),
+            }
+            self._set("failed", b"1")
+        self._set(f"{self._step}/{self.rank}", json.dumps(said).encode())
+        if failed is not None and said["stopped"]:
+            raise failed  # and does not wait
+        heard = [json.loads(self._get(f"{self._step}/{rank}", rank)) for rank in range(self.count)]
+        # The first that failed by itself says why.
+        guilty = next((rank for rank, each in enumerate(heard) if each.get("failed")), None)
+        if guilty is None and failed is None:
+            return [each["value"] for each in heard]
+        if failed is not None and guilty in (self.rank, None):
+            raise failed
+        if guilty is not None and heard[guilty]["stopped"] and self.rank == 0:
+            raise RuntimeError(f"rank {guilty} of {self.count} was stopped")
+        kind = ElsewhereBadInput if guilty is not None and heard[guilty]["input"] else Elsewhere
+        raise kind(f"rank {guilty} failed")
+
+    def look(self, moved: int) -> int:
+        if time.monotonic() - self._looked >= _GLANCE:
+            self._looked = time.monotonic()
+            if self._check("failed"):
+                raise Elsewhere("another rank failed")
+            if (dead := self.dead()) is not None:
+                raise RuntimeError(dead)
+            self._set(f"moved/{self.rank}", str(moved).encode())
+            keys = [f"moved/{rank}" for rank in range(self.count) if rank != self.rank]
+            told = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
+            self._others = sum(map(int, told))
+        return moved + self._others
+
+    def dead(self) -> str | None:
+        for rank, (host, process) in self._processes.items():
+            if host == _here() and not _lives(process):
+                return f"rank {rank} of {self.count} (process {process}) died"
+        return None
+
+    def first_alive(self) -> bool:
+        host = _here()
+        return not any(
+            rank < self.rank and (there != host or _lives(process))
+            for rank, (there, process) in self._processes.items()
+        )
+
+    def part(self) -> None:
+        """The first goes last: what they tell each other may be kept by it."""
+        began = time.monotonic()
+        with suppress(RuntimeError):
+            self._set(f"parted/{self.rank}", b"1")
+            others = [f"parted/{rank}" for rank in range(self.count) if self.rank == 0]
+            while not (self._store.check(others) or self.dead() or time.monotonic() - began > _FAREWELL):
+                time.sleep(_NAP)
+
+    def _get(self, key: str, rank: int) -> bytes:
+        began = time.monotonic()
+        while not self._check(key):
+            self._tick()
+            if (dead := self.dead()) is not None:
+                raise RuntimeError(dead)
+            if not self._processes and time.monotonic() - began > _PATIENCE:
+                raise RuntimeError(f"rank {rank} of {self.count} has not come within {_PATIENCE} s")
+            time.sleep(_NAP)
+        return bytes(self._store.get(key))
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._call(lambda: self._store.set(key, value))
+
+    def _check(self, key: str) -> bool:
+        return bool(self._call(lambda: self._store.check([key])))
+
+    def _call(self, work: Callable[[], _T]) -> _T:
+        try:
+            return work()
+        except RuntimeError as error:
+            raise RuntimeError(
+                self.dead() or f"the launcher does not answer any more ({_line_of(error)})"
+            ) from None
+
+
+class ElsewhereBadInput(Elsewhere, InputError):
+    """Another rank refused its input, and says why."""
+
+
+def ranks_here(tick: Callable[[], None]) -> Alone:
+    """This process and those that were started with it, as torchrun's environment variables tell."""
+    given = [os.environ.get(name) for name in _VARIABLES]
+    if None in given or given[1] == "1":
+        return Alone()
+    rank, count = given[:2]
+    if not (str(rank).isdecimal() and str(count).isdecimal() and int(str(rank)) < int(str(count))):
+        raise InputError(f"RANK={rank}, WORLD_SIZE={count}: expected a rank below the number of ranks")
+    return Ranks(int(str(rank)), int(str(count)), tick)
+
+
+def see_own_gpu() -> None:
+    """Leave each process of this machine one GPU to see, in turn; before torch looks for them."""
+    mine = os.environ.get("LOCAL_RANK", "")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = seen.split(",") if seen else [str(k) for k in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    if mine.isdecimal() and there:
+        os.environ["CUDA_VISIBLE_DEVICES"] = there[int(mine) % len(there)]
+
+
+def _end_with_launcher() -> None:
+    """torchrun puts each process into a session of its own: when it dies, nobody else would tell them."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _here() -> str:
+    """Where numbers of processes are the same: machines, and containers on one, may share a name."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _aside(work: Callable[[], _T]) -> _T:
+    """Do something that signals cannot interrupt, in a thread that an end of the process does not wait for."""
+    done: list[_T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as error:
+            failed.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def _lives(process: int) -> bool:
+    """A zombie does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def _line_of(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

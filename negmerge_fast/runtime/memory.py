@@ -1,0 +1,71 @@
+"""Free memory of the machine and its control groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from ..core.errors import InputError
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from "512MiB", "1.5 GB" or a number."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(size), re.IGNORECASE)
+    if not found:
+        raise InputError(f"memory_budget: {size!r}, expected a size such as 512MiB or 1GB")
+    number, letter, binary = found.groups()
+    power = "KMGT".index(letter.upper()) + 1 if letter else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that could still be used: what the machine has available, and each memory control group that we are in.
+
+    root: where /proc and /sys are found.
+    """
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    machine = int(available[1]) * 1024 if available else 1 << 62
+    return min([machine, *(_free_in(group) for group in control_groups(root))])
+
+
+def control_groups(root: Path = Path("/")) -> Iterator[Path]:
+    """The directories of the memory control groups that this process is in, each with all that are mounted above it."""
+    mounts = [line.split(" - ") for line in _text(root / "proc/self/mountinfo").splitlines()]
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        for place, what in mounts:
+            kind, *_, options = what.split()
+            if kind != ("cgroup2" if number == "0" else "cgroup"):
+                continue
+            if number != "0" and "memory" not in options.split(","):
+                continue
+            _, _, _, top, mounted, *_ = place.split()
+            # In a container the path may be one of the host's, of which only the end, or nothing, is mounted.
+            below = PurePosixPath(path)
+            inside = below.relative_to(top) if below.is_relative_to(top) else PurePosixPath()
+            inside = PurePosixPath() if ".." in inside.parts else inside
+            yield from (root / mounted.lstrip("/") / each for each in (inside, *inside.parents))
+
+
+def _free_in(group: Path) -> int:
+    """What a control group, of the first or the second kind, may still use: its pages of files can be given back."""
+    stated = [_text(group / name).strip() for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    limits = [int(text) for text in stated if text.isdigit()]
+    used = _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
+    if not used or not limits:
+        return 1 << 62
+    stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+    # The first kind counts the groups within only in what it calls total.
+    total = "total_" if "total_active_file" in stat else ""
+    given_back = sum(int(stat.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))
+    return max(0, min(limits) - max(0, int(used) - given_back))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

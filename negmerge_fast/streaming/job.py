@@ -1,0 +1,368 @@
+"""A merge of checkpoints, once it was found to be possible: how it runs, by one process or several, and goes on after a crash.
+
+A few workers, each with a lane of its own, take the pieces of a plan as they come, and read, merge and write them: while one
+waits for the disk or for the link to a GPU, others work. On the CPU what was read is still in the cache when it is merged; on
+a GPU copies in, kernels and copies out of different lanes overlap. Memory depends on the budget alone, not on the size of
+the model or on the number of models; what is known of each tensor (half a KiB for each version of it) is counted.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+from threading import Semaphore
+from typing import Any
+
+import numpy as np
+
+from ..backends import registry
+from ..checkpoints.reader import Reader
+from ..core.batch import Counts, Merge
+from ..core.errors import InputError, brief
+from ..core.ranges import Run, left
+from ..core.rule import Rule
+from ..core.stats import Stats, TensorStats
+from ..output.journal import Journal, Made, Record, difference, summed
+from ..output.journal import read as read_journal
+from ..output.manifest import Recipe, load
+from ..output.writer import Output
+from ..runtime import memory
+from ..runtime.buffers import Lane, Timeline
+from ..runtime.device import lane_on
+from ..runtime.distributed import Alone
+from ..runtime.executor import work_through
+from . import placement, probes
+from .partition import part, pieces, shares
+from .plan import Extent, Member, Plan
+from .progress import Counted, Done, Tally
+from .report import Report
+from .skipping import Block, Unread, none_agreed
+from .worker import batches, most_open_files
+
+# Called with bytes done and bytes in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge of checkpoints that was found to be possible.
+
+    way: where it merges, and why there. workers: pieces under way at once; chunk: the longest stroke. memory: the bytes
+    that it will allocate, on the host and as many again on a device. finished: the output is there already, of an earlier run
+    that was stopped at its very end.
+    """
+
+    plan: Plan
+    recipe: Recipe
+    output: Output
+    backend: str
+    merge: Merge
+    way: placement.Way
+    workers: int
+    chunk: int
+    memory: int
+    threads: int | None
+    unread: Unread
+    finished: bool = False
+
+    @property
+    def rule(self) -> Rule:
+        return self.recipe.rule
+
+    def costs(self) -> placement.Costs | None:
+        """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
+        on_cpu = self.way.device == "cpu"
+        threads = self.threads or registry.usual_threads()
+        found = self.way.costs or placement.measure(
+            self.plan, self.rule, threads, self.backend if on_cpu else "auto"
+        )
+        return found if on_cpu or not found else found._replace(link=probes.link_speed(self.way.device))
+
+    def run(
+        self,
+        progress: Progress | None = None,
+        timeline: Timeline | None = None,
+        ranks: Alone | None = None,
+    ) -> Report:
+        """Do it: the output is published whole, or not at all. timeline: is told when each worker did what.
+
+        ranks: the processes that do it together, each some runs of the output; the first of them returns the whole report.
+        """
+        began = time.perf_counter()
+        ranks, timeline = ranks or Alone(), timeline or Timeline(kept=False)
+        total = self.plan.bytes_read + self.plan.bytes_written
+        before = done = summed([])
+        if self.finished:
+            return self._finished(ranks)
+        skips = self.unread.merge is not None
+        job = {**self._made_of, "nonfinite": self.recipe.nonfinite, "skip_unchanged": skips}
+
+        def look(moved: int) -> None:
+            moved = ranks.look(moved)
+            if progress:
+                progress(total - coming + moved, total)
+
+        def begin() -> tuple[Made, list[list[Run]]]:
+            nonlocal before
+            before = self._take_over()
+            if ranks.count > 1:
+                self.output.let_join()
+            return job, shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
+
+        def work() -> None:
+            nonlocal done
+            if differs := difference(first, job):
+                raise InputError(f"rank {ranks.rank}: the output of the first rank {differs}")
+            done = self._work_as(ranks, lots[ranks.rank], look, timeline)
+
+        def publish() -> None:
+            nonlocal done
+            done = self._publish(before, [done, *self._of_others(ranks)], lambda: look(coming))
+
+        with self.output:
+            first, cut = ranks.first(begin)
+            lots = [[Run(*run) for run in lot] for lot in cut]
+            coming = sum(self._moved(run) for lot in lots for run in lot)
+            ranks.together(work)
+            ranks.first(publish)
+        written = sum(run.end - run.begin for lot in lots for run in lot)
+        return self._report(done, written, time.perf_counter() - began)
+
+    def _finished(self, ranks: Alone) -> Report:
+        """Tidy up after the run that finished it."""
+        with self.output:
+            if ranks.rank == 0:
+                self.output.open()
+        counted = load(self.output.manifest)["counted"]
+        stats = Stats()
+        stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
+        report = self._report(summed([])._replace(stats=stats), 0, 0.0)
+        return dataclasses.replace(report, tensors=[])
+
+    def _report(self, done: Record, written: int, seconds: float) -> Report:
+        stats = done.stats
+        return Report(
+            base=self.recipe.base.path,
+            models=[model.path for model in self.recipe.models],
+            scale=self.rule.scale,
+            min_agreement=self.rule.min_agreement,
+            output=str(self.output.target),
+            backend=self.backend,
+            device=self.way.device,
+            elements=stats.elements,
+            agreed=stats.agreed,
+            consensus_ratio=stats.consensus_ratio,
+            nonfinite=stats.nonfinite,
+            bytes_read=done.read,
+            bytes_skipped=done.skipped,
+            bytes_written=written,
+            bytes_done_before=self.plan.whole.end - written,
+            seconds=seconds,
+            tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
+        )
+
+    def _take_over(self) -> Record:
+        """Open the output, and go on with what an earlier run left of it, or make room: what is done already."""
+        self.output.open()
+        found = self.output.journals() if self.output.resume else []
+        done = summed(record for path in found for record in read_journal(path, self._made_of))
+        if not done.runs:
+            self.output.make_room()
+            return done
+        if self.recipe.nonfinite == "error" and done.stats.nonfinite:
+            raise InputError(
+                f"{self.output.work}: {done.stats.nonfinite:,} elements that are not finite were counted, expected none "
+                "(--nonfinite keep-base, as before)"
+            )
+        if not self.unread.merge and done.skipped:
+            raise InputError(
+                f"{self.output.work}: {done.skipped:,} bytes of the models were skipped, expected none (--skip-unchanged, as before)"
+            )
+        self.output.refuse_incomplete()
+        return done
+
+    @cached_property
+    def _made_of(self) -> Made:
+        """What makes the output's bytes: an unfinished one of anything else is not gone on with."""
+        checkpoints = (self.plan.base, *self.plan.models)
+        files = [file for c in checkpoints for file in {**c.weights, **c.others}.values()]
+        how = self.recipe.to_json()
+        return {
+            **{k: v for k, v in how.items() if k not in ("base", "models", "nonfinite")},
+            "models": [os.path.realpath(checkpoint.path) for checkpoint in checkpoints],
+            "files": {os.path.realpath(f.path): [f.size, f.identity[2], f.header] for f in files},
+        }
+
+    def _moved(self, run: Run) -> int:
+        """Bytes to read and write for a run of the output."""
+        return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in part(self.plan, run))
+
+    def _work_as(
+        self, ranks: Alone, todo: Sequence[Run], look: Callable[[int], None], timeline: Timeline
+    ) -> Record:
+        """Do what is this rank's, and leave for the first one what was counted."""
+        if ranks.rank:
+            self.output.join()
+        done = self._stream(todo, look, timeline, ranks.rank)
+        if ranks.rank:
+            known = self.output.sums.export().items()
+            sums = {name: [base64.b64encode(each).decode() for each in pair] for name, pair in known}
+            self.output.leave(ranks.rank, {"done": done.to_json(), "sums": sums})
+        return done
+
+    def _of_others(self, ranks: Alone) -> Iterator[Record]:
+        """What the other ranks did, and the checksums that they know."""
+        for rank in range(1, ranks.count):
+            found = self.output.left_by(rank)
+            sums = {name: tuple(map(base64.b64decode, pair)) for name, pair in found["sums"].items()}
+            self.output.sums.update(sums)  # type: ignore[arg-type]
+            yield Record.of_json(found["done"])
+
+    def _publish(self, before: Record, shared: Sequence[Record], tick: Callable[[], None]) -> Record:
+        """Make one output of what all ranks have done, and say what that was."""
+        done = summed(shared)
+        if gaps := left(self.plan.whole, [*before.runs, *done.runs]):
+            raise RuntimeError(f"{self.output.target}: {gaps[0]} was not written")
+        stats = Stats()
+        stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
+        for record in (before, done):
+            stats.include(record.stats.tensors)
+        counted = {"elements": stats.elements, "agreed": stats.agreed, "nonfinite": stats.nonfinite}
+        self.output.finish({**self.recipe.to_json(), "counted": counted}, tick)
+        tick()  # the last moment to stop: syncing may have taken long
+        self.output.publish()
+        return done._replace(stats=stats)
+
+    def _stream(
+        self, todo: Sequence[Run], look: Callable[[int], None], timeline: Timeline, rank: int
+    ) -> Record:
+        """Do some runs of the output, and say what was counted there."""
+        sizes: dict[str, int] = {}
+        for extent in (extent for run in todo for extent in part(self.plan, run)):
+            sizes[extent.target] = sizes.get(extent.target, 0) + extent.sources[0].nbytes
+        self.output.expect(sizes)
+        # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
+        release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
+        threads = (self.threads or registry.usual_threads()) if self.backend in registry.CONCURRENT else 1
+        journal = Journal(self.output.journal(rank), self._made_of, self.output.sync)
+        tally = Tally(todo)
+
+        def settle(piece: Done) -> None:
+            tally.add(piece)
+            look(tally.moved)
+            if journal.due():
+                journal.keep(tally.record())
+
+        coming = chain.from_iterable(pieces(part(self.plan, run), self.chunk) for run in todo)
+        ready = partial(self._worker, Semaphore(threads), release, timeline)
+
+        def keep() -> None:
+            journal.settle()
+            if (record := tally.record()).runs and self.output.resume:
+                journal.keep_now(record)
+
+        try:
+            work_through(coming, self.workers, ready, settle)
+        except BaseException:
+            with suppress(OSError):  # what stopped it is what is said
+                keep()
+            raise
+        keep()  # others may take long, and fail
+        return tally.whole
+
+    @contextmanager
+    def _worker(
+        self, turns: Semaphore, release: bool, timeline: Timeline
+    ) -> Iterator[Callable[[Extent], Done]]:
+        """What one worker needs, and what it does with a piece: read, merge and write."""
+        with (
+            Reader(max(most_open_files() // self.workers, 1)) as reader,
+            lane_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
+        ):
+
+            def work(piece: Extent) -> Done:
+                base = piece.sources[0]
+                buffers = lane.hold([source.nbytes for source in piece.sources])
+                block = Block(self.unread, piece, buffers, *lane.on_cpu())
+                with timeline.span("read"):
+                    skipped = self._read(piece, block, reader, buffers, release)
+                counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
+                with timeline.span("write"):
+                    like = None if block.alive else reader.descriptor(base.file)
+                    self.output.write(piece.target, base.offset, buffers[0], release, like)
+                read = sum(source.nbytes for source in piece.sources) - skipped
+                return Done(read, base.nbytes, counted, skipped)
+
+            yield work
+
+    def _read(
+        self, piece: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
+    ) -> int:
+        """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
+        first, *others = piece.sources
+        cached = reader.read_into(first.file, first.offset, buffers[0], release)
+        skipped, expected, soon = 0, 0, self.unread.needed
+        for k, (source, buffer) in enumerate(zip(others, buffers[1:], strict=True)):
+            block.look(k)
+            if not block.alive:
+                skipped += sum(source.nbytes for source in others[k:])
+                self.unread.learn(k, skipped)
+                return skipped
+            if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
+                for version, coming in enumerate(others[k:soon], k + 1):
+                    for begin, end in block.runs(version):
+                        reader.expect(coming.file, coming.offset + begin, end - begin)
+                expected, soon = soon, len(others)
+            runs = block.runs(k + 1)
+            if unread := source.nbytes - sum(end - begin for begin, end in runs):
+                skipped += unread
+                np.frombuffer(buffer, np.uint8).fill(0)
+            for begin, end in runs:
+                reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
+        if others:
+            self.unread.learn(len(others), skipped)
+        return skipped
+
+    def _merge(self, piece: Extent, lane: Lane, turns: Semaphore) -> list[Counted]:
+        """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
+        threads = 1 if self.backend in registry.CONCURRENT else self.threads
+        merged: list[tuple[list[Member], Counts]] = []
+
+        def work(addresses: list[int], owner: Any) -> None:
+            for batch, members in batches(piece, self.way.device, addresses, owner):
+                merged.append((members, self.merge(batch, self.rule, threads)))
+
+        with turns:
+            lane.merge(work)
+        lane.wait()
+        counted = [([(m.name, m.numel) for m in members], np.array(c.tolist())) for members, c in merged]
+        if self.recipe.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
+            self._refuse_nonfinite(piece, lane)
+        return counted
+
+    def _refuse_nonfinite(self, piece: Extent, lane: Lane) -> None:
+        """Name the first non-finite element of a piece; its base was overwritten and is read again."""
+        base = piece.sources[0]
+        with Reader(1) as reader:
+            reader.read_into(base.file, base.offset, lane.hold([s.nbytes for s in piece.sources])[0])
+        for batch, members in batches(piece, "cpu", *lane.on_cpu()):
+            if found := registry.first_nonfinite(batch, self.rule):
+                row, element, version, value = found
+                name, start, _, _ = members[row]
+                tensor = self.plan.base.tensors[name]
+                held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
+                index = tuple(int(i) for i in np.unravel_index(start + element, tensor.form.shape))
+                what = (
+                    f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
+                )
+                raise InputError(
+                    f"{held.file.path}: tensor {brief(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
+                )
+        raise RuntimeError("a number that is not finite was counted, and is not found again")

@@ -1,0 +1,139 @@
+"""A plan cut into parts: for ranks, and for buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..core.ranges import Run
+from .plan import Extent, Member, Plan, Source
+
+
+def part(plan: Plan, run: Run) -> Iterator[Extent]:
+    """The extents, or parts of them, whose elements begin within a run."""
+    at = 0
+    for extent in plan.extents:
+        size = extent.sources[0].nbytes
+        if run.begin <= at and at + size <= run.end:
+            yield extent
+        elif at < run.end and run.begin < at + size:
+            yield from _slice(extent, run.begin - at, run.end - at)
+        at += size
+
+
+def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
+    """What begins between two bytes of an extent's base, of every source; nothing, where that is within one element."""
+    if not extent.members:
+        (source,) = extent.sources
+        first, last = max(begin, 0), min(end, source.nbytes)
+        yield Extent(extent.target, [Source(source.file, source.offset + first, last - first)], [])
+        return
+    at, members = 0, []
+    before, taken = [0] * len(extent.sources), [0] * len(extent.sources)
+    for member in extent.members:
+        size = member.sizes[0]
+        # Rounded up: an element is where its first byte is.
+        first, last = (min(max(-((at - edge) // size), 0), member.numel) for edge in (begin, end))
+        before = [count + first * each for count, each in zip(before, member.sizes, strict=True)]
+        if first < last:
+            members.append(member._replace(start=member.start + first, numel=last - first))
+            taken = [count + (last - first) * each for count, each in zip(taken, member.sizes, strict=True)]
+        at += member.numel * size
+    sources = [
+        Source(source.file, source.offset + skipped, nbytes)
+        for source, skipped, nbytes in zip(extent.sources, before, taken, strict=True)
+    ]
+    if members:
+        yield Extent(extent.target, sources, members)
+
+
+def shares(plan: Plan, runs: Sequence[Run], count: int) -> list[list[Run]]:
+    """Runs cut between elements into so many lots, of about as many bytes to read and write each."""
+    parts: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
+    at = 0
+    for extent in plan.extents:
+        end = at + extent.sources[0].nbytes
+        overlaps = [(max(run.begin, at), min(run.end, end)) for run in runs]
+        parts += [(begin, until, extent, at) for begin, until in overlaps if begin < until]
+        at = end
+    total = sum((end - begin) * _moved_per_byte(extent) for begin, end, extent, _ in parts)
+    lots: list[list[Run]] = [[] for _ in range(count)]
+    done = 0.0
+    for begin, end, extent, start in parts:
+        weight = _moved_per_byte(extent)
+        while begin < end:
+            lot = min(int(done * count / total), count - 1)
+            until = end
+            if lot < count - 1:
+                room = max(int((total * (lot + 1) / count - done) / weight), 1)
+                until = min(start + _between_elements(extent, begin + room - start), end)
+            if lots[lot] and lots[lot][-1].end == begin:
+                lots[lot][-1] = Run(lots[lot][-1].begin, until)
+            else:
+                lots[lot].append(Run(begin, until))
+            done += (until - begin) * weight
+            begin = until
+    return lots
+
+
+def _moved_per_byte(extent: Extent) -> float:
+    """Bytes read and written for each byte of the output."""
+    return 1 + sum(source.nbytes for source in extent.sources) / extent.sources[0].nbytes
+
+
+def _between_elements(extent: Extent, offset: int) -> int:
+    """The first byte of an element that is not before an offset into the base's source."""
+    at = 0
+    for member in extent.members:
+        size = member.sizes[0]
+        if offset < at + member.numel * size:
+            return at + -(-(offset - at) // size) * size
+        at += member.numel * size
+    return offset
+
+
+def pieces(extents: Iterable[Extent], chunk: int) -> Iterator[Extent]:
+    """Extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
+    for extent in extents:
+        if extent.members:
+            yield from _cut(extent, chunk)
+            continue
+        (source,) = extent.sources
+        for done in range(0, source.nbytes, chunk):
+            size = min(chunk, source.nbytes - done)
+            yield Extent(extent.target, [Source(source.file, source.offset + done, size)], [])
+
+
+def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
+    positions = [source.offset for source in extent.sources]
+    parts: list[Member] = []
+    room = chunk
+
+    def finished() -> Extent:
+        lengths = [
+            sum(column) for column in zip(*([p.numel * s for s in p.sizes] for p in parts), strict=True)
+        ]
+        sources = [
+            Source(source.file, at, length)
+            for source, at, length in zip(extent.sources, positions, lengths, strict=True)
+        ]
+        positions[:] = [at + length for at, length in zip(positions, lengths, strict=True)]
+        return Extent(extent.target, sources, parts)
+
+    for member in extent.members:
+        widest = max(member.sizes)
+        done = 0
+        while True:
+            count = min(member.numel - done, room // widest)
+            if count or not member.numel:
+                parts.append(member._replace(start=member.start + done, numel=count))
+                done, room = done + count, room - count * widest
+            if done == member.numel:
+                break
+            yield finished()
+            parts, room = [], chunk
+    yield finished()
+
+
+def segments_of(plan: Plan, chunk: int) -> int:
+    """How many runs of elements the backends are given."""
+    return sum(len(piece.members) for piece in pieces(plan.extents, chunk))

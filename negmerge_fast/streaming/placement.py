@@ -1,0 +1,132 @@
+"""What the way of a job's bytes costs, measured here and now: from its files, through the CPU's kernel, over the link to a GPU.
+
+From these follows where files are merged. A GPU has to be given every byte over its link, after it was read into memory all the
+same: where the disk is the bottleneck the CPU's kernel keeps up with it, and is as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..backends import registry
+from ..core.batch import Signature
+from ..core.errors import InputError
+from ..core.rule import Rule
+from ..runtime import device as devices
+from .plan import Plan
+
+if TYPE_CHECKING:
+    pass
+from . import probes
+from .probes import _first_line, speed
+
+# Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the trial of its kernels
+# (0.1 s there); and bytes of a job that it can't save them on.
+_WAKING, _FEW = 5.0, 4 << 30
+# Faster by less than this is noise. Memory without which it is in use by others. Strokes too short for launches.
+_WORTH, _LEAST_ROOM, _SHORT = 1.2, 1 << 30, 1 << 20
+
+GPU = "cuda:0"
+
+
+class Costs(NamedTuple):
+    """Bytes per second.
+
+    reading: as the job's files come to all threads; cached: from memory, or from a disk, or (None) nobody knows.
+    merging: on the CPU, of what is in its caches, on all threads. link: from locked memory to the GPU, if there is one.
+    """
+
+    reading: float
+    cached: bool | None
+    merging: float
+    link: float | None = None
+
+    @property
+    def on_cpu(self) -> float:
+        """A thread that waits for a disk is one that merges meanwhile; one that copies cached files is not."""
+        if self.cached is False:
+            return min(self.reading, self.merging)
+        return 1 / (1 / self.reading + 1 / self.merging)
+
+    @property
+    def through_gpu(self) -> float:
+        return min(self.reading, self.link or 0.0)
+
+    def __str__(self) -> str:
+        where = {True: " from memory", False: " from the disk", None: ""}[self.cached]
+        words = f"files come at {speed(self.reading)}{where}, the CPU merges {speed(self.merging)}"
+        return words + (f", the link takes {speed(self.link)}" if self.link else "")
+
+
+class Way(NamedTuple):
+    """Where a job is merged, "cpu" or a device of torch, and why there; costs: if that was measured."""
+
+    device: str
+    why: str
+    costs: Costs | None = None
+
+
+def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Costs | None:
+    """What a job costs on the CPU, by a sample of its files, and of the storage types that most of its elements have.
+
+    None: there is nothing to merge.
+    """
+    sizes: dict[Signature, int] = {}
+    for member in (m for extent in plan.extents for m in extent.members):
+        sizes[member.signature] = sizes.get(member.signature, 0) + member.numel
+    signature = max(sizes, key=sizes.__getitem__, default=None)
+    if signature is None or not sizes[signature]:
+        return None
+    reading, cached = probes.reading_speed(plan, threads)
+    if cached:  # once more: a sample of what is so fast is short
+        reading = max(reading, probes.reading_speed(plan, threads)[0])
+    return Costs(reading, cached, probes.merging_speed(signature, rule, threads, backend))
+
+
+def choose_way(plan: Plan, rule: Rule, threads: int) -> Way:
+    """Where a job is merged by what it costs, if nobody asked for a backend or a device."""
+    if not gpu_at_hand():
+        return Way("cpu", "no GPU here")
+    if plan.bytes_read < _FEW:
+        return Way("cpu", "done before a GPU would have begun")
+    if plan.bytes_read < _SHORT * len(plan.extents):
+        return Way("cpu", "strokes too short for a GPU")
+    if (costs := measure(plan, rule, threads)) is None:
+        return Way("cpu", "nothing to merge")
+    on_cpu = plan.bytes_read / costs.on_cpu
+    if (saved := on_cpu - plan.bytes_read / costs.reading) < _WAKING:
+        return Way("cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", costs)
+    try:
+        signatures = {member.signature for extent in plan.extents for member in extent.members}
+        if registry.choose("auto", GPU, rule, signatures)[0] == "torch":
+            return Way("cpu", f"no kernel is usable on {GPU}", costs)
+        if (room := devices.room_on(GPU)) < _LEAST_ROOM:
+            return Way("cpu", f"only {room:,} bytes are free on {GPU}", costs)
+        costs = costs._replace(link=probes.link_speed(GPU))
+    except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it
+        return Way("cpu", f"{GPU} cannot be used: {_first_line(error)}", costs)
+    why = f"{speed(costs.on_cpu)} on the CPU, {speed(costs.through_gpu)} through {GPU}"
+    sooner = plan.bytes_read / costs.through_gpu + _WAKING < on_cpu / _WORTH
+    return Way(GPU if sooner else "cpu", why, costs)
+
+
+def gpu_at_hand() -> bool:
+    """Whether there may be a GPU: without torch, which takes longer to import than many a merge takes."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
+def measured(gpus: Sequence[str]) -> Iterator[str]:
+    """What a person may want to know of it, whatever the job."""
+    threads = registry.usual_threads()
+    merging = probes.merging_speed(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
+    copying = speed(probes.copying_speed(threads))
+    yield f"{threads} threads copy memory at {copying}, the CPU merges {speed(merging)} (8 models of F32)"
+    for gpu in gpus:
+        try:
+            yield f"the link to {gpu} takes {speed(probes.link_speed(gpu))}; --device auto takes the faster one of the two ways"
+        except RuntimeError as error:
+            yield f"the link to {gpu} cannot be measured: {_first_line(error)}"
+    if not gpus:
+        yield "no GPU here: files are merged on the CPU"

@@ -1,0 +1,180 @@
+"""What to read, merge and write: pure arithmetic on the layouts of all checkpoints. Nothing is opened here.
+
+Extents are runs of bytes of one output file. Those with members are neighbouring tensors that are neighbours in every
+model's file, too, so that each stream is read in one long stroke; those without are copied from the base. Together they
+cover every byte of every output file, in order: a position in a plan is a number of those bytes. Pieces are extents cut to
+the size of the buffers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoints.base import Checkpoint, Tensor
+from ..checkpoints.reader import File
+from ..core.batch import Signature
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError, brief
+from ..core.ranges import Run
+from ..core.schema import mismatches
+
+
+class Member(NamedTuple):
+    """A tensor, or a run of its elements."""
+
+    name: str
+    start: int
+    numel: int
+    signature: Signature
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes per element in the base and in each model."""
+        return [FLOAT_SIZES[dtype] for dtype in (self.signature.result, *self.signature.models)]
+
+
+class Source(NamedTuple):
+    """A run of bytes of an input file."""
+
+    file: File
+    offset: int
+    nbytes: int
+
+
+class Extent(NamedTuple):
+    """target: the output file, relative to the output; it is written where the base (the first source) is read."""
+
+    target: str
+    sources: list[Source]
+    members: list[Member]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """targets: every output file, with the file of the base that it mirrors.
+
+    kept: how many tensors are the base's, untouched.
+    """
+
+    base: Checkpoint
+    models: list[Checkpoint]
+    targets: dict[str, File]
+    extents: list[Extent]
+    kept: int
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(extent.members) for extent in self.extents)
+
+    @property
+    def elements(self) -> int:
+        return sum(member.numel for extent in self.extents for member in extent.members)
+
+    @property
+    def whole(self) -> Run:
+        return Run(0, sum(extent.sources[0].nbytes for extent in self.extents))
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(source.nbytes for extent in self.extents for source in extent.sources)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.size for file in self.targets.values())
+
+
+def make_plan(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    task_vectors: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> Plan:
+    """Pair the tensors of all checkpoints by name.
+
+    include, exclude: regular expressions searched in the names; tensors not chosen are the base's, untouched.
+    Raises InputError, one line with what does not fit.
+    """
+    chosen = _choose(base.tensors, include, exclude)
+    chosen_in = [_choose(model.tensors, include, exclude) for model in models]
+    if (include or exclude) and not chosen:
+        raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
+
+    def where(k: int | None, name: str) -> str:
+        checkpoint = base if k is None else models[k]
+        path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
+        return f"{path}: tensor {brief(name)}"
+
+    forms = {name: tensor.form for name, tensor in chosen.items()}
+    forms_in = [{name: tensor.form for name, tensor in held.items()} for held in chosen_in]
+    if problems := mismatches(forms, forms_in, where, task_vectors):
+        raise InputError("; ".join(problems))
+
+    merged = [name for name, tensor in chosen.items() if tensor.form.dtype in FLOAT_SIZES]
+    held: dict[Path, list[tuple[str, Tensor]]] = {file.path: [] for file in base.weights.values()}
+    for name in merged:
+        held[chosen[name].file.path].append((name, chosen[name]))
+    extents: list[Extent] = []
+    for target, file in base.weights.items():
+        extents += _extents(target, file, held[file.path], models, task_vectors)
+    extents += [
+        Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size
+    ]
+    targets = {**base.weights, **base.others}
+    return Plan(base, list(models), targets, extents, len(base.tensors) - len(merged))
+
+
+def _choose(tensors: Mapping[str, Tensor], include: str | None, exclude: str | None) -> dict[str, Tensor]:
+    def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
+        try:
+            return re.compile(default if text is None else text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
+
+    if include is None and exclude is None:
+        return dict(tensors)
+    wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
+    return {n: t for n, t in tensors.items() if wanted.search(n) and not unwanted.search(n)}
+
+
+def _extents(
+    target: str,
+    file: File,
+    held: list[tuple[str, Tensor]],
+    models: Sequence[Checkpoint],
+    task_vectors: bool,
+) -> Iterator[Extent]:
+    """Cover one file of the base; held: its tensors to merge."""
+    position = 0
+    run: list[list[Tensor]] = []
+    members: list[Member] = []
+
+    def finished() -> Extent:
+        columns = zip(*run, strict=True)
+        sources = [Source(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
+        return Extent(target, sources, members)
+
+    for name, tensor in sorted(held, key=lambda item: (item[1].offset, item[1].end)):
+        versions = [tensor, *(model.tensors[name] for model in models)]
+        if run and not all(_adjacent(last, here) for last, here in zip(run[-1], versions, strict=True)):
+            yield finished()
+            run, members = [], []
+        if not run and tensor.offset > position:
+            yield Extent(target, [Source(file, position, tensor.offset - position)], [])
+        signature = Signature(tensor.form.dtype, tuple(v.form.dtype for v in versions[1:]), task_vectors)
+        run.append(versions)
+        members.append(Member(name, 0, tensor.numel, signature))
+        position = tensor.end
+    if run:
+        yield finished()
+    if file.size > position:
+        yield Extent(target, [Source(file, position, file.size - position)], [])
+
+
+def _adjacent(last: Tensor, here: Tensor) -> bool:
+    return last.file is here.file and last.end == here.offset

@@ -1,0 +1,59 @@
+"""What a merge of checkpoints has done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from ..core.ranges import Run, between
+from ..core.stats import Stats
+from ..output.journal import Record
+
+
+class Tally:
+    """What became of the pieces of some runs, in their order, and how much of that was put on record."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._written = self._recorded = self._read = self._skipped = 0
+        self._stats = Stats()
+        self.whole = Record(runs, Stats(), 0)
+        self.moved = 0
+
+    def add(self, piece: Done) -> None:
+        for runs, counts in piece.counted:
+            self._stats.add(runs, counts)
+        self._read += piece.read
+        self._written += piece.written
+        self._skipped += piece.skipped
+        self.moved += piece.read + piece.written + piece.skipped
+
+    def record(self) -> Record:
+        """What is done since the last one."""
+        runs = between(self._runs, self._recorded, self._written)
+        made = Record(runs, self._stats, self._read, self._skipped)
+        self.whole.stats.include(made.stats.tensors)
+        read, skipped = self.whole.read + made.read, self.whole.skipped + made.skipped
+        self.whole = self.whole._replace(read=read, skipped=skipped)
+        self._recorded, self._stats = self._written, Stats()
+        self._read = self._skipped = 0
+        return made
+
+
+# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
+Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
+
+
+class Done(NamedTuple):
+    """What a worker says of a piece: the bytes that it read and wrote, and what was counted; or why it failed.
+
+    skipped: those of the bytes that it did not need to read.
+    """
+
+    read: int = 0
+    written: int = 0
+    counted: Sequence[Counted] = ()
+    skipped: int = 0
+    error: BaseException | None = None

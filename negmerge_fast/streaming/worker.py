@@ -1,0 +1,32 @@
+"""What one worker of a merge does with a chunk."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+from ..core.batch import Batch, Segment, Signature, Stream
+from .plan import Extent, Member
+
+
+def most_open_files() -> int:
+    """Inputs that all lanes together keep open: a share of what the process may, which is usually 1,024."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 256 if most < 0 else min(most // 4, 256)
+
+
+def batches(
+    piece: Extent, device: str, addresses: list[int], owner: Any
+) -> Iterator[tuple[Batch, list[Member]]]:
+    """One batch for each signature in a piece whose versions are at these addresses."""
+    groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
+    for member in piece.members:
+        dtypes = (member.signature.result, *member.signature.models)
+        streams = [Stream(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
+        addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
+        segments, members = groups.setdefault(member.signature, ([], []))
+        segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
+        members.append(member)
+    for signature, (segments, members) in groups.items():
+        yield Batch(device, signature, segments), members

@@ -1,0 +1,131 @@
+"""Which tensors share memory with which: what is written in place must be written once, and read by nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.batch import Segment
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError
+
+
+def tied(paired: dict[str, list[torch.Tensor]], where: Callable[[int | None, str], str]) -> dict[str, str]:
+    """Names whose memory has an earlier name already, and that name. The models must hold equal values for both."""
+    if len({versions[0].data_ptr() for versions in paired.values()}) == len(paired):
+        return {}
+    first: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, (tensor, *models) in paired.items():
+        if not tensor.numel() or (earlier := first.setdefault(_memory(tensor), name)) == name:
+            continue
+        found[name] = earlier
+        for k, (here, there) in enumerate(zip(models, paired[earlier][1:], strict=True)):
+            if _memory(here) != _memory(there) and not _same_bits(here, there):
+                raise InputError(
+                    f"{where(k, name)}: differs from {earlier!r}, expected equal: {where(None, name)} is tied to it"
+                )
+    return found
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
+    as_bytes = [
+        t.resolve_neg().contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (left, right)
+    ]
+    return left.dtype == right.dtype and torch.equal(*as_bytes)
+
+
+def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -> bool:
+    """Whether the first and last addresses alone show what refuse_shared_memory looks for to be absent.
+
+    segments: their bases are written, their models are read, as the others are. Devices are not told apart: where
+    addresses of two happen to meet, the exact search decides.
+    """
+    if not segments:
+        return True
+    streams: list[Any] = [s for _, base, models, _ in segments for s in (base, *models)]
+    starts = np.array([s.address for s in streams], np.uint64).reshape(len(segments), -1)
+    sizes = np.array([FLOAT_SIZES[s.dtype] for s in streams], np.uint64).reshape(starts.shape)
+    ends = starts + sizes * np.array([[s.numel] for s in segments], np.uint64)
+    beside = np.array([_span(t) for t in others if t.numel()], np.uint64).reshape(-1, 2)
+    read_starts = np.concatenate([starts[:, 1:].ravel(), beside[:, 0]])
+    read_ends = np.concatenate([ends[:, 1:].ravel(), beside[:, 1]])
+
+    # Of spans that lie apart, both columns have the same order.
+    starts, ends = np.sort(starts[:, 0]), np.sort(ends[:, 0])
+    if (ends[:-1] > starts[1:]).any():
+        return False
+    # The first written span that ends behind the start of what is read must not start before its end.
+    following = np.searchsorted(ends, read_starts, side="right")
+    return bool((read_ends <= np.append(starts, read_ends.max(initial=0))[following]).all())
+
+
+def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None:
+    """Raise InputError if an element that is written is used twice; uses: tensor, whether it is written, its name."""
+    spans = []
+    read: set[tuple[Any, ...]] = set()
+    for tensor, written, label in uses:
+        if not tensor.numel() or (not written and _memory(tensor) in read):
+            continue
+        if written and _overlaps_itself(tensor):
+            raise InputError(f"{label}: several of its elements share memory, expected one place for each")
+        if not written:
+            read.add(_memory(tensor))
+        spans.append((str(tensor.device), *_span(tensor), written, label, tensor))
+    active: list[Any] = []
+    for span in sorted(spans, key=lambda s: s[:2]):
+        device, start, _, written, label, tensor = span
+        active = [a for a in active if a[0] == device and a[2] > start]
+        for other in active:
+            if (written or other[3]) and _share(other[5], tensor):
+                written_one, shared = (other[4], label) if other[3] else (label, other[4])
+                raise InputError(f"{shared}: shares memory with {written_one}, which is written in place")
+        active.append(span)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor is and how it is read there: equal for tensors that are one."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The address of a tensor's first byte, and the one behind its last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+class _Addresses:
+    """The addresses of a tensor as an array that numpy can reason about, and that nobody reads."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(s * size for s in tensor.stride()),
+            "data": (tensor.data_ptr(), True),
+        }
+
+
+def _share(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # Steps of an exact search that usually takes a few; Any because numpy's stubs know 0 and -1 only.
+    bound: Any = 100_000
+    try:
+        return np.shares_memory(np.asarray(_Addresses(left)), np.asarray(_Addresses(right)), max_work=bound)
+    except np.exceptions.TooHardError:
+        return True

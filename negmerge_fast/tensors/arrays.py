@@ -1,0 +1,153 @@
+"""Arrays of other libraries as torch tensors: views of the caller's memory, never copies."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..core.errors import InputError
+
+_EXPECTED = "expected one that torch can view without a copy"
+
+
+class SupportsDLPack(Protocol):
+    """An array that other libraries may view: of cupy, jax and others."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+def is_array(value: object) -> bool:
+    """Whether it is one that as_tensor takes, and not a tensor."""
+    return not isinstance(value, torch.Tensor) and (
+        isinstance(value, np.ndarray)
+        or (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"))
+    )
+
+
+def as_tensor(array: Any, where: str, written: bool) -> torch.Tensor:
+    """An array as a tensor on its memory, whatever its type.
+
+    where: what to call it. written: it is one that is written, if of a floating-point type. Raises TypeError or
+    InputError for what torch can't view as it is, and for what is written and must not be.
+    """
+    if isinstance(array, np.ndarray):
+        return _of_numpy(array, where, written)
+    return _of_dlpack(array, where, written)
+
+
+def _of_numpy(array: np.ndarray[Any, Any], where: str, written: bool) -> torch.Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{where}: {type(array).__name__} of numpy, expected one without a mask")
+    if written and array.dtype.kind == "f" and not array.flags.writeable:
+        raise InputError(f"{where}: read-only numpy array, expected one that can be written in place")
+    try:
+        return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
+    except (TypeError, ValueError):  # torch's words: other bytes first, a type it does not have, strides
+        strides = f", strides {array.strides}" if array.dtype.isnative and array.dtype.kind in "biufc" else ""
+    found = f"numpy array of dtype {array.dtype}{strides}"
+    raise InputError(f"{where}: {found}, {_EXPECTED}")
+
+
+class _Unlocked:
+    """A read-only array that numpy takes for a writable one: it is read only, and torch would warn of it."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array  # keeps the memory
+        self.__array_interface__ = array.__array_interface__
+        self.__array_interface__["data"] = array.__array_interface__["data"][0], False
+
+
+def _of_dlpack(array: Any, where: str, written: bool) -> torch.Tensor:
+    kind = type(array).__name__
+    seen = _Seen(array)
+    try:
+        view = torch.utils.dlpack.from_dlpack(seen)
+    except _BackwardsError:
+        raise InputError(f"{where}: {kind} with a negative stride, {_EXPECTED}") from None
+    except Exception as error:  # whatever another library raises
+        said = " ".join(str(error).split())
+        raise InputError(f"{where}: {kind}: {said}, {_EXPECTED}") from error
+    if seen.copied:
+        raise InputError(f"{where}: {kind} that gives a copy, {_EXPECTED}")
+    if written and view.is_floating_point() and not seen.writable:
+        raise InputError(
+            f"{where}: {kind} that is read-only, or does not say otherwise by DLPack 1.0, "
+            "expected one that can be written in place, or torch.from_dlpack of it"
+        )
+    return view
+
+
+class _BackwardsError(Exception):
+    """A negative stride: torch would end the process."""
+
+
+class _Seen:
+    """An array on its way to torch, whose capsules are looked at: torch reads neither flags nor signs.
+
+    copied: it is no view. writable: it says so; arrays from before DLPack 1.0 say nothing.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.copied, self.writable = False, False
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        # As it was asked: torch asks again, for less, if that is a TypeError.
+        self._look(capsule := self._array.__dlpack__(**options))
+        if "max_version" not in options:
+            # An older torch, which takes no newer capsule. We look at one and give it up.
+            with suppress(TypeError, BufferError):
+                self._look(self._array.__dlpack__(**options, max_version=(1, 0)))
+        return capsule
+
+    def _look(self, capsule: Any) -> None:
+        if _is_valid(capsule, b"dltensor_versioned"):
+            new = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
+            self.writable, self.copied = not new.flags & 1, bool(new.flags & 2)
+            strided = new.tensor
+        else:
+            strided = _Strided.from_address(_pointer(capsule, b"dltensor"))
+        if strided.strides and any(strided.strides[i] < 0 for i in range(strided.ndim)):
+            raise _BackwardsError
+
+
+class _Strided(ctypes.Structure):
+    """DLTensor of dlpack.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint32),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class _Versioned(ctypes.Structure):
+    """DLManagedTensorVersioned of dlpack.h; flags: 1 read-only, 2 copied."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Strided),
+    )
+
+
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", ctypes.pythonapi)
+)

@@ -1,0 +1,196 @@
+"""Tensors as flat memory: the segments and batches of their versions, without copies wherever they are dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError
+from ..core.schema import Form
+
+SPELLED = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+}  # fmt: skip
+
+FLOATS = {dtype: spelled for dtype, spelled in SPELLED.items() if spelled in FLOAT_SIZES}
+# Nothing else at first sight: a subclass may hold its numbers elsewhere.
+_STRIDED = torch.strided
+_PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
+_NO_MEMORY = (
+    "a tensor without memory, as inside torch.func.vmap or grad, expected one with: merge outside of these"
+)
+
+
+class Item(NamedTuple):
+    """All versions of one tensor: the base (None: zeros), the models'; out None: count only.
+
+    segment: theirs, without out, if they were seen to be flat.
+    """
+
+    name: str
+    versions: list[Any]
+    segment: Segment | None = None
+    out: torch.Tensor | None = None
+
+
+def look(name: str, models: list[dict[str, Any]]) -> Item | None:
+    """The tensors of a name with their segment, if all are plain, contiguous, of one shape and on one device.
+
+    This is most of what a merge of many small tensors costs: each is visited once, and no view of it is made.
+    """
+    if str(name).endswith("_extra_state"):
+        return None
+    streams: list[Stream] = []
+    shape = device = None
+    try:
+        for model in models:
+            tensor: Any = model.get(name)
+            if type(tensor) not in _PLAIN or tensor.layout is not _STRIDED:
+                return None
+            dtype = FLOATS.get(tensor.dtype)
+            if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
+                return None
+            place = tensor.is_cpu or tensor.device  # the former is had sooner
+            if shape is None:
+                shape, device = tensor.shape, place
+            elif tensor.shape != shape or place != device:
+                return None
+            if tensor.requires_grad:
+                tensor = tensor.detach()
+            # What Stream(...) does, less a call of a Python function: a tenth of it all.
+            if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
+                return None
+            streams.append(tuple.__new__(Stream, (address, dtype, tensor)))
+    except RuntimeError:  # of a nested tensor, which has no shape
+        return None
+    if tensor.is_meta:
+        return None
+    return Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
+
+
+def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor, detached and without its subclass.
+
+    Raises TypeError or InputError if its numbers are not in its memory.
+    """
+    if torch.nn.parameter.is_lazy(tensor):
+        raise InputError(
+            f"{where}: not initialized yet, expected a tensor with a shape (call the lazy module once)"
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not tensor.is_nested:
+        raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
+    # What a subclass makes of these questions does not matter: its numbers are where a tensor's are.
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{where}: {kind} tensor, expected a dense one")
+        if tensor.is_meta:
+            raise InputError(f"{where}: a meta tensor holds no data, expected one that does")
+        try:
+            held = tensor.untyped_storage().nbytes()
+            detached = tensor.detach()
+            has_address = detached.data_ptr() != 0
+        except (RuntimeError, NotImplementedError):
+            raise TypeError(f"{where}: {_NO_MEMORY}") from None
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        behind = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.numel() and behind > held:
+            raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
+        if tensor.numel() and not has_address:
+            raise TypeError(f"{where}: {_NO_MEMORY}")
+        return detached
+
+
+def forms(named: dict[str, Any]) -> dict[str, Form]:
+    """Types and shapes of a model's tensors, for layout.mismatches."""
+    return {
+        name: Form(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        for name, t in named.items()
+        if isinstance(t, torch.Tensor)
+    }
+
+
+def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> Iterator[Signature]:
+    """Those of the batches on one device, before there are batches; each may come more than once."""
+    for item in items:
+        if item.versions[1].device == device:
+            written = item.versions[0] if item.out is None else item.out
+            yield Signature(
+                FLOATS[written.dtype], tuple([FLOATS[m.dtype] for m in item.versions[1:]]), task_vectors
+            )
+
+
+def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
+    """Batches, the names of their segments, and what to do when one is merged."""
+    groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}
+    scattered = []
+    for item in items:
+        if segment := _where_it_is(item):
+            key = item.versions[1].device, _signature(segment, task_vectors)
+            groups.setdefault(key, []).append((item.name, segment))
+        else:
+            scattered.append(item)
+    # First, and one at a time: their flat copies are extra memory, which may not be there.
+    for item in scattered:
+        *versions, out = _in_memory_order([*item.versions, item.out])
+        copies = [None if t is None else t.resolve_neg().contiguous() for t in versions]
+        merged = None if out is None else torch.empty_like(out, memory_format=torch.contiguous_format)
+
+        def finish(out: torch.Tensor | None = out, merged: torch.Tensor | None = merged) -> None:
+            if out is not None and merged is not None:
+                with torch.inference_mode():
+                    out.copy_(merged)
+
+        segment = _segment([*copies, merged])
+        batch = Batch(str(item.versions[1].device), _signature(segment, task_vectors), [segment])
+        del copies, versions, segment
+        yield batch, [item.name], finish
+        del batch, finish, merged
+    for (device, signature), members in groups.items():
+        yield Batch(str(device), signature, [s for _, s in members]), [n for n, _ in members], lambda: None
+
+
+def _where_it_is(item: Item) -> Segment | None:
+    """The segment that reads and writes the tensors themselves, if they are flat in the order of the first one's strides."""
+    if item.segment:
+        numel, base, models, _ = item.segment
+        return Segment(numel, base, models, base if item.out is item.versions[0] else _stream(item.out))
+    tensors = _in_memory_order([*item.versions, item.out])
+    if all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors):
+        return _segment(tensors)
+    return None
+
+
+def _signature(segment: Segment, task_vectors: bool) -> Signature:
+    result: Any = segment.out or segment.base
+    return Signature(result.dtype, tuple([m.dtype for m in segment.models]), task_vectors)
+
+
+def _segment(contiguous: list[Any]) -> Segment:
+    base, *models, out = map(_stream, contiguous)
+    return Segment(contiguous[1].numel(), base, [m for m in models if m], out)
+
+
+def _in_memory_order(tensors: list[Any]) -> list[Any]:
+    """The tensors with their dimensions in the order of the first one's strides: flat wherever it is dense."""
+    first = next(t for t in tensors if t is not None)
+    order = sorted(range(first.dim()), key=lambda i: -first.stride(i))
+    return [None if t is None else t.permute(order) for t in tensors]
+
+
+def _stream(contiguous: torch.Tensor | None) -> Stream | None:
+    if contiguous is None:
+        return None
+    try:
+        address = contiguous.data_ptr()
+    except RuntimeError:
+        address = 0
+    if not address and contiguous.numel():  # one that was made just now: the others have been looked at
+        raise TypeError(f"the result: {_NO_MEMORY}")
+    return Stream(address, SPELLED[contiguous.dtype], contiguous)
