@@ -132,7 +132,7 @@ def test_the_same_bytes_as_on_the_cpu(
     check(tmp_path / "out", tensors)
     assert {stage for _, stage, _, _ in timeline.spans} == {"read", "copy in", "merge", "copy out", "write"}
     assert all(began <= ended for _, _, began, ended in timeline.spans)
-    assert {worker for worker, *_ in timeline.spans} <= {f"lane {k}" for k in range(threads + 2)}
+    assert {worker for worker, *_ in timeline.spans} <= {f"worker {k}" for k in range(threads + 2)}
 
 
 def test_lanes_wait_beside_each_other(

@@ -1,106 +1,123 @@
-"""Pieces of a plan for several workers to take, and what became of them, in order."""
+"""Items processed by a few threads, and their results delivered in order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Lock, Semaphore, Thread
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
-from ..streaming.plan import Extent
-from ..streaming.progress import Done
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
-# Called in a worker's thread: what it needs, and as long as it has that, what it does with a piece.
-Ready: TypeAlias = "Callable[[], AbstractContextManager[Callable[[Extent], Done]]]"
-# Numbers of pieces and what became of them; None: a worker has ended.
-_Queue: TypeAlias = "SimpleQueue[tuple[int, Done] | None]"
-# The number of no piece: a worker failed before it took one.
-_NONE = -1
+# Entered in a worker's thread: what it needs and, for as long as it has that, what it does with an item.
+MakeWorker: TypeAlias = "Callable[[], AbstractContextManager[Callable[[_Item], _Result]]]"
 
 
-def work_through(
-    coming: Iterator[Extent],
+@dataclass(frozen=True)
+class _Outcome(Generic[_Result]):
+    """What became of an item: its number with a result, or with an error. The number is None if a worker failed before it took one."""
+
+    number: int | None
+    result: _Result | None = None
+    error: BaseException | None = None
+
+
+def process_in_order(
+    items: Iterator[_Item],
     workers: int,
-    ready: Ready,
-    settle: Callable[[Done], None],
+    make_worker: MakeWorker[_Item, _Result],
+    on_result: Callable[[_Result], None],
 ) -> None:
-    """Have pieces worked on by so many threads, and be told of each, in their order.
+    """Process items on several threads, and hand over the results in the order of the items.
 
-    settle: is told, in this thread; it may raise to stop them. The first error, in the order of the pieces, is raised when
-    all threads have ended.
+    Args:
+        items: Taken one at a time, by whichever worker is free.
+        workers: Number of threads.
+        make_worker: Called once in each thread.
+        on_result: Called in this thread; it may raise to stop the workers.
+
+    Raises:
+        BaseException: The first error, in the order of the items, once all threads have ended.
     """
-    taken = _Pieces(coming, ahead=4 * workers)
-    done: _Queue = SimpleQueue()
+    numbered = _NumberedItems(items, ahead=4 * workers)
+    outcomes: SimpleQueue[_Outcome[_Result] | None] = SimpleQueue()
     threads = [
-        Thread(target=_work, args=(taken, done, ready), name=f"lane {number}") for number in range(workers)
+        Thread(target=_run_worker, args=(numbered, outcomes, make_worker), name=f"worker {number}")
+        for number in range(workers)
     ]
     started = []
     try:
         for thread in threads:
             thread.start()
             started.append(thread)
-        for piece in _in_order(done, workers):
-            if piece.error is not None:
-                raise piece.error
-            settle(piece)
-            taken.settled()
+        for outcome in _in_order(outcomes, workers):
+            if outcome.error is not None:
+                raise outcome.error
+            on_result(outcome.result)  # type: ignore[arg-type]  # there is one, as there is no error
+            numbered.release()
     finally:
-        taken.stop(workers)
+        numbered.stop(workers)
         _join(started)
 
 
-def _work(taken: _Pieces, done: _Queue, ready: Ready) -> None:
-    number = _NONE
+def _run_worker(
+    items: _NumberedItems[_Item],
+    outcomes: SimpleQueue[_Outcome[_Result] | None],
+    make_worker: MakeWorker[_Item, _Result],
+) -> None:
+    number: int | None = None
     try:
-        with ready() as work:
-            while (next_piece := taken.take()) is not None:
-                number, piece = next_piece
-                done.put((number, work(piece)))
-                number = _NONE
+        with make_worker() as process:
+            while (numbered := items.take()) is not None:
+                number, item = numbered
+                outcomes.put(_Outcome(number, process(item)))
+                number = None
     except BaseException as error:
-        done.put((number, Done(error=error)))
-    done.put(None)
+        outcomes.put(_Outcome(number, error=error))
+    outcomes.put(None)
 
 
-def _in_order(done: _Queue, workers: int) -> Iterator[Done]:
-    """What became of the pieces, in their order, until all workers have ended."""
-    early: dict[int, Done] = {}
+def _in_order(outcomes: SimpleQueue[_Outcome[_Result] | None], workers: int) -> Iterator[_Outcome[_Result]]:
+    """Outcomes in the order of their items, until all workers have ended."""
+    early: dict[int, _Outcome[_Result]] = {}
     following = 0
     while workers:
-        if (message := done.get()) is None:
+        if (outcome := outcomes.get()) is None:
             workers -= 1
             continue
-        number, piece = message
-        if number == _NONE:
-            yield piece
-        early[number] = piece
+        if outcome.number is None:
+            yield outcome
+            continue
+        early[outcome.number] = outcome
         while following in early:
             yield early.pop(following)
             following += 1
 
 
-class _Pieces:
-    """The pieces of a plan, numbered, for several workers to take; none after a stop.
+class _NumberedItems(Generic[_Item]):
+    """Items with their numbers, for several workers to take; none after a stop.
 
-    ahead: how many may be taken before the first of them is settled, so that what became of them cannot pile up.
+    ahead: how many may be taken before the result of the first is handed over, so that results cannot pile up.
     """
 
-    def __init__(self, coming: Iterator[Extent], ahead: int) -> None:
-        self._coming, self._lock, self._stopped = enumerate(coming), Lock(), False
-        self._room = Semaphore(ahead)
+    def __init__(self, items: Iterator[_Item], ahead: int) -> None:
+        self._items, self._lock, self._stopped = enumerate(items), Lock(), False
+        self._slots = Semaphore(ahead)
 
-    def take(self) -> tuple[int, Extent] | None:
-        self._room.acquire()
+    def take(self) -> tuple[int, _Item] | None:
+        self._slots.acquire()
         with self._lock:
-            return None if self._stopped else next(self._coming, None)
+            return None if self._stopped else next(self._items, None)
 
-    def settled(self) -> None:
-        self._room.release()
+    def release(self) -> None:
+        self._slots.release()
 
     def stop(self, workers: int) -> None:
         self._stopped = True
-        self._room.release(workers)
+        self._slots.release(workers)
 
 
 def _join(workers: Sequence[Thread]) -> None:

@@ -37,7 +37,7 @@ from ..runtime import memory
 from ..runtime.buffers import Lane, Timeline
 from ..runtime.device import lane_on
 from ..runtime.distributed import Alone
-from ..runtime.executor import work_through
+from ..runtime.executor import process_in_order
 from . import placement, probes
 from .partition import part, pieces, shares
 from .plan import Extent, Member, Plan
@@ -269,7 +269,7 @@ class Job:
                 journal.keep_now(record)
 
         try:
-            work_through(coming, self.workers, ready, settle)
+            process_in_order(coming, self.workers, ready, settle)
         except BaseException:
             with suppress(OSError):  # what stopped it is what is said
                 keep()

@@ -47,7 +47,7 @@ Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
 
 
 class Done(NamedTuple):
-    """What a worker says of a piece: the bytes that it read and wrote, and what was counted; or why it failed.
+    """What a worker says of a piece: the bytes that it read and wrote, and what was counted.
 
     skipped: those of the bytes that it did not need to read.
     """
@@ -56,4 +56,3 @@ class Done(NamedTuple):
     written: int = 0
     counted: Sequence[Counted] = ()
     skipped: int = 0
-    error: BaseException | None = None

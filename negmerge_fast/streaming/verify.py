@@ -27,7 +27,7 @@ from ..output import manifest
 from ..output.checksums import Checksums
 from ..runtime import memory
 from ..runtime.buffers import Lane, Timeline
-from ..runtime.executor import work_through
+from ..runtime.executor import process_in_order
 from .partition import pieces
 from .plan import Extent, Plan, Source, make_plan
 from .progress import Done
@@ -191,7 +191,7 @@ def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
     stroke = -(-_STROKE // sums.block) * sums.block
     release = sum(file.size for file in whole.values()) > memory.free_memory() // 2
     ready = partial(_hasher, sums, stroke, release)
-    work_through(pieces(extents, stroke), threads, ready, lambda piece: advance(piece.read))
+    process_in_order(pieces(extents, stroke), threads, ready, lambda piece: advance(piece.read))
     for name, file in whole.items():
         if (found := sums.of(name)) != expected[name][1]:
             damage[name] = f"{file.path}: checksum {found}, expected {expected[name][1]}"
