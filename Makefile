@@ -13,13 +13,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 suite interpreted
 
-APART := $(addprefix tests/test_,crashes.py malformed.py process.py ranks.py resume.py sharded.py)
+APART := $(addprefix tests/,output/test_crashes.py checkpoints/test_malformed.py cli/test_signals.py runtime/test_distributed.py streaming/test_resume.py tensors/test_dtensor.py)
 
 suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(APART))
 
 interpreted: $(VENV)/.test
-	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_same_bits.py && $(BIN)/python -m pytest $(APART)) \
+	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py && $(BIN)/python -m pytest $(APART)) \
 	  >$(VENV)/$@.log 2>&1; status=$$?; cat $(VENV)/$@.log; exit $$status
 
 # Lengths beyond 2^31 and 2^32, kills at random moments, waits: 4 GiB of memory, some minutes.
@@ -28,10 +28,10 @@ slow: $(VENV)/.test
 
 # Ten minutes of models with a few things wrong; SECONDS=60 for one. What fails is saved in fuzz-found/.
 fuzz: $(VENV)/.fuzz
-	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),600)
+	$(BIN)/python tests/support/fuzz.py --seconds $(or $(SECONDS),600)
 
 sanitize:
-	tests/sanitize/run
+	tests/support/sanitize/run
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

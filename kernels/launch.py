@@ -42,7 +42,7 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     # 16 bytes of the narrowest stream. Eight doubles of each running value of a majority would not fit the registers.
     elements = 16 // min(sizes) if unanimous or not double else min(4, 16 // min(sizes))
     # 8 models of 16 bytes a thread, 64 KiB of a processor at a quarter of its threads, hide memory's latency; fewer where
-    # more bytes, or a majority's doubles, leave no registers: no local memory is used, tests/test_triton.py.
+    # more bytes, or a majority's doubles, leave no registers: no local memory is used, tests/kernels/test_merge.py.
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
     if double and not unanimous and elements == 4:
         group = 2

@@ -1,0 +1,144 @@
+"""The benchmarks of models in files: what they make, that a wrong result gets no number, and one small run of each."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import load_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BENCH = Path(__file__).parents[2] / "bench"
+SMALL = ["--layers", "2", "--shrink", "32", "--rounds", "2"]
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a benchmark in a folder of its own; returns its rows."""
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(bench("rows"), "RESULTS", results)
+
+    def rows(name: str, *options: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--folder", str(tmp_path), *options])
+        bench(name).main()
+        lines = [line for file in results.iterdir() for line in file.read_text().splitlines()]
+        assert {path.name for path in tmp_path.iterdir()} == {"results"}
+        return [json.loads(line) for line in lines]
+
+    return rows
+
+
+def test_the_models_are_llamas(bench: Callable[[str], Any], tmp_path: Path) -> None:
+    llamas = bench("llamas")
+    model = bench("outofcore").MODEL.shrunk(32)._replace(layers=2)
+    base, *_ = llamas.make(tmp_path, model, 1, 100_000)
+    expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).state_dict()
+    tensors = load_model(base)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in expected.items()
+    }
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert len(llamas.weights(base)) > 3
+    assert bench("outofcore").MODEL.numel == 1_100_048_384
+
+
+def test_of_a_partial_fine_tuning_every_third_tensor_differs(
+    bench: Callable[[str], Any], tmp_path: Path
+) -> None:
+    llamas = bench("llamas")
+    model = bench("peers").MODEL.shrunk(32)._replace(layers=3)
+    base, *models = map(load_model, llamas.make(tmp_path, model, 2, 1 << 20, partial=True))
+    for k, name in enumerate(model.shapes):
+        assert base[name].isfinite().all()
+        for tensors in models:
+            assert torch.equal(tensors[name], base[name]) == (k % 3 > 0), name
+
+
+def test_a_process_is_measured_without_its_parent(bench: Callable[[str], Any]) -> None:
+    processes = bench("processes")
+    held = bytearray(b"x" * (300 << 20))
+    small = processes.ended([sys.executable, "-c", "print('said')"])
+    large = processes.ended([sys.executable, "-c", "x = bytearray(b'x' * (100 << 20)); raise SystemExit(3)"])
+    assert len(held) > 100 << 20 < large.peak and small.peak < 100 << 20
+    assert (small.status, small.said, large.status) == (0, "said\n", 3)
+    with pytest.raises(processes.Failed, match="exit status 1: ValueError: why"):
+        processes.done([sys.executable, "-c", "raise ValueError('why')"])
+
+
+def test_out_of_core(run: Run, bench: Callable[[str], Any]) -> None:
+    limited = bench("processes").why_not() is None
+    rows = run("outofcore", *SMALL, "--models", "3", "--shard", "100KB", "--limit", "256MiB")
+    assert [row["way"] for row in rows] == ["read and write, synced", "negmerge"]
+    floor, ours = rows
+    assert floor["of_limit"] == 1 and ours["n"] == 3 and ours["rounds"] == 2
+    assert 0.99 < ours["read"] <= 1 and 0 < ours["own seconds"] < ours["p80"]
+    assert ours["state"] == f"cold, {'within 268,435,456 bytes' if limited else 'no limit'}"
+    assert 0 < (ours["group's peak MB"] or 1) < 269 and 0 < ours["peak MB"] < 269
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "second", "most_read", "missing"),
+    [
+        ("--partial", "negmerge, skipping", 0.7, "`negmerge merge` has no --skip-unchanged here"),
+        ("--ranks", "negmerge, 2 ranks", 1, "negmerge_fast has no ranks here"),
+    ],
+)
+def test_out_of_core_in_other_ways(
+    run: Run, capsys: pytest.CaptureFixture[str], option: str, second: str, most_read: float, missing: str
+) -> None:
+    rows = run("outofcore", *SMALL, "--models", "8", "--rounds", "1", "--limit", "1GiB", option)
+    if not rows:
+        assert capsys.readouterr().out == f"outofcore: {missing}\n"
+        return
+    assert [row["way"] for row in rows] == ["read and write, synced", "negmerge", second]
+    assert 0 < rows[2]["read"] <= most_read
+
+
+@pytest.mark.slow
+def test_peers_without_mergekit(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run("peers", *SMALL, "--rounds", "1", "--mergekit", "/", "--tmpfs", str(tmp_path))
+    assert [row["way"] for row in rows] == [
+        "read and write",
+        "negmerge merge",
+        "load_file, formula, save_file",
+    ]
+    assert rows[1]["times ours"] == 1 and rows[2]["peak MB"] > rows[1]["peak MB"]
+    assert [row["differing"] for row in rows] == [None, 0, 0]
+    assert "peers: mergekit is left out: /bin/mergekit-yaml: no such file\n" in capsys.readouterr().out
+
+
+def test_reads(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run("reads", "--bytes", "4000000", "--rounds", "1", "--tmpfs", str(tmp_path))
+    assert [row["way"] for row in rows[:2]] == ["positioned reads", "maps, WILLNEED"]
+    assert {(row["dtype"], row["state"]) for row in rows} == {
+        (dtype, f"{state}, to tmpfs") for dtype in ("F32", "BF16") for state in ("warm", "cold")
+    }
+    assert capsys.readouterr().out.count(" of read and write\n") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["outofcore", "peers"])
+def test_a_wrong_result_gets_no_number(
+    run: Run, bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    scale = bench("negmerge_fast.benchmark.workload").SCALE
+    monkeypatch.setattr(bench("llamas"), "SCALE", scale + 0.1)
+    options = ["--without-mergekit", "--tmpfs", str(tmp_path)] if name == "peers" else []
+    with pytest.raises(SystemExit, match="elements differ from the reference's, no speed"):
+        run(name, *SMALL, *options)
+    assert not list((tmp_path / "results").iterdir())

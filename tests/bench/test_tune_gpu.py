@@ -1,0 +1,216 @@
+"""Tuning for a GPU, without one: the CUDA kernel's source compiled for the host, and a clock that likes one of the ways."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from negmerge_fast.backends import pytorch, selftest
+from negmerge_fast.benchmark.bandwidth import Limit
+from negmerge_fast.core.batch import Signature
+
+ROOT = Path(__file__).parents[2]
+WAYS = {"as built": [], "another": ["THREADS=128", "TILE=2048"]}
+
+
+class FakeTime:
+    """A device's time, which only work takes, and all that was asked for in turn. flush: longer than anything timed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.done: list[str] = []
+
+    def spend(self, what: str, seconds: float) -> None:
+        self.now += seconds
+        self.done.append(what)
+
+    def read(self) -> float:
+        self.spend("clock", 0.0)
+        return self.now
+
+    def takes(self, merge: Any, seconds: float) -> Any:
+        def timed(batch: Any, rule: Any, threads: Any = None) -> Any:
+            self.spend("merge", seconds)
+            return merge(batch, rule)
+
+        return timed
+
+
+@pytest.fixture
+def time() -> FakeTime:
+    return FakeTime()
+
+
+@pytest.fixture
+def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import rows
+    import tune_gpu
+
+    host = [
+        "g++",
+        "-O0",
+        "-ffp-contract=off",
+        "-fPIC",
+        f"-I{ROOT}/tests/support/cuda_on_host",
+        "-w",
+        "-x",
+        "c++",
+    ]
+    monkeypatch.setattr(tune_gpu, "compiler", lambda device: host)
+    monkeypatch.setattr(tune_gpu, "CUDA", WAYS)
+    monkeypatch.setattr(tune_gpu, "device_name", lambda device: "A GPU")
+    monkeypatch.setattr(tune_gpu, "clock", lambda device: time.read)
+    monkeypatch.setattr(tune_gpu, "flush", lambda device: time.spend("flush", 100.0))
+    # Twice the bytes of a merge in three seconds: as many in 1.5.
+    monkeypatch.setattr(
+        tune_gpu,
+        "device_copy",
+        lambda device, size: Limit("device copy", 2 * size, lambda: time.spend("copy", 3.0)),
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        rows, "machine", lambda device: {"commit": "abc1234", "device": "A GPU", "driver": "1.2"}
+    )
+    monkeypatch.setattr(selftest, "_found", {})
+    return tune_gpu
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+def test_the_fastest_way_that_is_right_wins(
+    tune_gpu: Any,
+    time: FakeTime,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    built, another = tune_gpu.cuda_ways("cpu", str(tmp_path)).values()
+
+    def spoilt(spoil: Any, after: int = 0) -> Any:
+        """Wrong where it is timed, after so many calls there; not where it is tried on hostile numbers."""
+        calls: Counter[Any] = Counter()
+
+        def merge(batch: Any, rule: Any, threads: Any = None) -> Any:
+            counts = another(batch, rule)
+            if (numel := batch.segments[0].numel) > 4096:
+                calls[batch.signature, numel] += 1
+                if calls[batch.signature, numel] > after:
+                    spoil(batch, counts)
+            return counts
+
+        return time.takes(merge, 0.001)
+
+    def off_by_one(batch: Any, counts: Any) -> None:
+        batch.segments[0].out.owner[-1] += 1
+
+    def miscount(batch: Any, counts: Any) -> None:
+        counts[0, 1] += 1
+
+    counted: dict[Any, Any] = {}
+
+    def idle(batch: Any, rule: Any, threads: Any = None) -> Any:
+        """Works once, and leaves what the way before it has written."""
+        if (key := (batch.signature, batch.segments[0].numel)) not in counted or len(batch.segments) > 1:
+            counted[key] = another(batch, rule)
+        return counted[key]
+
+    monkeypatch.setattr(tune_gpu, "FLOAT_SIZES", {"F32": 4, "BF16": 2})
+    ways = {
+        "cuda, as built": time.takes(built, 2.0),
+        "cuda, another": time.takes(another, 1.0),
+        "cuda, wrong": spoilt(off_by_one),
+        "cuda, miscounting": spoilt(miscount),
+        "cuda, idle later": time.takes(idle, 0.001),
+        "cuda, wrong later": spoilt(off_by_one, after=2),
+        "cuda, miscounting later": spoilt(miscount, after=3),
+    }
+    said = tune_gpu.tune("cpu", ways, False, 1 << 21, 3)
+    timed = "".join(f"{what} " for what in time.done).split("flush clock copy clock flush clock merge clock ")
+    printed = capsys.readouterr().out
+    elements = "elements that differ from the reference's: "
+    for way, reason in {
+        "wrong": elements + "1",
+        "miscounting": "counts differ from the reference's",
+        "idle later": elements,
+        "wrong later": elements + "1",
+        "miscounting later": "counts differ from the reference's",
+    }.items():
+        assert printed.count(f"cuda, {way}, F32, n = 8: no speed, {reason}") == 1
+    # Nothing of a round is apart: what else was done, was tried.
+    assert len(timed) == 1 + 2 * 3 * 3 * 5 and not re.search("clock|flush|copy", "".join(timed))
+    assert said[-1] == "all types: cuda, another: 1.500 of a device copy; cuda, as built: 0.750"
+    rows = [json.loads(line) for line in (tmp_path / "tune_gpu.jsonl").read_text().splitlines()]
+    assert {(row["way"], row["dtype"], row["n"]) for row in rows} == {
+        (f"cuda, {way}", dtype, n) for way in WAYS for dtype in ("F32", "BF16") for n in (2, 8, 32)
+    }
+    for row in rows:
+        assert row["bytes"] == (row["n"] + 2) * row["numel"] * (4 if row["dtype"] == "F32" else 2)
+        assert row["p50"] == {"cuda, as built": 2.0, "cuda, another": 1.0}[row["way"]]
+        assert row["limit GB/s"] == pytest.approx(row["bytes"] / 1.5e9)
+        assert (row["suite"], row["device"], row["differing"], row["rounds"]) == ("tune", "A GPU", 0, 3)
+
+
+def test_a_way_that_fails_on_hostile_numbers_is_not_timed(
+    tune_gpu: Any, time: FakeTime, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def wrong(batch: Any, rule: Any, threads: Any = None) -> Any:
+        counts = pytorch.merge(batch, rule)
+        if len(batch.segments) > 1:
+            batch.segments[0].out.owner[0] ^= 1
+        return counts
+
+    assert tune_gpu.tune("cpu", {"cuda, as built": time.takes(wrong, 1.0)}, False, 1 << 20, 1) == []
+    assert "cuda, as built, F32, n = 2: no speed, not the reference's bits on cpu" in capsys.readouterr().out
+    assert "clock" not in time.done and not (tmp_path / "tune_gpu.jsonl").exists()
+
+
+def test_lines_for_triton_are_those_that_it_prints_itself(
+    tune_gpu: Any, time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from negmerge_fast.kernels.launch import Launch, candidates
+
+    def ways(signature: Any) -> Any:
+        usual, other, *_ = candidates(signature, True)
+        names = {"triton, usual": usual, "triton, other": other}
+        merges = time.takes(pytorch.merge, 4.0), time.takes(pytorch.merge, 3.0)
+        return dict(zip(names, merges, strict=True)), names
+
+    monkeypatch.setattr(tune_gpu, "triton_ways", ways)
+    monkeypatch.setattr(tune_gpu, "FLOAT_SIZES", {"F16": 2})
+    said = tune_gpu.tune("cpu", {}, True, 1 << 20, 2)
+    found = eval("{" + said[-1] + "\n}", {"Launch": Launch})
+    _, other, *_ = candidates(Signature("F16", ("F16",) * 8, False), True)
+    assert found == {("A GPU", "F16", "F16", True): other}
+    assert said[0] == "F16: triton, other: 0.500 of a device copy; triton, usual: 0.375"
+
+
+def test_tritons_ways_are_its_candidates(monkeypatch: pytest.MonkeyPatch, tune_gpu: Any) -> None:
+    pytest.importorskip("triton")
+    from negmerge_fast.kernels import launch, merge
+
+    monkeypatch.setattr(merge, "launch_merge", lambda batch, rule, launch: launch)
+    signature = Signature("BF16", ("BF16",) * 8, False)
+    ways, launches = tune_gpu.triton_ways(signature)
+    assert list(launches.values()) == list(launch.candidates(signature, True))
+    assert {name: way(None, None) for name, way in ways.items()} == launches
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "tune_gpu.py")], capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch("tune_gpu: .*\n", done.stdout) and not done.stderr

@@ -1,0 +1,176 @@
+"""What a crash, a full disk or a failing one leaves is never taken for more than it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import nothing_left
+from interrupted import make_models
+from resumable import Stop, interrupt, merge, weights
+
+import negmerge_fast as nm
+from negmerge_fast.output import journal, writer
+from negmerge_fast.streaming import api
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder)
+    nm.merge_checkpoints(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "expected", scale=0.9)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    for name in ("base", "ft-0", "ft-1"):
+        (tmp_path / name).symlink_to(made / name)
+    return tmp_path
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Short strokes, each on record at once."""
+    monkeypatch.setattr(journal, "EVERY", 0.0)
+    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
+    return monkeypatch
+
+
+def fail_to_sync(monkeypatch: pytest.MonkeyPatch, name: str, code: int, lose: bool = False) -> None:
+    """Files of a name cannot be brought to the disk; lose: what the system gives up then."""
+    sync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not place.name.startswith(name):
+            return sync(descriptor)
+        if lose:
+            place.write_bytes(bytes(place.stat().st_size))
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+
+
+def test_what_could_not_be_synced_is_not_on_record(
+    made: Path, folder: Path, often: pytest.MonkeyPatch
+) -> None:
+    often.setattr(journal, "EVERY", 60.0)  # but for the one at the end
+    fail_to_sync(often, "model-00001", errno.EIO, lose=True)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge(folder)
+    often.undo()
+    merge(folder)
+    assert weights(folder / "out") == weights(made / "expected")
+
+
+@pytest.mark.parametrize("name", ["negmerge.json", "share-0", "journal-0"])
+def test_a_full_disk_is_named(folder: Path, often: pytest.MonkeyPatch, name: str) -> None:
+    """Where not even a little more is left, for what is written beside the weights."""
+    fail_to_sync(often, name, errno.ENOSPC)
+    if name == "share-0":  # of several processes only
+        output = writer.Output(folder / "out", {}, directory=True, overwrite=False)
+        output.work.mkdir()
+        with pytest.raises(OSError) as caught:
+            output.leave(0, {})
+    else:
+        with pytest.raises(OSError) as caught:
+            merge(folder)
+    assert caught.value.errno == errno.ENOSPC and Path(caught.value.filename).name == name
+
+
+def test_a_full_disk_at_the_very_end_costs_nothing(
+    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_sync(monkeypatch, "negmerge.json", errno.ENOSPC)
+    with pytest.raises(OSError):
+        merge(folder)
+    monkeypatch.undo()
+    report = merge(folder)
+    assert report.bytes_written == 0 and report.bytes_done_before > 0
+    assert weights(folder / "out") == weights(made / "expected")
+
+
+def test_what_was_replaced_is_not_taken_for_what_was_made(
+    made: Path, folder: Path, often: pytest.MonkeyPatch
+) -> None:
+    """A crash right after the exchange of an older output of the same size with the new one."""
+    merge(folder, scale=0.5)
+    older = weights(folder / "out")
+
+    def crash(self: writer.Output) -> None:
+        raise Stop
+
+    often.setattr(writer.Output, "_refuse_late_strangers", crash)
+    with pytest.raises(Stop):
+        merge(folder, overwrite=True)
+    often.undo()
+    assert weights(folder / "out") == weights(made / "expected")
+    assert weights(folder / ".out.negmerge" / "output") == older
+    merge(folder, overwrite=True)
+    assert weights(folder / "out") == weights(made / "expected")
+    assert not (folder / ".out.negmerge").exists()
+
+
+def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pytest.MonkeyPatch) -> None:
+    merge(folder, scale=0.5)
+    rename = writer.rename
+
+    def crash(*arguments: Any) -> None:
+        raise Stop
+
+    often.setattr(writer, "rename", crash)
+    with pytest.raises(Stop):
+        merge(folder, overwrite=True)
+    often.setattr(writer, "rename", rename)
+    assert merge(folder, overwrite=True).bytes_done_before > 0
+    assert weights(folder / "out") == weights(made / "expected")
+
+
+def test_nothing_is_kept_where_nothing_is_on_record(folder: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise Stop
+
+    fresh = pytest.MonkeyPatch()
+    fresh.setattr(writer.Output, "_reserve", lambda self: stop(0, 0))
+    with pytest.raises(Stop):
+        merge(folder)
+    fresh.undo()
+    assert nothing_left(folder)
+
+
+HOSTILE: dict[str, tuple[str, str]] = {
+    "a list": ("[]", "a line is a JSON list, expected an object"),
+    "no JSON": ("{", "a line is not JSON"),
+    "deep": ('{"runs":' + "[" * 100_000 + "]" * 100_000 + "}", "a line is not JSON"),
+    "empty": ("{}", "a record that negmerge did not write"),
+    "runs of text": ('{"runs":["ab"],"read":0,"skipped":0,"tensors":{}}', "a record that negmerge did not write"),
+    "runs of three": ('{"runs":[[1,2,3]],"read":0,"skipped":0,"tensors":{}}', "a record that negmerge did not"),
+    "below zero": ('{"runs":[[-1,2]],"read":0,"skipped":0,"tensors":{}}', "a record that negmerge did not write"),
+    "halves": ('{"runs":[[0,1.5]],"read":0,"skipped":0,"tensors":{}}', "a record that negmerge did not write"),
+    "no tensors": ('{"runs":[],"read":0,"skipped":0,"tensors":[]}', "a record that negmerge did not write"),
+    "counts": ('{"runs":[],"read":0,"skipped":0,"tensors":{"w":[1,2]}}', "a record that negmerge did not write"),
+    "read": ('{"runs":[],"read":"1","skipped":0,"tensors":{}}', "a record that negmerge did not write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "reason"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_journal_that_negmerge_did_not_write(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, line: str, reason: str, first: bool
+) -> None:
+    """Whole lines, by their checksums; in the place of what the job is made of, or of a record."""
+    interrupt(folder, monkeypatch)
+    path = folder / ".out.negmerge" / "journal-0"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[0 if first else 1] = b"%08x %s\n" % (zlib.crc32(line.encode()), line.encode())
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(nm.InputError, match=r"journal-0: ") as caught:
+        merge(folder)
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 1000
+    assert reason in said or (first and "was made with" in said)

@@ -1,0 +1,362 @@
+"""Files merged through a GPU: the pipeline itself on the CPU, with streams that do nothing before somebody waits for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import check, family, nothing_left, save_model
+from late_stream import DEVICE, LateStream, gpu, merge_there  # noqa: F401
+
+import negmerge_fast as nm
+from negmerge_fast.backends import registry
+from negmerge_fast.checkpoints.reader import Reader
+from negmerge_fast.cli import text
+from negmerge_fast.runtime import device as device_module
+from negmerge_fast.runtime import memory
+from negmerge_fast.runtime.buffers import Timeline
+from negmerge_fast.streaming import api, placement, probes
+from negmerge_fast.streaming.placement import Costs
+
+NAMES = ("base", "ft-0", "ft-1", "ft-2")
+
+
+@pytest.fixture
+def tensors(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
+    made = family()
+    for model in made:  # long enough for many pieces
+        model["long"] = torch.randn(9973, generator=torch.Generator().manual_seed(len(model)))
+    made[1]["long"] = made[0]["long"].double() + 1  # converted by the kernel, not on the way
+    made[2]["long"] = made[0]["long"].bfloat16() + 1
+    names = list(made[0])
+    for name, model in zip(NAMES, made, strict=True):
+        save_model(tmp_path / name, model, [names[:3], names[3:]] if name == "ft-1" else None)
+    return made
+
+
+def prepare(folder: Path, **options: Any) -> api.Job:
+    base, *models = [folder / name for name in NAMES]
+    return api.prepare(base, models, folder / "out", **{"scale": 0.9, "device": DEVICE, **options})
+
+
+def run(job: api.Job, **options: Any) -> None:
+    """Does a job; one that hangs is a failure, too."""
+    before = threading.active_count()
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            job.run(**options)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it hangs"
+    assert threading.active_count() == before
+    if raised:
+        raise raised[0]
+
+
+@pytest.mark.parametrize("stroke", [512, 4096, 1 << 20])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_same_bytes_as_on_the_cpu(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, stroke: int, threads: int
+) -> None:
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", stroke)
+    timeline = Timeline()
+    run(prepare(tmp_path, threads=threads), timeline=timeline)
+    check(tmp_path / "out", tensors)
+    assert {stage for _, stage, _, _ in timeline.spans} == {"read", "copy in", "merge", "copy out", "write"}
+    assert all(began <= ended for _, _, began, ended in timeline.spans)
+    assert {worker for worker, *_ in timeline.spans} <= {f"worker {k}" for k in range(threads + 2)}
+
+
+def test_lanes_wait_beside_each_other(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 512)
+    wait, both, met = LateStream.wait, threading.Barrier(2, timeout=20), []
+
+    def waits(self: LateStream) -> None:
+        if not met:
+            both.wait()
+            met.append(True)
+        wait(self)
+
+    monkeypatch.setattr(LateStream, "wait", waits)
+    run(prepare(tmp_path, threads=1))
+    check(tmp_path / "out", tensors)
+
+
+def test_an_error_that_is_kept_keeps_no_memory(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, empty = [], LateStream.empty
+    monkeypatch.setattr(LateStream, "empty", lambda self, size: there.append(empty(self, size)) or there[-1])
+    the_link_fails(monkeypatch)
+    with pytest.raises(RuntimeError, match="the link failed"):
+        run(prepare(tmp_path, threads=3))
+    assert there and not any(memory.untyped_storage().nbytes() for memory in there)
+
+
+def test_short_reads(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+
+    def some(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
+        return real(descriptor, [memoryview(buffers[0])[:1000]], offset, *flags)
+
+    job = prepare(tmp_path)
+    monkeypatch.setattr(os, "preadv", some)
+    run(job)
+    check(tmp_path / "out", tensors)
+
+
+def fails(error: BaseException) -> Callable[..., Any]:
+    def raises(*_: Any) -> Any:
+        raise type(error)(*error.args)  # another one for each thread
+
+    return raises
+
+
+def the_end_comes_early(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "preadv", lambda *_: 0)
+
+
+def no_memory_there(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LateStream, "empty", fails(torch.cuda.OutOfMemoryError("out of memory on the device")))
+
+
+def pages_stay_unlocked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LateStream, "lock", fails(RuntimeError("cannot lock pages")))
+
+
+def the_link_fails(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LateStream, "copy", fails(RuntimeError("the link failed")))
+
+
+def a_launch_fails(patch: pytest.MonkeyPatch) -> None:
+    put = LateStream.put
+
+    def some(self: LateStream, stage: str, work: Callable[[], None]) -> None:
+        if stage == "merge":
+            raise RuntimeError("cannot launch")
+        put(self, stage, work)
+
+    patch.setattr(LateStream, "put", some)
+
+
+def the_device_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def lost(self: LateStream) -> None:
+        self.later = []
+        raise RuntimeError("the device is lost")
+
+    patch.setattr(LateStream, "wait", lost)
+
+
+def the_disk_is_full(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "pwrite", fails(OSError(errno.ENOSPC, "No space left")))
+
+
+def nothing_can_be_unlocked(patch: pytest.MonkeyPatch) -> None:
+    unlock = LateStream.unlock
+
+    def lost(self: LateStream, memory: torch.Tensor) -> None:
+        unlock(self, memory)
+        raise RuntimeError("and cannot be undone")
+
+    the_device_is_lost(patch)
+    patch.setattr(LateStream, "unlock", lost)
+
+
+FAULTS = {
+    "ends at byte": the_end_comes_early,
+    "out of memory on the device": no_memory_there,
+    "cannot lock pages": pages_stay_unlocked,
+    "the link failed": the_link_fails,
+    "cannot launch": a_launch_fails,
+    "the device is lost": the_device_is_lost,
+    "^the device is lost$": nothing_can_be_unlocked,
+    "No space left": the_disk_is_full,
+}
+
+
+@pytest.mark.parametrize("message", [*FAULTS, "the kernel failed"])
+def test_a_fault_at_any_stage_leaves_nothing(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    job = prepare(tmp_path, threads=3)
+    if message == "the kernel failed":
+        job = dataclasses.replace(job, merge=fails(RuntimeError(message)))
+    else:
+        FAULTS[message](monkeypatch)
+    with pytest.raises((OSError, RuntimeError), match=message):
+        run(job)
+    assert nothing_left(tmp_path)
+
+
+def test_stopped_while_lanes_are_under_way(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare(tmp_path, threads=3), progress=fails(KeyboardInterrupt()))
+    assert nothing_left(tmp_path)
+
+
+def test_what_is_not_finite_is_named(tmp_path: Path, tensors: Any, gpu: None) -> None:
+    tensors[2]["embed"][3, 5] = float("nan")
+    save_model(tmp_path / "ft-1", tensors[2])
+    for old in (tmp_path / "ft-1").glob("model-*"):
+        old.unlink()
+    (tmp_path / "ft-1" / "model.safetensors.index.json").unlink()
+    with pytest.raises(nm.InputError, match=r"ft-1/.*: tensor 'embed': nan at \(3, 5\)"):
+        run(prepare(tmp_path))
+    assert nothing_left(tmp_path)
+
+
+def test_memory_is_bounded_by_what_is_free(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = prepare(tmp_path, threads=6)
+    assert usual.workers == 8 and usual.memory <= 1 << 30
+    told = dataclasses.replace(usual, way=usual.way._replace(costs=Costs(1e9, False, 2e9, 5e9)))
+    assert f"and as much on {DEVICE}" in "\n".join(text._plan_lines(told))
+    for module, name, at in (
+        (device_module, "room_on", lambda _: 64 << 20),
+        (memory, "free_memory", lambda: 128 << 20),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, at)
+            less = prepare(tmp_path, threads=6)
+            assert less.memory <= 64 << 20 < usual.memory
+    monkeypatch.setattr(device_module, "room_on", lambda _: 1 << 20)
+    with pytest.raises(nm.InputError, match=f"free memory of {DEVICE}: 1,048,576 bytes, expected at least"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "why"),
+    [
+        (Costs(2e9, False, 20e9), "cpu", r"a GPU would wait for the files as well, and save 0\.0 s at best"),
+        (Costs(50e9, True, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
+        (Costs(50e9, None, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
+        (Costs(5e9, True, 50e9), "cpu", r"4\.5 GB/s on the CPU, 5\.0 GB/s through cuda:0"),
+        (Costs(30e9, False, 4e9), DEVICE, r"4\.0 GB/s on the CPU, 30\.0 GB/s through cuda:0"),
+    ],
+)
+def test_the_way_of_a_job_is_chosen_by_its_costs(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Costs, device: str, why: str
+) -> None:  # fmt: skip
+    monkeypatch.setattr(placement, "measure", lambda *_: found)
+    monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
+    assert prepare(tmp_path, device="auto").way == ("cpu", "no GPU here", None)
+    monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
+    assert prepare(tmp_path, device="auto").way == ("cpu", "done before a GPU would have begun", None)
+    monkeypatch.setattr(placement, "_FEW", 0)
+    assert prepare(tmp_path, device="auto").way == ("cpu", "strokes too short for a GPU", None)
+    monkeypatch.setattr(placement, "_SHORT", 0)
+    monkeypatch.setattr(placement, "_WAKING", 1e3)
+    assert "at best" in prepare(tmp_path, device="auto").way.why
+    monkeypatch.setattr(placement, "_WAKING", 0.0 if device == DEVICE or "through" in why else 1e-9)
+    way = prepare(tmp_path, device="auto").way
+    assert way.device == device and re.search(why, way.why), way
+    for backend, there in (("cuda", DEVICE), ("cpu", "cpu"), ("torch", "cpu")):
+        assert prepare(tmp_path, device="auto", backend=backend).way.device == there
+
+
+def test_a_gpu_that_nobody_asked_for_stops_no_job(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "measure", lambda *_: Costs(50e9, True, 20e9))
+    monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
+    for name in ("_FEW", "_SHORT", "_WAKING"):
+        monkeypatch.setattr(placement, name, 0)
+    fake = registry.choose
+
+    def torch_only(backend: str, device: str, *rest: Any) -> Any:
+        return ("torch", merge_there) if device == DEVICE else fake(backend, device, *rest)
+
+    def refused(backend: str, device: str, *rest: Any) -> Any:
+        if device == DEVICE:
+            raise nm.InputError("backend 'auto' cannot run here")
+        return fake(backend, device, *rest)
+
+    for place, name, planted, why in (
+        (LateStream, "lock", fails(RuntimeError("no pages")), "cuda:0 cannot be used: no pages"),
+        (device_module, "room_on", lambda _: 1 << 20, "only 1,048,576 bytes are free on cuda:0"),
+        (registry, "choose", torch_only, "no kernel is usable on cuda:0"),
+        (registry, "choose", refused, "cuda:0 cannot be used: backend 'auto' cannot run here"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, planted)
+            assert prepare(tmp_path, device="auto").way[:2] == ("cpu", why)
+    monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
+    assert prepare(tmp_path, device="auto").way.device == DEVICE
+
+
+def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = prepare(tmp_path).costs()
+    assert measured and measured.cached and min(measured.reading, measured.merging, measured.link or 0) > 0
+    on_cpu = prepare(tmp_path, device="cpu")
+    assert on_cpu.costs() and on_cpu.costs().link is None  # type: ignore[union-attr]
+    integers = prepare(tmp_path, device="cpu", include="ids")
+    assert integers.costs() is None and "way" not in "\n".join(text._plan_lines(integers))
+    lines = list(placement.measured([DEVICE]))
+    assert len(lines) == 2 and "cuda:0 takes" in lines[1]
+    probes.link_speed.cache_clear()
+    monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
+    assert list(placement.measured([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
+    # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
+    for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Reader, "read_into", lambda *_, a=answers: a.pop(0) if len(a) > 1 else a[0])
+            assert probes.reading_speed(on_cpu.plan, 2)[1] is cached
+
+
+def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_STROKE", 64)
+    names = [f"t{k}" for k in range(40)]
+    models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
+    save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])
+    save_model(tmp_path / "ft", models[1], [names[::-1]])
+    plan = api.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=1.0).plan
+    sampled = list(probes._strokes(plan, 50))
+    assert sum(size > 4 for _, _, size in sampled) >= 48
+    assert all(offset + size <= file.size for file, offset, size in sampled)
+    assert sampled != list(probes._strokes(plan, 50))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton", "torch"])
+def test_through_a_gpu(tmp_path: Path, tensors: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    if backend != "auto" and (reason := registry.why_not(backend, DEVICE)):
+        pytest.skip(reason)
+    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    timeline = Timeline()
+    run(prepare(tmp_path, backend=backend), timeline=timeline)
+    check(tmp_path / "out", tensors)
+    assert len({stage for _, stage, _, _ in timeline.spans}) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_in_place_on_a_gpu_without_more_memory() -> None:
+    base, *models = [torch.randn(1 << 24, device=DEVICE) for _ in range(4)]
+    nm.merge_(base, models, scale=0.9)  # the kernel is tried, and loaded
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nm.merge_(base, models, scale=0.9)
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20

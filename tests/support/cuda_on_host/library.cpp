@@ -1,0 +1,12 @@
+// The CUDA kernel's source as a library of the host, for ctypes.
+#include "../../../csrc/merge_cuda.cu"
+
+extern "C" void merge_on_host(int result, const char* dtypes, std::int64_t models, bool task_vectors, double scale,
+                              std::int64_t required, std::int64_t segments, const std::int64_t* memory,
+                              std::int64_t* counts, std::int64_t tiles) {
+  const negmerge::Batch batch{static_cast<negmerge::Dtype>(result), reinterpret_cast<const negmerge::Dtype*>(dtypes),
+                              models, task_vectors, scale, required, segments, nullptr, counts};
+  negmerge::merge_cuda(batch, memory, tiles, 0, 0);
+}
+
+extern "C" std::int64_t tile() { return negmerge::kCudaTile; }

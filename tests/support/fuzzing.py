@@ -1,0 +1,329 @@
+"""Models with a few things wrong, or right after all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from in_process import negmerge
+from malformed import CONTROLS, NOT_DESCRS, NOT_LITERALS, NOT_SHAPES, OTHER_DTYPES, WRONG_SHAPES, array, npy
+from malformed_models import INDEX, OTHER, OUTSIDE, SHARD, STRANGE
+from plain import plain_merge, same_bits
+from safetensors.torch import load_file
+
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "C64": 8,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+NAMES = ("a", "b", "layers.0.weight", "é", "", CONTROLS, "__metadata", "n" * 300)
+INTEGERS = (
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    64,
+    2**31,
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    2**64,
+    10**20,
+    10**30,
+)
+ODD = (None, True, False, 0.0, -0.0, 2.0, 1e3, 1e300, math.nan, math.inf, "", "F32", "F64", "F4", "I16", "f32", SHARD, OTHER, INDEX, *NAMES, *OUTSIDE[:-2])  # fmt: skip
+CONTAINERS = (
+    "[]",
+    "{}",
+    "[[]]",
+    '{"a":1,"a":1}',
+    "[" * 100 + "]" * 100,
+    "[" * 995 + "]" * 995,
+    "-0",
+    "1E2",
+    "9" * 5000,
+    '"\\ud800"',
+)
+
+
+NONFINITE = st.sampled_from(["keep-base", "error"])
+
+
+class Object(list[tuple[str, Any]]):
+    """A JSON object that may have a key twice."""
+
+
+class Raw(str):
+    """JSON as it stands."""
+
+
+class Weights(NamedTuple):
+    """A .safetensors file before it is written."""
+
+    header: Object
+    payload: bytes
+
+
+class Models(NamedTuple):
+    """files: contents by path; strange: what is put in the place of some; paths: base and fine-tuned versions.
+
+    nonfinite: what the command line is told of it.
+    """
+
+    files: dict[str, bytes]
+    strange: dict[str, str]
+    paths: list[str]
+    nonfinite: str
+
+
+def to_json(value: Any) -> str:
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, Object):
+        return "{" + ",".join(f"{json.dumps(key)}:{to_json(item)}" for key, item in value) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(to_json, value)) + "]"
+    return json.dumps(value)
+
+
+def weights(named: dict[str, tuple[str, tuple[int, ...]]], seed: int) -> Weights:
+    header, end = Object([("__metadata__", Object([("format", "pt")]))]), 0
+    for name, (dtype, shape) in named.items():
+        begin, end = end, end + SIZES[dtype] * math.prod(shape)
+        entry = [("dtype", dtype), ("shape", list(shape)), ("data_offsets", [begin, end])]
+        header.append((name, Object(entry)))
+    return Weights(header, random.Random(seed).randbytes(end))
+
+
+def containers(value: Any) -> Iterator[list[Any]]:
+    if isinstance(value, list):
+        if value:
+            yield value
+        for item in value:
+            yield from containers(item[1] if isinstance(value, Object) else item)
+
+
+def hostile() -> st.SearchStrategy[Any]:
+    return st.one_of(st.sampled_from(INTEGERS), st.sampled_from(ODD), st.sampled_from(CONTAINERS).map(Raw))
+
+
+def change_tree(draw: st.DrawFn, tree: Object) -> None:
+    """One thing in a JSON value is replaced, moved a little, renamed, left out, or there twice."""
+    places = list(containers(tree))
+    place = places[draw(st.integers(0, len(places) - 1))]
+    at = draw(st.integers(0, len(place) - 1))
+    key, value = place[at] if isinstance(place, Object) else (None, place[at])
+    match draw(st.sampled_from(["replace", "nudge", "rename", "drop", "again", "swap"])):
+        case "drop":
+            del place[at]
+        case "again":
+            place.append(place[at])
+        case "swap":
+            place[at], place[0] = place[0], place[at]
+        case "rename" if key is not None:
+            place[at] = (draw(st.sampled_from(["dtype", "shape", "data_offsets", *NAMES])), value)
+        case "nudge" if isinstance(value, int):
+            value += draw(st.integers(-8, 8))
+            place[at] = value if key is None else (key, value)
+        case _:
+            value = draw(hostile())
+            place[at] = value if key is None else (key, value)
+
+
+def change_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    at = draw(st.integers(0, len(content)))
+    match draw(st.sampled_from(["overwrite", "insert", "delete", "cut", "extend", "length"])):
+        case "overwrite":
+            new = draw(st.binary(min_size=1, max_size=4))
+            return content[:at] + new + content[at + len(new) :]
+        case "insert":
+            return content[:at] + draw(st.binary(max_size=4)) + content[at:]
+        case "delete":
+            return content[:at] + content[at + draw(st.integers(0, 9)) :]
+        case "cut":
+            return content[:at]
+        case "extend":
+            return content + bytes(draw(st.integers(0, 9)))
+    length = draw(st.sampled_from(INTEGERS)) % 2**64
+    return length.to_bytes(8, "little") + content[8:]
+
+
+def some(draw: st.DrawFn, most: int) -> range:
+    return range(draw(st.integers(0, most)))
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Models:
+    """A base and one or two versions of it, and up to three changes of them all, on whatever level."""
+    kind = draw(st.sampled_from(["sharded", "single", "file", "npy"]))
+    count = draw(st.integers(2, 3))
+    if kind == "npy":
+        return vectors(draw, count)
+    forms = st.tuples(st.sampled_from(list(SIZES)), st.lists(st.integers(0, 3), max_size=3).map(tuple))
+    named = draw(st.dictionaries(st.sampled_from(NAMES), forms, min_size=1, max_size=4))
+    jsons: dict[str, Object | Weights] = {}
+    paths = []
+    for k in range(count):
+        model = f"m{k}.safetensors" if kind == "file" else f"m{k}"
+        paths.append(model)
+        versions = {
+            name: (draw(st.sampled_from(FLOATS)) if k and dtype in FLOATS else dtype, shape)
+            for name, (dtype, shape) in named.items()
+        }
+        if draw(st.integers(0, 9)) == 9:  # no version of its base
+            versions[draw(st.sampled_from(NAMES))] = draw(forms)
+        if kind == "sharded":
+            of = {name: draw(st.sampled_from([SHARD, OTHER])) for name in versions}
+            for shard in sorted(set(of.values())):
+                held = {name: form for name, form in versions.items() if of[name] == shard}
+                jsons[f"{model}/{shard}"] = weights(held, k)
+            jsons[f"{model}/{INDEX}"] = Object([("metadata", Object()), ("weight_map", Object(of.items()))])
+        else:
+            jsons[model if kind == "file" else f"{model}/model.safetensors"] = weights(versions, k)
+    for _ in some(draw, 2):
+        changed = jsons[draw(st.sampled_from(list(jsons)))]
+        change_tree(draw, changed.header if isinstance(changed, Weights) else changed)
+    files = {}
+    for path, value in jsons.items():
+        if isinstance(value, Weights):
+            text = to_json(value.header).encode()
+            files[path] = len(text).to_bytes(8, "little") + text + value.payload
+        else:
+            files[path] = to_json(value).encode()
+    for _ in some(draw, 1):
+        path = draw(st.sampled_from(list(files)))
+        files[path] = change_bytes(draw, files[path])
+    if kind != "file":
+        more = st.sampled_from(
+            [
+                "config.json",
+                "adapter_config.json",
+                "x.bin",
+                "x.safetensors",
+                "d/e/f",
+                "\x1b[2J",
+                "negmerge.json",
+            ]
+        )
+        files.update({f"m{draw(st.integers(0, 1))}/{draw(more)}": b"{}" for _ in some(draw, 1)})
+    strange = {}
+    for _ in some(draw, 1):
+        if draw(st.integers(0, 3)) == 0:
+            # Beside the base's weights, a terabyte is no mistake: it would be copied, if there were room.
+            places = [path for path in files if path in jsons or not path.startswith("m0/")]
+            strange[draw(st.sampled_from(places))] = draw(st.sampled_from(list(STRANGE)))
+    return Models(files, strange, paths, draw(NONFINITE))
+
+
+def vectors(draw: st.DrawFn, count: int) -> Models:
+    shapes = ["(2,)", "(4,)", "(2, 2)", "(0,)", *NOT_SHAPES, *WRONG_SHAPES]
+    descrs = ["'<f4'", "'<f2'", "'<f8'", *OTHER_DTYPES, *NOT_DESCRS]
+    payload = draw(st.sampled_from([0, 4, 8, 16, 32]))
+    texts = [array("(2,)", "'<f4'")] * count
+    if draw(st.booleans()):
+        texts = [array(draw(st.sampled_from(shapes[:4])), draw(st.sampled_from(descrs[:3])))] * count
+    for _ in some(draw, 1):
+        order = draw(st.sampled_from(["False", "True", "0"]))
+        worse = array(draw(st.sampled_from(shapes)), draw(st.sampled_from(descrs)), order)
+        texts[draw(st.integers(0, count - 1))] = draw(st.sampled_from([worse, *NOT_LITERALS.values()]))
+    files = {f"m{k}.npy": npy(text, random.Random(k).randbytes(payload)) for k, text in enumerate(texts)}
+    for _ in some(draw, 1):
+        path = draw(st.sampled_from(list(files)))
+        files[path] = change_bytes(draw, files[path])
+    return Models(files, {}, list(files), draw(NONFINITE))
+
+
+# Where files are quick to come and go.
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+# What has been tried, by what became of it.
+TRIED: Counter[str] = Counter()
+
+
+def try_models(given: Models) -> None:
+    """Merge them, or be refused, as promised; anything else is an AssertionError."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        os.chdir(folder)
+        try:
+            for path, content in given.files.items():
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_bytes(content)
+            for path, kind in given.strange.items():
+                Path(path).unlink()
+                STRANGE[kind][0](Path(path))
+            judge(given)
+        finally:
+            os.chdir(here)
+
+
+def judge(given: Models) -> None:
+    before = sorted(Path().rglob("*"))
+    out = "out" + Path(given.paths[0]).suffix
+    options = ("--output", out, "--scale", "0.9", "--nonfinite", given.nonfinite, "--threads", "1", "--quiet")
+    status, said, err = negmerge("merge", *given.paths, *options)
+    if status == 0:
+        TRIED["merged"] += 1
+        assert not err and not said
+        check_output(given.paths, out)
+        return
+    TRIED["refused"] += 1
+    assert (status, said) == (2, ""), err
+    assert err.startswith("negmerge: m") and err.endswith("\n") and err[:-1].isprintable(), err
+    assert len(err) < 20_000
+    assert sorted(Path().rglob("*")) == before
+
+
+def check_output(paths: list[str], out: str) -> None:
+    base, *versions, merged = (load(Path(path)) for path in (*paths, out))
+    assert not Path(f".{out}.negmerge").exists() and merged.keys() == base.keys()
+    for name, tensor in base.items():
+        expected = tensor
+        if tensor.is_floating_point():
+            expected = plain_merge(tensor, [version[name] for version in versions], 0.9)[0]
+        assert same_bits(merged[name], expected), name
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """As the libraries load it: what we take, they take."""
+    if path.suffix == ".npy":
+        return {"": torch.from_numpy(np.load(path))}
+    if path.is_file():
+        return load_file(path)
+    if (path / "model.safetensors").exists():
+        return load_file(path / "model.safetensors")
+    index = next(path.glob("*.index.json"), None)
+    shards = json.loads(index.read_bytes())["weight_map"].values() if index else os.listdir(path)
+    files = sorted({path / shard for shard in shards if shard.endswith(".safetensors")})
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(models())
+def fuzzed(given: Models) -> None:
+    try_models(given)

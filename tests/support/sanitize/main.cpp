@@ -1,0 +1,100 @@
+// Random batches through every instruction set and several numbers of threads, for the sanitizers: each stream lies in
+// memory of its own of exactly its size, at any alignment. All ways must give the same bits and counts.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "../../../csrc/merge_cpu.h"
+
+using namespace negmerge;
+
+namespace {
+
+std::mt19937_64 random_bits(1);
+
+std::int64_t below(std::int64_t bound) { return static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(bound)); }
+
+// Bytes at any address; what lies behind them is not ours.
+struct Memory {
+  std::unique_ptr<char[]> held;
+  char* at;
+  std::int64_t size;
+
+  explicit Memory(std::int64_t bytes) : size(bytes) {
+    const std::int64_t offset = below(64);
+    held.reset(new char[offset + bytes]);
+    at = held.get() + offset;
+  }
+  void fill(Dtype dtype) {
+    for (std::int64_t i = 0; i < size; i += 8) {
+      const std::uint64_t bits = random_bits();
+      std::memcpy(at + i, &bits, std::min<std::int64_t>(8, size - i));
+    }
+    // Numbers of ordinary size, most of them.
+    if (dtype == kF32 || dtype == kF64)
+      for (std::int64_t i = kSizes[dtype] - 1; i < size; i += kSizes[dtype])
+        if (i % 7) at[i] = static_cast<char>((at[i] & 0x80) | 0x3f);
+  }
+};
+
+bool hold(int round) {
+  const Dtype types[] = {kF64, kF32, kF16, kBF16};
+  const std::int64_t n = 1 + below(round % 10 ? 9 : 40), segments = below(30);
+  Batch batch{};
+  batch.result = types[below(4)];
+  std::vector<Dtype> dtypes;
+  for (std::int64_t k = 0; k < n; ++k) dtypes.push_back(round % 2 ? batch.result : types[below(4)]);
+  batch.dtypes = dtypes.data();
+  batch.n = n;
+  batch.task_vectors = below(2);
+  batch.scale = 0.9;
+  batch.required = below(2) ? n : n / 2 + 1;
+  batch.segments = segments;
+
+  std::vector<Memory> inputs, out;
+  std::vector<std::int64_t> table;
+  for (std::int64_t s = 0; s < segments; ++s) {
+    const std::int64_t numel = below(4) ? below(200) : below(20'000);
+    table.push_back(numel);
+    const auto add = [&](std::vector<Memory>& to, Dtype dtype) {
+      to.emplace_back(numel * kSizes[dtype]);
+      to.back().fill(dtype);
+      table.push_back(reinterpret_cast<std::int64_t>(to.back().at));
+    };
+    add(inputs, batch.result);
+    add(out, batch.result);
+    for (const Dtype dtype : dtypes) add(inputs, dtype);
+  }
+  batch.table = table.data();
+
+  std::vector<std::vector<char>> results;
+  std::vector<std::int64_t> expected;
+  for (const std::string& instruction_set : instruction_sets())
+    for (const int threads : {1, 4}) {
+      std::vector<std::int64_t> counts(2 * segments);
+      batch.counts = counts.data();
+      for (Memory& memory : out) std::memset(memory.at, 0xa5, memory.size);
+      merge_cpu(batch, threads, instruction_set);
+      std::vector<char> written;
+      for (const Memory& memory : out) written.insert(written.end(), memory.at, memory.at + memory.size);
+      results.push_back(std::move(written));
+      if (expected.empty()) expected = counts;
+      if (counts != expected || results.back() != results.front()) {
+        std::printf("round %d: %s on %d threads differs\n", round, instruction_set.c_str(), threads);
+        return false;
+      }
+    }
+  return true;
+}
+
+constexpr int kRounds = 80;
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < kRounds; ++round)
+    if (!hold(round)) return 1;
+  std::printf("%d batches: the same bits\n", kRounds);
+}

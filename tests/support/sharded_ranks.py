@@ -1,0 +1,449 @@
+"""What is true of DTensors on every rank; test_dtensor.py starts it as a program: sharded_ranks.py FOLDER.
+
+Each rank of a group of 2 and of one of 4 runs all cases, and writes which failed to FOLDER. Shards are cut without
+communication, so that a case that fails on one rank keeps no other waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from plain import plain_merge, same_bits
+
+import negmerge_fast as nm
+
+SECONDS = 60  # a rank that waits for longer is ended
+WORLDS = (2, 4)
+CASES: dict[str, Callable[[int], None]] = {}
+
+
+def case(function: Callable[[int], None]) -> Callable[[int], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def lay(full: torch.Tensor, mesh: Any, *placements: Any) -> Any:
+    """A copy of a tensor, of which this rank keeps its part."""
+    everywhere = DTensor.from_local(full.clone(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=placements)
+
+
+def versions(*shape: int, dtype: torch.dtype = torch.float32, n: int = 3) -> list[torch.Tensor]:
+    """A base, and n models that agree on about half of its elements; the same on all ranks."""
+    random = torch.Generator().manual_seed(sum(shape))
+    base = torch.randn(shape, generator=random)
+    return [base.to(dtype)] + [
+        (base + 0.1 * torch.randn(shape, generator=random) + 0.05).to(dtype) for _ in range(n)
+    ]
+
+
+def layouts(world: int) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    line = init_device_mesh("cpu", (world,))
+    yield from [(line, (Shard(0),)), (line, (Shard(1),)), (line, (Replicate(),))]
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        for first, second in ("00", "01", "10", "R1", "0R", "RR"):
+            yield grid, tuple(Replicate() if p == "R" else Shard(int(p)) for p in (first, second))
+
+
+def holds(tensor: Any, full: torch.Tensor, like: Any) -> None:
+    """That a DTensor is this rank's part of a tensor, and lies as another does."""
+    assert type(tensor) is DTensor and not tensor.requires_grad
+    assert (tensor.placements, tensor.device_mesh) == (like.placements, like.device_mesh)
+    assert (tensor.shape, tensor.stride()) == (like.shape, like.stride())
+    assert same_bits(tensor.to_local(), lay(full, like.device_mesh, *like.placements).to_local())
+
+
+@contextmanager
+def communicating(number: int = 0) -> Iterator[None]:
+    with CommDebugMode() as seen:
+        yield
+    assert seen.get_total_counts() == number, seen.get_comm_counts()
+
+
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    try:
+        yield
+    except (nm.InputError, TypeError) as error:
+        assert str(error) == message, str(error)
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
+@case
+def merged_wherever_they_lie(world: int) -> None:
+    """All layouts and storage types at once; more ranks than rows, too, and nothing at all."""
+    full: dict[str, list[torch.Tensor]] = {}
+    laid: dict[str, list[Any]] = {}
+    types = [
+        (torch.float32,) * 2,
+        (torch.bfloat16,) * 2,
+        (torch.float16, torch.float64),
+        (torch.float64,) * 2,
+    ]
+    for shape in ((8, 12), (7, 5), (3, 1), (1, 3), (0, 4), (2, 3, 5)):
+        for of_base, of_models in types:
+            for i, (mesh, placements) in enumerate(layouts(world)):
+                base, *models = versions(*shape, dtype=of_models)
+                name = f"{shape} {of_base} {i}"
+                full[name] = [base.to(of_base), *models]
+                laid[name] = [lay(t, mesh, *placements) for t in full[name]]
+    base, *models = ({name: held[k] for name, held in laid.items()} for k in range(4))
+    addresses = [t.to_local().data_ptr() for t in base.values()]
+    with communicating():
+        merged = nm.merge(base, models, scale=0.9)
+    for name, held in full.items():
+        holds(base[name], held[0], base[name])
+        holds(merged[name], plain_merge(held[0], held[1:], 0.9)[0], base[name])
+    with communicating():
+        stats = nm.merge_(base, models, scale=0.9)
+    assert addresses == [t.to_local().data_ptr() for t in base.values()]
+    for name, held in full.items():
+        holds(base[name], plain_merge(held[0], held[1:], 0.9)[0], base[name])
+        assert stats.tensors[name].elements == base[name].to_local().numel()
+
+
+@case
+def counts_add_up(world: int) -> None:
+    """Over the ranks, where each element is on one."""
+    full = versions(7, 5)
+    base, *models = (lay(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
+    stats = nm.merge_(base, models, scale=0.9)
+    counts = torch.tensor([stats.elements, stats.agreed, stats.nonfinite])
+    dist.all_reduce(counts)
+    assert counts.tolist() == [35, *plain_merge(full[0], full[1:], 0.9)[1:]]
+
+
+@case
+def task_vectors(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    base, *full = versions(7, 5, dtype=torch.bfloat16)
+    full[1] = full[1].float()
+    taus = [lay(t, mesh, Shard(0)) for t in full]
+    zeros = torch.zeros(7, 5)
+    with communicating():
+        mean = nm.merge_task_vectors(taus)
+        holds(mean, plain_merge(zeros, full, -1.0, task_vectors=True)[0], lay(zeros, mesh, Shard(0)))
+        nm.merge_(laid := lay(base, mesh, Shard(0)), taus, scale=0.9, inputs="task_vectors")
+        holds(laid, plain_merge(base, full, 0.9, task_vectors=True)[0], laid)
+        nm.negate_(laid := lay(base, mesh, Shard(0)), mean, scale=0.9)
+        tau = plain_merge(zeros, full, -1.0, task_vectors=True)[0]
+        holds(laid, plain_merge(base, [tau], 0.9, task_vectors=True)[0], laid)
+
+
+@case
+def beside_others(world: int) -> None:
+    """A mapping of DTensors, plain tensors, arrays and integers: each comes back as it came in."""
+    mesh = init_device_mesh("cpu", (world,))
+    full = versions(7, 5)
+    whole, counter = plain_merge(full[0], full[1:], 0.9)[0], torch.arange(14).view(7, 2)
+
+    def model(t: torch.Tensor, k: int) -> dict[str, Any]:
+        return {
+            "plain": t.clone(),
+            "array": t.numpy().copy(),
+            "sharded": lay(t, mesh, Shard(0)),
+            "strided": lay(t.mT, mesh, Shard(0)),
+            "parameter": torch.nn.Parameter(lay(t, mesh, Shard(1))),
+            "counter": lay(counter + k, mesh, Shard(0)),
+        }
+
+    base, *models = (model(t, k) for k, t in enumerate(full))
+    for merged in (nm.merge(base, models, scale=0.9), base):
+        if merged is base:
+            stats = nm.merge_(base, models, scale=0.9)
+            assert "counter" not in stats.tensors and "sharded" in stats.tensors
+        assert same_bits(merged["plain"], whole) and isinstance(merged["array"], np.ndarray)
+        assert same_bits(torch.from_numpy(merged["array"]), whole)
+        holds(merged["sharded"], whole, base["sharded"])
+        holds(merged["strided"], whole.mT, base["strided"])
+        holds(merged["parameter"].detach(), whole, base["parameter"].detach())
+        assert merged["parameter"].requires_grad == (merged is base)
+        holds(merged["counter"], counter, base["counter"])
+
+
+@case
+def scattered_shards(world: int) -> None:
+    """Shards whose elements don't lie together: every second column of wider ones."""
+    mesh, full = init_device_mesh("cpu", (world,)), versions(8, 6)
+
+    def spread(t: torch.Tensor) -> Any:
+        here = lay(t, mesh, Shard(0)).to_local()
+        wide = torch.zeros(here.shape[0], 12)[:, ::2].copy_(here)
+        return DTensor.from_local(wide, mesh, [Shard(0)], run_check=False)
+
+    base, *models = map(spread, full)
+    whole = plain_merge(full[0], full[1:], 0.9)[0]
+    assert not base.to_local().is_contiguous()
+    assert same_bits(nm.merge(base, models, scale=0.9).to_local(), spread(whole).to_local())
+    nm.merge_(base, models, scale=0.9)
+    assert same_bits(base.to_local(), spread(whole).to_local())
+
+
+@case
+def tied(world: int) -> None:
+    mesh, full = init_device_mesh("cpu", (world,)), versions(8, 4)
+    whole = plain_merge(full[0], full[1:], 0.9)[0]
+    base, *models = ({"embed": (t := lay(f, mesh, Shard(0))), "head": t.detach()} for f in full)
+    merged = nm.merge(base, models, scale=0.9)
+    assert merged["head"] is merged["embed"]
+    assert list(nm.merge_(base, models, scale=0.9).tensors) == ["embed"]
+    holds(base["head"], whole, base["head"])
+    part = base["embed"].to_local()
+    whole_part = DTensor.from_local(part, mesh, [Replicate()], run_check=False)
+    shapes = f"shape ({8 // world}, 4), expected (8, 4)"
+    for other, found in ((part, "Tensor, expected a DTensor"), (whole_part, shapes)):
+        both = {"embed": base["embed"], "head": other}
+        with refused(f"base['head']: {found} like base['embed'], whose memory it has"):
+            nm.merge(both, [both], scale=0.9)
+
+
+@case
+def seen_by_autograd(world: int) -> None:
+    mesh, full = init_device_mesh("cpu", (world,)), versions(8, 4)
+    for of_local in (False, True):
+        base, *models = (lay(t, mesh, Shard(0)) for t in full)
+        saved = base.to_local() if of_local else base
+        result = (saved * saved.detach().clone().requires_grad_()).sum()
+        nm.merge_(base, models, scale=0.9)
+        try:
+            result.backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            raise AssertionError("went unnoticed")
+
+
+@case
+def in_inference_mode(world: int) -> None:
+    mesh, full = init_device_mesh("cpu", (world,)), versions(7, 4)
+    with torch.inference_mode():
+        base, *models = (lay(t, mesh, Shard(0)) for t in full)
+        holds(nm.merge(base, models, scale=0.9), plain_merge(full[0], full[1:], 0.9)[0], base)
+    assert base.is_inference()
+    nm.merge_(base, models, scale=0.9)
+    with torch.inference_mode():
+        holds(base, plain_merge(full[0], full[1:], 0.9)[0], base)
+
+
+@case
+def lies_otherwise(world: int) -> None:
+    """By name, on every rank, before anything is written."""
+    line = init_device_mesh("cpu", (world,))
+    ranks = list(range(world))
+    backwards = DeviceMesh("cpu", ranks[::-1])
+    full = versions(world + 1, 4)
+    good = lay(full[0], line, Shard(0))
+    taller = lay(torch.ones(world + 2, 4), line, Shard(0))
+    turned, moved = lay(full[1], line, Shard(1)), lay(full[1], backwards, Shard(0))
+    summands = DTensor.from_local(torch.ones(2, 4), line, [Partial()], run_check=False)
+    one, two = (
+        DTensor.from_local(torch.ones(rows, 4), line, [Shard(0)], shape=(world, 4), stride=(4, 1))
+        for rows in (1, 2)
+    )
+    for base, model, problem in (
+        (good, full[1], "Tensor, expected a DTensor"),
+        (full[0], good, "DTensor, expected none"),
+        (good, taller, f"shape ({world + 2}, 4), expected ({world + 1}, 4)"),
+        (good, turned, "placements (Shard(dim=1),), expected (Shard(dim=0),)"),
+        (good, moved, f"on ranks {ranks[::-1]} of cpu, expected {ranks} of cpu"),
+        (one, two, "a shard of shape (2, 4), expected (1, 4)"),
+        (summands, summands, None),
+    ):
+        message = (
+            f"finetuned[1]['w']: {problem} like base"
+            if problem
+            else "base['w']: placements (Partial(sum),), expected Shard or Replicate"
+        )
+        models = [{"w": base, "v": full[1]}, {"w": model, "v": full[2]}]
+        for function in (nm.merge, nm.merge_):
+            with communicating(), refused(message):
+                function({"v": (first := full[0].clone()), "w": base}, models, scale=0.9)
+            assert same_bits(first, full[0])
+    with refused("tau: placements (Shard(dim=1),), expected (Shard(dim=0),) like base"):
+        nm.negate_(good, turned, scale=0.9)
+    with refused("task_vectors[1]: Tensor, expected a DTensor like task_vectors[0]"):
+        nm.merge_task_vectors([good, full[1]])
+
+
+@case
+def equal_ranks_are_enough(world: int) -> None:
+    full = versions(7, 4)
+    names = [None, ("x",), ("y",), None]
+    base, *models = (
+        lay(t, init_device_mesh("cpu", (world,), mesh_dim_names=n), Shard(0))
+        for t, n in zip(full, names, strict=True)
+    )
+    assert models[0].device_mesh != models[1].device_mesh
+    nm.merge_(base, models, scale=0.9)
+    holds(base, plain_merge(full[0], full[1:], 0.9)[0], base)
+
+
+@case
+def shared_memory(world: int) -> None:
+    full = versions(8, 4)
+    base, *models = (lay(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
+    with refused("finetuned[0]['w']: shares memory with base['w'], which is written in place"):
+        nm.merge_({"w": base}, [{"w": base}], scale=0.9)
+    with refused("finetuned[0]['v']: shares memory with base['w'], which is written in place"):
+        nm.merge_({"w": base, "v": models[0]}, [{"w": models[1], "v": base}], scale=0.9)
+    holds(base, full[0], base)
+
+
+@case
+def not_finite_on_one_rank(world: int) -> None:
+    """Kept and counted without communication; as an error, one of all ranks, before any has written."""
+    layout = list(layouts(world))
+    full = [t.clone() for t in versions(8, 12)]
+    full[2][-1, -1] = torch.inf
+    for mesh, placements in layout:
+        base, *models = (lay(t, mesh, *placements) for t in full)
+        with communicating():
+            stats = nm.merge_(lay(full[0], mesh, *placements), models, scale=0.9)
+        assert stats.nonfinite == (lay(full[2], mesh, *placements).to_local().isinf().sum())
+        last = base.to_local().numel() - 1
+        message = (
+            f"finetuned[1]['w']: element {last} in memory order of this rank's shard: inf, expected finite numbers"
+            if stats.nonfinite
+            else "an element on another rank is not finite (the error there names it), expected finite numbers"
+        )
+        for function in (nm.merge, nm.merge_):
+            with communicating(mesh.ndim), refused(message):
+                function({"w": base}, [{"w": t} for t in models], scale=0.9, nonfinite="error")
+            holds(base, full[0], base)
+        with communicating(mesh.ndim):
+            nm.merge_(base, models[:1], scale=0.9, nonfinite="error")
+        holds(base, plain_merge(full[0], full[1:2], 0.9)[0], base)
+
+
+@case
+def some_ranks_only(world: int) -> None:
+    """A mesh of two ranks; the others hold nothing and are not asked."""
+    mesh, full = DeviceMesh("cpu", [0, 1]), versions(7, 4)
+    base, *models = (lay(t, mesh, Shard(0)) for t in full)
+    for nonfinite in ("keep-base", "error"):
+        merged = nm.merge(base, models, scale=0.9, nonfinite=nonfinite)
+        assert type(merged) is DTensor and merged.device_mesh == mesh and merged.shape == (7, 4)
+        if dist.get_rank() < 2:
+            holds(merged, plain_merge(full[0], full[1:], 0.9)[0], base)
+    stats = nm.merge_(base, models, scale=0.9, nonfinite="error")
+    assert dist.get_rank() < 2 or stats.elements == 0
+
+
+def network(seed: int) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 3))
+    for p in model.parameters() if seed else ():
+        p.data += 0.05
+    return model
+
+
+@case
+def fully_sharded(world: int) -> None:
+    """FSDP2, in one and in two dimensions, over tensor parallelism too: whole modules, before and after a step."""
+    whole_rows = ColwiseParallel(output_layouts=Replicate())
+    meshes = [init_device_mesh("cpu", (world,))]
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        meshes += [grid, grid["outer"]]
+    full = [network(0), *(network(seed) for seed in (1, 2, 3))]
+    whole = nm.merge(full[0], full[1:], scale=0.9)
+    for i, mesh in enumerate(meshes):
+
+        def sharded(seed: int, i: int = i, mesh: Any = mesh) -> torch.nn.Sequential:
+            model = network(seed)
+            if i == 2:
+                parallelize_module(model, grid["inner"], {"0": whole_rows, "2": whole_rows})
+            for layer in model:
+                fully_shard(layer, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+
+        base, *models = map(sharded, range(4))
+        state = base.state_dict()
+        with communicating():
+            merged = nm.merge(base, models, scale=0.9)
+            nm.merge_(base, models, scale=0.9)
+        for result in (merged, base.state_dict()):
+            assert list(result) == list(whole)
+            for name, value in whole.items():
+                assert type(result[name]) is type(state[name])
+                if isinstance(state[name], DTensor):
+                    # Not cut as by lay: FSDP cuts what tensor parallelism has cut.
+                    assert same_bits(result[name].full_tensor(), value), name
+                    assert result[name].placements == state[name].placements
+                else:
+                    assert same_bits(result[name], value), name
+        plain = network(0)
+        plain.load_state_dict(whole)
+        plain.eval(), base.eval()
+        x = torch.ones(2, 5)
+        assert torch.equal(base(x), plain(x))
+        base(x).sum().backward()
+        torch.optim.SGD(base.parameters(), 0.1).step()
+        nm.merge_(base, models, scale=0.9, nonfinite="error")
+
+
+@case
+def not_by_the_operators(world: int) -> None:
+    """Nor, so, in a graph: torch's own words, which name the operator."""
+    base, model = (lay(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in versions(8, 4, n=1))
+    for operator in (torch.ops.negmerge.merge, torch.ops.negmerge.merge_):
+        try:
+            operator([base], [model], 0.9)
+        except NotImplementedError as error:
+            assert "Operator negmerge.merge" in str(error) and "sharding strategy" in str(error), error
+        else:
+            raise AssertionError("taken")
+
+
+def without_distributed() -> None:
+    """That what needs the longer look, and is no DTensor, doesn't import what makes DTensors."""
+    full = versions(7, 5)
+    base, *models = (t.mT.contiguous().mT for t in full)
+    assert same_bits(nm.merge(base, models, scale=0.9), plain_merge(full[0], full[1:], 0.9)[0])
+    assert "torch.distributed.tensor" not in sys.modules
+
+
+def run_all(rank: int, world: int, folder: Path) -> None:
+    signal.alarm(SECONDS)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    failed = {}
+    for name, function in CASES.items():
+        try:
+            function(world)
+        except BaseException:
+            failed[name] = traceback.format_exc()
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(failed))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    without_distributed()
+
+    # The ranks are forks of this process: all is imported once.
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    fork = multiprocessing.get_context("fork")
+    for world in WORLDS:
+        ranks = [fork.Process(target=run_all, args=(r, world, Path(sys.argv[1]))) for r in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()

@@ -1,0 +1,138 @@
+"""Every way to merge that there is: the equality suite runs on all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from negmerge_fast.backends import native, registry
+from negmerge_fast.core.batch import Batch, Merge
+from negmerge_fast.core.descriptors import device_memory
+from negmerge_fast.core.rule import Rule
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+class Way(NamedTuple):
+    backend: str
+    device: str = "cpu"
+    instruction_set: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, self))
+
+    def why_not(self) -> str | None:
+        if self == ON_HOST:
+            return None if shutil.which("g++") else "no g++ to build the CUDA kernel for the host"
+        if (reason := registry.why_not(self.backend, self.device)) is not None:
+            return f"{self.backend} on {self.device}: {reason}"
+        if self.instruction_set:
+            from negmerge_fast import _native
+
+            if self.instruction_set not in _native.instruction_sets:
+                return f"no {self.instruction_set} on this machine"
+        return None
+
+    @contextmanager
+    def chosen(self) -> Iterator[Merge]:
+        """While it lasts, a merge with this backend's name goes this way."""
+        with pytest.MonkeyPatch.context() as patch:
+            if self.instruction_set:
+                patch.setenv("NEGMERGE_CPU", self.instruction_set)
+            if self == ON_HOST:
+                patch.setattr(registry, "choose", lambda *_: ("cuda", merge_on_host))
+            yield registry.choose(self.backend, self.device)[1]
+
+
+# The CUDA kernel's source, compiled for the host: all but the device's own conversions of F16, streams and warps.
+ON_HOST = Way("cuda", "host")
+
+# Triton's interpreter, in a process of its own: every kernel there is run by it.
+INTERPRETED = Way("triton")
+
+WAYS = [
+    pytest.param(way, id=str(way), marks=pytest.mark.gpu if way.device == "cuda:0" else [])
+    for way in (
+        [INTERPRETED]
+        if os.environ.get("TRITON_INTERPRET") == "1"
+        else [
+            Way("torch"),
+            Way("cpu", instruction_set="avx2"),
+            Way("cpu", instruction_set="baseline"),
+            ON_HOST,
+            Way("torch", "cuda:0"),
+            Way("triton", "cuda:0"),
+            Way("cuda", "cuda:0"),
+        ]
+    )
+]
+
+
+def quicken_interpreter() -> None:
+    """Triton's interpreter puts its language in place anew for every function within a kernel: half of its time."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    place, kept, done = interpreter._patch_lang, SimpleNamespace(restore=lambda: None), set()
+
+    def place_once(function: Any) -> Any:
+        if (module := id(function.__globals__)) not in done:
+            done.add(module)
+            place(function)
+        return kept
+
+    interpreter._patch_lang = place_once
+
+
+@cache
+def _library(wrong: tuple[str, str] | None = None) -> Any:
+    """The CUDA kernel for the host; wrong: words of merge_rule.h, and others to put in their place."""
+    source = HERE / "cuda_on_host" / "library.cpp"
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = shutil.copytree(ROOT / "csrc", f"{folder}/csrc")
+        shutil.copytree(source.parent, here := Path(folder, "tests", "support", "cuda_on_host"))
+        if wrong:
+            rule = Path(csrc, "merge_rule.h")
+            text = rule.read_text(encoding="utf-8")
+            assert wrong[0] in text
+            rule.write_text(text.replace(*wrong), encoding="utf-8")
+        built = f"{folder}/library.so"
+        subprocess.run(["g++", *flags, f"-I{here}", str(here / source.name), "-o", built], check=True)
+        library = ctypes.CDLL(built)
+    library.tile.restype = ctypes.c_int64
+    return library
+
+
+def merge_on_host(
+    batch: Batch, rule: Rule, threads: int | None = None, wrong: tuple[str, str] | None = None
+) -> np.ndarray[Any, Any]:
+    library = _library(wrong)
+    memory, tiles = device_memory(batch, library.tile())
+    result, dtypes, task_vectors, scale, required, segments = native._signature(batch, rule)
+    counts = np.zeros((segments, 2), np.int64)
+    library.merge_on_host(
+        result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
+        ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_void_p(counts.ctypes.data),
+        ctypes.c_int64(tiles),
+    )  # fmt: skip
+    return counts
+
+
+def to_device(tensor: torch.Tensor, way: Way) -> torch.Tensor:
+    return tensor.to("cuda:0") if way.device == "cuda:0" else tensor
