@@ -32,7 +32,7 @@ from negmerge_fast.backends import native
 from negmerge_fast.benchmark.bandwidth import make_cold, read_files
 from negmerge_fast.benchmark.workload import RULE, SCALE
 from negmerge_fast.checkpoints.reader import File, Reader
-from negmerge_fast.core.batch import Batch, Stream
+from negmerge_fast.core.batch import Batch, Operand
 from negmerge_fast.runtime.buffers import Lane, Timeline
 from negmerge_fast.streaming import api
 from negmerge_fast.streaming.partition import pieces
@@ -115,7 +115,7 @@ def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
     elsewhere = out.ctypes.data - addresses[0]
     for batch, _ in batches(piece, "cpu", addresses, inputs):
         segments = [
-            segment._replace(out=Stream(segment.base.address + elsewhere, batch.signature.result, out))
+            segment._replace(out=Operand(segment.base.address + elsewhere, batch.signature.result, out))
             for segment in batch.segments
         ]
         native.merge_cpu(Batch("cpu", batch.signature, segments), RULE, 1)

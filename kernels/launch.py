@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 
@@ -107,7 +107,7 @@ def search(
     numel = SEARCHED_BYTES // sum(sizes) // 16 * 16
     memory = [torch.zeros(numel * size, dtype=torch.uint8, device=device) for size in sizes]
     out, base, *models = [
-        Stream(owner.data_ptr(), dtype, owner)
+        Operand(owner.data_ptr(), dtype, owner)
         for owner, dtype in zip(memory, (signature.result, signature.result, *signature.models), strict=True)
     ]
     batch = Batch(device, signature, [Segment(numel, base, models, out)])

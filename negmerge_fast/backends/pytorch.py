@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core.batch import Batch, Segment, Stream
+from ..core.batch import Batch, Operand, Segment
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 
@@ -60,7 +60,7 @@ def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, floa
 
 
 def _culprit(segment: Segment, index: int) -> tuple[int | str, float]:
-    versions: list[tuple[int | str, Stream]] = list(enumerate(segment.models))
+    versions: list[tuple[int | str, Operand]] = list(enumerate(segment.models))
     if segment.base is not None:
         versions.insert(0, ("base", segment.base))
     for which, stream in versions:
@@ -204,7 +204,7 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(_BITS[values.itemsize])
 
 
-def _bytes(stream: Stream, start: int, size: int) -> torch.Tensor:
+def _bytes(stream: Operand, start: int, size: int) -> torch.Tensor:
     owner = stream.owner
     if not isinstance(owner, torch.Tensor):
         owner = torch.frombuffer(owner, dtype=torch.uint8)
@@ -218,7 +218,7 @@ def _aligned(memory: torch.Tensor, itemsize: int) -> bool:
     return memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0
 
 
-def _load(stream: Stream, start: int, size: int) -> torch.Tensor:
+def _load(stream: Operand, start: int, size: int) -> torch.Tensor:
     """Elements of a stream in their storage type: a view, or a copy where they are not aligned."""
     memory = _bytes(stream, start, size)
     if not _aligned(memory, FLOAT_SIZES[stream.dtype]):
@@ -226,7 +226,7 @@ def _load(stream: Stream, start: int, size: int) -> torch.Tensor:
     return memory.view(DTYPES[stream.dtype])
 
 
-def _store(stream: Stream, start: int, bits: torch.Tensor) -> None:
+def _store(stream: Operand, start: int, bits: torch.Tensor) -> None:
     _bytes(stream, start, len(bits)).copy_(bits.view(torch.uint8))
 
 

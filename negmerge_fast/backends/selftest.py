@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..core.batch import Batch, Merge, Segment, Signature, Stream
+from ..core.batch import Batch, Merge, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.rule import Rule
@@ -116,7 +116,7 @@ def _batch(device: str, signature: Signature, memory: list[torch.Tensor]) -> Bat
     segments, start = [], 0
     for length, job, off in _SEGMENTS:
         base, *models, out = [
-            Stream(held.data_ptr() + start * FLOAT_SIZES[dtype] + off, dtype, held)
+            Operand(held.data_ptr() + start * FLOAT_SIZES[dtype] + off, dtype, held)
             for held, dtype in zip(memory, dtypes, strict=True)
         ]
         where = {"in place": base, "count": None}.get(job, out)

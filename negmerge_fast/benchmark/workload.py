@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..backends import pytorch
-from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime import memory
@@ -105,7 +105,7 @@ class Work:
         """One for each copy. In place is on `out`, which is to hold the base."""
         versions = [self.out, *self.versions[1:]] if in_place else self.versions
         base, *models, out = [
-            [Stream(tensor.data_ptr(), self.dtype, tensor) for tensor in self.tensors(version)]
+            [Operand(tensor.data_ptr(), self.dtype, tensor) for tensor in self.tensors(version)]
             for version in (*versions, self.out)
         ]
         segments = [
@@ -128,7 +128,7 @@ class Work:
         counts = np.zeros((len(segments), 2), np.int64)
         for pack in _packs([segment.numel for segment in segments], most):
             parts = [
-                _part(segments[row], start, numel, Stream(expected[at:].data_ptr(), self.dtype, expected))
+                _part(segments[row], start, numel, Operand(expected[at:].data_ptr(), self.dtype, expected))
                 for row, start, numel, at in pack
             ]
             counted = pytorch.merge(Batch(self.device, signature, parts), RULE).tolist()
@@ -159,8 +159,8 @@ def _packs(numels: list[int], most: int) -> Iterator[list[tuple[int, int, int, i
         yield pack
 
 
-def _part(segment: Segment, start: int, numel: int, out: Stream) -> Segment:
-    def later(stream: Stream) -> Stream:
+def _part(segment: Segment, start: int, numel: int, out: Operand) -> Segment:
+    def later(stream: Operand) -> Operand:
         return stream._replace(address=stream.address + start * FLOAT_SIZES[stream.dtype])
 
     assert segment.base is not None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from .rule import Rule
 
 
-class Stream(NamedTuple):
+class Operand(NamedTuple):
     """A run of elements of one model's version of one tensor, contiguous in memory.
 
     address: of the first element, in bytes; any alignment.
@@ -31,9 +31,9 @@ class Segment(NamedTuple):
     """
 
     numel: int
-    base: Stream | None
-    models: Sequence[Stream]
-    out: Stream | None
+    base: Operand | None
+    models: Sequence[Operand]
+    out: Operand | None
 
 
 class Signature(NamedTuple):

@@ -83,7 +83,7 @@ class Straight:
         """Until all that was put is done."""
 
 
-class Stream(Straight):
+class CudaStream(Straight):
     """A stream of a GPU, whose work is done in turn beside that of other streams: all that lanes need of torch.cuda."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
@@ -153,7 +153,7 @@ def lane_on(device: str, versions: int, chunk: int, timeline: Timeline) -> Lane:
 
 
 def stream_of(device: str, timeline: Timeline) -> Straight:
-    return Stream(device, timeline) if device.startswith("cuda") else Straight(device, timeline)
+    return CudaStream(device, timeline) if device.startswith("cuda") else Straight(device, timeline)
 
 
 def room_on(device: str) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends import registry
 from ..checkpoints.reader import Reader
-from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
@@ -51,7 +51,7 @@ def _batch(signature: Signature) -> Batch:
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
     versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
     dtypes = (signature.result, *signature.models)
-    base, *models = [Stream(v.ctypes.data, dtype, v) for v, dtype in zip(versions, dtypes, strict=True)]
+    base, *models = [Operand(v.ctypes.data, dtype, v) for v, dtype in zip(versions, dtypes, strict=True)]
     return Batch("cpu", signature, [Segment(numel, base, models, base)])
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.batch import Batch, Merge, Segment, Signature, Stream
+from ..core.batch import Batch, Merge, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from .plan import Extent
@@ -195,7 +195,7 @@ def _windows(runs: Sequence[tuple[Signature, int]], addresses: list[int], owner:
         dtypes, sizes = (signature.result, *signature.models), _sizes(signature)
         while numel:
             count = min(size, numel)
-            streams = [Stream(a, dtype, owner) for a, dtype in zip(addresses, dtypes, strict=True)]
+            streams = [Operand(a, dtype, owner) for a, dtype in zip(addresses, dtypes, strict=True)]
             yield _Window(signature, Segment(count, streams[0], streams[1:], None))
             addresses = [a + count * s for a, s in zip(addresses, sizes, strict=True)]
             numel, size = numel - count, size * _GROWTH

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.batch import Batch, Operand, Segment, Signature
 from .plan import Extent, Member
 
 
@@ -23,7 +23,7 @@ def batches(
     groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
     for member in piece.members:
         dtypes = (member.signature.result, *member.signature.models)
-        streams = [Stream(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
+        streams = [Operand(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
         addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
         segments, members = groups.setdefault(member.signature, ([], []))
         segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.batch import Batch, Segment, Signature, Stream
+from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.schema import Form
@@ -46,7 +46,7 @@ def look(name: str, models: list[dict[str, Any]]) -> Item | None:
     """
     if str(name).endswith("_extra_state"):
         return None
-    streams: list[Stream] = []
+    streams: list[Operand] = []
     shape = device = None
     try:
         for model in models:
@@ -66,7 +66,7 @@ def look(name: str, models: list[dict[str, Any]]) -> Item | None:
             # What Stream(...) does, less a call of a Python function: a tenth of it all.
             if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
                 return None
-            streams.append(tuple.__new__(Stream, (address, dtype, tensor)))
+            streams.append(tuple.__new__(Operand, (address, dtype, tensor)))
     except RuntimeError:  # of a nested tensor, which has no shape
         return None
     if tensor.is_meta:
@@ -184,7 +184,7 @@ def _in_memory_order(tensors: list[Any]) -> list[Any]:
     return [None if t is None else t.permute(order) for t in tensors]
 
 
-def _stream(contiguous: torch.Tensor | None) -> Stream | None:
+def _stream(contiguous: torch.Tensor | None) -> Operand | None:
     if contiguous is None:
         return None
     try:
@@ -193,4 +193,4 @@ def _stream(contiguous: torch.Tensor | None) -> Stream | None:
         address = 0
     if not address and contiguous.numel():  # one that was made just now: the others have been looked at
         raise TypeError(f"the result: {_NO_MEMORY}")
-    return Stream(address, SPELLED[contiguous.dtype], contiguous)
+    return Operand(address, SPELLED[contiguous.dtype], contiguous)

@@ -16,7 +16,7 @@ from plain import STORAGE, plain_merge, same_bits
 from ways import INTERPRETED, ON_HOST, WAYS, Way, to_device
 
 from negmerge_fast import Rule, merge, merge_
-from negmerge_fast.core.batch import Batch, Segment, Signature, Stream
+from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
 
 # Of models: all in a group, a group and some, many. An interpreter would take minutes for 300.
 NUMBERS = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
@@ -147,10 +147,10 @@ def run_batch(way: Way, batch: Batch, rule: Rule) -> list[list[int]]:
         return [list(row) for row in run(batch, rule).tolist()]
 
 
-def place(tensor: torch.Tensor, room: torch.Tensor, offset: int) -> Stream:
+def place(tensor: torch.Tensor, room: torch.Tensor, offset: int) -> Operand:
     """A copy of a tensor, some bytes into memory that is large enough."""
     room[offset : offset + tensor.nbytes] = tensor.view(torch.uint8).to(room.device)
-    return Stream(room.data_ptr() + offset, SPELLED[tensor.dtype], room)
+    return Operand(room.data_ptr() + offset, SPELLED[tensor.dtype], room)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8, 16, 63])
@@ -184,7 +184,7 @@ def test_many_segments_in_one_batch(way: Way, dtype: str, in_place: bool) -> Non
     wanted = rooms[0].cpu().clone() if in_place else rooms[3].cpu().clone()
     for base, models in made:
         streams = [place(t, room, at) for t, room in zip([base, *models], rooms, strict=False)]
-        out = streams[0] if in_place else Stream(rooms[3].data_ptr() + at, dtype, rooms[3])
+        out = streams[0] if in_place else Operand(rooms[3].data_ptr() + at, dtype, rooms[3])
         segments.append(Segment(len(base), streams[0], streams[1:], out))
         result, agreed, nonfinite = plain_merge(base, models, 0.9)
         expected.append([agreed, nonfinite])
@@ -200,7 +200,7 @@ def test_no_base_is_zeros_and_no_output_is_counting(way: Way) -> None:
     base, models = random_models(2, 1500, torch.float32, [torch.bfloat16, torch.float32])
     expected, agreed, nonfinite = plain_merge(torch.zeros_like(base), models, -1.0, task_vectors=True)
     held = [to_device(t, way) for t in (base, *models)]
-    streams = [Stream(t.data_ptr(), SPELLED[t.dtype], t.view(torch.uint8)) for t in held]
+    streams = [Operand(t.data_ptr(), SPELLED[t.dtype], t.view(torch.uint8)) for t in held]
     signature = Signature("F32", ("BF16", "F32"), True)
     merged = Segment(1500, None, streams[1:], streams[0])
     counted = Segment(1500, None, streams[1:], None)
@@ -213,7 +213,7 @@ def test_count_only_writes_nothing(way: Way) -> None:
     base, models = random_models(2, 500, torch.float32, [torch.float32])
     _, agreed, nonfinite = plain_merge(base, models, 0.9)
     held = [to_device(t.clone(), way) for t in (base, *models)]
-    streams = [Stream(t.data_ptr(), "F32", t) for t in held]
+    streams = [Operand(t.data_ptr(), "F32", t) for t in held]
     segment = Segment(500, streams[0], streams[1:], None)
     batch = Batch(str(held[0].device), Signature("F32", ("F32", "F32"), False), [segment])
     assert run_batch(way, batch, Rule(0.9)) == [[agreed, nonfinite]]
@@ -304,7 +304,7 @@ def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     held = [np.frombuffer(mmap.mmap(-1, 2 * numel, flags=flags), np.uint16) for _ in range(2)]
     held[1][places] = 0x3F80  # 1.0 in bf16
-    streams = [Stream(memory.ctypes.data, "BF16", memory) for memory in held]
+    streams = [Operand(memory.ctypes.data, "BF16", memory) for memory in held]
     # Counted are all; only so many are written as pass 2^31, for they take real memory: 4 GiB.
     written = (1 << 31) + 70_000
     segments = [

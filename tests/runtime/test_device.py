@@ -35,7 +35,7 @@ class FakeCuda:
     def stream(self, stream: str) -> Any:
         return self.device(stream)
 
-    def Stream(self, device: str) -> str:
+    def CudaStream(self, device: str) -> str:
         return f"stream of {device}"
 
     def Event(self, blocking: bool = False, enable_timing: bool = False) -> Any:
