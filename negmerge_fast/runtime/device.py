@@ -25,7 +25,7 @@ class DeviceLane(Lane):
 
         super().__init__(versions, chunk, timeline)
         self.here = torch.from_numpy(self.memory)
-        self.stream = stream_of(device, timeline)
+        self.stream = stream_on(device, timeline)
         self.there = self.stream.empty(len(self.memory))
 
     def __enter__(self) -> DeviceLane:
@@ -54,7 +54,7 @@ class DeviceLane(Lane):
         self.stream.wait()
 
 
-class Straight:
+class SyncStream:
     """A device of torch on which everything is done in turn, when it is asked for."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
@@ -83,7 +83,7 @@ class Straight:
         """Until all that was put is done."""
 
 
-class CudaStream(Straight):
+class CudaStream(SyncStream):
     """A stream of a GPU, whose work is done in turn beside that of other streams: all that lanes need of torch.cuda."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
@@ -152,8 +152,8 @@ def lane_on(device: str, versions: int, chunk: int, timeline: Timeline) -> Lane:
     return DeviceLane(versions, chunk, timeline, device)
 
 
-def stream_of(device: str, timeline: Timeline) -> Straight:
-    return CudaStream(device, timeline) if device.startswith("cuda") else Straight(device, timeline)
+def stream_on(device: str, timeline: Timeline) -> SyncStream:
+    return CudaStream(device, timeline) if device.startswith("cuda") else SyncStream(device, timeline)
 
 
 def room_on(device: str) -> int:

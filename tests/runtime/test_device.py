@@ -12,7 +12,7 @@ import torch
 
 from negmerge_fast.runtime import device as device_module
 from negmerge_fast.runtime.buffers import Timeline
-from negmerge_fast.runtime.device import Straight
+from negmerge_fast.runtime.device import SyncStream
 
 DEVICE = "cuda:0"
 
@@ -74,7 +74,7 @@ class FakeCuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     cuda = FakeCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setattr(Straight, "empty", lambda self, size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(SyncStream, "empty", lambda self, size: torch.zeros(size, dtype=torch.uint8))
     return cuda
 
 

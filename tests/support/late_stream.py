@@ -14,13 +14,13 @@ from negmerge_fast.core.batch import Batch
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.runtime import device as device_module
 from negmerge_fast.runtime.buffers import Timeline
-from negmerge_fast.runtime.device import Straight
+from negmerge_fast.runtime.device import SyncStream
 from negmerge_fast.streaming import probes
 
 DEVICE = "cuda:0"
 
 
-class LateStream(Straight):
+class LateStream(SyncStream):
     """A stream of a GPU, faked: the work is done when it is waited for, on memory that is poisoned until then."""
 
     locked: ClassVar[set[int]] = set()
