@@ -63,8 +63,8 @@ class Built:
     def __init__(self, folder: Path, loops: list[Path], *flags: str) -> None:
         library = folder / f"{'-'.join(flags) or 'as built'}.so"
         sources = [str(HERE / "threads.cpp"), str(CSRC / "merge_cpu.cpp"), *map(str, loops)]
-        visible = "-fvisibility=default"  # of the one function; the rest stays the library's own
-        compile_with([visible, *flags, "-shared", "-Wl,-Bsymbolic", *sources, "-o", str(library)])
+        escape = "-fvisibility=default"  # of the one function; the rest stays the library's own
+        compile_with([escape, *flags, "-shared", "-Wl,-Bsymbolic", *sources, "-o", str(library)])
         self.function = ctypes.CDLL(str(library)).merge_times
 
     def seconds(self, work: Work, threads: int, calls: int) -> list[float]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from .base import MANIFEST, Checkpoint, Tensor
 from .reader import File
@@ -96,7 +96,7 @@ def _read_shards(
             or len(shard) > _LONGEST_NAME
         ):
             raise InputError(
-                f"{file.path}: tensor {brief(name)} is in {brief(shard)}, expected a file of this directory"
+                f"{file.path}: tensor {short_repr(name)} is in {short_repr(shard)}, expected a file of this directory"
             )
     tensors: dict[str, Tensor] = {}
     weights: dict[str, File] = {}
@@ -107,12 +107,12 @@ def _read_shards(
         for name, tensor in held.items():
             if weight_map.get(name) != shard:
                 raise InputError(
-                    f"{path / shard}: tensor {brief(name)} is not in {index}, expected {index} to name it there"
+                    f"{path / shard}: tensor {short_repr(name)} is not in {index}, expected {index} to name it there"
                 )
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise InputError(f"{path / shard}: tensor {brief(name)} is missing, but {index} names it")
+            raise InputError(f"{path / shard}: tensor {short_repr(name)} is missing, but {index} names it")
     return tensors, weights, replace(file, header=hash_of(raw))
 
 

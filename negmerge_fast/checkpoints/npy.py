@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import Form
 from .base import Checkpoint, Tensor
@@ -50,7 +50,7 @@ def open_file(path: Path) -> Checkpoint:
         raise InputError(f"{path}: column-major order, expected row-major")
     if not is_shape(list(shape)):
         raise InputError(
-            f"{path}: shape {brief(shape)}, expected non-negative integers, no product over 2^64"
+            f"{path}: shape {short_repr(shape)}, expected non-negative integers, no product over 2^64"
         )
     nbytes = math.prod(shape) * dtype.itemsize
     if head.tell() + nbytes != file.size:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import Form
 from .base import Checkpoint, Tensor
@@ -67,7 +67,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     for name, tensor in ordered.items():
         if tensor.offset != position:
             raise InputError(
-                f"{path}: tensor {brief(name)} begins at byte {tensor.offset}, expected {position}: offsets overlap or leave holes"
+                f"{path}: tensor {short_repr(name)} begins at byte {tensor.offset}, expected {position}: offsets overlap or leave holes"
             )
         position = tensor.end
     if position != file.size:
@@ -81,12 +81,12 @@ def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, For
         raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _malformed(file, name, f"unknown dtype {brief(dtype)}")
+        raise _malformed(file, name, f"unknown dtype {short_repr(dtype)}")
     if not is_shape(shape):
         expected = "expected non-negative integers, no product over 2^64"
-        raise _malformed(file, name, f"shape {brief(shape)}, {expected}")
+        raise _malformed(file, name, f"shape {short_repr(shape)}, {expected}")
     if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _malformed(file, name, f"data_offsets {brief(offsets)}, expected a begin and an end")
+        raise _malformed(file, name, f"data_offsets {short_repr(offsets)}, expected a begin and an end")
     bits = math.prod(shape) * _BITS[dtype]
     if bits != (offsets[1] - offsets[0]) * 8:
         expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
@@ -96,4 +96,4 @@ def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, For
 
 
 def _malformed(file: File, name: str, problem: str) -> InputError:
-    return InputError(f"{file.path}: tensor {brief(name)}: {problem}")
+    return InputError(f"{file.path}: tensor {short_repr(name)}: {problem}")

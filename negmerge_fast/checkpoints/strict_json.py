@@ -10,7 +10,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 
 # Lists and objects take up to forty times their text: those of real headers and indexes are one in sixteen bytes at most.
 _MUCH, _BYTES_PER_BRACKET = 1 << 20, 8
@@ -31,7 +31,7 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
         found = dict(pairs)
         if len(found) < len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise InputError(f"{path}: {what} names {brief(twice)} twice")
+            raise InputError(f"{path}: {what} names {short_repr(twice)} twice")
         return found
 
     try:

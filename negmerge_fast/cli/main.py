@@ -11,7 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
-from ..core.errors import visible
+from ..core.errors import escape
 from .commands import _commands
 from .signals import Signals, Stopped, fail
 
@@ -76,5 +76,5 @@ def _fill_standard_streams() -> None:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{visible(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
+        return f"{escape(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

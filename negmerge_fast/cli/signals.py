@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-from ..core.errors import visible
+from ..core.errors import escape
 
 _STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 _WORD = {signal.SIGHUP: "hung up", signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -64,5 +64,5 @@ class Signals:
 
 
 def fail(message: str, status: int) -> int:
-    print("negmerge: " + visible(" ".join(message.splitlines())), file=sys.stderr)
+    print("negmerge: " + escape(" ".join(message.splitlines())), file=sys.stderr)
     return status

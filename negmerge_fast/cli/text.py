@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..core.errors import visible
+from ..core.errors import escape
 from .signals import Signals
 
 
 def _say(*lines: str) -> None:
-    print("\n".join(map(visible, lines)))
+    print("\n".join(map(escape, lines)))
 
 
 @contextmanager

@@ -6,26 +6,26 @@ import reprlib
 from collections.abc import Iterable
 
 
-def visible(text: str) -> str:
+def escape(text: str) -> str:
     """Text in one line, and nothing in it that a terminal obeys: what is not printable is written as in a literal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 200
-_BRIEF.maxlist = _BRIEF.maxtuple = 8
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 200
+_SHORT_REPR.maxlist = _SHORT_REPR.maxtuple = 8
 
 
-def brief(value: object) -> str:
+def short_repr(value: object) -> str:
     """The repr of what a file says, which may be a name of a megabyte or a thousand lists in each other."""
-    return _BRIEF.repr(value)
+    return _SHORT_REPR.repr(value)
 
 
 class InputError(ValueError):
     """A user's mistake, in one line: where, what was found, what was expected."""
 
     def __str__(self) -> str:
-        return visible(super().__str__())
+        return escape(super().__str__())
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoints.reader import naming
 from ..checkpoints.strict_json import are_sizes, parse_json
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 from ..core.ranges import Run
 from ..core.stats import Stats, TensorStats
 from .filesystem import sync_directory
@@ -50,7 +50,7 @@ class Record(NamedTuple):
 
 def _sizes(value: Any, count: int) -> list[int]:
     if not are_sizes(value) or len(value) != count:
-        raise ValueError(f"{brief(value)}, expected {count} sizes")
+        raise ValueError(f"{short_repr(value)}, expected {count} sizes")
     return list(value)
 
 
@@ -123,7 +123,7 @@ def read(path: Path, made_of: Made) -> list[Record]:
     try:
         return [Record.of_json(line) for line in lines[1:]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: a record that negmerge did not write ({brief(error)})") from None
+        raise InputError(f"{path}: a record that negmerge did not write ({short_repr(error)})") from None
 
 
 def difference(found: Made, expected: Made) -> str | None:
@@ -137,9 +137,9 @@ def difference(found: Made, expected: Made) -> str | None:
                 if path not in was:
                     return f"was not made of {path}"
                 if was[path] != now[path]:
-                    return f"was made of another {path}: (size, time in ns, header) {brief(was[path])}, expected {now[path]}"
-            return f"was made of {brief(next(path for path in was if path not in now))}, too"
-        return f"was made with {name} {brief(was)}, expected {brief(now)}"
+                    return f"was made of another {path}: (size, time in ns, header) {short_repr(was[path])}, expected {now[path]}"
+            return f"was made of {short_repr(next(path for path in was if path not in now))}, too"
+        return f"was made with {name} {short_repr(was)}, expected {short_repr(now)}"
     return None
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from ..backends import registry
 from ..checkpoints.reader import Reader
 from ..core.batch import Counts, Merge
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 from ..core.ranges import Run, left
 from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
@@ -363,6 +363,6 @@ class Job:
                     f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
                 )
                 raise InputError(
-                    f"{held.file.path}: tensor {brief(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
+                    f"{held.file.path}: tensor {short_repr(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a number that is not finite was counted, and is not found again")

@@ -18,7 +18,7 @@ from ..checkpoints.base import Checkpoint, Tensor
 from ..checkpoints.reader import File
 from ..core.batch import Signature
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError, brief
+from ..core.errors import InputError, short_repr
 from ..core.ranges import Run
 from ..core.schema import mismatches
 
@@ -108,7 +108,7 @@ def make_plan(
     def where(k: int | None, name: str) -> str:
         checkpoint = base if k is None else models[k]
         path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
-        return f"{path}: tensor {brief(name)}"
+        return f"{path}: tensor {short_repr(name)}"
 
     forms = {name: tensor.form for name, tensor in chosen.items()}
     forms_in = [{name: tensor.form for name, tensor in held.items()} for held in chosen_in]
