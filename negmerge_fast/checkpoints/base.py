@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.schema import Form
+from ..core.schema import TensorSpec
 from .reader import File
 
 
@@ -13,7 +13,7 @@ from .reader import File
 class Tensor:
     """Where the bytes of a tensor are: little-endian, in row-major order."""
 
-    form: Form
+    spec: TensorSpec
     file: File
     offset: int
     nbytes: int
@@ -25,7 +25,7 @@ class Tensor:
     @property
     def numel(self) -> int:
         count = 1
-        for extent in self.form.shape:
+        for extent in self.spec.shape:
             count *= extent
         return count
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
-from ..core.schema import Form
+from ..core.schema import TensorSpec
 from .base import Checkpoint, Tensor
 from .reader import File
 from .strict_json import are_sizes, is_shape, parse_json
@@ -58,9 +58,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     ):
         raise InputError(f"{path}: __metadata__ is not a mapping of strings to strings")
     file = replace(file, header=hash_of(head, raw))
-    forms: dict[Form, Form] = {}  # tensors of one form share it
+    specs: dict[TensorSpec, TensorSpec] = {}  # tensors of one form share it
     tensors = {
-        sys.intern(name): _tensor(file, 8 + length, name, entry, forms) for name, entry in header.items()
+        sys.intern(name): _tensor(file, 8 + length, name, entry, specs) for name, entry in header.items()
     }
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)))
     position = 8 + length
@@ -76,7 +76,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     return ordered, file
 
 
-def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, Form]) -> Tensor:
+def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpec, TensorSpec]) -> Tensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -91,8 +91,8 @@ def _tensor(file: File, start: int, name: str, entry: Any, forms: dict[Form, For
     if bits != (offsets[1] - offsets[0]) * 8:
         expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
         raise _malformed(file, name, f"{offsets[1] - offsets[0]} bytes, {expected}")
-    form = Form(sys.intern(dtype), tuple(shape))
-    return Tensor(forms.setdefault(form, form), file, start + offsets[0], offsets[1] - offsets[0])
+    spec = TensorSpec(sys.intern(dtype), tuple(shape))
+    return Tensor(specs.setdefault(spec, spec), file, start + offsets[0], offsets[1] - offsets[0])
 
 
 def _malformed(file: File, name: str, problem: str) -> InputError:

@@ -94,7 +94,7 @@ def _verified(done: Any) -> str:
 def _contents(checkpoint: Any) -> str:
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
-        dtypes[tensor.form.dtype] = dtypes.get(tensor.form.dtype, 0) + tensor.numel
+        dtypes[tensor.spec.dtype] = dtypes.get(tensor.spec.dtype, 0) + tensor.numel
     kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in dtypes.items()) or "no elements"
     size = sum(file.size for file in checkpoint.weights.values())
     return (

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from .dtypes import FLOAT_SIZES, INTEGERS
 
 # Mismatches that are told; of two models that have nothing in common there are as many as tensors.
-_TOLD = 20
+MAX_REPORTED = 20
 
 
-class Form(NamedTuple):
+class TensorSpec(NamedTuple):
     """dtype: spelled as safetensors spells it."""
 
     dtype: str
@@ -20,8 +20,8 @@ class Form(NamedTuple):
 
 
 def mismatches(
-    base: Mapping[str, Form],
-    models: Sequence[Mapping[str, Form]],
+    base: Mapping[str, TensorSpec],
+    models: Sequence[Mapping[str, TensorSpec]],
     where: Callable[[int | None, str], str],
     task_vectors: bool = False,
     reference: str = "base",
@@ -34,31 +34,34 @@ def mismatches(
     tensors are the base's, untouched, so task vectors need not have them.
     """
     found = _mismatches(base, models, task_vectors, reference)
-    told = [f"{where(k, name)}: {problem}" for k, name, problem in islice(found, _TOLD)]
+    messages = [f"{where(k, name)}: {problem}" for k, name, problem in islice(found, MAX_REPORTED)]
     if more := sum(1 for _ in found):
-        told.append(f"and {more:,} more")
-    return told
+        messages.append(f"and {more:,} more")
+    return messages
 
 
 def _mismatches(
-    base: Mapping[str, Form], models: Sequence[Mapping[str, Form]], task_vectors: bool, reference: str
+    base: Mapping[str, TensorSpec],
+    models: Sequence[Mapping[str, TensorSpec]],
+    task_vectors: bool,
+    reference: str,
 ) -> Iterator[tuple[int | None, str, str]]:
-    for name, form in base.items():
-        if form.dtype not in FLOAT_SIZES and form.dtype not in INTEGERS:
-            yield None, name, f"dtype {form.dtype}, expected {', '.join(FLOAT_SIZES)} or an integer type"
+    for name, spec in base.items():
+        if spec.dtype not in FLOAT_SIZES and spec.dtype not in INTEGERS:
+            yield None, name, f"dtype {spec.dtype}, expected {', '.join(FLOAT_SIZES)} or an integer type"
     for k, model in enumerate(models):
-        for name, form in base.items():
+        for name, spec in base.items():
             if name in model:
-                if problem := _difference(form, model[name], reference):
+                if problem := _difference(spec, model[name], reference):
                     yield k, name, problem
-            elif form.dtype in FLOAT_SIZES or not task_vectors:
-                yield k, name, f"missing, expected {form.dtype} {form.shape} like {reference}"
-        for name, form in model.items():
-            if name not in base and not (task_vectors and form.dtype in INTEGERS):
+            elif spec.dtype in FLOAT_SIZES or not task_vectors:
+                yield k, name, f"missing, expected {spec.dtype} {spec.shape} like {reference}"
+        for name, spec in model.items():
+            if name not in base and not (task_vectors and spec.dtype in INTEGERS):
                 yield k, name, f"not in {reference}"
 
 
-def _difference(base: Form, model: Form, reference: str) -> str | None:
+def _difference(base: TensorSpec, model: TensorSpec, reference: str) -> str | None:
     if model.shape != base.shape:
         return f"shape {model.shape}, expected {base.shape} like {reference}"
     if base.dtype in FLOAT_SIZES and model.dtype not in FLOAT_SIZES:

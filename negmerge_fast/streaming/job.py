@@ -358,7 +358,7 @@ class Job:
                 name, start, _, _ = members[row]
                 tensor = self.plan.base.tensors[name]
                 held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
-                index = tuple(int(i) for i in np.unravel_index(start + element, tensor.form.shape))
+                index = tuple(int(i) for i in np.unravel_index(start + element, tensor.spec.shape))
                 what = (
                     f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
                 )

@@ -110,12 +110,12 @@ def make_plan(
         path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
         return f"{path}: tensor {short_repr(name)}"
 
-    forms = {name: tensor.form for name, tensor in chosen.items()}
-    forms_in = [{name: tensor.form for name, tensor in held.items()} for held in chosen_in]
-    if problems := mismatches(forms, forms_in, where, task_vectors):
+    specs = {name: tensor.spec for name, tensor in chosen.items()}
+    model_specs = [{name: tensor.spec for name, tensor in held.items()} for held in chosen_in]
+    if problems := mismatches(specs, model_specs, where, task_vectors):
         raise InputError("; ".join(problems))
 
-    merged = [name for name, tensor in chosen.items() if tensor.form.dtype in FLOAT_SIZES]
+    merged = [name for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES]
     held: dict[Path, list[tuple[str, Tensor]]] = {file.path: [] for file in base.weights.values()}
     for name in merged:
         held[chosen[name].file.path].append((name, chosen[name]))
@@ -166,7 +166,7 @@ def _extents(
             run, members = [], []
         if not run and tensor.offset > position:
             yield Extent(target, [Source(file, position, tensor.offset - position)], [])
-        signature = Signature(tensor.form.dtype, tuple(v.form.dtype for v in versions[1:]), task_vectors)
+        signature = Signature(tensor.spec.dtype, tuple(v.spec.dtype for v in versions[1:]), task_vectors)
         run.append(versions)
         members.append(Member(name, 0, tensor.numel, signature))
         position = tensor.end

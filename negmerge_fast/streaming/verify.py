@@ -256,10 +256,10 @@ def _difference(plan: Plan, piece: Extent, place: int, found: _Bytes, expected: 
     if not piece.members:
         where = f"tensor {name!r}: byte {at - tensor.offset}"
         return f"{where} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
-    dtype = tensor.form.dtype
+    dtype = tensor.spec.dtype
     size = FLOAT_SIZES[dtype]
     element = (at - tensor.offset) // size
-    index = tuple(int(i) for i in np.unravel_index(element, tensor.form.shape))
+    index = tuple(int(i) for i in np.unravel_index(element, tensor.spec.shape))
     start = tensor.offset + element * size - base.offset
     was, should = (_number(run[start : start + size].tobytes(), dtype) for run in (found, expected))
     return f"tensor {name!r}: {was} at {index}, expected {should}"

@@ -18,7 +18,7 @@ from ..runtime.interrupts import uncollected, uninterrupted
 from . import dtensor
 from .aliasing import plainly_apart, refuse_shared_memory, tied
 from .arrays import SupportsDLPack, as_tensor, is_array
-from .flatten import FLOATS, Item, batches, forms, look, plain, signatures
+from .flatten import FLOATS, Item, batches, look, plain, signatures, specs
 
 if TYPE_CHECKING:
     pass  # of typing since Python 3.11
@@ -87,7 +87,7 @@ class _Job:
             for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
         ]
         problems = mismatches(
-            forms(base), [forms(m) for m in models], self.where, self.task_vectors, reference
+            specs(base), [specs(m) for m in models], self.where, self.task_vectors, reference
         ) or list(_other_devices(base, models, self.where))
         if problems:
             raise InputError("; ".join(problems))

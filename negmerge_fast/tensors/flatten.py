@@ -10,7 +10,7 @@ import torch
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
-from ..core.schema import Form
+from ..core.schema import TensorSpec
 
 SPELLED = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -107,10 +107,10 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
         return detached
 
 
-def forms(named: dict[str, Any]) -> dict[str, Form]:
+def specs(named: dict[str, Any]) -> dict[str, TensorSpec]:
     """Types and shapes of a model's tensors, for layout.mismatches."""
     return {
-        name: Form(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        name: TensorSpec(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
         for name, t in named.items()
         if isinstance(t, torch.Tensor)
     }

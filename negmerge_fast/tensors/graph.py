@@ -12,7 +12,7 @@ from ..core.errors import InputError, require_choice
 from ..core.schema import mismatches
 from ..core.stats import Stats
 from . import ops  # noqa: F401  registers torch.ops.negmerge
-from .flatten import forms
+from .flatten import specs
 
 # tensors.merge and merge_ while a graph is traced. What follows is traced with them, line by line, and sees neither
 # addresses nor numbers: memory that is shared is not looked for, and what is refused is reported by the compiler.
@@ -95,10 +95,10 @@ def _for_graph(
         _named(model, where(k, ""))
         for k, model in zip([None, *range(len(listed))], [base, *listed], strict=True)
     ]
-    of_base, *of_models = [forms(model) for model in (named, *models)]
+    of_base, *of_models = [specs(model) for model in (named, *models)]
     if problems := mismatches(of_base, of_models, where, inputs == "task_vectors"):
         raise InputError("; ".join(problems))
-    return named, models, [name for name, form in of_base.items() if form.dtype in FLOAT_SIZES]
+    return named, models, [name for name, spec in of_base.items() if spec.dtype in FLOAT_SIZES]
 
 
 def _named(model: Any, where: str) -> dict[str, Any]:

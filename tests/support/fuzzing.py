@@ -185,8 +185,8 @@ def models(draw: st.DrawFn) -> Models:
     count = draw(st.integers(2, 3))
     if kind == "npy":
         return vectors(draw, count)
-    forms = st.tuples(st.sampled_from(list(SIZES)), st.lists(st.integers(0, 3), max_size=3).map(tuple))
-    named = draw(st.dictionaries(st.sampled_from(NAMES), forms, min_size=1, max_size=4))
+    specs = st.tuples(st.sampled_from(list(SIZES)), st.lists(st.integers(0, 3), max_size=3).map(tuple))
+    named = draw(st.dictionaries(st.sampled_from(NAMES), specs, min_size=1, max_size=4))
     jsons: dict[str, Object | Weights] = {}
     paths = []
     for k in range(count):
@@ -197,11 +197,11 @@ def models(draw: st.DrawFn) -> Models:
             for name, (dtype, shape) in named.items()
         }
         if draw(st.integers(0, 9)) == 9:  # no version of its base
-            versions[draw(st.sampled_from(NAMES))] = draw(forms)
+            versions[draw(st.sampled_from(NAMES))] = draw(specs)
         if kind == "sharded":
             of = {name: draw(st.sampled_from([SHARD, OTHER])) for name in versions}
             for shard in sorted(set(of.values())):
-                held = {name: form for name, form in versions.items() if of[name] == shard}
+                held = {name: spec for name, spec in versions.items() if of[name] == shard}
                 jsons[f"{model}/{shard}"] = weights(held, k)
             jsons[f"{model}/{INDEX}"] = Object([("metadata", Object()), ("weight_map", Object(of.items()))])
         else:
