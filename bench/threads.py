@@ -22,7 +22,7 @@ import torch
 from rows import percentiles, record
 
 import negmerge_fast as nm
-from negmerge_fast.core.dtypes import NUMBERS
+from negmerge_fast.core.dtypes import DTYPE_CODES
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
@@ -71,7 +71,7 @@ class Built:
         counts = np.zeros(2, np.int64)
         taken = np.empty(calls)
         self.function(
-            NUMBERS[work.dtype], ctypes.c_int64(MODELS), ctypes.c_int64(len(work.tables)),
+            DTYPE_CODES[work.dtype], ctypes.c_int64(MODELS), ctypes.c_int64(len(work.tables)),
             ctypes.c_void_p(work.tables.ctypes.data), threads, ctypes.c_int64(calls),
             ctypes.c_void_p(counts.ctypes.data), ctypes.c_void_p(taken.ctypes.data),
         )  # fmt: skip

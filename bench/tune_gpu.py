@@ -31,7 +31,7 @@ from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timers import Clock, clock
 from negmerge_fast.benchmark.workload import RULE, Lacking, Work, hold, release
 from negmerge_fast.core.batch import Batch, Merge, Signature
-from negmerge_fast.core.descriptors import device_memory, upload
+from negmerge_fast.core.descriptors import pack_for_device, upload
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
 
@@ -94,7 +94,7 @@ class Built:
 
     def merge(self, batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
         """What native.merge_cuda does."""
-        memory, tiles = device_memory(batch, self.tile)
+        memory, tiles = pack_for_device(batch, self.tile)
         there = upload(memory, batch.device)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
         result, dtypes, *others = native._signature(batch, rule)

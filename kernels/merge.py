@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from ..core.batch import Batch, Signature
-from ..core.descriptors import device_memory, upload
-from ..core.dtypes import NUMBERS
+from ..core.descriptors import pack_for_device, upload
+from ..core.dtypes import DTYPE_CODES
 from ..core.rule import Rule
 from .launch import Launch, launch_for, usual_launch
 
@@ -298,12 +298,12 @@ def merge_tiles(
 
 def constants(signature: Signature, unanimous: bool, launch: Launch) -> dict[str, Any]:
     """What merge_tiles is specialised on."""
-    models = [NUMBERS[dtype] for dtype in signature.models]
+    models = [DTYPE_CODES[dtype] for dtype in signature.models]
     kind = models[0] if len(set(models)) == 1 else MIXED.value
     rest = models if len(models) <= launch.group else [kind] * (len(models) % launch.group)
     return {
         "T": tl.float64 if signature.arithmetic == "F64" else tl.float32,
-        "RESULT": NUMBERS[signature.result],
+        "RESULT": DTYPE_CODES[signature.result],
         "KIND": kind,
         "GROUP": 0 if len(rest) == len(models) else launch.group,
         "REST": len(rest),
@@ -356,7 +356,7 @@ def _launch(batch: Batch, rule: Rule) -> Launch:
 def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
     models = len(batch.signature.models)
     required = rule.required(models)
-    memory, tiles = device_memory(batch, launch.tile)
+    memory, tiles = pack_for_device(batch, launch.tile)
     scale = np.array([rule.scale]).view(np.int64)
     with on(torch.device(batch.device)):
         there = upload(np.concatenate([memory, scale]), batch.device)

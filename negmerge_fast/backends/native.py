@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.batch import Batch
-from ..core.descriptors import device_memory, table_of, upload
-from ..core.dtypes import NUMBERS
+from ..core.descriptors import pack_descriptors, pack_for_device, upload
+from ..core.dtypes import DTYPE_CODES
 from ..core.errors import InputError
 from ..core.rule import Rule
 
@@ -66,7 +66,7 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
     """Merge every segment of a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
     from .. import _native
 
-    table = table_of(batch)
+    table = pack_descriptors(batch)
     counts = np.zeros((len(batch.segments), 2), np.int64)
     _native.merge_cpu(
         *_signature(batch, rule),
@@ -85,7 +85,7 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
     from .. import _native
 
     device = torch.device(batch.device)
-    memory, tiles = device_memory(batch, _native.cuda_tile)
+    memory, tiles = pack_for_device(batch, _native.cuda_tile)
     with torch.cuda.device(device):
         on_device = upload(memory, f"cuda:{torch.cuda.current_device()}")
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
@@ -120,9 +120,9 @@ def usual_threads() -> int:
 
 def _signature(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
     result, models, task_vectors = batch.signature
-    numbers = bytes(NUMBERS[dtype] for dtype in models)
+    numbers = bytes(DTYPE_CODES[dtype] for dtype in models)
     return (
-        NUMBERS[result],
+        DTYPE_CODES[result],
         numbers,
         task_vectors,
         rule.scale,

@@ -10,10 +10,10 @@ from .batch import Batch
 
 if TYPE_CHECKING:
     import torch
-from .dtypes import NUMBERS
+from .dtypes import DTYPE_CODES
 
 
-def table_of(batch: Batch) -> np.ndarray[Any, Any]:
+def pack_descriptors(batch: Batch) -> np.ndarray[Any, Any]:
     """int64[segments, 3 + n]: elements, then the addresses of base, out and the models; 0 where there is none."""
     rows = [
         (
@@ -28,17 +28,17 @@ def table_of(batch: Batch) -> np.ndarray[Any, Any]:
     return np.array(rows, np.uint64).reshape(len(rows), 3 + len(batch.signature.models)).view(np.int64)
 
 
-def device_memory(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
+def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
     """What a kernel on a device reads, and the number of its tiles, each of so many elements of one segment.
 
     int64[segments + 1, 2], the tiles before each segment and whether all its addresses are multiples of 16; then the
     table; then the models' storage types, a byte each.
     """
-    table = table_of(batch)
+    table = pack_descriptors(batch)
     tiles = np.zeros((len(table) + 1, 2), np.int64)
     np.cumsum(-(table[:, 0] // -tile), out=tiles[1:, 0])
     tiles[:-1, 1] = np.bitwise_or.reduce(table[:, 1:], axis=1) % 16 == 0
-    dtypes = bytes(NUMBERS[dtype] for dtype in batch.signature.models)
+    dtypes = bytes(DTYPE_CODES[dtype] for dtype in batch.signature.models)
     padded = np.frombuffer(dtypes.ljust(-(len(dtypes) // -8) * 8, b"\0"), np.int64)
     return np.concatenate([tiles.ravel(), table.ravel(), padded]), int(tiles[-1, 0])
 
@@ -51,13 +51,13 @@ def upload(memory: np.ndarray[Any, Any], device: str) -> torch.Tensor:
     if there.type == "cpu":
         return torch.from_numpy(memory)
     if there.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return launched(memory, there)
+        return upload_in_launches(memory, there)
     # From pinned memory, or the copy would wait for all that the stream has to do. torch's allocators give neither to
     # anybody before this stream is done with them.
     return torch.from_numpy(memory).pin_memory().to(there, non_blocking=True)
 
 
-def launched(memory: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+def upload_in_launches(memory: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """upload for a CUDA graph: a copy would be repeated from memory that is gone by then; these numbers travel in launches."""
     import torch
 

@@ -13,4 +13,4 @@ INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I6
 FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 # Storage types as the kernels number them (csrc/batch.h, kernels/merge.py).
-NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
+DTYPE_CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}

@@ -19,7 +19,7 @@ from negmerge_fast import Rule, merge, merge_
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
 
 # Of models: all in a group, a group and some, many. An interpreter would take minutes for 300.
-NUMBERS = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
+DTYPE_CODES = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
 
 SPELLED = {dtype: name for name, dtype in STORAGE.items()}
 
@@ -49,7 +49,7 @@ def check(
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 127, 1024, 4097, 70_001])
-@pytest.mark.parametrize("n", NUMBERS)
+@pytest.mark.parametrize("n", DTYPE_CODES)
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_same_bits(way: Way, dtype: str, n: int, length: int) -> None:
     if n > 33 and length > 4097:
@@ -75,7 +75,7 @@ def test_mixed_storage(
     check(way, *random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
 
 
-@pytest.mark.parametrize("n", NUMBERS)
+@pytest.mark.parametrize("n", DTYPE_CODES)
 @pytest.mark.parametrize("min_agreement", [0.51, 0.6, 2 / 3, 0.75, 0.99])
 def test_min_agreement(way: Way, n: int, min_agreement: float) -> None:
     check(way, *random_models(n, 4097, torch.float32, [torch.float32]), min_agreement=min_agreement)

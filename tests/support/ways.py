@@ -20,7 +20,7 @@ import torch
 
 from negmerge_fast.backends import native, registry
 from negmerge_fast.core.batch import Batch, Merge
-from negmerge_fast.core.descriptors import device_memory
+from negmerge_fast.core.descriptors import pack_for_device
 from negmerge_fast.core.rule import Rule
 
 HERE = Path(__file__).parent
@@ -123,7 +123,7 @@ def merge_on_host(
     batch: Batch, rule: Rule, threads: int | None = None, wrong: tuple[str, str] | None = None
 ) -> np.ndarray[Any, Any]:
     library = _library(wrong)
-    memory, tiles = device_memory(batch, library.tile())
+    memory, tiles = pack_for_device(batch, library.tile())
     result, dtypes, task_vectors, scale, required, segments = native._signature(batch, rule)
     counts = np.zeros((segments, 2), np.int64)
     library.merge_on_host(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import negmerge_fast as nm
 import negmerge_fast.ops
-from negmerge_fast.core.descriptors import launched
+from negmerge_fast.core.descriptors import upload_in_launches
 
 merge, merge_ = torch.ops.negmerge.merge, torch.ops.negmerge.merge_
 
@@ -371,7 +371,7 @@ def test_refused_while_a_graph_is_traced(finetuned: Any, keywords: Any, message:
 def test_a_table_travels_in_launches(device: str) -> None:
     """As a CUDA graph's has to: every bit of an address."""
     numbers = np.array([0, 1, -1, 2**31, 2**53 + 1, 2**62 + 3, -(2**63), 0x7F62_3399_39A0] * 40)
-    assert launched(numbers, torch.device(device)).tolist() == numbers.tolist()
+    assert upload_in_launches(numbers, torch.device(device)).tolist() == numbers.tolist()
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
