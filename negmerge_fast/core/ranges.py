@@ -6,31 +6,31 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
-class Run(NamedTuple):
+class Range(NamedTuple):
     """From one position in a plan to another."""
 
     begin: int
     end: int
 
 
-def left(whole: Run, done: Iterable[Run]) -> list[Run]:
+def subtract(whole: Range, done: Iterable[Range]) -> list[Range]:
     """What of a run is in none of others."""
     found, at = [], whole.begin
-    for run in [*sorted(done), Run(whole.end, whole.end)]:
-        if run.begin > at:
-            found.append(Run(at, run.begin))
-        at = max(at, run.end)
+    for range_ in [*sorted(done), Range(whole.end, whole.end)]:
+        if range_.begin > at:
+            found.append(Range(at, range_.begin))
+        at = max(at, range_.end)
     return found
 
 
-def between(runs: Sequence[Run], begin: int, end: int) -> list[Run]:
+def between(ranges: Sequence[Range], begin: int, end: int) -> list[Range]:
     """Of runs in a row, what lies between two numbers of their bytes."""
     found = []
     at = 0
-    for run in runs:
-        size = run.end - run.begin
+    for range_ in ranges:
+        size = range_.end - range_.begin
         first, last = max(begin - at, 0), min(end - at, size)
         if first < last:
-            found.append(Run(run.begin + first, run.begin + last))
+            found.append(Range(range_.begin + first, range_.begin + last))
         at += size
     return found

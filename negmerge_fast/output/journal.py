@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..checkpoints.reader import naming
 from ..checkpoints.strict_json import are_sizes, parse_json
 from ..core.errors import InputError, short_repr
-from ..core.ranges import Run
+from ..core.ranges import Range
 from ..core.stats import Stats, TensorStats
 from .filesystem import sync_directory
 
@@ -31,21 +31,21 @@ Made = Mapping[str, Any]
 class Record(NamedTuple):
     """runs: of the output that are done since the last record. stats: counted there. read, skipped: bytes of the inputs."""
 
-    runs: Sequence[Run]
+    ranges: Sequence[Range]
     stats: Stats
     read: int
     skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         counted = {name: [t.elements, t.agreed, t.nonfinite] for name, t in self.stats.tensors.items()}
-        return {"runs": list(self.runs), "read": self.read, "skipped": self.skipped, "tensors": counted}
+        return {"runs": list(self.ranges), "read": self.read, "skipped": self.skipped, "tensors": counted}
 
     @classmethod
     def of_json(cls, line: Mapping[str, Any]) -> Record:
         stats = Stats()
         stats.include({name: TensorStats(*_sizes(counted, 3)) for name, counted in line["tensors"].items()})
-        runs = [Run(*_sizes(run, 2)) for run in line["runs"]]
-        return cls(runs, stats, *_sizes([line["read"], line["skipped"]], 2))
+        ranges = [Range(*_sizes(range_, 2)) for range_ in line["runs"]]
+        return cls(ranges, stats, *_sizes([line["read"], line["skipped"]], 2))
 
 
 def _sizes(value: Any, count: int) -> list[int]:
@@ -167,10 +167,10 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def summed(records: Iterable[Record]) -> Record:
     """All of them in one."""
-    runs: list[Run] = []
+    ranges: list[Range] = []
     stats, read_, skipped = Stats(), 0, 0
     for record in records:
-        runs += record.runs
+        ranges += record.ranges
         stats.include(record.stats.tensors)
         read_, skipped = read_ + record.read, skipped + record.skipped
-    return Record(runs, stats, read_, skipped)
+    return Record(ranges, stats, read_, skipped)

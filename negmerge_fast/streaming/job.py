@@ -26,7 +26,7 @@ from ..backends import registry
 from ..checkpoints.reader import Reader
 from ..core.batch import Counts, Merge
 from ..core.errors import InputError, short_repr
-from ..core.ranges import Run, left
+from ..core.ranges import Range, subtract
 from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
 from ..output.journal import Journal, Made, Record, difference, summed
@@ -109,12 +109,12 @@ class Job:
             if progress:
                 progress(total - coming + moved, total)
 
-        def begin() -> tuple[Made, list[list[Run]]]:
+        def begin() -> tuple[Made, list[list[Range]]]:
             nonlocal before
             before = self._take_over()
             if ranks.count > 1:
                 self.output.let_join()
-            return job, shares(self.plan, left(self.plan.whole, before.runs), ranks.count)
+            return job, shares(self.plan, subtract(self.plan.whole, before.ranges), ranks.count)
 
         def work() -> None:
             nonlocal done
@@ -128,7 +128,7 @@ class Job:
 
         with self.output:
             first, cut = ranks.first(begin)
-            lots = [[Run(*run) for run in lot] for lot in cut]
+            lots = [[Range(*run) for run in lot] for lot in cut]
             coming = sum(self._moved(run) for lot in lots for run in lot)
             ranks.together(work)
             ranks.first(publish)
@@ -173,7 +173,7 @@ class Job:
         self.output.open()
         found = self.output.journals() if self.output.resume else []
         done = summed(record for path in found for record in read_journal(path, self._made_of))
-        if not done.runs:
+        if not done.ranges:
             self.output.make_room()
             return done
         if self.recipe.nonfinite == "error" and done.stats.nonfinite:
@@ -200,12 +200,12 @@ class Job:
             "files": {os.path.realpath(f.path): [f.size, f.identity[2], f.header] for f in files},
         }
 
-    def _moved(self, run: Run) -> int:
+    def _moved(self, run: Range) -> int:
         """Bytes to read and write for a run of the output."""
         return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in part(self.plan, run))
 
     def _work_as(
-        self, ranks: Alone, todo: Sequence[Run], look: Callable[[int], None], timeline: Timeline
+        self, ranks: Alone, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline
     ) -> Record:
         """Do what is this rank's, and leave for the first one what was counted."""
         if ranks.rank:
@@ -228,7 +228,7 @@ class Job:
     def _publish(self, before: Record, shared: Sequence[Record], tick: Callable[[], None]) -> Record:
         """Make one output of what all ranks have done, and say what that was."""
         done = summed(shared)
-        if gaps := left(self.plan.whole, [*before.runs, *done.runs]):
+        if gaps := subtract(self.plan.whole, [*before.ranges, *done.ranges]):
             raise RuntimeError(f"{self.output.target}: {gaps[0]} was not written")
         stats = Stats()
         stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
@@ -241,7 +241,7 @@ class Job:
         return done._replace(stats=stats)
 
     def _stream(
-        self, todo: Sequence[Run], look: Callable[[int], None], timeline: Timeline, rank: int
+        self, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline, rank: int
     ) -> Record:
         """Do some runs of the output, and say what was counted there."""
         sizes: dict[str, int] = {}
@@ -265,7 +265,7 @@ class Job:
 
         def keep() -> None:
             journal.settle()
-            if (record := tally.record()).runs and self.output.resume:
+            if (record := tally.record()).ranges and self.output.resume:
                 journal.keep_now(record)
 
         try:
@@ -317,14 +317,14 @@ class Job:
                 return skipped
             if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
                 for version, coming in enumerate(others[k:soon], k + 1):
-                    for begin, end in block.runs(version):
+                    for begin, end in block.ranges(version):
                         reader.expect(coming.file, coming.offset + begin, end - begin)
                 expected, soon = soon, len(others)
-            runs = block.runs(k + 1)
-            if unread := source.nbytes - sum(end - begin for begin, end in runs):
+            ranges = block.ranges(k + 1)
+            if unread := source.nbytes - sum(end - begin for begin, end in ranges):
                 skipped += unread
                 np.frombuffer(buffer, np.uint8).fill(0)
-            for begin, end in runs:
+            for begin, end in ranges:
                 reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
         if others:
             self.unread.learn(len(others), skipped)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..core.ranges import Run
+from ..core.ranges import Range
 from .plan import Extent, Member, Plan, Source
 
 
-def part(plan: Plan, run: Run) -> Iterator[Extent]:
+def part(plan: Plan, range_: Range) -> Iterator[Extent]:
     """The extents, or parts of them, whose elements begin within a run."""
     at = 0
     for extent in plan.extents:
         size = extent.sources[0].nbytes
-        if run.begin <= at and at + size <= run.end:
+        if range_.begin <= at and at + size <= range_.end:
             yield extent
-        elif at < run.end and run.begin < at + size:
-            yield from _slice(extent, run.begin - at, run.end - at)
+        elif at < range_.end and range_.begin < at + size:
+            yield from _slice(extent, range_.begin - at, range_.end - at)
         at += size
 
 
@@ -46,17 +46,17 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
         yield Extent(extent.target, sources, members)
 
 
-def shares(plan: Plan, runs: Sequence[Run], count: int) -> list[list[Run]]:
+def shares(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
     """Runs cut between elements into so many lots, of about as many bytes to read and write each."""
     parts: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
     at = 0
     for extent in plan.extents:
         end = at + extent.sources[0].nbytes
-        overlaps = [(max(run.begin, at), min(run.end, end)) for run in runs]
+        overlaps = [(max(range_.begin, at), min(range_.end, end)) for range_ in ranges]
         parts += [(begin, until, extent, at) for begin, until in overlaps if begin < until]
         at = end
     total = sum((end - begin) * _moved_per_byte(extent) for begin, end, extent, _ in parts)
-    lots: list[list[Run]] = [[] for _ in range(count)]
+    lots: list[list[Range]] = [[] for _ in range(count)]
     done = 0.0
     for begin, end, extent, start in parts:
         weight = _moved_per_byte(extent)
@@ -67,9 +67,9 @@ def shares(plan: Plan, runs: Sequence[Run], count: int) -> list[list[Run]]:
                 room = max(int((total * (lot + 1) / count - done) / weight), 1)
                 until = min(start + _between_elements(extent, begin + room - start), end)
             if lots[lot] and lots[lot][-1].end == begin:
-                lots[lot][-1] = Run(lots[lot][-1].begin, until)
+                lots[lot][-1] = Range(lots[lot][-1].begin, until)
             else:
-                lots[lot].append(Run(begin, until))
+                lots[lot].append(Range(begin, until))
             done += (until - begin) * weight
             begin = until
     return lots

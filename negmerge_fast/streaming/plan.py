@@ -19,7 +19,7 @@ from ..checkpoints.reader import File
 from ..core.batch import Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, short_repr
-from ..core.ranges import Run
+from ..core.ranges import Range
 from ..core.schema import mismatches
 
 
@@ -75,8 +75,8 @@ class Plan:
         return sum(member.numel for extent in self.extents for member in extent.members)
 
     @property
-    def whole(self) -> Run:
-        return Run(0, sum(extent.sources[0].nbytes for extent in self.extents))
+    def whole(self) -> Range:
+        return Range(0, sum(extent.sources[0].nbytes for extent in self.extents))
 
     @property
     def bytes_read(self) -> int:

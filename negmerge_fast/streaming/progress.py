@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..core.ranges import Run, between
+from ..core.ranges import Range, between
 from ..core.stats import Stats
 from ..output.journal import Record
 
@@ -15,16 +15,16 @@ from ..output.journal import Record
 class Tally:
     """What became of the pieces of some runs, in their order, and how much of that was put on record."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = runs
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        self._runs = ranges
         self._written = self._recorded = self._read = self._skipped = 0
         self._stats = Stats()
-        self.whole = Record(runs, Stats(), 0)
+        self.whole = Record(ranges, Stats(), 0)
         self.moved = 0
 
     def add(self, piece: Done) -> None:
-        for runs, counts in piece.counted:
-            self._stats.add(runs, counts)
+        for ranges, counts in piece.counted:
+            self._stats.add(ranges, counts)
         self._read += piece.read
         self._written += piece.written
         self._skipped += piece.skipped
@@ -32,8 +32,8 @@ class Tally:
 
     def record(self) -> Record:
         """What is done since the last one."""
-        runs = between(self._runs, self._recorded, self._written)
-        made = Record(runs, self._stats, self._read, self._skipped)
+        ranges = between(self._runs, self._recorded, self._written)
+        made = Record(ranges, self._stats, self._read, self._skipped)
         self.whole.stats.include(made.stats.tensors)
         read, skipped = self.whole.read + made.read, self.whole.skipped + made.skipped
         self.whole = self.whole._replace(read=read, skipped=skipped)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negmerge_fast.checkpoints.formats import open_checkpoint
-from negmerge_fast.core.ranges import Run, left
+from negmerge_fast.core.ranges import Range, subtract
 from negmerge_fast.streaming.partition import part, pieces, shares
 from negmerge_fast.streaming.plan import Plan, make_plan
 
@@ -28,7 +28,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / n) for n in ("one", "two")])
 
 
-def covered(plan: Plan, runs: list[Run], chunk: int) -> list[tuple[object, ...]]:
+def covered(plan: Plan, runs: list[Range], chunk: int) -> list[tuple[object, ...]]:
     """Every byte of every source of the parts, and every element, once for each time that it is in one."""
     found: list[tuple[object, ...]] = []
     for run in runs:
@@ -53,7 +53,7 @@ def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
     edges = data.draw(st.lists(st.integers(0, plan.whole.end), max_size=6))
     chunk = data.draw(st.sampled_from([8, 100, 4096]))
     cuts = [0, *sorted(edges), plan.whole.end]
-    runs = [Run(a, b) for a, b in pairwise(cuts)]
+    runs = [Range(a, b) for a, b in pairwise(cuts)]
     found = covered(plan, runs, chunk)
     assert len(found) == len(set(found)) and set(found) == set(covered(plan, [plan.whole], 1 << 20))
 
@@ -68,11 +68,11 @@ def test_shares_are_disjoint_whole_and_even(plan: Plan, data: st.DataObject) -> 
             st.lists(st.sampled_from([r.end for lot in shares(plan, done, 9) for r in lot]), max_size=4)
         )
     )
-    todo = left(plan.whole, [Run(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False)])
+    todo = subtract(plan.whole, [Range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False)])
     shared = shares(plan, todo, lots)
     assert len(shared) == lots
     everything = [run for lot in shared for run in lot]
-    assert everything == sorted(everything) and left(plan.whole, everything) == left(plan.whole, todo)
+    assert everything == sorted(everything) and subtract(plan.whole, everything) == subtract(plan.whole, todo)
     assert all(a.end <= b.begin for a, b in pairwise(everything))
     moved = [
         sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for run in lot for e in part(plan, run))
@@ -85,6 +85,6 @@ def test_shares_are_disjoint_whole_and_even(plan: Plan, data: st.DataObject) -> 
 
 
 def test_what_is_left() -> None:
-    assert left(Run(0, 9), []) == [Run(0, 9)]
-    assert left(Run(0, 9), [Run(5, 9), Run(0, 2), Run(1, 3)]) == [Run(3, 5)]
-    assert left(Run(0, 9), [Run(0, 9)]) == [] and left(Run(0, 0), []) == []
+    assert subtract(Range(0, 9), []) == [Range(0, 9)]
+    assert subtract(Range(0, 9), [Range(5, 9), Range(0, 2), Range(1, 3)]) == [Range(3, 5)]
+    assert subtract(Range(0, 9), [Range(0, 9)]) == [] and subtract(Range(0, 0), []) == []
