@@ -33,7 +33,7 @@ from negmerge_fast.benchmark.bandwidth import make_cold, read_files
 from negmerge_fast.benchmark.workload import RULE, SCALE
 from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.core.batch import Batch, Operand
-from negmerge_fast.runtime.buffers import Lane, Timeline
+from negmerge_fast.runtime.buffers import Timeline, WorkerBuffers
 from negmerge_fast.streaming import api
 from negmerge_fast.streaming.partition import pieces
 from negmerge_fast.streaming.plan import Extent, Plan
@@ -61,17 +61,17 @@ def reads(plan: Plan) -> Iterator[Merged]:
 
     def merged(piece: Extent) -> memoryview:
         first, *others = piece.sources
-        buffers = lane.hold([source.nbytes for source in piece.sources])
+        buffers = lane.reserve([source.nbytes for source in piece.sources])
         if not reader.read_into(first.file, first.offset, buffers[0]):
             for source in others:
                 reader.expect(source.file, source.offset, source.nbytes)
         for source, buffer in zip(others, buffers[1:], strict=True):
             reader.read_into(source.file, source.offset, buffer)
-        for batch, _ in batches(piece, "cpu", *lane.on_cpu()):
+        for batch, _ in batches(piece, "cpu", *lane.addresses()):
             native.merge_cpu(batch, RULE, 1)
         return buffers[0]
 
-    with Reader(versions) as reader, Lane(versions, api._LONGEST, Timeline(kept=False)) as lane:
+    with Reader(versions) as reader, WorkerBuffers(versions, api._LONGEST, Timeline(kept=False)) as lane:
         yield merged
 
 

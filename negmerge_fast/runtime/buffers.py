@@ -41,7 +41,7 @@ class Timeline:
         self.add(stage, began, time.perf_counter())
 
 
-class Lane:
+class WorkerBuffers:
     """Memory for all versions of a piece, merged where it is read to.
 
     versions: with the base. chunk: the most bytes of each, a multiple of 256.
@@ -55,27 +55,27 @@ class Lane:
         self.starts: list[int] = []
         self.sizes: Sequence[int] = ()
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> WorkerBuffers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Whoever keeps an error keeps what its frames hold, but not these pages.
         self._mapping.madvise(mmap.MADV_DONTNEED)
 
-    def hold(self, sizes: Sequence[int]) -> list[memoryview]:
+    def reserve(self, sizes: Sequence[int]) -> list[memoryview]:
         """Where to read the versions of the next piece to, the base first; each is so many bytes long."""
         self.sizes = sizes
         self.starts = [0, *accumulate(-(size // -_ALIGNED) * _ALIGNED for size in sizes)]
         return [self.memory.data[s : s + size] for s, size in zip(self.starts, sizes, strict=False)]
 
-    def on_cpu(self) -> tuple[list[int], Any]:
+    def addresses(self) -> tuple[list[int], Any]:
         """The addresses of the versions, and the owner of their memory."""
         return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
 
     def merge(self, work: Work) -> None:
         """Put a merge of what is held under way; it writes where the base is."""
         with self.timeline.span("merge"):
-            work(*self.on_cpu())
+            work(*self.addresses())
 
     def wait(self) -> None:
         """Until what was put under way is done, and the base's memory holds the result."""

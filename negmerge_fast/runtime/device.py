@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-from .buffers import Lane, Timeline, Work
+from .buffers import Timeline, Work, WorkerBuffers
 
 
-class DeviceLane(Lane):
+class DeviceBuffers(WorkerBuffers):
     """Memory for all versions of a piece that a device of torch merges."""
 
     def __init__(self, versions: int, chunk: int, timeline: Timeline, device: str) -> None:
@@ -28,7 +28,7 @@ class DeviceLane(Lane):
         self.stream = stream_on(device, timeline)
         self.there = self.stream.empty(len(self.memory))
 
-    def __enter__(self) -> DeviceLane:
+    def __enter__(self) -> DeviceBuffers:
         self.stream.lock(self.here)
         return self
 
@@ -146,17 +146,17 @@ class CudaStream(SyncStream):
         self._timed.clear()
 
 
-def lane_on(device: str, versions: int, chunk: int, timeline: Timeline) -> Lane:
+def buffers_on(device: str, versions: int, chunk: int, timeline: Timeline) -> WorkerBuffers:
     if device == "cpu":
-        return Lane(versions, chunk, timeline)
-    return DeviceLane(versions, chunk, timeline, device)
+        return WorkerBuffers(versions, chunk, timeline)
+    return DeviceBuffers(versions, chunk, timeline, device)
 
 
 def stream_on(device: str, timeline: Timeline) -> SyncStream:
     return CudaStream(device, timeline) if device.startswith("cuda") else SyncStream(device, timeline)
 
 
-def room_on(device: str) -> int:
+def available_bytes(device: str) -> int:
     """Bytes that can be had on a device, but for a tenth that is lost between the pieces; no end of them where torch can't tell."""
     import torch
 

@@ -174,7 +174,7 @@ def _fit(
         # Page-locked memory is nobody else's any more: no more than half of what there is.
         free = {
             "free memory": memory.free_memory() // 2,
-            f"free memory of {device}": devices.room_on(device),
+            f"free memory of {device}": devices.available_bytes(device),
         }
         for place, size in free.items():
             if size < room:

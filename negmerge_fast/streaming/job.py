@@ -34,8 +34,8 @@ from ..output.journal import read as read_journal
 from ..output.manifest import Recipe, load
 from ..output.writer import Output
 from ..runtime import memory
-from ..runtime.buffers import Lane, Timeline
-from ..runtime.device import lane_on
+from ..runtime.buffers import Timeline, WorkerBuffers
+from ..runtime.device import buffers_on
 from ..runtime.distributed import Alone
 from ..runtime.executor import process_in_order
 from . import placement, probes
@@ -284,13 +284,13 @@ class Job:
         """What one worker needs, and what it does with a piece: read, merge and write."""
         with (
             Reader(max(most_open_files() // self.workers, 1)) as reader,
-            lane_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
+            buffers_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
         ):
 
             def work(piece: Extent) -> Done:
                 base = piece.sources[0]
-                buffers = lane.hold([source.nbytes for source in piece.sources])
-                block = Block(self.unread, piece, buffers, *lane.on_cpu())
+                buffers = lane.reserve([source.nbytes for source in piece.sources])
+                block = Block(self.unread, piece, buffers, *lane.addresses())
                 with timeline.span("read"):
                     skipped = self._read(piece, block, reader, buffers, release)
                 counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
@@ -330,7 +330,7 @@ class Job:
             self.unread.learn(len(others), skipped)
         return skipped
 
-    def _merge(self, piece: Extent, lane: Lane, turns: Semaphore) -> list[Counted]:
+    def _merge(self, piece: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[Counted]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
         threads = 1 if self.backend in registry.CONCURRENT else self.threads
         merged: list[tuple[list[Member], Counts]] = []
@@ -347,12 +347,12 @@ class Job:
             self._refuse_nonfinite(piece, lane)
         return counted
 
-    def _refuse_nonfinite(self, piece: Extent, lane: Lane) -> None:
+    def _refuse_nonfinite(self, piece: Extent, lane: WorkerBuffers) -> None:
         """Name the first non-finite element of a piece; its base was overwritten and is read again."""
         base = piece.sources[0]
         with Reader(1) as reader:
-            reader.read_into(base.file, base.offset, lane.hold([s.nbytes for s in piece.sources])[0])
-        for batch, members in batches(piece, "cpu", *lane.on_cpu()):
+            reader.read_into(base.file, base.offset, lane.reserve([s.nbytes for s in piece.sources])[0])
+        for batch, members in batches(piece, "cpu", *lane.addresses()):
             if found := registry.first_nonfinite(batch, self.rule):
                 row, element, version, value = found
                 name, start, _, _ = members[row]

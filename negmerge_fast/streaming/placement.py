@@ -102,7 +102,7 @@ def choose_way(plan: Plan, rule: Rule, threads: int) -> Way:
         signatures = {member.signature for extent in plan.extents for member in extent.members}
         if registry.choose("auto", GPU, rule, signatures)[0] == "torch":
             return Way("cpu", f"no kernel is usable on {GPU}", costs)
-        if (room := devices.room_on(GPU)) < _LEAST_ROOM:
+        if (room := devices.available_bytes(GPU)) < _LEAST_ROOM:
             return Way("cpu", f"only {room:,} bytes are free on {GPU}", costs)
         costs = costs._replace(link=probes.link_speed(GPU))
     except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it

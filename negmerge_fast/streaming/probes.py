@@ -18,7 +18,7 @@ from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
-from ..runtime.device import DeviceLane
+from ..runtime.device import DeviceBuffers
 from .plan import Plan, Source
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def link_speed(device: str) -> float:
     """Bytes per second from locked memory to a GPU."""
 
     def measure() -> float:
-        with DeviceLane(1, _LINKED, Timeline(kept=False), device) as lane:
+        with DeviceBuffers(1, _LINKED, Timeline(kept=False), device) as lane:
 
             def copy() -> None:
                 lane.stream.put("copy in", lambda: lane.stream.copy(lane.there, lane.here))

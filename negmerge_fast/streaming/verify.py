@@ -26,7 +26,7 @@ from ..core.errors import InputError
 from ..output import manifest
 from ..output.checksums import Checksums
 from ..runtime import memory
-from ..runtime.buffers import Lane, Timeline
+from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from .partition import pieces
 from .plan import Extent, Plan, Source, make_plan
@@ -227,15 +227,15 @@ def _compare(out: _Output, plan: Plan, sample: Sequence[Extent], advance: Callab
     """Merge each piece of a sample on the base's bytes, and hold these against the output's."""
     _, merge = registry.choose("torch", "cpu")
     timeline = Timeline(kept=False)
-    with Reader(_FILES_AT_ONCE) as reader, Lane(len(plan.models) + 2, _STROKE, timeline) as lane:
+    with Reader(_FILES_AT_ONCE) as reader, WorkerBuffers(len(plan.models) + 2, _STROKE, timeline) as lane:
         for piece in sample:
             base = piece.sources[0]
             file = out.files[piece.target] if out.path.is_dir() else next(iter(out.files.values()))
             sources = [*piece.sources, Source(file, base.offset, base.nbytes)]
-            buffers = lane.hold([source.nbytes for source in sources])
+            buffers = lane.reserve([source.nbytes for source in sources])
             for source, buffer in zip(sources, buffers, strict=True):
                 reader.read_into(source.file, source.offset, buffer)
-            addresses, owner = lane.on_cpu()
+            addresses, owner = lane.addresses()
             for batch, _ in batches(piece, "cpu", addresses[:-1], owner):
                 merge(batch, out.manifest.recipe.rule)
             expected, found = (np.frombuffer(buffer, np.uint8) for buffer in (buffers[0], buffers[-1]))

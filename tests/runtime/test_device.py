@@ -81,9 +81,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_a_lane_asks_of_a_gpu(cuda: FakeCuda, kept: bool) -> None:
     timeline, current = Timeline(kept), [DEVICE, f"stream of {DEVICE}"]
-    with device_module.lane_on(DEVICE, 2, 512, timeline) as lane:
+    with device_module.buffers_on(DEVICE, 2, 512, timeline) as lane:
         assert cuda.locked == {(lane.memory.ctypes.data, 1024)}
-        for buffer in lane.hold([300, 200]):
+        for buffer in lane.reserve([300, 200]):
             buffer[:] = bytes([7]) * len(buffer)
 
         def work(addresses: list[int], owner: torch.Tensor) -> None:
@@ -120,6 +120,6 @@ def test_memory_that_cannot_be_locked(cuda: FakeCuda) -> None:
         pytest.raises(
             RuntimeError, match=r"^1,024 bytes of memory cannot be locked for cuda:0: error 2 \(a smaller"
         ),
-        device_module.lane_on(DEVICE, 2, 512, Timeline()),
+        device_module.buffers_on(DEVICE, 2, 512, Timeline()),
     ):
         pass
