@@ -87,12 +87,12 @@ def _commands(signals: Signals) -> Any:
 
         BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
         """
-        from ..runtime.distributed import ranks_here, see_own_gpu
+        from ..runtime.distributed import ranks_from_environment, select_own_gpu
         from ..streaming.api import prepare
 
-        signals.ranks = ranks = ranks_here(signals.check)
+        signals.ranks = ranks = ranks_from_environment(signals.check)
         if ranks.count > 1 and options["device"] in ("auto", "cuda"):
-            see_own_gpu()
+            select_own_gpu()
         inputs = "task_vectors" if task_vectors else "finetuned"
         job: Any = None
 
@@ -102,7 +102,7 @@ def _commands(signals: Signals) -> Any:
             if report is not None:
                 _check_report(report, job)
 
-        ranks.together(check)
+        ranks.all_gather(check)
         if dry_run:
             if ranks.rank == 0:
                 _say(*_plan_lines(job))

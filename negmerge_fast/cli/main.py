@@ -23,7 +23,7 @@ def main() -> NoReturn:
     import click
 
     from ..core.errors import InputError
-    from ..runtime.distributed import Elsewhere
+    from ..runtime.distributed import PeerError
 
     status = 0
     try:
@@ -31,7 +31,7 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except Stopped:
         status = signals.stopped()
-    except Elsewhere as error:
+    except PeerError as error:
         status = 2 if isinstance(error, InputError) else 1
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
@@ -59,7 +59,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signals.ignore()
     if signals.ranks:
-        signals.ranks.part()
+        signals.ranks.leave()
     sys.exit(status)
 
 

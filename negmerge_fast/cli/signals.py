@@ -48,10 +48,10 @@ class Signals:
         """Say that, and why; of several processes one speaks."""
         assert self.received is not None
         received = signal.Signals(self.received)
-        dead = self.ranks.dead() if self.ranks else None
-        if self.ranks and not self.ranks.first_alive():
+        dead_peer = self.ranks.dead_peer() if self.ranks else None
+        if self.ranks and not self.ranks.is_lowest_alive():
             return 1
-        return fail(dead or _WORD[received], 1 if dead else _STATUS[received])
+        return fail(dead_peer or _WORD[received], 1 if dead_peer else _STATUS[received])
 
     def place(self) -> str:
         """Which of several processes this is."""

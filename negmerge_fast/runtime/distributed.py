@@ -24,37 +24,37 @@ _T = TypeVar("_T")
 
 # Seconds that processes may be apart when they begin and when they end, between two looks at a key, and between two at what
 # the others do.
-_PATIENCE, _FAREWELL, _NAP, _GLANCE = 600, 10, 0.01, 0.5
+JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S, POLL_INTERVAL_S, PEER_CHECK_INTERVAL_S = 600, 10, 0.01, 0.5
 _PR_SET_PDEATHSIG = 1
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Elsewhere(RuntimeError):
+class PeerError(RuntimeError):
     """Another rank failed, and says why."""
 
 
-class Alone:
+class SingleProcess:
     """One process, which is all there is."""
 
     rank, count = 0, 1
 
-    def together(self, work: Callable[[], _T]) -> list[_T]:
+    def all_gather(self, work: Callable[[], _T]) -> list[_T]:
         """Do something on every rank: what came out of it on each. Where it fails on one, it fails on all."""
         return [work()]
 
     def first(self, work: Callable[[], _T]) -> _T:
         """Have the first rank do something, and all be told what came out of it."""
-        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.all_gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def look(self, moved: int) -> int:
         """Be told how many bytes this rank has moved; the bytes that all have. Raises Elsewhere if one has failed."""
         return moved
 
-    def dead(self) -> str | None:
+    def dead_peer(self) -> str | None:
         """Who has died, if anybody did."""
         return None
 
-    def first_alive(self) -> bool:
+    def is_lowest_alive(self) -> bool:
         """Whether no lower rank of this machine lives: then it is for this one to speak."""
         return True
 
@@ -62,7 +62,7 @@ class Alone:
         """Say that this process ends now."""
 
 
-class Ranks(Alone):
+class Ranks(SingleProcess):
     """One of several processes. tick: called while waiting; it may raise to stop the job."""
 
     def __init__(self, rank: int, count: int, tick: Callable[[], None]) -> None:
@@ -76,8 +76,8 @@ class Ranks(Alone):
         except ImportError as error:
             raise InputError(f"{count} ranks: torch cannot be imported ({error})") from None
         try:
-            store, *_ = _aside(
-                lambda: next(distributed.rendezvous("env://", timeout=timedelta(seconds=_PATIENCE)))
+            store, *_ = _in_daemon_thread(
+                lambda: next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
             )
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -86,60 +86,60 @@ class Ranks(Alone):
         self._store: Any = distributed.PrefixStore(f"negmerge/{again}", store)
         self._step, self._looked, self._others = 0, 0.0, 0
         self._processes: dict[int, tuple[str, int]] = {}
-        me = (_here(), os.getpid())
-        self._processes = dict(enumerate(self.together(lambda: me)))
+        me = (_process_namespace(), os.getpid())
+        self._processes = dict(enumerate(self.all_gather(lambda: me)))
 
-    def together(self, work: Callable[[], _T]) -> list[_T]:
+    def all_gather(self, work: Callable[[], _T]) -> list[_T]:
         self._step += 1
         try:
-            said: dict[str, Any] = {"value": work()}
+            answer: dict[str, Any] = {"value": work()}
             failed: BaseException | None = None
         except BaseException as error:
             failed = error
-            said = {
-                "failed": not isinstance(error, Elsewhere),
+            answer = {
+                "failed": not isinstance(error, PeerError),
                 "input": isinstance(error, InputError),
                 "stopped": not isinstance(error, Exception),
             }
             self._set("failed", b"1")
-        self._set(f"{self._step}/{self.rank}", json.dumps(said).encode())
-        if failed is not None and said["stopped"]:
+        self._set(f"{self._step}/{self.rank}", json.dumps(answer).encode())
+        if failed is not None and answer["stopped"]:
             raise failed  # and does not wait
-        heard = [json.loads(self._get(f"{self._step}/{rank}", rank)) for rank in range(self.count)]
+        answers = [json.loads(self._get(f"{self._step}/{rank}", rank)) for rank in range(self.count)]
         # The first that failed by itself says why.
-        guilty = next((rank for rank, each in enumerate(heard) if each.get("failed")), None)
-        if guilty is None and failed is None:
-            return [each["value"] for each in heard]
-        if failed is not None and guilty in (self.rank, None):
+        failed_rank = next((rank for rank, each in enumerate(answers) if each.get("failed")), None)
+        if failed_rank is None and failed is None:
+            return [each["value"] for each in answers]
+        if failed is not None and failed_rank in (self.rank, None):
             raise failed
-        if guilty is not None and heard[guilty]["stopped"] and self.rank == 0:
-            raise RuntimeError(f"rank {guilty} of {self.count} was stopped")
-        kind = ElsewhereBadInput if guilty is not None and heard[guilty]["input"] else Elsewhere
-        raise kind(f"rank {guilty} failed")
+        if failed_rank is not None and answers[failed_rank]["stopped"] and self.rank == 0:
+            raise RuntimeError(f"rank {failed_rank} of {self.count} was stopped")
+        kind = PeerInputError if failed_rank is not None and answers[failed_rank]["input"] else PeerError
+        raise kind(f"rank {failed_rank} failed")
 
     def look(self, moved: int) -> int:
-        if time.monotonic() - self._looked >= _GLANCE:
+        if time.monotonic() - self._looked >= PEER_CHECK_INTERVAL_S:
             self._looked = time.monotonic()
             if self._check("failed"):
-                raise Elsewhere("another rank failed")
-            if (dead := self.dead()) is not None:
-                raise RuntimeError(dead)
+                raise PeerError("another rank failed")
+            if (dead_peer := self.dead_peer()) is not None:
+                raise RuntimeError(dead_peer)
             self._set(f"moved/{self.rank}", str(moved).encode())
             keys = [f"moved/{rank}" for rank in range(self.count) if rank != self.rank]
             told = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
             self._others = sum(map(int, told))
         return moved + self._others
 
-    def dead(self) -> str | None:
+    def dead_peer(self) -> str | None:
         for rank, (host, process) in self._processes.items():
-            if host == _here() and not _lives(process):
+            if host == _process_namespace() and not _is_alive(process):
                 return f"rank {rank} of {self.count} (process {process}) died"
         return None
 
-    def first_alive(self) -> bool:
-        host = _here()
+    def is_lowest_alive(self) -> bool:
+        host = _process_namespace()
         return not any(
-            rank < self.rank and (there != host or _lives(process))
+            rank < self.rank and (there != host or _is_alive(process))
             for rank, (there, process) in self._processes.items()
         )
 
@@ -149,18 +149,20 @@ class Ranks(Alone):
         with suppress(RuntimeError):
             self._set(f"parted/{self.rank}", b"1")
             others = [f"parted/{rank}" for rank in range(self.count) if self.rank == 0]
-            while not (self._store.check(others) or self.dead() or time.monotonic() - began > _FAREWELL):
-                time.sleep(_NAP)
+            while not (
+                self._store.check(others) or self.dead_peer() or time.monotonic() - began > LEAVE_TIMEOUT_S
+            ):
+                time.sleep(POLL_INTERVAL_S)
 
     def _get(self, key: str, rank: int) -> bytes:
         began = time.monotonic()
         while not self._check(key):
             self._tick()
-            if (dead := self.dead()) is not None:
-                raise RuntimeError(dead)
-            if not self._processes and time.monotonic() - began > _PATIENCE:
-                raise RuntimeError(f"rank {rank} of {self.count} has not come within {_PATIENCE} s")
-            time.sleep(_NAP)
+            if (dead_peer := self.dead_peer()) is not None:
+                raise RuntimeError(dead_peer)
+            if not self._processes and time.monotonic() - began > JOIN_TIMEOUT_S:
+                raise RuntimeError(f"rank {rank} of {self.count} has not come within {JOIN_TIMEOUT_S} s")
+            time.sleep(POLL_INTERVAL_S)
         return bytes(self._store.get(key))
 
     def _set(self, key: str, value: bytes) -> None:
@@ -174,26 +176,26 @@ class Ranks(Alone):
             return work()
         except RuntimeError as error:
             raise RuntimeError(
-                self.dead() or f"the launcher does not answer any more ({_line_of(error)})"
+                self.dead_peer() or f"the launcher does not answer any more ({_line_of(error)})"
             ) from None
 
 
-class ElsewhereBadInput(Elsewhere, InputError):
+class PeerInputError(PeerError, InputError):
     """Another rank refused its input, and says why."""
 
 
-def ranks_here(tick: Callable[[], None]) -> Alone:
+def ranks_from_environment(tick: Callable[[], None]) -> SingleProcess:
     """This process and those that were started with it, as torchrun's environment variables tell."""
     given = [os.environ.get(name) for name in _VARIABLES]
     if None in given or given[1] == "1":
-        return Alone()
+        return SingleProcess()
     rank, count = given[:2]
     if not (str(rank).isdecimal() and str(count).isdecimal() and int(str(rank)) < int(str(count))):
         raise InputError(f"RANK={rank}, WORLD_SIZE={count}: expected a rank below the number of ranks")
     return Ranks(int(str(rank)), int(str(count)), tick)
 
 
-def see_own_gpu() -> None:
+def select_own_gpu() -> None:
     """Leave each process of this machine one GPU to see, in turn; before torch looks for them."""
     mine = os.environ.get("LOCAL_RANK", "")
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -210,13 +212,13 @@ def _end_with_launcher() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def _here() -> str:
+def _process_namespace() -> str:
     """Where numbers of processes are the same: machines, and containers on one, may share a name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _aside(work: Callable[[], _T]) -> _T:
+def _in_daemon_thread(work: Callable[[], _T]) -> _T:
     """Do something that signals cannot interrupt, in a thread that an end of the process does not wait for."""
     done: list[_T] = []
     failed: list[Exception] = []
@@ -235,7 +237,7 @@ def _aside(work: Callable[[], _T]) -> _T:
     return done[0]
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     """A zombie does not."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

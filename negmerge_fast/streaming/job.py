@@ -36,7 +36,7 @@ from ..output.writer import Output
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.device import buffers_on
-from ..runtime.distributed import Alone
+from ..runtime.distributed import SingleProcess
 from ..runtime.executor import process_in_order
 from . import placement, probes
 from .partition import part, pieces, shares
@@ -89,14 +89,14 @@ class Job:
         self,
         progress: Progress | None = None,
         timeline: Timeline | None = None,
-        ranks: Alone | None = None,
+        ranks: SingleProcess | None = None,
     ) -> Report:
         """Do it: the output is published whole, or not at all. timeline: is told when each worker did what.
 
         ranks: the processes that do it together, each some runs of the output; the first of them returns the whole report.
         """
         began = time.perf_counter()
-        ranks, timeline = ranks or Alone(), timeline or Timeline(kept=False)
+        ranks, timeline = ranks or SingleProcess(), timeline or Timeline(kept=False)
         total = self.plan.bytes_read + self.plan.bytes_written
         before = done = summed([])
         if self.finished:
@@ -127,15 +127,15 @@ class Job:
             done = self._publish(before, [done, *self._of_others(ranks)], lambda: look(coming))
 
         with self.output:
-            first, cut = ranks.first(begin)
+            first, cut = ranks.on_rank0(begin)
             lots = [[Range(*run) for run in lot] for lot in cut]
             coming = sum(self._moved(run) for lot in lots for run in lot)
-            ranks.together(work)
-            ranks.first(publish)
+            ranks.all_gather(work)
+            ranks.on_rank0(publish)
         written = sum(run.end - run.begin for lot in lots for run in lot)
         return self._report(done, written, time.perf_counter() - began)
 
-    def _finished(self, ranks: Alone) -> Report:
+    def _finished(self, ranks: SingleProcess) -> Report:
         """Tidy up after the run that finished it."""
         with self.output:
             if ranks.rank == 0:
@@ -205,7 +205,7 @@ class Job:
         return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in part(self.plan, run))
 
     def _work_as(
-        self, ranks: Alone, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline
+        self, ranks: SingleProcess, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline
     ) -> Record:
         """Do what is this rank's, and leave for the first one what was counted."""
         if ranks.rank:
@@ -217,7 +217,7 @@ class Job:
             self.output.leave(ranks.rank, {"done": done.to_json(), "sums": sums})
         return done
 
-    def _of_others(self, ranks: Alone) -> Iterator[Record]:
+    def _of_others(self, ranks: SingleProcess) -> Iterator[Record]:
         """What the other ranks did, and the checksums that they know."""
         for rank in range(1, ranks.count):
             found = self.output.left_by(rank)
