@@ -10,7 +10,7 @@ from .reader import File
 
 
 @dataclass(frozen=True, slots=True)  # there are as many as tensors times models
-class Tensor:
+class TensorRef:
     """Where the bytes of a tensor are: little-endian, in row-major order."""
 
     spec: TensorSpec
@@ -37,10 +37,10 @@ class Checkpoint:
 
     path: Path
     kind: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorRef]
     weights: dict[str, File]
-    others: dict[str, File]
-    left_out: tuple[str, ...] = ()
+    extra_files: dict[str, File]
+    skipped_files: tuple[str, ...] = ()
 
     @property
     def is_directory(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from . import huggingface, npy, safetensors
-from .base import Checkpoint, Tensor
+from .base import Checkpoint
 from .reader import File, Reader
 
 __all__ = ["Checkpoint", "File", "Reader", "Tensor", "open_checkpoint"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
-from .base import MANIFEST, Checkpoint, Tensor
+from .base import MANIFEST, Checkpoint, TensorRef
 from .reader import File
 from .safetensors import read_header
 from .strict_json import parse_json
@@ -48,12 +48,12 @@ def open_directory(path: Path) -> Checkpoint:
     found = _weights_name(path, names)
     if found.endswith(_INDEX_SUFFIX):
         tensors, weights, index = _read_shards(path, found, names)
-        others = {found: index}
+        extra_files = {found: index}
     else:
         tensors, file = read_header(path / found)
-        weights, others = {found: file}, {}
-    left_out = _find_others(path, weights, others)
-    return Checkpoint(path, "directory", tensors, weights, others, tuple(left_out))
+        weights, extra_files = {found: file}, {}
+    skipped_files = _find_extra_files(path, weights, extra_files)
+    return Checkpoint(path, "directory", tensors, weights, extra_files, tuple(skipped_files))
 
 
 def _weights_name(path: Path, names: list[str]) -> str:
@@ -77,7 +77,7 @@ def _weights_name(path: Path, names: list[str]) -> str:
 
 def _read_shards(
     path: Path, index: str, present: list[str]
-) -> tuple[dict[str, Tensor], dict[str, File], File]:
+) -> tuple[dict[str, TensorRef], dict[str, File], File]:
     """Also the index itself; present: the names in the directory."""
     file = File.at(path / index)
     if file.size > _LONGEST_INDEX:
@@ -98,7 +98,7 @@ def _read_shards(
             raise InputError(
                 f"{file.path}: tensor {short_repr(name)} is in {short_repr(shard)}, expected a file of this directory"
             )
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorRef] = {}
     weights: dict[str, File] = {}
     if missing := set(weight_map.values()).difference(present):
         raise InputError(f"{path / min(missing)}: missing, but named in {index}")
@@ -120,9 +120,9 @@ def _is_other_weights(name: str) -> bool:
     return not _OTHER_WEIGHTS.isdisjoint(name.lower().split(".")[1:])
 
 
-def _find_others(path: Path, weights: dict[str, File], others: dict[str, File]) -> list[str]:
+def _find_extra_files(path: Path, weights: dict[str, File], extra_files: dict[str, File]) -> list[str]:
     """Add to others what belongs to the model and is no weights; what does not belong to it is returned."""
-    left_out: list[str] = []
+    skipped_files: list[str] = []
     pending = [""]
     while pending:
         below = pending.pop()
@@ -133,15 +133,15 @@ def _find_others(path: Path, weights: dict[str, File], others: dict[str, File]) 
                 entries = sorted(found, key=lambda e: e.name)
             for entry in entries:
                 name = below + entry.name
-                if name in weights or name in others:
+                if name in weights or name in extra_files:
                     continue
                 if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                     pending.append(name + "/")
                 # Unlike the entry, it says no of a link that leads to itself.
                 elif entry.name.startswith(".") or _is_other_weights(entry.name) or not os.path.isfile(entry):
-                    left_out.append(name)
+                    skipped_files.append(name)
                 elif name != MANIFEST:
-                    others[name] = File.at(path / name)
+                    extra_files[name] = File.at(path / name)
         except OSError as error:
             raise InputError(f"{path / below}: {error.strerror}") from None
-    return left_out
+    return skipped_files

@@ -13,7 +13,7 @@ import numpy as np
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
-from .base import Checkpoint, Tensor
+from .base import Checkpoint, TensorRef
 from .reader import File
 from .strict_json import is_shape
 
@@ -56,5 +56,5 @@ def open_file(path: Path) -> Checkpoint:
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
     file = replace(file, header=hash_of(head.getbuffer()[: head.tell()]))
-    tensor = Tensor(TensorSpec(_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
+    tensor = TensorRef(TensorSpec(_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

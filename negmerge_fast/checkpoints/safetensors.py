@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
-from .base import Checkpoint, Tensor
+from .base import Checkpoint, TensorRef
 from .reader import File
 from .strict_json import are_sizes, is_shape, parse_json
 
@@ -35,7 +35,7 @@ def open_file(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", tensors, {path.name: file}, {})
 
 
-def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
+def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     """The tensors of a .safetensors file, in the order of their bytes."""
     file = File.at(path)
     if file.size < 8:
@@ -76,7 +76,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], File]:
     return ordered, file
 
 
-def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpec, TensorSpec]) -> Tensor:
+def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpec, TensorSpec]) -> TensorRef:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -92,7 +92,7 @@ def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpe
         expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
         raise _malformed(file, name, f"{offsets[1] - offsets[0]} bytes, {expected}")
     spec = TensorSpec(sys.intern(dtype), tuple(shape))
-    return Tensor(specs.setdefault(spec, spec), file, start + offsets[0], offsets[1] - offsets[0])
+    return TensorRef(specs.setdefault(spec, spec), file, start + offsets[0], offsets[1] - offsets[0])
 
 
 def _malformed(file: File, name: str, problem: str) -> InputError:

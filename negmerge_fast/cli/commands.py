@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from .signals import Signals, fail
-from .text import _bar, _contents, _plan_lines, _print_left_out, _say, _summary, _verified
+from .text import _bar, _contents, _plan_lines, _print_skipped_files, _say, _summary, _verified
 
 
 def _commands(signals: Signals) -> Any:
@@ -106,7 +106,7 @@ def _commands(signals: Signals) -> Any:
         if dry_run:
             if ranks.rank == 0:
                 _say(*_plan_lines(job))
-                _print_left_out(job.plan.base)
+                _print_skipped_files(job.plan.base)
             return
         done = _run(job, signals, quiet or ranks.rank > 0)
         if ranks.rank > 0:
@@ -115,7 +115,7 @@ def _commands(signals: Signals) -> Any:
             _write_report(report, done.to_json())
         if not quiet:
             _say(_summary(job, done))
-            _print_left_out(job.plan.base)
+            _print_skipped_files(job.plan.base)
 
     @negmerge.command()
     @click.argument("out")

@@ -63,9 +63,9 @@ def _plan_lines(job: Any) -> list[str]:
     ]  # fmt: skip
 
 
-def _print_left_out(base: Any) -> None:
+def _print_skipped_files(base: Any) -> None:
     """What lies in BASE and will not be in OUT: other weights, which were not merged, and hidden files."""
-    for name in base.left_out:
+    for name in base.skipped_files:
         _say(f"left out  {name}")
 
 
@@ -99,6 +99,6 @@ def _contents(checkpoint: Any) -> str:
     size = sum(file.size for file in checkpoint.weights.values())
     return (
         f"{checkpoint.path}: {checkpoint.kind}, {len(checkpoint.weights)} weight files ({_size(size)}), "
-        f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.others)} other files"
-        + (f", {len(checkpoint.left_out)} left out" if checkpoint.left_out else "")
+        f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.extra_files)} other files"
+        + (f", {len(checkpoint.skipped_files)} left out" if checkpoint.skipped_files else "")
     )

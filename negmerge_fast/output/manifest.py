@@ -41,7 +41,7 @@ class Input:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Input:
-        every = sorted({**checkpoint.weights, **checkpoint.others}.items())
+        every = sorted({**checkpoint.weights, **checkpoint.extra_files}.items())
         return cls(str(checkpoint.path), {n: (file.size, file.header) for n, file in every if file.header})
 
 

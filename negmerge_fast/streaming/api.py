@@ -127,7 +127,7 @@ def prepare(
     place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite, resume=resume)
     read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
     recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
-    files = [file for c in (opened, *models) for file in {**c.weights, **c.others}.values()]
+    files = [file for c in (opened, *models) for file in {**c.weights, **c.extra_files}.values()]
     finished = resume and not overwrite and holds(place.manifest, recipe, files)
     if not finished:
         place.check([opened.path, *(m.path for m in models), *(file.path for file in files)])

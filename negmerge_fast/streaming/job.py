@@ -192,7 +192,7 @@ class Job:
     def _made_of(self) -> Made:
         """What makes the output's bytes: an unfinished one of anything else is not gone on with."""
         checkpoints = (self.plan.base, *self.plan.models)
-        files = [file for c in checkpoints for file in {**c.weights, **c.others}.values()]
+        files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
         how = self.recipe.to_json()
         return {
             **{k: v for k, v in how.items() if k not in ("base", "models", "nonfinite")},
@@ -306,28 +306,28 @@ class Job:
         self, piece: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
     ) -> int:
         """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
-        first, *others = piece.sources
+        first, *extra_files = piece.sources
         cached = reader.read_into(first.file, first.offset, buffers[0], release)
         skipped, expected, soon = 0, 0, self.unread.needed
-        for k, (source, buffer) in enumerate(zip(others, buffers[1:], strict=True)):
+        for k, (source, buffer) in enumerate(zip(extra_files, buffers[1:], strict=True)):
             block.look(k)
             if not block.alive:
-                skipped += sum(source.nbytes for source in others[k:])
+                skipped += sum(source.nbytes for source in extra_files[k:])
                 self.unread.learn(k, skipped)
                 return skipped
             if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
-                for version, coming in enumerate(others[k:soon], k + 1):
+                for version, coming in enumerate(extra_files[k:soon], k + 1):
                     for begin, end in block.ranges(version):
                         reader.expect(coming.file, coming.offset + begin, end - begin)
-                expected, soon = soon, len(others)
+                expected, soon = soon, len(extra_files)
             ranges = block.ranges(k + 1)
             if unread := source.nbytes - sum(end - begin for begin, end in ranges):
                 skipped += unread
                 np.frombuffer(buffer, np.uint8).fill(0)
             for begin, end in ranges:
                 reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
-        if others:
-            self.unread.learn(len(others), skipped)
+        if extra_files:
+            self.unread.learn(len(extra_files), skipped)
         return skipped
 
     def _merge(self, piece: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[Counted]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..core.ranges import Range
-from .plan import Extent, Member, Plan, Source
+from .plan import ByteRange, Extent, Member, Plan
 
 
 def part(plan: Plan, range_: Range) -> Iterator[Extent]:
@@ -25,7 +25,7 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
     if not extent.members:
         (source,) = extent.sources
         first, last = max(begin, 0), min(end, source.nbytes)
-        yield Extent(extent.target, [Source(source.file, source.offset + first, last - first)], [])
+        yield Extent(extent.target, [ByteRange(source.file, source.offset + first, last - first)], [])
         return
     at, members = 0, []
     before, taken = [0] * len(extent.sources), [0] * len(extent.sources)
@@ -39,7 +39,7 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
             taken = [count + (last - first) * each for count, each in zip(taken, member.sizes, strict=True)]
         at += member.numel * size
     sources = [
-        Source(source.file, source.offset + skipped, nbytes)
+        ByteRange(source.file, source.offset + skipped, nbytes)
         for source, skipped, nbytes in zip(extent.sources, before, taken, strict=True)
     ]
     if members:
@@ -100,7 +100,7 @@ def pieces(extents: Iterable[Extent], chunk: int) -> Iterator[Extent]:
         (source,) = extent.sources
         for done in range(0, source.nbytes, chunk):
             size = min(chunk, source.nbytes - done)
-            yield Extent(extent.target, [Source(source.file, source.offset + done, size)], [])
+            yield Extent(extent.target, [ByteRange(source.file, source.offset + done, size)], [])
 
 
 def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
@@ -113,7 +113,7 @@ def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
             sum(column) for column in zip(*([p.numel * s for s in p.sizes] for p in parts), strict=True)
         ]
         sources = [
-            Source(source.file, at, length)
+            ByteRange(source.file, at, length)
             for source, at, length in zip(extent.sources, positions, lengths, strict=True)
         ]
         positions[:] = [at + length for at, length in zip(positions, lengths, strict=True)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.base import Checkpoint, Tensor
+from ..checkpoints.base import Checkpoint, TensorRef
 from ..checkpoints.reader import File
 from ..core.batch import Signature
 from ..core.dtypes import FLOAT_SIZES
@@ -37,7 +37,7 @@ class Member(NamedTuple):
         return [FLOAT_SIZES[dtype] for dtype in (self.signature.result, *self.signature.models)]
 
 
-class Source(NamedTuple):
+class ByteRange(NamedTuple):
     """A run of bytes of an input file."""
 
     file: File
@@ -49,7 +49,7 @@ class Extent(NamedTuple):
     """target: the output file, relative to the output; it is written where the base (the first source) is read."""
 
     target: str
-    sources: list[Source]
+    sources: list[ByteRange]
     members: list[Member]
 
 
@@ -116,20 +116,24 @@ def make_plan(
         raise InputError("; ".join(problems))
 
     merged = [name for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES]
-    held: dict[Path, list[tuple[str, Tensor]]] = {file.path: [] for file in base.weights.values()}
+    held: dict[Path, list[tuple[str, TensorRef]]] = {file.path: [] for file in base.weights.values()}
     for name in merged:
         held[chosen[name].file.path].append((name, chosen[name]))
     extents: list[Extent] = []
     for target, file in base.weights.items():
         extents += _extents(target, file, held[file.path], models, task_vectors)
     extents += [
-        Extent(name, [Source(file, 0, file.size)], []) for name, file in base.others.items() if file.size
+        Extent(name, [ByteRange(file, 0, file.size)], [])
+        for name, file in base.extra_files.items()
+        if file.size
     ]
-    targets = {**base.weights, **base.others}
+    targets = {**base.weights, **base.extra_files}
     return Plan(base, list(models), targets, extents, len(base.tensors) - len(merged))
 
 
-def _choose(tensors: Mapping[str, Tensor], include: str | None, exclude: str | None) -> dict[str, Tensor]:
+def _choose(
+    tensors: Mapping[str, TensorRef], include: str | None, exclude: str | None
+) -> dict[str, TensorRef]:
     def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
         try:
             return re.compile(default if text is None else text)
@@ -145,18 +149,18 @@ def _choose(tensors: Mapping[str, Tensor], include: str | None, exclude: str | N
 def _extents(
     target: str,
     file: File,
-    held: list[tuple[str, Tensor]],
+    held: list[tuple[str, TensorRef]],
     models: Sequence[Checkpoint],
     task_vectors: bool,
 ) -> Iterator[Extent]:
     """Cover one file of the base; held: its tensors to merge."""
     position = 0
-    run: list[list[Tensor]] = []
+    run: list[list[TensorRef]] = []
     members: list[Member] = []
 
     def finished() -> Extent:
         columns = zip(*run, strict=True)
-        sources = [Source(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
+        sources = [ByteRange(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
         return Extent(target, sources, members)
 
     for name, tensor in sorted(held, key=lambda item: (item[1].offset, item[1].end)):
@@ -165,7 +169,7 @@ def _extents(
             yield finished()
             run, members = [], []
         if not run and tensor.offset > position:
-            yield Extent(target, [Source(file, position, tensor.offset - position)], [])
+            yield Extent(target, [ByteRange(file, position, tensor.offset - position)], [])
         signature = Signature(tensor.spec.dtype, tuple(v.spec.dtype for v in versions[1:]), task_vectors)
         run.append(versions)
         members.append(Member(name, 0, tensor.numel, signature))
@@ -173,8 +177,8 @@ def _extents(
     if run:
         yield finished()
     if file.size > position:
-        yield Extent(target, [Source(file, position, file.size - position)], [])
+        yield Extent(target, [ByteRange(file, position, file.size - position)], [])
 
 
-def _adjacent(last: Tensor, here: Tensor) -> bool:
+def _adjacent(last: TensorRef, here: TensorRef) -> bool:
     return last.file is here.file and last.end == here.offset

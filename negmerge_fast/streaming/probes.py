@@ -19,7 +19,7 @@ from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
 from ..runtime.device import DeviceBuffers
-from .plan import Plan, Source
+from .plan import ByteRange, Plan
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +110,7 @@ def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
     return max(1, sum(done for done, _ in read_by)) / taken, found
 
 
-def _strokes(plan: Plan, places: int) -> Iterator[Source]:
+def _strokes(plan: Plan, places: int) -> Iterator[ByteRange]:
     """So many places among the bytes to merge: other ones each time, for those read before are cached."""
     import random
 
@@ -121,7 +121,7 @@ def _strokes(plan: Plan, places: int) -> Iterator[Source]:
         which = bisect(ends, at)
         file, offset, nbytes = sources[which]
         within = min(at - (ends[which] - nbytes), max(nbytes - _STROKE, 0))
-        yield Source(file, offset + within, min(_STROKE, nbytes - within))
+        yield ByteRange(file, offset + within, min(_STROKE, nbytes - within))
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -29,7 +29,7 @@ from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from .partition import pieces
-from .plan import Extent, Plan, Source, make_plan
+from .plan import ByteRange, Extent, Plan, make_plan
 from .progress import Done
 from .worker import batches
 
@@ -187,7 +187,7 @@ def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
     }
     whole = {name: file for name, file in out.files.items() if name not in damage}
     sums = Checksums({name: file.size for name, file in whole.items()}, out.manifest.block)
-    extents = [Extent(name, [Source(file, 0, file.size)], []) for name, file in whole.items()]
+    extents = [Extent(name, [ByteRange(file, 0, file.size)], []) for name, file in whole.items()]
     stroke = -(-_STROKE // sums.block) * sums.block
     release = sum(file.size for file in whole.values()) > memory.free_memory() // 2
     ready = partial(_hasher, sums, stroke, release)
@@ -231,7 +231,7 @@ def _compare(out: _Output, plan: Plan, sample: Sequence[Extent], advance: Callab
         for piece in sample:
             base = piece.sources[0]
             file = out.files[piece.target] if out.path.is_dir() else next(iter(out.files.values()))
-            sources = [*piece.sources, Source(file, base.offset, base.nbytes)]
+            sources = [*piece.sources, ByteRange(file, base.offset, base.nbytes)]
             buffers = lane.reserve([source.nbytes for source in sources])
             for source, buffer in zip(sources, buffers, strict=True):
                 reader.read_into(source.file, source.offset, buffer)

@@ -28,8 +28,13 @@ def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:
     (path / "link").symlink_to(tmp_path)
     (path / "loop").symlink_to("loop")
     opened = open_checkpoint(path)
-    assert sorted(opened.others) == ["1_Pooling/config.json", "README.md", "config.json", "tokenizer.json"]
-    assert sorted(opened.left_out) == [
+    assert sorted(opened.extra_files) == [
+        "1_Pooling/config.json",
+        "README.md",
+        "config.json",
+        "tokenizer.json",
+    ]
+    assert sorted(opened.skipped_files) == [
         ".hidden",
         "link",
         "loop",

@@ -22,7 +22,7 @@ from negmerge_fast.core.batch import Signature
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.streaming import api, skipping
-from negmerge_fast.streaming.plan import Extent, Member, Source
+from negmerge_fast.streaming.plan import ByteRange, Extent, Member
 
 Tensors = dict[str, torch.Tensor]
 
@@ -182,7 +182,7 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
             value = base if v == 0 else d[v - 1] + (0 if task_vectors else base)
             stored[v] += value.astype(f"f{FLOAT_SIZES[dtype]}").tobytes()
     memory = [bytearray(s) for s in stored]
-    piece = Extent("", [Source(None, 0, len(s)) for s in stored], members)  # type: ignore[arg-type]
+    piece = Extent("", [ByteRange(None, 0, len(s)) for s in stored], members)  # type: ignore[arg-type]
     addresses = [np.frombuffer(m, np.uint8).ctypes.data for m in memory]
     rule = Rule(0.9, min_agreement)
     watched = skipping.Unread(rule, n, registry.choose("auto", "cpu")[1])
