@@ -71,7 +71,10 @@ def reads(plan: Plan) -> Iterator[Merged]:
             native.merge_cpu(batch, RULE, 1)
         return buffers[0]
 
-    with Reader(versions) as reader, WorkerBuffers(versions, api._LONGEST, Timeline(kept=False)) as lane:
+    with (
+        Reader(versions) as reader,
+        WorkerBuffers(versions, api._MAX_CHUNK_BYTES, Timeline(kept=False)) as lane,
+    ):
         yield merged
 
 
@@ -80,7 +83,7 @@ def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
     """Merged where the files are mapped, into memory that stays in the cache."""
     checkpoints = (plan.base, *plan.models)
     mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
-    out = np.empty(api._LONGEST, np.uint8)
+    out = np.empty(api._MAX_CHUNK_BYTES, np.uint8)
 
     def advise(piece: Extent, what: int) -> None:
         for file, offset, size in piece.sources:
@@ -123,7 +126,7 @@ def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
 
 def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
     """Merge the files of a plan, which have one file each, on some threads."""
-    coming, lock = pieces(plan.extents, api._LONGEST), Lock()
+    coming, lock = pieces(plan.extents, api._MAX_CHUNK_BYTES), Lock()
 
     def take() -> Extent | None:
         with lock:

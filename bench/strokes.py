@@ -37,12 +37,12 @@ def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Pa
 
 
 def merge(stroke: int, paths: list[Path], out: Path) -> None:
-    usual, api._LONGEST = api._LONGEST, stroke
+    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, stroke
     try:
         # A budget that makes no stroke shorter.
         nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9, memory_budget="1TiB")
     finally:
-        api._LONGEST = usual
+        api._MAX_CHUNK_BYTES = usual
 
 
 def limit(paths: list[Path], out: Path) -> None:

@@ -26,13 +26,13 @@ _OTHER_WEIGHTS = frozenset({
 })  # fmt: skip
 
 # As for the header of a .safetensors file.
-_LONGEST_INDEX = 100_000_000
+_MAX_INDEX_BYTES = 100_000_000
 
 # Of a file, on Linux; what is longer is not shown whole, either.
-_LONGEST_NAME = 255
+_MAX_NAME_BYTES = 255
 
 # Directories in each other, below that of a model.
-_DEEPEST = 64
+_MAX_DEPTH = 64
 
 
 def open_directory(path: Path) -> Checkpoint:
@@ -80,8 +80,8 @@ def _read_shards(
 ) -> tuple[dict[str, TensorRef], dict[str, File], File]:
     """Also the index itself; present: the names in the directory."""
     file = File.at(path / index)
-    if file.size > _LONGEST_INDEX:
-        raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_LONGEST_INDEX}")
+    if file.size > _MAX_INDEX_BYTES:
+        raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_MAX_INDEX_BYTES}")
     raw = file.read(0, file.size)
     weight_map = parse_json(raw, file.path, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -93,7 +93,7 @@ def _read_shards(
             or "/" in shard
             or "\\" in shard
             or "\0" in shard
-            or len(shard) > _LONGEST_NAME
+            or len(shard) > _MAX_NAME_BYTES
         ):
             raise InputError(
                 f"{file.path}: tensor {short_repr(name)} is in {short_repr(shard)}, expected a file of this directory"
@@ -126,8 +126,8 @@ def _find_extra_files(path: Path, weights: dict[str, File], extra_files: dict[st
     pending = [""]
     while pending:
         below = pending.pop()
-        if below.count("/") > _DEEPEST:
-            raise InputError(f"{path / below}: expected at most {_DEEPEST} directories in each other")
+        if below.count("/") > _MAX_DEPTH:
+            raise InputError(f"{path / below}: expected at most {_MAX_DEPTH} directories in each other")
         try:
             with os.scandir(path / below) as found:
                 entries = sorted(found, key=lambda e: e.name)

@@ -22,13 +22,13 @@ NAME = "vector"
 
 _DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 # Version 1 headers are at most 64 KiB long, and numpy itself refuses longer ones than 10,000 characters.
-_LONGEST_HEADER = 65_536 + 12
+_MAX_HEADER_BYTES = 65_536 + 12
 
 
 def open_file(path: Path) -> Checkpoint:
     """Open a .npy file that holds one array in row-major order, of fp64, fp32 or fp16."""
     file = File.at(path)
-    head = io.BytesIO(file.read(0, min(file.size, _LONGEST_HEADER)))
+    head = io.BytesIO(file.read(0, min(file.size, _MAX_HEADER_BYTES)))
     try:
         version = np.lib.format.read_magic(head)
         if version not in ((1, 0), (2, 0)):

@@ -20,7 +20,7 @@ from .reader import File
 from .strict_json import are_sizes, is_shape, parse_json
 
 # The library's own bound.
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -42,9 +42,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
     head = file.read(0, 8)
     length = int.from_bytes(head, "little")
-    if length > _LONGEST_HEADER:
+    if length > _MAX_HEADER_BYTES:
         raise InputError(
-            f"{path}: header of {length} bytes, expected at most {_LONGEST_HEADER}: not a safetensors file"
+            f"{path}: header of {length} bytes, expected at most {_MAX_HEADER_BYTES}: not a safetensors file"
         )
     if 8 + length > file.size:
         raise InputError(f"{path}: {file.size} bytes, expected at least {8 + length}: truncated")

@@ -13,10 +13,10 @@ from typing import Any
 from ..core.errors import InputError, short_repr
 
 # Lists and objects take up to forty times their text: those of real headers and indexes are one in sixteen bytes at most.
-_MUCH, _BYTES_PER_BRACKET = 1 << 20, 8
+_MIN_CHECKED_BYTES, _BYTES_PER_BRACKET = 1 << 20, 8
 # Digits of 2^63 and a sign: longer numbers take long to read, and no file says one.
-_LONGEST_INTEGER = 20
-_ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_LONGEST_INTEGER + 1))
+_MAX_INTEGER_DIGITS = 20
+_ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_MAX_INTEGER_DIGITS + 1))
 
 
 def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
 
     halves: there may be half characters, as in names of files that are not UTF-8.
     """
-    if len(raw) > _MUCH and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
+    if len(raw) > _MIN_CHECKED_BYTES and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
         raise InputError(f"{path}: {what} is mostly brackets, expected names of tensors")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
 
 
 def _integer(text: str) -> int | float:
-    if len(text) > _LONGEST_INTEGER:
+    if len(text) > _MAX_INTEGER_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return -0.0 if text == "-0" else int(text)
 

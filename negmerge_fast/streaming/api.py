@@ -21,21 +21,21 @@ from .job import Job, Progress
 from .plan import Plan, make_plan
 from .report import Report
 from .skipping import Unread
-from .worker import most_open_files
+from .worker import max_open_files
 
 PathLike = str | os.PathLike[str]
 
 # One reads, one merges, one writes, where only one may merge at a time; where all may, two keep each other company.
-_LANES_IN_TURNS, _FEWEST_LANES = 3, 2
+_WORKERS_IN_TURNS, _MIN_WORKERS = 3, 2
 # Through a GPU, as many wait for the link, its kernels and the disk while all threads read: reasoned, not measured yet.
-_LANES_THAT_WAIT = 2
+_WAITING_WORKERS = 2
 # Temporaries of the reference, reference.SCRATCH_BYTES, each no longer than a block; each lane keeps its own.
 _SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
 # The longest stroke for one file (best of 256 KiB … 8 MiB for 2 and 8 models, bench/results/strokes.jsonl: what was read is
 # still in the cache when it is merged); and through a GPU, where that does not matter, and fewer are fewer launches: reasoned,
 # not measured yet.
-_LONGEST, _LONGEST_TO_DEVICE = 1 << 20, 4 << 20
-_MOST_THREADS = 1024
+_MAX_CHUNK_BYTES, _MAX_DEVICE_CHUNK_BYTES = 1 << 20, 4 << 20
+_MAX_THREADS = 1024
 
 
 def merge_checkpoints(
@@ -110,8 +110,8 @@ def prepare(
     rule = Rule(scale, min_agreement)
     require_choice("inputs", inputs, ("finetuned", "task_vectors"))
     require_choice("nonfinite", nonfinite, ("keep-base", "error"))
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise InputError(f"threads: {threads}, expected 1 … {_MOST_THREADS}")
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise InputError(f"threads: {threads}, expected 1 … {_MAX_THREADS}")
     if isinstance(finetuned, (str, os.PathLike)):
         raise TypeError("finetuned: one path, expected a list of paths")
     if not finetuned:
@@ -166,11 +166,11 @@ def _fit(
     used: the backend that merges, and the one that looks whether there is more to read.
     """
     what, room = budget.room(most_memory)
-    longest, block = _LONGEST, _BLOCK
+    longest, block = _MAX_CHUNK_BYTES, _BLOCK
     threads = threads or registry.usual_threads()
-    most, scratch = _LANES_IN_TURNS, _SCRATCH if "torch" in used else 0
+    most, scratch = _WORKERS_IN_TURNS, _SCRATCH if "torch" in used else 0
     if device != "cpu":
-        most, longest, block = threads + _LANES_THAT_WAIT, _LONGEST_TO_DEVICE, _BLOCK_ON_DEVICE
+        most, longest, block = threads + _WAITING_WORKERS, _MAX_DEVICE_CHUNK_BYTES, _BLOCK_ON_DEVICE
         # Page-locked memory is nobody else's any more: no more than half of what there is.
         free = {
             "free memory": memory.free_memory() // 2,
@@ -180,8 +180,8 @@ def _fit(
             if size < room:
                 what, room = place, size
     elif used[0] in registry.CONCURRENT:
-        most = max(threads, _FEWEST_LANES)
-    most = min(most, max(most_open_files() // 2, _FEWEST_LANES), _MOST_THREADS)
+        most = max(threads, _MIN_WORKERS)
+    most = min(most, max(max_open_files() // 2, _MIN_WORKERS), _MAX_THREADS)
     return budget.fit(
         room, what, models=models, tensors=tensors, sizes=sizes, lanes=most, longest=longest, scratch=scratch,
         block=block,

@@ -11,10 +11,10 @@ from ..runtime import memory
 from ..runtime.memory import parse_size
 
 # The shortest stroke for one file that is worth a system call.
-_SHORTEST = 4096
+_MIN_CHUNK_BYTES = 4096
 # What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
 _OBJECTS, _OF_A_TENSOR = 4 << 20, 512
-_FEWEST_LANES = 2
+_MIN_WORKERS = 2
 
 
 def fit(
@@ -41,10 +41,10 @@ def fit(
         return lanes * of_a_lane + _OBJECTS + tensors * _OF_A_TENSOR + checksums.memory(sizes, lanes)
 
     chunk = longest
-    while needed() > room and chunk > _SHORTEST:
+    while needed() > room and chunk > _MIN_CHUNK_BYTES:
         chunk //= 2
-        if chunk < longest // 8 and lanes > _FEWEST_LANES:
-            lanes, chunk = max(lanes // 2, _FEWEST_LANES), longest
+        if chunk < longest // 8 and lanes > _MIN_WORKERS:
+            lanes, chunk = max(lanes // 2, _MIN_WORKERS), longest
     if needed() > room:
         raise InputError(
             f"{what}: {room:,} bytes, expected at least {needed():,} for {models} models and their {tensors:,} tensors"

@@ -44,7 +44,7 @@ from .plan import Extent, Member, Plan
 from .progress import Counted, Done, Tally
 from .report import Report
 from .skipping import Block, Unread, none_agreed
-from .worker import batches, most_open_files
+from .worker import batches, max_open_files
 
 # Called with bytes done and bytes in all.
 Progress = Callable[[int, int], None]
@@ -283,7 +283,7 @@ class Job:
     ) -> Iterator[Callable[[Extent], Done]]:
         """What one worker needs, and what it does with a piece: read, merge and write."""
         with (
-            Reader(max(most_open_files() // self.workers, 1)) as reader,
+            Reader(max(max_open_files() // self.workers, 1)) as reader,
             buffers_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
         ):
 

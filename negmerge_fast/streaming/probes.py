@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 # Places of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a lane does.
-_PLACES, _STROKE, _MOST_BUFFERS = 64, 1 << 20, 16
+_PLACES, _STROKE, _MAX_BUFFERS = 64, 1 << 20, 16
 # Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
 _MERGED, _REPEATED, _COPIED, _LINKED = 4 << 20, 16, 256 << 20, 32 << 20
 
@@ -83,7 +83,7 @@ def link_speed(device: str) -> float:
 def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
     """How fast files come, and whether from memory: strokes at random places, read by so many threads."""
     strokes = list(_strokes(plan, max(_PLACES, 8 * threads)))
-    buffers = min(len(plan.models) + 1, _MOST_BUFFERS)
+    buffers = min(len(plan.models) + 1, _MAX_BUFFERS)
     began = 0.0
 
     def begin() -> None:

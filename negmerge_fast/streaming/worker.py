@@ -10,7 +10,7 @@ from ..core.batch import Batch, Operand, Segment, Signature
 from .plan import Extent, Member
 
 
-def most_open_files() -> int:
+def max_open_files() -> int:
     """Inputs that all lanes together keep open: a share of what the process may, which is usually 1,024."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 256 if most < 0 else min(most // 4, 256)

@@ -390,11 +390,11 @@ def test_sharding_and_strokes_change_no_bit(
     tensors = family(seed, n=2)
     for path, held, split in zip(("base", "ft-0", "ft-1"), tensors, shards, strict=True):
         save_model(folder / path, held, split)
-    usual, api._LONGEST = api._LONGEST, chunk
+    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk
     try:
         merge(folder)
     finally:
-        api._LONGEST = usual
+        api._MAX_CHUNK_BYTES = usual
     merged = load_model(folder / "out")
     for name, base in tensors[0].items():
         expected = base
