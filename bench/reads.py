@@ -35,7 +35,7 @@ from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.core.batch import Batch, Operand
 from negmerge_fast.runtime.buffers import Timeline, WorkerBuffers
 from negmerge_fast.streaming import api
-from negmerge_fast.streaming.partition import pieces
+from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import Extent, Plan
 from negmerge_fast.streaming.worker import batches
 
@@ -59,15 +59,15 @@ def reads(plan: Plan) -> Iterator[Merged]:
     """As stream.py has them."""
     versions = len(plan.models) + 1
 
-    def merged(piece: Extent) -> memoryview:
-        first, *others = piece.sources
-        buffers = lane.reserve([source.nbytes for source in piece.sources])
+    def merged(chunk: Extent) -> memoryview:
+        first, *others = chunk.sources
+        buffers = lane.reserve([source.nbytes for source in chunk.sources])
         if not reader.read_into(first.file, first.offset, buffers[0]):
             for source in others:
                 reader.expect(source.file, source.offset, source.nbytes)
         for source, buffer in zip(others, buffers[1:], strict=True):
             reader.read_into(source.file, source.offset, buffer)
-        for batch, _ in batches(piece, "cpu", *lane.addresses()):
+        for batch, _ in batches(chunk, "cpu", *lane.addresses()):
             native.merge_cpu(batch, RULE, 1)
         return buffers[0]
 
@@ -85,20 +85,20 @@ def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
     mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
     out = np.empty(api._MAX_CHUNK_BYTES, np.uint8)
 
-    def advise(piece: Extent, what: int) -> None:
-        for file, offset, size in piece.sources:
+    def advise(chunk: Extent, what: int) -> None:
+        for file, offset, size in chunk.sources:
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
             mapped[file].madvise(what, start, offset + size - start)
 
-    def merged(piece: Extent) -> memoryview:
+    def merged(chunk: Extent) -> memoryview:
         for what in advice:
-            advise(piece, what)
-        inputs = [np.frombuffer(mapped[file], np.uint8, size, offset) for file, offset, size in piece.sources]
-        if piece.members:
-            _merge_apart(piece, inputs, out)
+            advise(chunk, what)
+        inputs = [np.frombuffer(mapped[file], np.uint8, size, offset) for file, offset, size in chunk.sources]
+        if chunk.members:
+            _merge_apart(chunk, inputs, out)
         else:
             out[: len(inputs[0])] = inputs[0]
-        advise(piece, mmap.MADV_DONTNEED)
+        advise(chunk, mmap.MADV_DONTNEED)
         return out[: len(inputs[0])].data
 
     yield merged
@@ -112,11 +112,11 @@ def _mapped(file: File) -> mmap.mmap:
         os.close(descriptor)
 
 
-def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
+def _merge_apart(chunk: Extent, inputs: list[Any], out: Any) -> None:
     """Merge a piece into memory of its own: the engine's batches write where the base is."""
     addresses = [held.ctypes.data for held in inputs]
     elsewhere = out.ctypes.data - addresses[0]
-    for batch, _ in batches(piece, "cpu", addresses, inputs):
+    for batch, _ in batches(chunk, "cpu", addresses, inputs):
         segments = [
             segment._replace(out=Operand(segment.base.address + elsewhere, batch.signature.result, out))
             for segment in batch.segments
@@ -126,7 +126,7 @@ def _merge_apart(piece: Extent, inputs: list[Any], out: Any) -> None:
 
 def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
     """Merge the files of a plan, which have one file each, on some threads."""
-    coming, lock = pieces(plan.extents, api._MAX_CHUNK_BYTES), Lock()
+    coming, lock = chunks(plan.extents, api._MAX_CHUNK_BYTES), Lock()
 
     def take() -> Extent | None:
         with lock:
@@ -134,8 +134,8 @@ def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merg
 
     def work(_: int) -> None:
         with way(plan) as merged:
-            while piece := take():
-                os.pwrite(target, merged(piece), piece.sources[0].offset)
+            while chunk := take():
+                os.pwrite(target, merged(chunk), chunk.sources[0].offset)
 
     target = os.open(out, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -147,11 +147,11 @@ def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merg
 
 def limit(paths: list[Path], out: Path) -> None:
     read_files(paths, THREADS)
-    stroke = bytes(256 << 10)
+    chunk_bytes = bytes(256 << 10)
     left = paths[0].stat().st_size
     with open(out, "r+b", buffering=0) as file:
         while left:
-            left -= file.write(stroke[: min(left, len(stroke))])
+            left -= file.write(chunk_bytes[: min(left, len(chunk_bytes))])
 
 
 def measure(

@@ -48,13 +48,13 @@ def _plan_lines(job: Any) -> list[str]:
     plan = job.plan
     from ..streaming.partition import segments_of
 
-    segments = segments_of(plan, job.chunk)
+    segments = segments_of(plan, job.chunk_bytes)
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"models    {len(plan.models)}",
         f"output    {job.output.target}: {len(plan.targets)} files",
         f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.kept} kept as in base",
-        f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk)} per file",
+        f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk_bytes)} per file",
         f"read      {_size(plan.bytes_read)}",
         f"write     {_size(plan.bytes_written)}",
         f"memory    {_size(job.memory)}{'' if job.way.device == 'cpu' else f', and as much on {job.way.device}'}",

@@ -47,9 +47,9 @@ class WorkerBuffers:
     versions: with the base. chunk: the most bytes of each, a multiple of 256.
     """
 
-    def __init__(self, versions: int, chunk: int, timeline: Timeline) -> None:
+    def __init__(self, versions: int, chunk_bytes: int, timeline: Timeline) -> None:
         # A mapping of its own, whose pages are given back as soon as the job is done.
-        self._mapping = mmap.mmap(-1, versions * chunk, flags=_PRIVATE)
+        self._mapping = mmap.mmap(-1, versions * chunk_bytes, flags=_PRIVATE)
         self.memory = np.frombuffer(self._mapping, np.uint8)
         self.timeline = timeline
         self.starts: list[int] = []

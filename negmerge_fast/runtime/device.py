@@ -20,10 +20,10 @@ from .buffers import Timeline, Work, WorkerBuffers
 class DeviceBuffers(WorkerBuffers):
     """Memory for all versions of a piece that a device of torch merges."""
 
-    def __init__(self, versions: int, chunk: int, timeline: Timeline, device: str) -> None:
+    def __init__(self, versions: int, chunk_bytes: int, timeline: Timeline, device: str) -> None:
         import torch
 
-        super().__init__(versions, chunk, timeline)
+        super().__init__(versions, chunk_bytes, timeline)
         self.here = torch.from_numpy(self.memory)
         self.stream = stream_on(device, timeline)
         self.there = self.stream.empty(len(self.memory))
@@ -146,10 +146,10 @@ class CudaStream(SyncStream):
         self._timed.clear()
 
 
-def buffers_on(device: str, versions: int, chunk: int, timeline: Timeline) -> WorkerBuffers:
+def buffers_on(device: str, versions: int, chunk_bytes: int, timeline: Timeline) -> WorkerBuffers:
     if device == "cpu":
-        return WorkerBuffers(versions, chunk, timeline)
-    return DeviceBuffers(versions, chunk, timeline, device)
+        return WorkerBuffers(versions, chunk_bytes, timeline)
+    return DeviceBuffers(versions, chunk_bytes, timeline, device)
 
 
 def stream_on(device: str, timeline: Timeline) -> SyncStream:

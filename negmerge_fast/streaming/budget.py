@@ -37,19 +37,19 @@ def fit(
     """
 
     def needed() -> int:
-        of_a_lane = (models + 1) * chunk + scratch * min(4 * chunk, block)
+        of_a_lane = (models + 1) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
         return lanes * of_a_lane + _OBJECTS + tensors * _OF_A_TENSOR + checksums.memory(sizes, lanes)
 
-    chunk = longest
-    while needed() > room and chunk > _MIN_CHUNK_BYTES:
-        chunk //= 2
-        if chunk < longest // 8 and lanes > _MIN_WORKERS:
-            lanes, chunk = max(lanes // 2, _MIN_WORKERS), longest
+    chunk_bytes = longest
+    while needed() > room and chunk_bytes > _MIN_CHUNK_BYTES:
+        chunk_bytes //= 2
+        if chunk_bytes < longest // 8 and lanes > _MIN_WORKERS:
+            lanes, chunk_bytes = max(lanes // 2, _MIN_WORKERS), longest
     if needed() > room:
         raise InputError(
             f"{what}: {room:,} bytes, expected at least {needed():,} for {models} models and their {tensors:,} tensors"
         )
-    return lanes, chunk, needed()
+    return lanes, chunk_bytes, needed()
 
 
 def room(size: int | str | None) -> tuple[str, int]:

@@ -39,7 +39,7 @@ from ..runtime.device import buffers_on
 from ..runtime.distributed import SingleProcess
 from ..runtime.executor import process_in_order
 from . import placement, probes
-from .partition import part, pieces, shares
+from .partition import chunks, part, shares
 from .plan import Extent, Member, Plan
 from .progress import Counted, Done, Tally
 from .report import Report
@@ -66,7 +66,7 @@ class Job:
     merge: Merge
     way: placement.Way
     workers: int
-    chunk: int
+    chunk_bytes: int
     memory: int
     threads: int | None
     unread: Unread
@@ -254,13 +254,13 @@ class Job:
         journal = Journal(self.output.journal(rank), self._made_of, self.output.sync)
         tally = Tally(todo)
 
-        def settle(piece: Done) -> None:
-            tally.add(piece)
+        def settle(chunk: Done) -> None:
+            tally.add(chunk)
             look(tally.moved)
             if journal.due():
                 journal.keep(tally.record())
 
-        coming = chain.from_iterable(pieces(part(self.plan, run), self.chunk) for run in todo)
+        coming = chain.from_iterable(chunks(part(self.plan, run), self.chunk_bytes) for run in todo)
         ready = partial(self._worker, Semaphore(threads), release, timeline)
 
         def keep() -> None:
@@ -284,29 +284,29 @@ class Job:
         """What one worker needs, and what it does with a piece: read, merge and write."""
         with (
             Reader(max(max_open_files() // self.workers, 1)) as reader,
-            buffers_on(self.way.device, len(self.plan.models) + 1, self.chunk, timeline) as lane,
+            buffers_on(self.way.device, len(self.plan.models) + 1, self.chunk_bytes, timeline) as lane,
         ):
 
-            def work(piece: Extent) -> Done:
-                base = piece.sources[0]
-                buffers = lane.reserve([source.nbytes for source in piece.sources])
-                block = Block(self.unread, piece, buffers, *lane.addresses())
+            def work(chunk: Extent) -> Done:
+                base = chunk.sources[0]
+                buffers = lane.reserve([source.nbytes for source in chunk.sources])
+                block = Block(self.unread, chunk, buffers, *lane.addresses())
                 with timeline.span("read"):
-                    skipped = self._read(piece, block, reader, buffers, release)
-                counted = self._merge(piece, lane, turns) if block.alive else none_agreed(piece)
+                    skipped = self._read(chunk, block, reader, buffers, release)
+                counted = self._merge(chunk, lane, turns) if block.alive else none_agreed(chunk)
                 with timeline.span("write"):
                     like = None if block.alive else reader.descriptor(base.file)
-                    self.output.write(piece.target, base.offset, buffers[0], release, like)
-                read = sum(source.nbytes for source in piece.sources) - skipped
+                    self.output.write(chunk.target, base.offset, buffers[0], release, like)
+                read = sum(source.nbytes for source in chunk.sources) - skipped
                 return Done(read, base.nbytes, counted, skipped)
 
             yield work
 
     def _read(
-        self, piece: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
+        self, chunk: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
     ) -> int:
         """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
-        first, *extra_files = piece.sources
+        first, *extra_files = chunk.sources
         cached = reader.read_into(first.file, first.offset, buffers[0], release)
         skipped, expected, soon = 0, 0, self.unread.needed
         for k, (source, buffer) in enumerate(zip(extra_files, buffers[1:], strict=True)):
@@ -330,13 +330,13 @@ class Job:
             self.unread.learn(len(extra_files), skipped)
         return skipped
 
-    def _merge(self, piece: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[Counted]:
+    def _merge(self, chunk: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[Counted]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
         threads = 1 if self.backend in registry.CONCURRENT else self.threads
         merged: list[tuple[list[Member], Counts]] = []
 
         def work(addresses: list[int], owner: Any) -> None:
-            for batch, members in batches(piece, self.way.device, addresses, owner):
+            for batch, members in batches(chunk, self.way.device, addresses, owner):
                 merged.append((members, self.merge(batch, self.rule, threads)))
 
         with turns:
@@ -344,15 +344,15 @@ class Job:
         lane.wait()
         counted = [([(m.name, m.numel) for m in members], np.array(c.tolist())) for members, c in merged]
         if self.recipe.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
-            self._refuse_nonfinite(piece, lane)
+            self._refuse_nonfinite(chunk, lane)
         return counted
 
-    def _refuse_nonfinite(self, piece: Extent, lane: WorkerBuffers) -> None:
+    def _refuse_nonfinite(self, chunk: Extent, lane: WorkerBuffers) -> None:
         """Name the first non-finite element of a piece; its base was overwritten and is read again."""
-        base = piece.sources[0]
+        base = chunk.sources[0]
         with Reader(1) as reader:
-            reader.read_into(base.file, base.offset, lane.reserve([s.nbytes for s in piece.sources])[0])
-        for batch, members in batches(piece, "cpu", *lane.addresses()):
+            reader.read_into(base.file, base.offset, lane.reserve([s.nbytes for s in chunk.sources])[0])
+        for batch, members in batches(chunk, "cpu", *lane.addresses()):
             if found := registry.first_nonfinite(batch, self.rule):
                 row, element, version, value = found
                 name, start, _, _ = members[row]

@@ -91,22 +91,22 @@ def _between_elements(extent: Extent, offset: int) -> int:
     return offset
 
 
-def pieces(extents: Iterable[Extent], chunk: int) -> Iterator[Extent]:
+def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
     """Extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
     for extent in extents:
         if extent.members:
-            yield from _cut(extent, chunk)
+            yield from _cut(extent, chunk_bytes)
             continue
         (source,) = extent.sources
-        for done in range(0, source.nbytes, chunk):
-            size = min(chunk, source.nbytes - done)
+        for done in range(0, source.nbytes, chunk_bytes):
+            size = min(chunk_bytes, source.nbytes - done)
             yield Extent(extent.target, [ByteRange(source.file, source.offset + done, size)], [])
 
 
-def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
+def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
     positions = [source.offset for source in extent.sources]
     parts: list[Member] = []
-    room = chunk
+    room = chunk_bytes
 
     def finished() -> Extent:
         lengths = [
@@ -130,10 +130,10 @@ def _cut(extent: Extent, chunk: int) -> Iterator[Extent]:
             if done == member.numel:
                 break
             yield finished()
-            parts, room = [], chunk
+            parts, room = [], chunk_bytes
     yield finished()
 
 
-def segments_of(plan: Plan, chunk: int) -> int:
+def segments_of(plan: Plan, chunk_bytes: int) -> int:
     """How many runs of elements the backends are given."""
-    return sum(len(piece.members) for piece in pieces(plan.extents, chunk))
+    return sum(len(chunk.members) for chunk in chunks(plan.extents, chunk_bytes))

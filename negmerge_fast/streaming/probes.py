@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 # Places of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a lane does.
-_PLACES, _STROKE, _MAX_BUFFERS = 64, 1 << 20, 16
+_PLACES, _SAMPLE_BYTES, _MAX_BUFFERS = 64, 1 << 20, 16
 # Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
 _MERGED, _REPEATED, _COPIED, _LINKED = 4 << 20, 16, 256 << 20, 32 << 20
 
@@ -93,7 +93,7 @@ def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
     ready = Barrier(threads, begin)
 
     def read(worker: int) -> tuple[int, list[bool | None]]:
-        memory = np.ones((buffers, _STROKE), np.uint8)
+        memory = np.ones((buffers, _SAMPLE_BYTES), np.uint8)
         done, cached = 0, []
         ready.wait()
         with Reader(8) as reader:
@@ -120,8 +120,8 @@ def _strokes(plan: Plan, places: int) -> Iterator[ByteRange]:
         at = int((k + random.random()) / places * ends[-1])
         which = bisect(ends, at)
         file, offset, nbytes = sources[which]
-        within = min(at - (ends[which] - nbytes), max(nbytes - _STROKE, 0))
-        yield ByteRange(file, offset + within, min(_STROKE, nbytes - within))
+        within = min(at - (ends[which] - nbytes), max(nbytes - _SAMPLE_BYTES, 0))
+        yield ByteRange(file, offset + within, min(_SAMPLE_BYTES, nbytes - within))
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -22,13 +22,13 @@ class Tally:
         self.whole = Record(ranges, Stats(), 0)
         self.moved = 0
 
-    def add(self, piece: Done) -> None:
-        for ranges, counts in piece.counted:
+    def add(self, chunk: Done) -> None:
+        for ranges, counts in chunk.counted:
             self._stats.add(ranges, counts)
-        self._read += piece.read
-        self._written += piece.written
-        self._skipped += piece.skipped
-        self.moved += piece.read + piece.written + piece.skipped
+        self._read += chunk.read
+        self._written += chunk.written
+        self._skipped += chunk.skipped
+        self.moved += chunk.read + chunk.written + chunk.skipped
 
     def record(self) -> Record:
         """What is done since the last one."""

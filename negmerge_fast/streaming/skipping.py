@@ -97,9 +97,9 @@ class Block:
     """A piece that is read model by model into buffers. addresses: where those are, in memory that owner keeps."""
 
     def __init__(
-        self, unread: Unread, piece: Extent, buffers: list[memoryview], addresses: list[int], owner: Any
+        self, unread: Unread, chunk: Extent, buffers: list[memoryview], addresses: list[int], owner: Any
     ) -> None:
-        self._unread, self._piece, self._buffers = unread, piece, buffers
+        self._unread, self._piece, self._buffers = unread, chunk, buffers
         self._addresses, self._owner = addresses, owner
         self._everywhere = unread.calm % _SELDOM == 0
         self._lots: list[_Lot] | None = None
@@ -166,12 +166,12 @@ class Block:
         return runs
 
 
-def _lots(piece: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
-    share = piece.sources[0].nbytes * _SHARE
+def _lots(chunk: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
+    share = chunk.sources[0].nbytes * _SHARE
     # Of each lot, its runs of elements of one signature: neighbours in every version, whatever tensors they are of.
     lots: list[list[tuple[Signature, int]]] = []
     size = share
-    for member in piece.members:
+    for member in chunk.members:
         signature, numel = member.signature, member.numel
         here = numel * FLOAT_SIZES[signature.result]
         if max(size, here) >= share:
@@ -181,7 +181,7 @@ def _lots(piece: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
         if lots[-1] and lots[-1][-1][0] == signature:
             numel += lots[-1].pop()[1]
         lots[-1].append((signature, numel))
-    ends = [0] * len(piece.sources)
+    ends = [0] * len(chunk.sources)
     for runs in lots:
         begins = ends
         for signature, numel in runs:
@@ -206,9 +206,9 @@ def _sizes(signature: Signature) -> list[int]:
     return [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
 
 
-def none_agreed(piece: Extent) -> list[Counted]:
+def none_agreed(chunk: Extent) -> list[Counted]:
     """What a merge of a piece counts in which no element agrees, and all are finite."""
     runs: dict[Signature, list[tuple[str, int]]] = {}
-    for member in piece.members:
+    for member in chunk.members:
         runs.setdefault(member.signature, []).append((member.name, member.numel))
     return [(each, np.zeros((len(each), 2), np.int64)) for each in runs.values()]

@@ -28,7 +28,7 @@ from ..output.checksums import Checksums
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
-from .partition import pieces
+from .partition import chunks
 from .plan import ByteRange, Extent, Plan, make_plan
 from .progress import Done
 from .worker import batches
@@ -38,7 +38,7 @@ PathLike = str | os.PathLike[str]
 _Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 # Bytes that are read at once: long enough for a disk, and for the cache they are hashed from.
-_STROKE = 1 << 20
+_CHUNK_BYTES = 1 << 20
 _FILES_AT_ONCE = 4
 
 
@@ -95,7 +95,7 @@ def verify_checkpoint(
     plan = _plan(out, against) if against is not None else None
     sample = _sample(plan, blocks, seed) if plan else []
     total = sum(file.size for file in out.files.values())
-    total += sum(piece.sources[0].nbytes + sum(s.nbytes for s in piece.sources) for piece in sample)
+    total += sum(chunk.sources[0].nbytes + sum(s.nbytes for s in chunk.sources) for chunk in sample)
     done = 0
 
     def advance(count: int) -> None:
@@ -115,7 +115,7 @@ def verify_checkpoint(
         sum(file.size for file in out.files.values()),
         out.not_listed,
         len(sample),
-        sum(piece.sources[0].nbytes for piece in sample),
+        sum(chunk.sources[0].nbytes for chunk in sample),
     )
 
 
@@ -188,10 +188,10 @@ def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
     whole = {name: file for name, file in out.files.items() if name not in damage}
     sums = Checksums({name: file.size for name, file in whole.items()}, out.manifest.block)
     extents = [Extent(name, [ByteRange(file, 0, file.size)], []) for name, file in whole.items()]
-    stroke = -(-_STROKE // sums.block) * sums.block
+    chunk_bytes = -(-_CHUNK_BYTES // sums.block) * sums.block
     release = sum(file.size for file in whole.values()) > memory.free_memory() // 2
-    ready = partial(_hasher, sums, stroke, release)
-    process_in_order(pieces(extents, stroke), threads, ready, lambda piece: advance(piece.read))
+    ready = partial(_hasher, sums, chunk_bytes, release)
+    process_in_order(chunks(extents, chunk_bytes), threads, ready, lambda chunk: advance(chunk.read))
     for name, file in whole.items():
         if (found := sums.of(name)) != expected[name][1]:
             damage[name] = f"{file.path}: checksum {found}, expected {expected[name][1]}"
@@ -200,14 +200,14 @@ def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
 
 
 @contextmanager
-def _hasher(sums: Checksums, stroke: int, release: bool) -> Iterator[Callable[[Extent], Done]]:
-    buffer = memoryview(bytearray(stroke))
+def _hasher(sums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callable[[Extent], Done]]:
+    buffer = memoryview(bytearray(chunk_bytes))
     with Reader(_FILES_AT_ONCE) as reader:
 
-        def work(piece: Extent) -> Done:
-            (source,) = piece.sources
+        def work(chunk: Extent) -> Done:
+            (source,) = chunk.sources
             reader.read_into(source.file, source.offset, buffer[: source.nbytes], release)
-            sums.add(piece.target, source.offset, buffer[: source.nbytes])
+            sums.add(chunk.target, source.offset, buffer[: source.nbytes])
             return Done(source.nbytes)
 
         yield work
@@ -217,43 +217,46 @@ def _sample(plan: Plan, blocks: int, seed: int) -> list[Extent]:
     """Some pieces of a plan, in their order, of which each byte of the output is as likely to be in one as any other."""
     # The first so many arrivals, where each piece arrives at a rate that is its size: a draw without replacement.
     chance = random.Random(seed)
-    every = enumerate(piece for piece in pieces(plan.extents, _STROKE) if piece.sources[0].nbytes)
-    arrivals = ((chance.expovariate(piece.sources[0].nbytes), number, piece) for number, piece in every)
+    every = enumerate(chunk for chunk in chunks(plan.extents, _CHUNK_BYTES) if chunk.sources[0].nbytes)
+    arrivals = ((chance.expovariate(chunk.sources[0].nbytes), number, chunk) for number, chunk in every)
     drawn = heapq.nsmallest(blocks, arrivals, key=lambda arrival: arrival[:2])
-    return [piece for _, _, piece in sorted(drawn, key=lambda arrival: arrival[1])]
+    return [chunk for _, _, chunk in sorted(drawn, key=lambda arrival: arrival[1])]
 
 
 def _compare(out: _Output, plan: Plan, sample: Sequence[Extent], advance: Callable[[int], None]) -> None:
     """Merge each piece of a sample on the base's bytes, and hold these against the output's."""
     _, merge = registry.choose("torch", "cpu")
     timeline = Timeline(kept=False)
-    with Reader(_FILES_AT_ONCE) as reader, WorkerBuffers(len(plan.models) + 2, _STROKE, timeline) as lane:
-        for piece in sample:
-            base = piece.sources[0]
-            file = out.files[piece.target] if out.path.is_dir() else next(iter(out.files.values()))
-            sources = [*piece.sources, ByteRange(file, base.offset, base.nbytes)]
+    with (
+        Reader(_FILES_AT_ONCE) as reader,
+        WorkerBuffers(len(plan.models) + 2, _CHUNK_BYTES, timeline) as lane,
+    ):
+        for chunk in sample:
+            base = chunk.sources[0]
+            file = out.files[chunk.target] if out.path.is_dir() else next(iter(out.files.values()))
+            sources = [*chunk.sources, ByteRange(file, base.offset, base.nbytes)]
             buffers = lane.reserve([source.nbytes for source in sources])
             for source, buffer in zip(sources, buffers, strict=True):
                 reader.read_into(source.file, source.offset, buffer)
             addresses, owner = lane.addresses()
-            for batch, _ in batches(piece, "cpu", addresses[:-1], owner):
+            for batch, _ in batches(chunk, "cpu", addresses[:-1], owner):
                 merge(batch, out.manifest.recipe.rule)
             expected, found = (np.frombuffer(buffer, np.uint8) for buffer in (buffers[0], buffers[-1]))
             if (different := np.flatnonzero(expected != found)).size:
                 place = int(different[0])
-                raise DamageError([f"{file.path}: {_difference(plan, piece, place, found, expected)}"])
+                raise DamageError([f"{file.path}: {_difference(plan, chunk, place, found, expected)}"])
             advance(sum(source.nbytes for source in sources))
 
 
-def _difference(plan: Plan, piece: Extent, place: int, found: _Bytes, expected: _Bytes) -> str:
+def _difference(plan: Plan, chunk: Extent, place: int, found: _Bytes, expected: _Bytes) -> str:
     """What differs at a byte of a piece: an element, where it was merged, or the byte."""
-    base = piece.sources[0]
+    base = chunk.sources[0]
     at = base.offset + place
     inside = ((n, t) for n, t in plan.base.tensors.items() if t.file is base.file and t.offset <= at < t.end)
     name, tensor = next(inside, ("", None))
     if tensor is None:
         return f"byte {at} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
-    if not piece.members:
+    if not chunk.members:
         where = f"tensor {name!r}: byte {at - tensor.offset}"
         return f"{where} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
     dtype = tensor.spec.dtype

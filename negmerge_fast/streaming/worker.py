@@ -17,11 +17,11 @@ def max_open_files() -> int:
 
 
 def batches(
-    piece: Extent, device: str, addresses: list[int], owner: Any
+    chunk: Extent, device: str, addresses: list[int], owner: Any
 ) -> Iterator[tuple[Batch, list[Member]]]:
     """One batch for each signature in a piece whose versions are at these addresses."""
     groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
-    for member in piece.members:
+    for member in chunk.members:
         dtypes = (member.signature.result, *member.signature.models)
         streams = [Operand(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
         addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]

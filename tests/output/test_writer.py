@@ -29,7 +29,7 @@ from negmerge_fast.output.writer import Output
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api, budget
 from negmerge_fast.streaming.api import Job
-from negmerge_fast.streaming.partition import pieces
+from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import make_plan
 
 
@@ -334,8 +334,8 @@ def test_the_first_error_in_the_order_of_the_pieces_is_told(
     """Though a later one comes sooner; and no worker goes on long after it."""
     calls = []
 
-    def failing(self: Job, piece: Any, *arguments: Any) -> None:
-        calls.append(piece)
+    def failing(self: Job, chunk: Any, *arguments: Any) -> None:
+        calls.append(chunk)
         number = len(calls)
         time.sleep(0.2 if number == 1 else 0)
         raise OSError(f"piece {number}")
@@ -380,17 +380,17 @@ def sharding(draw: st.DrawFn) -> list[list[str]]:
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(
     shards=st.lists(sharding(), min_size=3, max_size=3),
-    chunk=st.sampled_from([4096, 8192, 1 << 20]),
+    chunk_bytes=st.sampled_from([4096, 8192, 1 << 20]),
     seed=st.integers(0, 9),
 )
 def test_sharding_and_strokes_change_no_bit(
-    tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk_bytes: int, seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("sharded")
     tensors = family(seed, n=2)
     for path, held, split in zip(("base", "ft-0", "ft-1"), tensors, shards, strict=True):
         save_model(folder / path, held, split)
-    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk
+    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk_bytes
     try:
         merge(folder)
     finally:
@@ -404,9 +404,9 @@ def test_sharding_and_strokes_change_no_bit(
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
-@given(shards=st.lists(sharding(), min_size=2, max_size=2), chunk=st.integers(8, 3000))
+@given(shards=st.lists(sharding(), min_size=2, max_size=2), chunk_bytes=st.integers(8, 3000))
 def test_pieces_cover_every_byte_once(
-    tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk: int
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk_bytes: int
 ) -> None:
     folder = tmp_path_factory.mktemp("covered")
     for path, held, split in zip(("base", "ft"), family(n=1), shards, strict=True):
@@ -414,12 +414,12 @@ def test_pieces_cover_every_byte_once(
     plan = make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / "ft")])
     reached = dict.fromkeys(plan.targets, 0)
     elements: dict[str, int] = {}
-    for piece in pieces(plan.extents, chunk):
-        base = piece.sources[0]
-        assert base.offset == reached[piece.target]
-        reached[piece.target] += base.nbytes
-        assert all(source.nbytes <= chunk for source in piece.sources)
-        for member in piece.members:
+    for chunk in chunks(plan.extents, chunk_bytes):
+        base = chunk.sources[0]
+        assert base.offset == reached[chunk.target]
+        reached[chunk.target] += base.nbytes
+        assert all(source.nbytes <= chunk_bytes for source in chunk.sources)
+        for member in chunk.members:
             assert member.start == elements.get(member.name, 0)
             elements[member.name] = member.start + member.numel
     assert reached == {name: file.size for name, file in plan.targets.items()}

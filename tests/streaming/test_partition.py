@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.core.ranges import Range, subtract
-from negmerge_fast.streaming.partition import part, pieces, shares
+from negmerge_fast.streaming.partition import chunks, part, shares
 from negmerge_fast.streaming.plan import Plan, make_plan
 
 
@@ -28,22 +28,22 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / n) for n in ("one", "two")])
 
 
-def covered(plan: Plan, runs: list[Range], chunk: int) -> list[tuple[object, ...]]:
+def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[object, ...]]:
     """Every byte of every source of the parts, and every element, once for each time that it is in one."""
     found: list[tuple[object, ...]] = []
     for run in runs:
-        for piece in pieces(part(plan, run), chunk):
-            for k, (file, offset, nbytes) in enumerate(piece.sources):
-                found += [(piece.target, k, file.path, offset + i) for i in range(nbytes)]
-            at = [source.offset for source in piece.sources]
-            for member in piece.members:
+        for chunk in chunks(part(plan, run), chunk_bytes):
+            for k, (file, offset, nbytes) in enumerate(chunk.sources):
+                found += [(chunk.target, k, file.path, offset + i) for i in range(nbytes)]
+            at = [source.offset for source in chunk.sources]
+            for member in chunk.members:
                 versions = [plan.base.tensors[member.name], *(m.tensors[member.name] for m in plan.models)]
                 for k, (version, size) in enumerate(zip(versions, member.sizes, strict=True)):
                     if member.numel:
                         assert at[k] == version.offset + member.start * size
                     at[k] += member.numel * size
-            if piece.members:
-                assert at == [source.offset + source.nbytes for source in piece.sources]
+            if chunk.members:
+                assert at == [source.offset + source.nbytes for source in chunk.sources]
     return found
 
 
@@ -51,10 +51,10 @@ def covered(plan: Plan, runs: list[Range], chunk: int) -> list[tuple[object, ...
 @given(data=st.data())
 def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
     edges = data.draw(st.lists(st.integers(0, plan.whole.end), max_size=6))
-    chunk = data.draw(st.sampled_from([8, 100, 4096]))
+    chunk_bytes = data.draw(st.sampled_from([8, 100, 4096]))
     cuts = [0, *sorted(edges), plan.whole.end]
     runs = [Range(a, b) for a, b in pairwise(cuts)]
-    found = covered(plan, runs, chunk)
+    found = covered(plan, runs, chunk_bytes)
     assert len(found) == len(set(found)) and set(found) == set(covered(plan, [plan.whole], 1 << 20))
 
 

@@ -182,11 +182,11 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
             value = base if v == 0 else d[v - 1] + (0 if task_vectors else base)
             stored[v] += value.astype(f"f{FLOAT_SIZES[dtype]}").tobytes()
     memory = [bytearray(s) for s in stored]
-    piece = Extent("", [ByteRange(None, 0, len(s)) for s in stored], members)  # type: ignore[arg-type]
+    chunk = Extent("", [ByteRange(None, 0, len(s)) for s in stored], members)  # type: ignore[arg-type]
     addresses = [np.frombuffer(m, np.uint8).ctypes.data for m in memory]
     rule = Rule(0.9, min_agreement)
     watched = skipping.Unread(rule, n, registry.choose("auto", "cpu")[1])
-    block = skipping.Block(watched, piece, [memoryview(m) for m in memory], addresses, memory)
+    block = skipping.Block(watched, chunk, [memoryview(m) for m in memory], addresses, memory)
     for k in range(n):
         block.look(k)
         possible = [

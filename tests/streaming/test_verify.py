@@ -372,12 +372,12 @@ def test_the_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_STROKE", 256)
     plan = make_plan(open_checkpoint("base"), [open_checkpoint(name) for name in INPUTS[1:]])
     every = verify._sample(plan, 10**6, 0)
-    assert sum(piece.sources[0].nbytes for piece in every) == plan.bytes_written
+    assert sum(chunk.sources[0].nbytes for chunk in every) == plan.bytes_written
     assert every == verify._sample(plan, len(every), 5)
     few = [verify._sample(plan, 5, seed) for seed in range(200)]
     assert few[0] == verify._sample(plan, 5, 0) != few[1]
     for sample in few:
-        places = [every.index(piece) for piece in sample]
+        places = [every.index(chunk) for chunk in sample]
         assert places == sorted(set(places)) and len(places) == 5
     size, smallest = max(p.sources[0].nbytes for p in every), min(p.sources[0].nbytes for p in every)
     drawn = {n: sum(p.sources[0].nbytes == n for s in few for p in s) for n in (size, smallest)}
