@@ -94,7 +94,7 @@ def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
         for what in advice:
             advise(chunk, what)
         inputs = [np.frombuffer(mapped[file], np.uint8, size, offset) for file, offset, size in chunk.sources]
-        if chunk.members:
+        if chunk.slices:
             _merge_apart(chunk, inputs, out)
         else:
             out[: len(inputs[0])] = inputs[0]

@@ -132,7 +132,7 @@ def prepare(
     if not finished:
         place.check([opened.path, *(m.path for m in models), *(file.path for file in files)])
     way = _way(plan, rule, backend, device, threads or registry.usual_threads())
-    signatures = {member.signature for extent in plan.extents for member in extent.members}
+    signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
     name, merge = registry.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
     sizes = [file.size for file in plan.targets.values()]

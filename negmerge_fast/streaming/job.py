@@ -40,7 +40,7 @@ from ..runtime.distributed import SingleProcess
 from ..runtime.executor import process_in_order
 from . import placement, probes
 from .partition import chunks, part, shares
-from .plan import Extent, Member, Plan
+from .plan import Extent, Plan, TensorSlice
 from .progress import Counted, Done, Tally
 from .report import Report
 from .skipping import Block, Unread, none_agreed
@@ -231,7 +231,7 @@ class Job:
         if gaps := subtract(self.plan.whole, [*before.ranges, *done.ranges]):
             raise RuntimeError(f"{self.output.target}: {gaps[0]} was not written")
         stats = Stats()
-        stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.members})
+        stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.slices})
         for record in (before, done):
             stats.include(record.stats.tensors)
         counted = {"elements": stats.elements, "agreed": stats.agreed, "nonfinite": stats.nonfinite}
@@ -333,16 +333,16 @@ class Job:
     def _merge(self, chunk: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[Counted]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
         threads = 1 if self.backend in registry.CONCURRENT else self.threads
-        merged: list[tuple[list[Member], Counts]] = []
+        merged: list[tuple[list[TensorSlice], Counts]] = []
 
         def work(addresses: list[int], owner: Any) -> None:
-            for batch, members in batches(chunk, self.way.device, addresses, owner):
-                merged.append((members, self.merge(batch, self.rule, threads)))
+            for batch, slices in batches(chunk, self.way.device, addresses, owner):
+                merged.append((slices, self.merge(batch, self.rule, threads)))
 
         with turns:
             lane.merge(work)
         lane.wait()
-        counted = [([(m.name, m.numel) for m in members], np.array(c.tolist())) for members, c in merged]
+        counted = [([(m.name, m.numel) for m in slices], np.array(c.tolist())) for slices, c in merged]
         if self.recipe.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
             self._refuse_nonfinite(chunk, lane)
         return counted
@@ -352,10 +352,10 @@ class Job:
         base = chunk.sources[0]
         with Reader(1) as reader:
             reader.read_into(base.file, base.offset, lane.reserve([s.nbytes for s in chunk.sources])[0])
-        for batch, members in batches(chunk, "cpu", *lane.addresses()):
+        for batch, slices in batches(chunk, "cpu", *lane.addresses()):
             if found := registry.first_nonfinite(batch, self.rule):
                 row, element, version, value = found
-                name, start, _, _ = members[row]
+                name, start, _, _ = slices[row]
                 tensor = self.plan.base.tensors[name]
                 held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
                 index = tuple(int(i) for i in np.unravel_index(start + element, tensor.spec.shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..core.ranges import Range
-from .plan import ByteRange, Extent, Member, Plan
+from .plan import ByteRange, Extent, Plan, TensorSlice
 
 
 def part(plan: Plan, range_: Range) -> Iterator[Extent]:
@@ -22,28 +22,30 @@ def part(plan: Plan, range_: Range) -> Iterator[Extent]:
 
 def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
     """What begins between two bytes of an extent's base, of every source; nothing, where that is within one element."""
-    if not extent.members:
+    if not extent.slices:
         (source,) = extent.sources
         first, last = max(begin, 0), min(end, source.nbytes)
         yield Extent(extent.target, [ByteRange(source.file, source.offset + first, last - first)], [])
         return
-    at, members = 0, []
+    at, slices = 0, []
     before, taken = [0] * len(extent.sources), [0] * len(extent.sources)
-    for member in extent.members:
-        size = member.sizes[0]
+    for tensor_slice in extent.slices:
+        size = tensor_slice.sizes[0]
         # Rounded up: an element is where its first byte is.
-        first, last = (min(max(-((at - edge) // size), 0), member.numel) for edge in (begin, end))
-        before = [count + first * each for count, each in zip(before, member.sizes, strict=True)]
+        first, last = (min(max(-((at - edge) // size), 0), tensor_slice.numel) for edge in (begin, end))
+        before = [count + first * each for count, each in zip(before, tensor_slice.sizes, strict=True)]
         if first < last:
-            members.append(member._replace(start=member.start + first, numel=last - first))
-            taken = [count + (last - first) * each for count, each in zip(taken, member.sizes, strict=True)]
-        at += member.numel * size
+            slices.append(tensor_slice._replace(start=tensor_slice.start + first, numel=last - first))
+            taken = [
+                count + (last - first) * each for count, each in zip(taken, tensor_slice.sizes, strict=True)
+            ]
+        at += tensor_slice.numel * size
     sources = [
         ByteRange(source.file, source.offset + skipped, nbytes)
         for source, skipped, nbytes in zip(extent.sources, before, taken, strict=True)
     ]
-    if members:
-        yield Extent(extent.target, sources, members)
+    if slices:
+        yield Extent(extent.target, sources, slices)
 
 
 def shares(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
@@ -83,18 +85,18 @@ def _moved_per_byte(extent: Extent) -> float:
 def _between_elements(extent: Extent, offset: int) -> int:
     """The first byte of an element that is not before an offset into the base's source."""
     at = 0
-    for member in extent.members:
-        size = member.sizes[0]
-        if offset < at + member.numel * size:
+    for tensor_slice in extent.slices:
+        size = tensor_slice.sizes[0]
+        if offset < at + tensor_slice.numel * size:
             return at + -(-(offset - at) // size) * size
-        at += member.numel * size
+        at += tensor_slice.numel * size
     return offset
 
 
 def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
     """Extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
     for extent in extents:
-        if extent.members:
+        if extent.slices:
             yield from _cut(extent, chunk_bytes)
             continue
         (source,) = extent.sources
@@ -105,7 +107,7 @@ def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
 
 def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
     positions = [source.offset for source in extent.sources]
-    parts: list[Member] = []
+    parts: list[TensorSlice] = []
     room = chunk_bytes
 
     def finished() -> Extent:
@@ -119,15 +121,15 @@ def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
         positions[:] = [at + length for at, length in zip(positions, lengths, strict=True)]
         return Extent(extent.target, sources, parts)
 
-    for member in extent.members:
-        widest = max(member.sizes)
+    for tensor_slice in extent.slices:
+        widest = max(tensor_slice.sizes)
         done = 0
         while True:
-            count = min(member.numel - done, room // widest)
-            if count or not member.numel:
-                parts.append(member._replace(start=member.start + done, numel=count))
+            count = min(tensor_slice.numel - done, room // widest)
+            if count or not tensor_slice.numel:
+                parts.append(tensor_slice._replace(start=tensor_slice.start + done, numel=count))
                 done, room = done + count, room - count * widest
-            if done == member.numel:
+            if done == tensor_slice.numel:
                 break
             yield finished()
             parts, room = [], chunk_bytes
@@ -136,4 +138,4 @@ def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
 
 def segments_of(plan: Plan, chunk_bytes: int) -> int:
     """How many runs of elements the backends are given."""
-    return sum(len(chunk.members) for chunk in chunks(plan.extents, chunk_bytes))
+    return sum(len(chunk.slices) for chunk in chunks(plan.extents, chunk_bytes))

@@ -74,8 +74,8 @@ def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Cost
     None: there is nothing to merge.
     """
     sizes: dict[Signature, int] = {}
-    for member in (m for extent in plan.extents for m in extent.members):
-        sizes[member.signature] = sizes.get(member.signature, 0) + member.numel
+    for tensor_slice in (m for extent in plan.extents for m in extent.slices):
+        sizes[tensor_slice.signature] = sizes.get(tensor_slice.signature, 0) + tensor_slice.numel
     signature = max(sizes, key=sizes.__getitem__, default=None)
     if signature is None or not sizes[signature]:
         return None
@@ -99,7 +99,7 @@ def choose_way(plan: Plan, rule: Rule, threads: int) -> Way:
     if (saved := on_cpu - plan.bytes_read / costs.reading) < _WAKING:
         return Way("cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", costs)
     try:
-        signatures = {member.signature for extent in plan.extents for member in extent.members}
+        signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
         if registry.choose("auto", GPU, rule, signatures)[0] == "torch":
             return Way("cpu", f"no kernel is usable on {GPU}", costs)
         if (room := devices.available_bytes(GPU)) < _LEAST_ROOM:

@@ -23,7 +23,7 @@ from ..core.ranges import Range
 from ..core.schema import mismatches
 
 
-class Member(NamedTuple):
+class TensorSlice(NamedTuple):
     """A tensor, or a run of its elements."""
 
     name: str
@@ -50,7 +50,7 @@ class Extent(NamedTuple):
 
     target: str
     sources: list[ByteRange]
-    members: list[Member]
+    slices: list[TensorSlice]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Plan:
 
     @property
     def tensors(self) -> int:
-        return sum(len(extent.members) for extent in self.extents)
+        return sum(len(extent.slices) for extent in self.extents)
 
     @property
     def elements(self) -> int:
-        return sum(member.numel for extent in self.extents for member in extent.members)
+        return sum(tensor_slice.numel for extent in self.extents for tensor_slice in extent.slices)
 
     @property
     def whole(self) -> Range:
@@ -156,23 +156,23 @@ def _extents(
     """Cover one file of the base; held: its tensors to merge."""
     position = 0
     run: list[list[TensorRef]] = []
-    members: list[Member] = []
+    slices: list[TensorSlice] = []
 
     def finished() -> Extent:
         columns = zip(*run, strict=True)
         sources = [ByteRange(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
-        return Extent(target, sources, members)
+        return Extent(target, sources, slices)
 
     for name, tensor in sorted(held, key=lambda item: (item[1].offset, item[1].end)):
         versions = [tensor, *(model.tensors[name] for model in models)]
         if run and not all(_adjacent(last, here) for last, here in zip(run[-1], versions, strict=True)):
             yield finished()
-            run, members = [], []
+            run, slices = [], []
         if not run and tensor.offset > position:
             yield Extent(target, [ByteRange(file, position, tensor.offset - position)], [])
         signature = Signature(tensor.spec.dtype, tuple(v.spec.dtype for v in versions[1:]), task_vectors)
         run.append(versions)
-        members.append(Member(name, 0, tensor.numel, signature))
+        slices.append(TensorSlice(name, 0, tensor.numel, signature))
         position = tensor.end
     if run:
         yield finished()

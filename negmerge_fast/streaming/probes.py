@@ -114,7 +114,7 @@ def _strokes(plan: Plan, places: int) -> Iterator[ByteRange]:
     """So many places among the bytes to merge: other ones each time, for those read before are cached."""
     import random
 
-    sources = [source for extent in plan.extents if extent.members for source in extent.sources]
+    sources = [source for extent in plan.extents if extent.slices for source in extent.sources]
     ends = list(accumulate(source.nbytes for source in sources))
     for k in range(places):
         at = int((k + random.random()) / places * ends[-1])

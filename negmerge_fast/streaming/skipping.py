@@ -107,7 +107,7 @@ class Block:
     @property
     def alive(self) -> bool:
         """Whether an element can agree."""
-        return bool(self._piece.members if self._lots is None else self._lots)
+        return bool(self._piece.slices if self._lots is None else self._lots)
 
     def look(self, models: int) -> None:
         """Give up what no longer can agree after so many models."""
@@ -133,7 +133,7 @@ class Block:
     def _seems_unchanged(self, lot: _Lot, version: int) -> bool:
         begin, base = lot.begins[version], lot.begins[0]
         sample = self._buffers[version][begin : min(begin + _SAMPLE, lot.ends[version])]
-        if self._piece.members[0].signature.task_vectors:
+        if self._piece.slices[0].signature.task_vectors:
             return not any(sample)
         return sample == self._buffers[0][base : min(base + _SAMPLE, lot.ends[0])]
 
@@ -171,8 +171,8 @@ def _lots(chunk: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
     # Of each lot, its runs of elements of one signature: neighbours in every version, whatever tensors they are of.
     lots: list[list[tuple[Signature, int]]] = []
     size = share
-    for member in chunk.members:
-        signature, numel = member.signature, member.numel
+    for tensor_slice in chunk.slices:
+        signature, numel = tensor_slice.signature, tensor_slice.numel
         here = numel * FLOAT_SIZES[signature.result]
         if max(size, here) >= share:
             lots.append([])
@@ -209,6 +209,6 @@ def _sizes(signature: Signature) -> list[int]:
 def none_agreed(chunk: Extent) -> list[Counted]:
     """What a merge of a piece counts in which no element agrees, and all are finite."""
     runs: dict[Signature, list[tuple[str, int]]] = {}
-    for member in chunk.members:
-        runs.setdefault(member.signature, []).append((member.name, member.numel))
+    for tensor_slice in chunk.slices:
+        runs.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
     return [(each, np.zeros((len(each), 2), np.int64)) for each in runs.values()]

@@ -256,7 +256,7 @@ def _difference(plan: Plan, chunk: Extent, place: int, found: _Bytes, expected: 
     name, tensor = next(inside, ("", None))
     if tensor is None:
         return f"byte {at} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
-    if not chunk.members:
+    if not chunk.slices:
         where = f"tensor {name!r}: byte {at - tensor.offset}"
         return f"{where} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
     dtype = tensor.spec.dtype

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..core.batch import Batch, Operand, Segment, Signature
-from .plan import Extent, Member
+from .plan import Extent, TensorSlice
 
 
 def max_open_files() -> int:
@@ -18,15 +18,17 @@ def max_open_files() -> int:
 
 def batches(
     chunk: Extent, device: str, addresses: list[int], owner: Any
-) -> Iterator[tuple[Batch, list[Member]]]:
+) -> Iterator[tuple[Batch, list[TensorSlice]]]:
     """One batch for each signature in a piece whose versions are at these addresses."""
-    groups: dict[Signature, tuple[list[Segment], list[Member]]] = {}
-    for member in chunk.members:
-        dtypes = (member.signature.result, *member.signature.models)
+    groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
+    for tensor_slice in chunk.slices:
+        dtypes = (tensor_slice.signature.result, *tensor_slice.signature.models)
         streams = [Operand(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
-        addresses = [a + member.numel * size for a, size in zip(addresses, member.sizes, strict=True)]
-        segments, members = groups.setdefault(member.signature, ([], []))
-        segments.append(Segment(member.numel, streams[0], streams[1:], streams[0]))
-        members.append(member)
-    for signature, (segments, members) in groups.items():
-        yield Batch(device, signature, segments), members
+        addresses = [
+            a + tensor_slice.numel * size for a, size in zip(addresses, tensor_slice.sizes, strict=True)
+        ]
+        segments, slices = groups.setdefault(tensor_slice.signature, ([], []))
+        segments.append(Segment(tensor_slice.numel, streams[0], streams[1:], streams[0]))
+        slices.append(tensor_slice)
+    for signature, (segments, slices) in groups.items():
+        yield Batch(device, signature, segments), slices

@@ -419,8 +419,8 @@ def test_pieces_cover_every_byte_once(
         assert base.offset == reached[chunk.target]
         reached[chunk.target] += base.nbytes
         assert all(source.nbytes <= chunk_bytes for source in chunk.sources)
-        for member in chunk.members:
-            assert member.start == elements.get(member.name, 0)
-            elements[member.name] = member.start + member.numel
+        for tensor_slice in chunk.slices:
+            assert tensor_slice.start == elements.get(tensor_slice.name, 0)
+            elements[tensor_slice.name] = tensor_slice.start + tensor_slice.numel
     assert reached == {name: file.size for name, file in plan.targets.items()}
     assert elements == {n: t.numel() for n, t in family()[0].items() if t.is_floating_point()}

@@ -36,13 +36,16 @@ def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[objec
             for k, (file, offset, nbytes) in enumerate(chunk.sources):
                 found += [(chunk.target, k, file.path, offset + i) for i in range(nbytes)]
             at = [source.offset for source in chunk.sources]
-            for member in chunk.members:
-                versions = [plan.base.tensors[member.name], *(m.tensors[member.name] for m in plan.models)]
-                for k, (version, size) in enumerate(zip(versions, member.sizes, strict=True)):
-                    if member.numel:
-                        assert at[k] == version.offset + member.start * size
-                    at[k] += member.numel * size
-            if chunk.members:
+            for tensor_slice in chunk.slices:
+                versions = [
+                    plan.base.tensors[tensor_slice.name],
+                    *(m.tensors[tensor_slice.name] for m in plan.models),
+                ]
+                for k, (version, size) in enumerate(zip(versions, tensor_slice.sizes, strict=True)):
+                    if tensor_slice.numel:
+                        assert at[k] == version.offset + tensor_slice.start * size
+                    at[k] += tensor_slice.numel * size
+            if chunk.slices:
                 assert at == [source.offset + source.nbytes for source in chunk.sources]
     return found
 

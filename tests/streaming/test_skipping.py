@@ -22,7 +22,7 @@ from negmerge_fast.core.batch import Signature
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.streaming import api, skipping
-from negmerge_fast.streaming.plan import ByteRange, Extent, Member
+from negmerge_fast.streaming.plan import ByteRange, Extent, TensorSlice
 
 Tensors = dict[str, torch.Tensor]
 
@@ -166,8 +166,8 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
     task_vectors = data.draw(st.booleans())
     sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
     dtypes = [tuple(data.draw(st.sampled_from(["F64", "F32"])) for _ in range(n + 1)) for _ in sizes]
-    members = [
-        Member(str(i), 0, numel, Signature(types[0], types[1:], task_vectors))
+    slices = [
+        TensorSlice(str(i), 0, numel, Signature(types[0], types[1:], task_vectors))
         for i, (numel, types) in enumerate(zip(sizes, dtypes, strict=True))
     ]
     generator = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
@@ -182,7 +182,7 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
             value = base if v == 0 else d[v - 1] + (0 if task_vectors else base)
             stored[v] += value.astype(f"f{FLOAT_SIZES[dtype]}").tobytes()
     memory = [bytearray(s) for s in stored]
-    chunk = Extent("", [ByteRange(None, 0, len(s)) for s in stored], members)  # type: ignore[arg-type]
+    chunk = Extent("", [ByteRange(None, 0, len(s)) for s in stored], slices)  # type: ignore[arg-type]
     addresses = [np.frombuffer(m, np.uint8).ctypes.data for m in memory]
     rule = Rule(0.9, min_agreement)
     watched = skipping.Unread(rule, n, registry.choose("auto", "cpu")[1])
