@@ -39,7 +39,7 @@ from ..runtime.device import buffers_on
 from ..runtime.distributed import SingleProcess
 from ..runtime.executor import process_in_order
 from . import placement, probes
-from .partition import chunks, part, shares
+from .partition import chunks, partition, slice_plan
 from .plan import Extent, Plan, TensorSlice
 from .progress import Counted, Done, Tally
 from .report import Report
@@ -114,13 +114,13 @@ class Job:
             before = self._take_over()
             if ranks.count > 1:
                 self.output.let_join()
-            return job, shares(self.plan, subtract(self.plan.whole, before.ranges), ranks.count)
+            return job, partition(self.plan, subtract(self.plan.whole, before.ranges), ranks.count)
 
         def work() -> None:
             nonlocal done
             if differs := difference(first, job):
                 raise InputError(f"rank {ranks.rank}: the output of the first rank {differs}")
-            done = self._work_as(ranks, lots[ranks.rank], look, timeline)
+            done = self._work_as(ranks, shards[ranks.rank], look, timeline)
 
         def publish() -> None:
             nonlocal done
@@ -128,11 +128,11 @@ class Job:
 
         with self.output:
             first, cut = ranks.on_rank0(begin)
-            lots = [[Range(*run) for run in lot] for lot in cut]
-            coming = sum(self._moved(run) for lot in lots for run in lot)
+            shards = [[Range(*run) for run in shard] for shard in cut]
+            coming = sum(self._moved(run) for shard in shards for run in shard)
             ranks.all_gather(work)
             ranks.on_rank0(publish)
-        written = sum(run.end - run.begin for lot in lots for run in lot)
+        written = sum(run.end - run.begin for shard in shards for run in shard)
         return self._report(done, written, time.perf_counter() - began)
 
     def _finished(self, ranks: SingleProcess) -> Report:
@@ -202,7 +202,7 @@ class Job:
 
     def _moved(self, run: Range) -> int:
         """Bytes to read and write for a run of the output."""
-        return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in part(self.plan, run))
+        return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in slice_plan(self.plan, run))
 
     def _work_as(
         self, ranks: SingleProcess, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline
@@ -245,7 +245,7 @@ class Job:
     ) -> Record:
         """Do some runs of the output, and say what was counted there."""
         sizes: dict[str, int] = {}
-        for extent in (extent for run in todo for extent in part(self.plan, run)):
+        for extent in (extent for run in todo for extent in slice_plan(self.plan, run)):
             sizes[extent.target] = sizes.get(extent.target, 0) + extent.sources[0].nbytes
         self.output.expect(sizes)
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
@@ -260,7 +260,7 @@ class Job:
             if journal.due():
                 journal.keep(tally.record())
 
-        coming = chain.from_iterable(chunks(part(self.plan, run), self.chunk_bytes) for run in todo)
+        coming = chain.from_iterable(chunks(slice_plan(self.plan, run), self.chunk_bytes) for run in todo)
         ready = partial(self._worker, Semaphore(threads), release, timeline)
 
         def keep() -> None:

@@ -8,7 +8,7 @@ from ..core.ranges import Range
 from .plan import ByteRange, Extent, Plan, TensorSlice
 
 
-def part(plan: Plan, range_: Range) -> Iterator[Extent]:
+def slice_plan(plan: Plan, range_: Range) -> Iterator[Extent]:
     """The extents, or parts of them, whose elements begin within a run."""
     at = 0
     for extent in plan.extents:
@@ -48,7 +48,7 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
         yield Extent(extent.target, sources, slices)
 
 
-def shares(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
+def partition(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
     """Runs cut between elements into so many lots, of about as many bytes to read and write each."""
     parts: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
     at = 0
@@ -58,23 +58,23 @@ def shares(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]
         parts += [(begin, until, extent, at) for begin, until in overlaps if begin < until]
         at = end
     total = sum((end - begin) * _moved_per_byte(extent) for begin, end, extent, _ in parts)
-    lots: list[list[Range]] = [[] for _ in range(count)]
+    shards: list[list[Range]] = [[] for _ in range(count)]
     done = 0.0
     for begin, end, extent, start in parts:
         weight = _moved_per_byte(extent)
         while begin < end:
-            lot = min(int(done * count / total), count - 1)
+            shard = min(int(done * count / total), count - 1)
             until = end
-            if lot < count - 1:
-                room = max(int((total * (lot + 1) / count - done) / weight), 1)
+            if shard < count - 1:
+                room = max(int((total * (shard + 1) / count - done) / weight), 1)
                 until = min(start + _between_elements(extent, begin + room - start), end)
-            if lots[lot] and lots[lot][-1].end == begin:
-                lots[lot][-1] = Range(lots[lot][-1].begin, until)
+            if shards[shard] and shards[shard][-1].end == begin:
+                shards[shard][-1] = Range(shards[shard][-1].begin, until)
             else:
-                lots[lot].append(Range(begin, until))
+                shards[shard].append(Range(begin, until))
             done += (until - begin) * weight
             begin = until
-    return lots
+    return shards
 
 
 def _moved_per_byte(extent: Extent) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.core.ranges import Range, subtract
-from negmerge_fast.streaming.partition import chunks, part, shares
+from negmerge_fast.streaming.partition import chunks, partition, slice_plan
 from negmerge_fast.streaming.plan import Plan, make_plan
 
 
@@ -32,7 +32,7 @@ def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[objec
     """Every byte of every source of the parts, and every element, once for each time that it is in one."""
     found: list[tuple[object, ...]] = []
     for run in runs:
-        for chunk in chunks(part(plan, run), chunk_bytes):
+        for chunk in chunks(slice_plan(plan, run), chunk_bytes):
             for k, (file, offset, nbytes) in enumerate(chunk.sources):
                 found += [(chunk.target, k, file.path, offset + i) for i in range(nbytes)]
             at = [source.offset for source in chunk.sources]
@@ -65,26 +65,32 @@ def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_shares_are_disjoint_whole_and_even(plan: Plan, data: st.DataObject) -> None:
     lots = data.draw(st.integers(1, 7))
-    [done] = shares(plan, [plan.whole], 1)
+    [done] = partition(plan, [plan.whole], 1)
     edges = sorted(
         data.draw(
-            st.lists(st.sampled_from([r.end for lot in shares(plan, done, 9) for r in lot]), max_size=4)
+            st.lists(st.sampled_from([r.end for lot in partition(plan, done, 9) for r in lot]), max_size=4)
         )
     )
     todo = subtract(plan.whole, [Range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False)])
-    shared = shares(plan, todo, lots)
+    shared = partition(plan, todo, lots)
     assert len(shared) == lots
     everything = [run for lot in shared for run in lot]
     assert everything == sorted(everything) and subtract(plan.whole, everything) == subtract(plan.whole, todo)
     assert all(a.end <= b.begin for a, b in pairwise(everything))
     moved = [
-        sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for run in lot for e in part(plan, run))
+        sum(
+            e.sources[0].nbytes + sum(s.nbytes for s in e.sources)
+            for run in lot
+            for e in slice_plan(plan, run)
+        )
         for lot in shared
     ]
     # Cut between elements, of at most 8 bytes in the output and in each version.
     assert max(moved) - min(moved) <= 2 * 8 * (len(plan.models) + 2)
     # What is cut is cut between elements: each part is as long as the run that it was made of.
-    assert all(sum(e.sources[0].nbytes for e in part(plan, run)) == run.end - run.begin for run in everything)
+    assert all(
+        sum(e.sources[0].nbytes for e in slice_plan(plan, run)) == run.end - run.begin for run in everything
+    )
 
 
 def test_what_is_left() -> None:
