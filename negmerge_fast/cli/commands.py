@@ -247,7 +247,7 @@ def _check_report(report: str, job: Any) -> None:
 
     path = Path(os.path.realpath(report))
     for place in (
-        job.output.target,
+        job.output.path,
         job.output.manifest,
         job.plan.base.path,
         *(model.path for model in job.plan.models),

@@ -52,8 +52,8 @@ def _plan_lines(job: Any) -> list[str]:
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"models    {len(plan.models)}",
-        f"output    {job.output.target}: {len(plan.targets)} files",
-        f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.kept} kept as in base",
+        f"output    {job.output.path}: {len(plan.files)} files",
+        f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} kept as in base",
         f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk_bytes)} per file",
         f"read      {_size(plan.bytes_read)}",
         f"write     {_size(plan.bytes_written)}",
@@ -75,7 +75,7 @@ def _summary(job: Any, done: Any) -> str:
     moved = done.bytes_read + done.bytes_written
     skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
     return (
-        f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.kept} kept; "
+        f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.unchanged} kept; "
         f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}), {done.nonfinite:,} non-finite; "
         f"read {_size(done.bytes_read)}{skipped}, wrote {_size(done.bytes_written)} "
         f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"

@@ -60,12 +60,12 @@ class Output:
         # Not abspath, for which a/.. is nothing even where a is a link; and a link at the very end stays one.
         named = target.name not in ("", "..")
         real = os.path.realpath(target.parent if named else target)
-        self.target = Path(real, target.name) if named else Path(real)
-        if not self.target.name:
+        self.path = Path(real, target.name) if named else Path(real)
+        if not self.path.name:
             raise InputError(f"{target}: the root of the file system, expected a path to a new place")
         self.files, self.directory, self.overwrite, self.resume = files, directory, overwrite, resume
-        self.manifest = beside(self.target, directory)
-        self.work = self.target.with_name(f".{self.target.name}.negmerge")
+        self.manifest = beside(self.path, directory)
+        self.work = self.path.with_name(f".{self.path.name}.negmerge")
         self._staged = self.work / "output"
         self._open: dict[str, int] = {}
         self._unwritten: dict[str, int] = {}
@@ -83,45 +83,43 @@ class Output:
         except FileNotFoundError:
             pass
         except OSError as error:  # its name is too long, say
-            raise InputError(f"{self.target}: {error.strerror}, expected a path to a new place") from None
-        real, work = Path(os.path.realpath(self.target)), Path(os.path.realpath(self.work))
+            raise InputError(f"{self.path}: {error.strerror}, expected a path to a new place") from None
+        real, work = Path(os.path.realpath(self.path)), Path(os.path.realpath(self.work))
         for path in inputs:
             found = Path(os.path.realpath(path))
             if work == found or work in found.parents:
                 raise InputError(f"{path}: the input is inside {self.work}, which is cleared for the output")
             if real == found or real in found.parents or (found in real.parents and found.is_dir()):
                 relation = "is" if real == found else "is above" if real in found.parents else "is inside"
-                raise InputError(f"{self.target}: the output {relation} the input {path}")
-        if not self.target.parent.is_dir():
-            raise InputError(
-                f"{self.target.parent}: no such directory, expected one to hold {self.target.name}"
-            )
+                raise InputError(f"{self.path}: the output {relation} the input {path}")
+        if not self.path.parent.is_dir():
+            raise InputError(f"{self.path.parent}: no such directory, expected one to hold {self.path.name}")
         self._check_existing()
 
     def _check_existing(self) -> None:
         # What negmerge wrote beside a single file that is gone is in nobody's way.
         if not self.directory and os.path.lexists(self.manifest) and not _listed(self.manifest):
             raise InputError(f"{self.manifest}: not negmerge's, expected no other file of this name")
-        if not os.path.lexists(self.target):
+        if not os.path.lexists(self.path):
             return
         if not self.overwrite:
-            raise InputError(f"{self.target}: exists already (--overwrite replaces what negmerge wrote)")
-        if self.target.is_symlink() or self.target.is_dir() != self.directory:
+            raise InputError(f"{self.path}: exists already (--overwrite replaces what negmerge wrote)")
+        if self.path.is_symlink() or self.path.is_dir() != self.directory:
             kind = "directory" if self.directory else "regular file"
-            raise InputError(f"{self.target}: exists and is not a {kind}: not replaced")
-        if os.path.ismount(self.target):
-            raise InputError(f"{self.target}: a mount point, expected a directory that can be replaced")
+            raise InputError(f"{self.path}: exists and is not a {kind}: not replaced")
+        if os.path.ismount(self.path):
+            raise InputError(f"{self.path}: a mount point, expected a directory that can be replaced")
         if self.directory:
-            self._refuse_strangers(self.target)
+            self._refuse_strangers(self.path)
         else:
-            open_checkpoint(self.target)
+            open_checkpoint(self.path)
 
     def _refuse_strangers(self, place: Path) -> None:
         """place: where a directory is that was, or is to be, replaced."""
         ours = {*self.files, MANIFEST, *_listed(place / MANIFEST)}
         for found in sorted(p for p in place.rglob("*") if p.is_symlink() or not p.is_dir()):
             if (name := str(found.relative_to(place))) not in ours:
-                raise InputError(f"{self.target / name}: not negmerge's, so {self.target} is not replaced")
+                raise InputError(f"{self.path / name}: not negmerge's, so {self.path} is not replaced")
 
     def __enter__(self) -> Output:
         return self
@@ -215,7 +213,7 @@ class Output:
         if not data:
             return
         descriptor = self._descriptor(name)
-        with naming(self.target):
+        with naming(self.path):
             shared = range(offset, offset)
             if like is not None and self._shares:
                 shared = share(like, descriptor, offset, offset + len(data))
@@ -235,7 +233,7 @@ class Output:
         with self._files_lock:
             unfinished = [os.dup(descriptor) for descriptor in self._open.values()]
         try:
-            with naming(self.target):
+            with naming(self.path):
                 for descriptor in unfinished:
                     os.fdatasync(descriptor)
         finally:
@@ -259,7 +257,7 @@ class Output:
         """
         self._add_missing_sums(tick)
         listed = {
-            name if self.directory else self.target.name: {"size": like.size, "checksum": self.sums.of(name)}
+            name if self.directory else self.path.name: {"size": like.size, "checksum": self.sums.of(name)}
             for name, like in sorted(self.files.items())
         }
         save(self._path(MANIFEST), {**manifest, "block": BLOCK, "files": listed}, indent=2)
@@ -268,7 +266,7 @@ class Output:
     def _add_missing_sums(self, tick: Callable[[], None]) -> None:
         """Of blocks that an earlier run wrote, or of which two processes wrote a part."""
         for name in self.files:
-            with naming(self.target), open(self._path(name), "rb") as file:
+            with naming(self.path), open(self._path(name), "rb") as file:
                 for offset, size in self.sums.gaps(name):
                     file.seek(offset)
                     self.sums.add(name, offset, memoryview(file.read(size)))
@@ -285,7 +283,7 @@ class Output:
             self._move(self._staged)
         else:
             self._move_with_manifest(*map(self._path, self.files))
-        sync_directory(self.target.parent)
+        sync_directory(self.path.parent)
 
     def _move_with_manifest(self, staged: Path) -> None:
         """A single file's manifest comes first.
@@ -305,14 +303,14 @@ class Output:
             raise
 
     def _move(self, staged: Path) -> None:
-        exists = self.overwrite and os.path.lexists(self.target)
+        exists = self.overwrite and os.path.lexists(self.path)
         if exists and not self.directory:
-            os.replace(staged, self.target)
+            os.replace(staged, self.path)
             return
         try:
             if exists:
                 self._tell_exchange(staged)
-            rename(staged, self.target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
+            rename(staged, self.path, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
             if exists:
                 self._refuse_late_strangers()
         except OSError as error:
@@ -320,9 +318,9 @@ class Output:
                 raise
             if exists:
                 raise OSError(
-                    f"{self.target}: this file system cannot exchange directories: remove it first"
+                    f"{self.path}: this file system cannot exchange directories: remove it first"
                 ) from None
-            os.rename(staged, self.target)
+            os.rename(staged, self.path)
 
     def _tell_exchange(self, staged: Path) -> None:
         """To whoever comes after a crash, and must not take what was replaced for what the journals speak of."""
@@ -331,7 +329,7 @@ class Output:
 
     def _was_exchanged(self) -> bool:
         try:
-            return bool(json.loads((self.work / "exchange").read_text()) == os.stat(self.target).st_ino)
+            return bool(json.loads((self.work / "exchange").read_text()) == os.stat(self.path).st_ino)
         except (OSError, ValueError):
             return False
 
@@ -340,7 +338,7 @@ class Output:
         try:
             self._refuse_strangers(self._staged)
         except InputError:
-            rename(self._staged, self.target, RENAME_EXCHANGE)
+            rename(self._staged, self.path, RENAME_EXCHANGE)
             raise
 
     def _path(self, name: str) -> Path:
@@ -350,7 +348,7 @@ class Output:
         descriptor = self._open[name]
         try:
             if sync:
-                with naming(self.target):
+                with naming(self.path):
                     os.fsync(descriptor)
             if release:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -386,7 +384,7 @@ class Output:
                     return
             except BlockingIOError:
                 os.close(descriptor)
-                raise InputError(f"{self.target}: another negmerge is writing it (it holds {lock})") from None
+                raise InputError(f"{self.path}: another negmerge is writing it (it holds {lock})") from None
             except FileNotFoundError:
                 pass
             os.close(descriptor)
@@ -418,7 +416,7 @@ class Output:
         free = shutil.disk_usage(self.work).free
         if needed > free:
             raise OSError(
-                errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.target.parent)
+                errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(self.path.parent)
             )
         self._staged.mkdir()
         # There, to reserve a page is to fetch it, one after the other; whoever writes it can do that.
@@ -431,7 +429,7 @@ class Output:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             try:
                 if like.size:
-                    with naming(self.target):
+                    with naming(self.path):
                         if in_memory:
                             os.ftruncate(descriptor, like.size)
                         else:

@@ -124,7 +124,7 @@ def prepare(
     target = Path(output)
     if not opened.is_directory and target.suffix != opened.path.suffix:
         raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
-    place = Output(target, plan.targets, directory=opened.is_directory, overwrite=overwrite, resume=resume)
+    place = Output(target, plan.files, directory=opened.is_directory, overwrite=overwrite, resume=resume)
     read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
     recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
     files = [file for c in (opened, *models) for file in {**c.weights, **c.extra_files}.values()]
@@ -135,7 +135,7 @@ def prepare(
     signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
     name, merge = registry.choose(backend, way.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
-    sizes = [file.size for file in plan.targets.values()]
+    sizes = [file.size for file in plan.files.values()]
     skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
     looker, look = registry.choose("auto", "cpu") if skip else ("", None)
     fitted = _fit(memory_budget, way.device, (name, looker), len(models), tensors, sizes, threads)

@@ -153,7 +153,7 @@ class Job:
             models=[model.path for model in self.recipe.models],
             scale=self.rule.scale,
             min_agreement=self.rule.min_agreement,
-            output=str(self.output.target),
+            output=str(self.output.path),
             backend=self.backend,
             device=self.way.device,
             elements=stats.elements,
@@ -229,7 +229,7 @@ class Job:
         """Make one output of what all ranks have done, and say what that was."""
         done = summed(shared)
         if gaps := subtract(self.plan.whole, [*before.ranges, *done.ranges]):
-            raise RuntimeError(f"{self.output.target}: {gaps[0]} was not written")
+            raise RuntimeError(f"{self.output.path}: {gaps[0]} was not written")
         stats = Stats()
         stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.slices})
         for record in (before, done):
@@ -246,7 +246,7 @@ class Job:
         """Do some runs of the output, and say what was counted there."""
         sizes: dict[str, int] = {}
         for extent in (extent for run in todo for extent in slice_plan(self.plan, run)):
-            sizes[extent.target] = sizes.get(extent.target, 0) + extent.sources[0].nbytes
+            sizes[extent.path] = sizes.get(extent.path, 0) + extent.sources[0].nbytes
         self.output.expect(sizes)
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
@@ -296,7 +296,7 @@ class Job:
                 counted = self._merge(chunk, lane, turns) if block.alive else none_agreed(chunk)
                 with timeline.span("write"):
                     like = None if block.alive else reader.descriptor(base.file)
-                    self.output.write(chunk.target, base.offset, buffers[0], release, like)
+                    self.output.write(chunk.path, base.offset, buffers[0], release, like)
                 read = sum(source.nbytes for source in chunk.sources) - skipped
                 return Done(read, base.nbytes, counted, skipped)
 

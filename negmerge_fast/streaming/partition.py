@@ -25,7 +25,7 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
     if not extent.slices:
         (source,) = extent.sources
         first, last = max(begin, 0), min(end, source.nbytes)
-        yield Extent(extent.target, [ByteRange(source.file, source.offset + first, last - first)], [])
+        yield Extent(extent.path, [ByteRange(source.file, source.offset + first, last - first)], [])
         return
     at, slices = 0, []
     before, taken = [0] * len(extent.sources), [0] * len(extent.sources)
@@ -45,7 +45,7 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
         for source, skipped, nbytes in zip(extent.sources, before, taken, strict=True)
     ]
     if slices:
-        yield Extent(extent.target, sources, slices)
+        yield Extent(extent.path, sources, slices)
 
 
 def partition(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
@@ -102,7 +102,7 @@ def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
         (source,) = extent.sources
         for done in range(0, source.nbytes, chunk_bytes):
             size = min(chunk_bytes, source.nbytes - done)
-            yield Extent(extent.target, [ByteRange(source.file, source.offset + done, size)], [])
+            yield Extent(extent.path, [ByteRange(source.file, source.offset + done, size)], [])
 
 
 def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
@@ -119,7 +119,7 @@ def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
             for source, at, length in zip(extent.sources, positions, lengths, strict=True)
         ]
         positions[:] = [at + length for at, length in zip(positions, lengths, strict=True)]
-        return Extent(extent.target, sources, parts)
+        return Extent(extent.path, sources, parts)
 
     for tensor_slice in extent.slices:
         widest = max(tensor_slice.sizes)

@@ -64,7 +64,7 @@ class Plan:
     models: list[Checkpoint]
     targets: dict[str, File]
     extents: list[Extent]
-    kept: int
+    unchanged: int
 
     @property
     def tensors(self) -> int:
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(file.size for file in self.targets.values())
+        return sum(file.size for file in self.files.values())
 
 
 def make_plan(

@@ -162,7 +162,7 @@ def _plan(out: _Output, against: Sequence[PathLike]) -> Plan:
     if base.is_directory != out.path.is_dir():
         raise InputError(f"{base.path}: is a {base.kind}, expected one like {out.path}")
     targets = (
-        dict(plan.targets) if base.is_directory else dict(zip(out.files, plan.targets.values(), strict=True))
+        dict(plan.files) if base.is_directory else dict(zip(out.files, plan.files.values(), strict=True))
     )
     for name in sorted(targets.keys() | out.manifest.files.keys()):
         here, listed = targets.get(name), out.manifest.files.get(name)
@@ -207,7 +207,7 @@ def _hasher(sums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callab
         def work(chunk: Extent) -> Done:
             (source,) = chunk.sources
             reader.read_into(source.file, source.offset, buffer[: source.nbytes], release)
-            sums.add(chunk.target, source.offset, buffer[: source.nbytes])
+            sums.add(chunk.path, source.offset, buffer[: source.nbytes])
             return Done(source.nbytes)
 
         yield work
@@ -233,7 +233,7 @@ def _compare(out: _Output, plan: Plan, sample: Sequence[Extent], advance: Callab
     ):
         for chunk in sample:
             base = chunk.sources[0]
-            file = out.files[chunk.target] if out.path.is_dir() else next(iter(out.files.values()))
+            file = out.files[chunk.path] if out.path.is_dir() else next(iter(out.files.values()))
             sources = [*chunk.sources, ByteRange(file, base.offset, base.nbytes)]
             buffers = lane.reserve([source.nbytes for source in sources])
             for source, buffer in zip(sources, buffers, strict=True):

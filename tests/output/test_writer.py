@@ -412,15 +412,15 @@ def test_pieces_cover_every_byte_once(
     for path, held, split in zip(("base", "ft"), family(n=1), shards, strict=True):
         save_model(folder / path, held, split)
     plan = make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / "ft")])
-    reached = dict.fromkeys(plan.targets, 0)
+    reached = dict.fromkeys(plan.files, 0)
     elements: dict[str, int] = {}
     for chunk in chunks(plan.extents, chunk_bytes):
         base = chunk.sources[0]
-        assert base.offset == reached[chunk.target]
-        reached[chunk.target] += base.nbytes
+        assert base.offset == reached[chunk.path]
+        reached[chunk.path] += base.nbytes
         assert all(source.nbytes <= chunk_bytes for source in chunk.sources)
         for tensor_slice in chunk.slices:
             assert tensor_slice.start == elements.get(tensor_slice.name, 0)
             elements[tensor_slice.name] = tensor_slice.start + tensor_slice.numel
-    assert reached == {name: file.size for name, file in plan.targets.items()}
+    assert reached == {name: file.size for name, file in plan.files.items()}
     assert elements == {n: t.numel() for n, t in family()[0].items() if t.is_floating_point()}

@@ -34,7 +34,7 @@ def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[objec
     for run in runs:
         for chunk in chunks(slice_plan(plan, run), chunk_bytes):
             for k, (file, offset, nbytes) in enumerate(chunk.sources):
-                found += [(chunk.target, k, file.path, offset + i) for i in range(nbytes)]
+                found += [(chunk.path, k, file.path, offset + i) for i in range(nbytes)]
             at = [source.offset for source in chunk.sources]
             for tensor_slice in chunk.slices:
                 versions = [
