@@ -17,7 +17,7 @@ from ..runtime import device as devices
 from ..runtime import memory
 from ..runtime.interrupts import uncollected
 from . import budget, placement
-from .job import Job, Progress
+from .job import Job, OnProgress
 from .plan import Plan, make_plan
 from .report import Report
 from .skipping import Unread
@@ -56,7 +56,7 @@ def merge_checkpoints(
     skip_unchanged: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Merge checkpoints that need not fit in memory; the rule is merge's (NegMerge, arXiv 2410.05583, section 4).
 

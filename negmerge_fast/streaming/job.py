@@ -41,13 +41,13 @@ from ..runtime.executor import process_in_order
 from . import placement, probes
 from .partition import chunks, partition, slice_plan
 from .plan import Extent, Plan, TensorSlice
-from .progress import Counted, Done, Tally
+from .progress import ChunkCounts, ChunkResult, Progress
 from .report import Report
 from .skipping import Block, Unread, none_agreed
 from .worker import batches, max_open_files
 
 # Called with bytes done and bytes in all.
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Job:
 
     def run(
         self,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         timeline: Timeline | None = None,
         ranks: SingleProcess | None = None,
     ) -> Report:
@@ -252,20 +252,20 @@ class Job:
         release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
         threads = (self.threads or registry.usual_threads()) if self.backend in registry.CONCURRENT else 1
         journal = Journal(self.output.journal(rank), self._made_of, self.output.sync)
-        tally = Tally(todo)
+        progress_so_far = Progress(todo)
 
-        def settle(chunk: Done) -> None:
-            tally.add(chunk)
-            look(tally.moved)
+        def settle(chunk: ChunkResult) -> None:
+            progress_so_far.add(chunk)
+            look(progress_so_far.moved)
             if journal.due():
-                journal.keep(tally.record())
+                journal.keep(progress_so_far.record())
 
         coming = chain.from_iterable(chunks(slice_plan(self.plan, run), self.chunk_bytes) for run in todo)
         ready = partial(self._worker, Semaphore(threads), release, timeline)
 
         def keep() -> None:
             journal.settle()
-            if (record := tally.record()).ranges and self.output.resume:
+            if (record := progress_so_far.record()).ranges and self.output.resume:
                 journal.keep_now(record)
 
         try:
@@ -275,19 +275,19 @@ class Job:
                 keep()
             raise
         keep()  # others may take long, and fail
-        return tally.whole
+        return progress_so_far.whole
 
     @contextmanager
     def _worker(
         self, turns: Semaphore, release: bool, timeline: Timeline
-    ) -> Iterator[Callable[[Extent], Done]]:
+    ) -> Iterator[Callable[[Extent], ChunkResult]]:
         """What one worker needs, and what it does with a piece: read, merge and write."""
         with (
             Reader(max(max_open_files() // self.workers, 1)) as reader,
             buffers_on(self.way.device, len(self.plan.models) + 1, self.chunk_bytes, timeline) as lane,
         ):
 
-            def work(chunk: Extent) -> Done:
+            def work(chunk: Extent) -> ChunkResult:
                 base = chunk.sources[0]
                 buffers = lane.reserve([source.nbytes for source in chunk.sources])
                 block = Block(self.unread, chunk, buffers, *lane.addresses())
@@ -298,7 +298,7 @@ class Job:
                     like = None if block.alive else reader.descriptor(base.file)
                     self.output.write(chunk.path, base.offset, buffers[0], release, like)
                 read = sum(source.nbytes for source in chunk.sources) - skipped
-                return Done(read, base.nbytes, counted, skipped)
+                return ChunkResult(read, base.nbytes, counted, skipped)
 
             yield work
 
@@ -330,7 +330,7 @@ class Job:
             self.unread.learn(len(extra_files), skipped)
         return skipped
 
-    def _merge(self, chunk: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[Counted]:
+    def _merge(self, chunk: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[ChunkCounts]:
         """Merge one piece in place on the base's buffer; the runs of each batch, and what was counted of them."""
         threads = 1 if self.backend in registry.CONCURRENT else self.threads
         merged: list[tuple[list[TensorSlice], Counts]] = []

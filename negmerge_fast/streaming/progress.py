@@ -12,7 +12,7 @@ from ..core.stats import Stats
 from ..output.journal import Record
 
 
-class Tally:
+class Progress:
     """What became of the pieces of some runs, in their order, and how much of that was put on record."""
 
     def __init__(self, ranges: Sequence[Range]) -> None:
@@ -22,7 +22,7 @@ class Tally:
         self.whole = Record(ranges, Stats(), 0)
         self.moved = 0
 
-    def add(self, chunk: Done) -> None:
+    def add(self, chunk: ChunkResult) -> None:
         for ranges, counts in chunk.counted:
             self._stats.add(ranges, counts)
         self._read += chunk.read
@@ -43,10 +43,10 @@ class Tally:
 
 
 # The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
-Counted: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
+ChunkCounts: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
 
 
-class Done(NamedTuple):
+class ChunkResult(NamedTuple):
     """What a worker says of a piece: the bytes that it read and wrote, and what was counted.
 
     skipped: those of the bytes that it did not need to read.
@@ -54,5 +54,5 @@ class Done(NamedTuple):
 
     read: int = 0
     written: int = 0
-    counted: Sequence[Counted] = ()
+    counted: Sequence[ChunkCounts] = ()
     skipped: int = 0

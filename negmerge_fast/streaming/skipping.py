@@ -23,7 +23,7 @@ from ..core.batch import Batch, Merge, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from .plan import Extent
-from .progress import Counted
+from .progress import ChunkCounts
 
 # Elements of the first window: enough to have one that is left, where models were fine-tuned densely, few enough to cost little
 # more than the call. Each further window of a lot is so many times longer.
@@ -206,7 +206,7 @@ def _sizes(signature: Signature) -> list[int]:
     return [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
 
 
-def none_agreed(chunk: Extent) -> list[Counted]:
+def none_agreed(chunk: Extent) -> list[ChunkCounts]:
     """What a merge of a piece counts in which no element agrees, and all are finite."""
     runs: dict[Signature, list[tuple[str, int]]] = {}
     for tensor_slice in chunk.slices:

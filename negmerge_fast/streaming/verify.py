@@ -30,10 +30,10 @@ from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from .partition import chunks
 from .plan import ByteRange, Extent, Plan, make_plan
-from .progress import Done
+from .progress import ChunkResult
 from .worker import batches
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 _Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
@@ -74,7 +74,7 @@ def verify_checkpoint(
     blocks: int = 64,
     seed: int = 0,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Verified:
     """Hold an output of merge_checkpoints against its manifest and, if they are given, against the checkpoints it was made of.
 
@@ -200,15 +200,15 @@ def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
 
 
 @contextmanager
-def _hasher(sums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callable[[Extent], Done]]:
+def _hasher(sums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callable[[Extent], ChunkResult]]:
     buffer = memoryview(bytearray(chunk_bytes))
     with Reader(_FILES_AT_ONCE) as reader:
 
-        def work(chunk: Extent) -> Done:
+        def work(chunk: Extent) -> ChunkResult:
             (source,) = chunk.sources
             reader.read_into(source.file, source.offset, buffer[: source.nbytes], release)
             sums.add(chunk.path, source.offset, buffer[: source.nbytes])
-            return Done(source.nbytes)
+            return ChunkResult(source.nbytes)
 
         yield work
 
