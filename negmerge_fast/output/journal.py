@@ -23,12 +23,12 @@ from ..core.stats import Stats, TensorStats
 from .filesystem import sync_directory
 
 # Seconds from one record to the next: what a crash costs at most, beside the writing of what is under way.
-EVERY = 5.0
+INTERVAL_S = 5.0
 
-Made = Mapping[str, Any]
+Fingerprint = Mapping[str, Any]
 
 
-class Record(NamedTuple):
+class ProgressRecord(NamedTuple):
     """runs: of the output that are done since the last record. stats: counted there. read, skipped: bytes of the inputs."""
 
     ranges: Sequence[Range]
@@ -41,7 +41,7 @@ class Record(NamedTuple):
         return {"runs": list(self.ranges), "read": self.read, "skipped": self.skipped, "tensors": counted}
 
     @classmethod
-    def of_json(cls, line: Mapping[str, Any]) -> Record:
+    def of_json(cls, line: Mapping[str, Any]) -> ProgressRecord:
         stats = Stats()
         stats.include({name: TensorStats(*_sizes(counted, 3)) for name, counted in line["tensors"].items()})
         ranges = [Range(*_sizes(range_, 2)) for range_ in line["runs"]]
@@ -57,8 +57,8 @@ def _sizes(value: Any, count: int) -> list[int]:
 class Journal:
     """A journal that is written beside the work: a record is kept once `sync` has brought to the disk what it speaks of."""
 
-    def __init__(self, path: Path, made_of: Made, sync: Callable[[], None]) -> None:
-        self.path, self.made_of, self.sync = path, made_of, sync
+    def __init__(self, path: Path, fingerprint: Fingerprint, sync: Callable[[], None]) -> None:
+        self.path, self.fingerprint, self.sync = path, fingerprint, sync
         self._last = time.monotonic()
         self._size: int | None = None  # of its whole lines, once that was looked at
         self._thread: Thread | None = None
@@ -67,15 +67,15 @@ class Journal:
     def due(self) -> bool:
         """Whether it is time for a record, and the one before is kept."""
         if self._thread is not None and not self._thread.is_alive():
-            self.settle()
-        return self._thread is None and time.monotonic() - self._last >= EVERY
+            self.flush()
+        return self._thread is None and time.monotonic() - self._last >= INTERVAL_S
 
-    def keep(self, record: Record) -> None:
+    def keep(self, record: ProgressRecord) -> None:
         self._last = time.monotonic()
         self._thread = Thread(target=self._keep, args=(record,), name="journal")
         self._thread.start()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for the record that is being kept, and raise what went wrong."""
         if self._thread is not None:
             self._thread.join()
@@ -83,23 +83,23 @@ class Journal:
         if self._error is not None:
             raise self._error
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, record: ProgressRecord) -> None:
         try:
             self.sync()
             self.append(record)
         except BaseException as error:
             self._error = error
 
-    def keep_now(self, record: Record) -> None:
+    def keep_now(self, record: ProgressRecord) -> None:
         """Keep a record before this returns."""
-        self.settle()
+        self.flush()
         self.sync()
         self.append(record)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: ProgressRecord) -> None:
         if self._size is None:
             self._size = _lines(self.path)[1]
-        lines = _line(record.to_json()) if self._size else _line(self.made_of) + _line(record.to_json())
+        lines = _line(record.to_json()) if self._size else _line(self.fingerprint) + _line(record.to_json())
         with naming(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             with open(descriptor, "wb") as file:
@@ -113,20 +113,20 @@ class Journal:
         self._size += len(lines)
 
 
-def read(path: Path, made_of: Made) -> list[Record]:
+def read(path: Path, fingerprint: Fingerprint) -> list[ProgressRecord]:
     """The records of a journal, none if there is no journal. Raises InputError if it is another job's, saying what differs."""
     lines, _ = _lines(path)
     if not lines:
         return []
-    if differs := difference(lines[0], made_of):
+    if differs := difference(lines[0], fingerprint):
         raise InputError(f"{path}: the unfinished output {differs} (without --resume it is made anew)")
     try:
-        return [Record.of_json(line) for line in lines[1:]]
+        return [ProgressRecord.of_json(line) for line in lines[1:]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: a record that negmerge did not write ({short_repr(error)})") from None
 
 
-def difference(found: Made, expected: Made) -> str | None:
+def difference(found: Fingerprint, expected: Fingerprint) -> str | None:
     """What makes two jobs differ, in words that follow "the unfinished output"."""
     for name in expected:
         was, now = found.get(name), expected[name]
@@ -165,7 +165,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return found, size
 
 
-def summed(records: Iterable[Record]) -> Record:
+def summed(records: Iterable[ProgressRecord]) -> ProgressRecord:
     """All of them in one."""
     ranges: list[Range] = []
     stats, read_, skipped = Stats(), 0, 0
@@ -173,4 +173,4 @@ def summed(records: Iterable[Record]) -> Record:
         ranges += record.ranges
         stats.include(record.stats.tensors)
         read_, skipped = read_ + record.read, skipped + record.skipped
-    return Record(ranges, stats, read_, skipped)
+    return ProgressRecord(ranges, stats, read_, skipped)

@@ -29,7 +29,7 @@ from ..core.errors import InputError, short_repr
 from ..core.ranges import Range, subtract
 from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
-from ..output.journal import Journal, Made, Record, difference, summed
+from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
 from ..output.manifest import Recipe, load
 from ..output.writer import Output
@@ -102,14 +102,14 @@ class Job:
         if self.finished:
             return self._finished(ranks)
         skips = self.unread.merge is not None
-        job = {**self._made_of, "nonfinite": self.recipe.nonfinite, "skip_unchanged": skips}
+        job = {**self._fingerprint, "nonfinite": self.recipe.nonfinite, "skip_unchanged": skips}
 
         def look(moved: int) -> None:
             moved = ranks.look(moved)
             if progress:
                 progress(total - coming + moved, total)
 
-        def begin() -> tuple[Made, list[list[Range]]]:
+        def begin() -> tuple[Fingerprint, list[list[Range]]]:
             nonlocal before
             before = self._take_over()
             if ranks.count > 1:
@@ -146,7 +146,7 @@ class Job:
         report = self._report(summed([])._replace(stats=stats), 0, 0.0)
         return dataclasses.replace(report, tensors=[])
 
-    def _report(self, done: Record, written: int, seconds: float) -> Report:
+    def _report(self, done: ProgressRecord, written: int, seconds: float) -> Report:
         stats = done.stats
         return Report(
             base=self.recipe.base.path,
@@ -168,11 +168,11 @@ class Job:
             tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
         )
 
-    def _take_over(self) -> Record:
+    def _take_over(self) -> ProgressRecord:
         """Open the output, and go on with what an earlier run left of it, or make room: what is done already."""
         self.output.open()
         found = self.output.journals() if self.output.resume else []
-        done = summed(record for path in found for record in read_journal(path, self._made_of))
+        done = summed(record for path in found for record in read_journal(path, self._fingerprint))
         if not done.ranges:
             self.output.make_room()
             return done
@@ -189,7 +189,7 @@ class Job:
         return done
 
     @cached_property
-    def _made_of(self) -> Made:
+    def _fingerprint(self) -> Fingerprint:
         """What makes the output's bytes: an unfinished one of anything else is not gone on with."""
         checkpoints = (self.plan.base, *self.plan.models)
         files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
@@ -206,7 +206,7 @@ class Job:
 
     def _work_as(
         self, ranks: SingleProcess, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline
-    ) -> Record:
+    ) -> ProgressRecord:
         """Do what is this rank's, and leave for the first one what was counted."""
         if ranks.rank:
             self.output.join()
@@ -217,15 +217,17 @@ class Job:
             self.output.leave(ranks.rank, {"done": done.to_json(), "sums": sums})
         return done
 
-    def _of_others(self, ranks: SingleProcess) -> Iterator[Record]:
+    def _of_others(self, ranks: SingleProcess) -> Iterator[ProgressRecord]:
         """What the other ranks did, and the checksums that they know."""
         for rank in range(1, ranks.count):
             found = self.output.left_by(rank)
             sums = {name: tuple(map(base64.b64decode, pair)) for name, pair in found["sums"].items()}
             self.output.sums.update(sums)  # type: ignore[arg-type]
-            yield Record.of_json(found["done"])
+            yield ProgressRecord.of_json(found["done"])
 
-    def _publish(self, before: Record, shared: Sequence[Record], tick: Callable[[], None]) -> Record:
+    def _publish(
+        self, before: ProgressRecord, shared: Sequence[ProgressRecord], tick: Callable[[], None]
+    ) -> ProgressRecord:
         """Make one output of what all ranks have done, and say what that was."""
         done = summed(shared)
         if gaps := subtract(self.plan.whole, [*before.ranges, *done.ranges]):
@@ -242,7 +244,7 @@ class Job:
 
     def _stream(
         self, todo: Sequence[Range], look: Callable[[int], None], timeline: Timeline, rank: int
-    ) -> Record:
+    ) -> ProgressRecord:
         """Do some runs of the output, and say what was counted there."""
         sizes: dict[str, int] = {}
         for extent in (extent for run in todo for extent in slice_plan(self.plan, run)):
@@ -251,10 +253,10 @@ class Job:
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
         threads = (self.threads or registry.usual_threads()) if self.backend in registry.CONCURRENT else 1
-        journal = Journal(self.output.journal(rank), self._made_of, self.output.sync)
+        journal = Journal(self.output.journal(rank), self._fingerprint, self.output.sync)
         progress_so_far = Progress(todo)
 
-        def settle(chunk: ChunkResult) -> None:
+        def flush(chunk: ChunkResult) -> None:
             progress_so_far.add(chunk)
             look(progress_so_far.moved)
             if journal.due():
@@ -264,12 +266,12 @@ class Job:
         ready = partial(self._worker, Semaphore(threads), release, timeline)
 
         def keep() -> None:
-            journal.settle()
+            journal.flush()
             if (record := progress_so_far.record()).ranges and self.output.resume:
                 journal.keep_now(record)
 
         try:
-            process_in_order(coming, self.workers, ready, settle)
+            process_in_order(coming, self.workers, ready, flush)
         except BaseException:
             with suppress(OSError):  # what stopped it is what is said
                 keep()

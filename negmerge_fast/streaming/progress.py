@@ -9,7 +9,7 @@ import numpy as np
 
 from ..core.ranges import Range, between
 from ..core.stats import Stats
-from ..output.journal import Record
+from ..output.journal import ProgressRecord
 
 
 class Progress:
@@ -19,7 +19,7 @@ class Progress:
         self._runs = ranges
         self._written = self._recorded = self._read = self._skipped = 0
         self._stats = Stats()
-        self.whole = Record(ranges, Stats(), 0)
+        self.whole = ProgressRecord(ranges, Stats(), 0)
         self.moved = 0
 
     def add(self, chunk: ChunkResult) -> None:
@@ -30,10 +30,10 @@ class Progress:
         self._skipped += chunk.skipped
         self.moved += chunk.read + chunk.written + chunk.skipped
 
-    def record(self) -> Record:
+    def record(self) -> ProgressRecord:
         """What is done since the last one."""
         ranges = between(self._runs, self._recorded, self._written)
-        made = Record(ranges, self._stats, self._read, self._skipped)
+        made = ProgressRecord(ranges, self._stats, self._read, self._skipped)
         self.whole.stats.include(made.stats.tensors)
         read, skipped = self.whole.read + made.read, self.whole.skipped + made.skipped
         self.whole = self.whole._replace(read=read, skipped=skipped)
