@@ -12,8 +12,8 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 _SYNC_FILE_RANGE_WRITE = 2
 TMPFS = 0x01021994
 # Those that keep what two files have in common once, or copy it where it lies: Btrfs, XFS, bcachefs, OCFS2, ZFS; NFS, SMB.
-SHARING = {0x9123683E, 0x58465342, 0xCA451A4E, 0x7461636F, 0x2FC12FC1, 0x6969, 0xFE534D42}
-_CANNOT_SHARE = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY}
+REFLINK_FILESYSTEMS = {0x9123683E, 0x58465342, 0xCA451A4E, 0x7461636F, 0x2FC12FC1, 0x6969, 0xFE534D42}
+_REFLINK_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY}
 _PAGE = 4096
 
 
@@ -24,7 +24,7 @@ def kind_of(path: Path) -> int:
     return 0 if failed else int(ctypes.c_long.from_buffer(found).value)
 
 
-def share(source: int, target: int, begin: int, end: int) -> range:
+def reflink(source: int, target: int, begin: int, end: int) -> range:
     """Have the file system take whole pages from the same place in another file; which bytes it took."""
     first = at = -(-begin // _PAGE) * _PAGE
     last = end // _PAGE * _PAGE
@@ -32,7 +32,7 @@ def share(source: int, target: int, begin: int, end: int) -> range:
         while at < last and (done := os.copy_file_range(source, target, last - at, at, at)):
             at += done
     except OSError as error:
-        if error.errno not in _CANNOT_SHARE:
+        if error.errno not in _REFLINK_UNSUPPORTED:
             raise
     return range(first, at) if at > first else range(begin, begin)
 

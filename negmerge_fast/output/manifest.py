@@ -20,10 +20,10 @@ from ..core.errors import InputError
 from ..core.rule import Inputs, NonFinite, Rule
 
 # The same bounds as for an index; and blocks of which as many are held as there are threads.
-_LONGEST, _BLOCKS = 100_000_000, range(1 << 12, (1 << 24) + 1)
+_MAX_BYTES, _BLOCKS = 100_000_000, range(1 << 12, (1 << 24) + 1)
 
 
-def beside(target: Path, directory: bool) -> Path:
+def manifest_path(target: Path, directory: bool) -> Path:
     """Where the manifest of an output is: in a directory, or beside a single file."""
     return target / MANIFEST if directory else target.with_name(f"{target.name}.{MANIFEST}")
 
@@ -89,8 +89,8 @@ class Manifest:
 def load(path: Path) -> dict[str, Any]:
     """The JSON of a manifest, whatever is in it."""
     file = File.at(path)
-    if file.size > _LONGEST:
-        raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_LONGEST}")
+    if file.size > _MAX_BYTES:
+        raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_MAX_BYTES}")
     return parse_json(file.read(0, file.size), path, "manifest", halves=True)
 
 
@@ -105,21 +105,21 @@ def save(path: Path, value: object, indent: int | None = None) -> None:
 def read(path: Path) -> Manifest:
     """A manifest, checked. Raises InputError, one line, for one that negmerge would not have written."""
     found = load(path)
-    look = _Look(path)
-    models = look.at(found, "models", _is_list, "a list of models")
+    validator = _Validator(path)
+    models = validator.at(found, "models", _is_list, "a list of models")
     recipe = Recipe(
-        look.input(found, "base"),
-        [look.input({f"models[{k}]": model}, f"models[{k}]") for k, model in enumerate(models)],
-        look.rule(found),
-        look.choice(found, "inputs", "finetuned", "task_vectors"),
-        look.choice(found, "nonfinite", "error", "keep-base"),
-        look.at(found, "include", _is_text_or_none, "text or null"),
-        look.at(found, "exclude", _is_text_or_none, "text or null"),
+        validator.input(found, "base"),
+        [validator.input({f"models[{k}]": model}, f"models[{k}]") for k, model in enumerate(models)],
+        validator.rule(found),
+        validator.choice(found, "inputs", "finetuned", "task_vectors"),
+        validator.choice(found, "nonfinite", "error", "keep-base"),
+        validator.at(found, "include", _is_text_or_none, "text or null"),
+        validator.at(found, "exclude", _is_text_or_none, "text or null"),
     )
-    version = look.at(found, "negmerge_fast", _is_text, "a version")
-    block = look.at(found, "block", lambda v: type(v) is int and v in _BLOCKS, "the size of a block")
-    files = look.files(found, "files", "checksum")
-    look.at({"files": files}, "files", bool, "at least one")
+    version = validator.at(found, "negmerge_fast", _is_text, "a version")
+    block = validator.at(found, "block", lambda v: type(v) is int and v in _BLOCKS, "the size of a block")
+    files = validator.files(found, "files", "checksum")
+    validator.at({"files": files}, "files", bool, "at least one")
     return Manifest(version, recipe, block, files)
 
 
@@ -144,7 +144,7 @@ def _resolved(recipe: Recipe) -> Recipe:
     return replace(recipe, base=base, models=models)
 
 
-class _Look:
+class _Validator:
     """Takes a manifest apart, and says what is wrong with it."""
 
     def __init__(self, path: Path) -> None:

@@ -26,18 +26,18 @@ from ..checkpoints.reader import File, naming
 from ..core.errors import InputError
 from .checksums import BLOCK, Checksums
 from .filesystem import (
+    REFLINK_FILESYSTEMS,
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
-    SHARING,
     TMPFS,
     allocate,
     kind_of,
+    reflink,
     rename,
-    share,
     start_writing_back,
     sync_directory,
 )
-from .manifest import beside, load, save
+from .manifest import load, manifest_path, save
 
 
 class Output:
@@ -64,7 +64,7 @@ class Output:
         if not self.path.name:
             raise InputError(f"{target}: the root of the file system, expected a path to a new place")
         self.files, self.directory, self.overwrite, self.resume = files, directory, overwrite, resume
-        self.manifest = beside(self.path, directory)
+        self.manifest = manifest_path(self.path, directory)
         self.work = self.path.with_name(f".{self.path.name}.negmerge")
         self._staged = self.work / "output"
         self._open: dict[str, int] = {}
@@ -73,7 +73,7 @@ class Output:
         self._lost: OSError | None = None
         self._lock = -1
         self._first = True
-        self._shares = False
+        self._can_reflink = False
         self.sums = Checksums({name: file.size for name, file in files.items()})
 
     def check(self, inputs: Iterable[Path]) -> None:
@@ -215,8 +215,8 @@ class Output:
         descriptor = self._descriptor(name)
         with naming(self.path):
             shared = range(offset, offset)
-            if like is not None and self._shares:
-                shared = share(like, descriptor, offset, offset + len(data))
+            if like is not None and self._can_reflink:
+                shared = reflink(like, descriptor, offset, offset + len(data))
             for begin, end in ((offset, shared.start), (shared.stop, offset + len(data))):
                 while begin < end:
                     begin += os.pwrite(descriptor, data[begin - offset : end - offset], begin)
@@ -380,7 +380,7 @@ class Output:
                 with naming(lock):
                     fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                    self._lock, self._shares = descriptor, kind_of(self.work) in SHARING
+                    self._lock, self._can_reflink = descriptor, kind_of(self.work) in REFLINK_FILESYSTEMS
                     return
             except BlockingIOError:
                 os.close(descriptor)

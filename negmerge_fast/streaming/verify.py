@@ -131,7 +131,7 @@ class _Output:
 
 def _open(path: Path) -> _Output:
     directory = os.path.isdir(path)
-    place = manifest.beside(path, directory)
+    place = manifest.manifest_path(path, directory)
     if not directory:
         File.at(path)
     found = manifest.read(place)
