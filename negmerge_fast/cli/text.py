@@ -57,9 +57,9 @@ def _plan_lines(job: Any) -> list[str]:
         f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk_bytes)} per file",
         f"read      {_size(plan.bytes_read)}",
         f"write     {_size(plan.bytes_written)}",
-        f"memory    {_size(job.memory)}{'' if job.way.device == 'cpu' else f', and as much on {job.way.device}'}",
-        f"backend   {job.backend} on {job.way.device} ({job.way.why})",
-        *(f"way       {costs}" for costs in [job.costs()] if costs),
+        f"memory    {_size(job.memory)}{'' if job.placement.device == 'cpu' else f', and as much on {job.placement.device}'}",
+        f"backend   {job.backend} on {job.placement.device} ({job.placement.reason})",
+        *(f"way       {throughput}" for throughput in [job.throughput()] if throughput),
     ]  # fmt: skip
 
 

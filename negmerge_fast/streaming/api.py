@@ -143,13 +143,13 @@ def prepare(
     return Job(plan, recipe, place, name, merge, way, *fitted, threads, unread, finished)
 
 
-def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> placement.Way:
+def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> placement.Placement:
     if device != "auto":
-        return placement.Way(placement.GPU if device == "cuda" else device, "asked for")
+        return placement.Placement(placement.GPU if device == "cuda" else device, "asked for")
     if backend == "auto":
-        return placement.choose_way(plan, rule, threads)
-    on_gpu = backend == "cuda" or (backend == "triton" and placement.gpu_at_hand())
-    return placement.Way(placement.GPU if on_gpu else "cpu", f"where backend {backend} is")
+        return placement.choose_placement(plan, rule, threads)
+    on_gpu = backend == "cuda" or (backend == "triton" and placement.gpu_may_exist())
+    return placement.Placement(placement.GPU if on_gpu else "cpu", f"where backend {backend} is")
 
 
 def _fit(

@@ -64,7 +64,7 @@ class Job:
     output: Output
     backend: str
     merge: Merge
-    way: placement.Way
+    way: placement.Placement
     workers: int
     chunk_bytes: int
     memory: int
@@ -76,14 +76,16 @@ class Job:
     def rule(self) -> Rule:
         return self.recipe.rule
 
-    def costs(self) -> placement.Costs | None:
+    def throughput(self) -> placement.Throughput | None:
         """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
-        on_cpu = self.way.device == "cpu"
+        on_cpu = self.placement.device == "cpu"
         threads = self.threads or registry.usual_threads()
-        found = self.way.costs or placement.measure(
+        found = self.placement.throughput or placement.measure(
             self.plan, self.rule, threads, self.backend if on_cpu else "auto"
         )
-        return found if on_cpu or not found else found._replace(link=probes.link_speed(self.way.device))
+        return (
+            found if on_cpu or not found else found._replace(link=probes.h2d_bandwidth(self.placement.device))
+        )
 
     def run(
         self,
@@ -155,7 +157,7 @@ class Job:
             min_agreement=self.rule.min_agreement,
             output=str(self.output.path),
             backend=self.backend,
-            device=self.way.device,
+            device=self.placement.device,
             elements=stats.elements,
             agreed=stats.agreed,
             consensus_ratio=stats.consensus_ratio,
@@ -286,7 +288,7 @@ class Job:
         """What one worker needs, and what it does with a piece: read, merge and write."""
         with (
             Reader(max(max_open_files() // self.workers, 1)) as reader,
-            buffers_on(self.way.device, len(self.plan.models) + 1, self.chunk_bytes, timeline) as lane,
+            buffers_on(self.placement.device, len(self.plan.models) + 1, self.chunk_bytes, timeline) as lane,
         ):
 
             def work(chunk: Extent) -> ChunkResult:
@@ -338,7 +340,7 @@ class Job:
         merged: list[tuple[list[TensorSlice], Counts]] = []
 
         def work(addresses: list[int], owner: Any) -> None:
-            for batch, slices in batches(chunk, self.way.device, addresses, owner):
+            for batch, slices in batches(chunk, self.placement.device, addresses, owner):
                 merged.append((slices, self.merge(batch, self.rule, threads)))
 
         with turns:

@@ -24,14 +24,14 @@ from .probes import _first_line, speed
 
 # Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the trial of its kernels
 # (0.1 s there); and bytes of a job that it can't save them on.
-_WAKING, _FEW = 5.0, 4 << 30
+_GPU_STARTUP_S, _MIN_JOB_BYTES = 5.0, 4 << 30
 # Faster by less than this is noise. Memory without which it is in use by others. Strokes too short for launches.
-_WORTH, _LEAST_ROOM, _SHORT = 1.2, 1 << 30, 1 << 20
+_MIN_SPEEDUP, _MIN_AVAILABLE_BYTES, _MIN_EXTENT_BYTES = 1.2, 1 << 30, 1 << 20
 
 GPU = "cuda:0"
 
 
-class Costs(NamedTuple):
+class Throughput(NamedTuple):
     """Bytes per second.
 
     reading: as the job's files come to all threads; cached: from memory, or from a disk, or (None) nobody knows.
@@ -60,15 +60,15 @@ class Costs(NamedTuple):
         return words + (f", the link takes {speed(self.link)}" if self.link else "")
 
 
-class Way(NamedTuple):
+class Placement(NamedTuple):
     """Where a job is merged, "cpu" or a device of torch, and why there; costs: if that was measured."""
 
     device: str
     why: str
-    costs: Costs | None = None
+    throughput: Throughput | None = None
 
 
-def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Costs | None:
+def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Throughput | None:
     """What a job costs on the CPU, by a sample of its files, and of the storage types that most of its elements have.
 
     None: there is nothing to merge.
@@ -79,53 +79,55 @@ def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Cost
     signature = max(sizes, key=sizes.__getitem__, default=None)
     if signature is None or not sizes[signature]:
         return None
-    reading, cached = probes.reading_speed(plan, threads)
+    reading, cached = probes.read_bandwidth(plan, threads)
     if cached:  # once more: a sample of what is so fast is short
-        reading = max(reading, probes.reading_speed(plan, threads)[0])
-    return Costs(reading, cached, probes.merging_speed(signature, rule, threads, backend))
+        reading = max(reading, probes.read_bandwidth(plan, threads)[0])
+    return Throughput(reading, cached, probes.merge_bandwidth(signature, rule, threads, backend))
 
 
-def choose_way(plan: Plan, rule: Rule, threads: int) -> Way:
+def choose_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
     """Where a job is merged by what it costs, if nobody asked for a backend or a device."""
-    if not gpu_at_hand():
-        return Way("cpu", "no GPU here")
-    if plan.bytes_read < _FEW:
-        return Way("cpu", "done before a GPU would have begun")
-    if plan.bytes_read < _SHORT * len(plan.extents):
-        return Way("cpu", "strokes too short for a GPU")
-    if (costs := measure(plan, rule, threads)) is None:
-        return Way("cpu", "nothing to merge")
-    on_cpu = plan.bytes_read / costs.on_cpu
-    if (saved := on_cpu - plan.bytes_read / costs.reading) < _WAKING:
-        return Way("cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", costs)
+    if not gpu_may_exist():
+        return Placement("cpu", "no GPU here")
+    if plan.bytes_read < _MIN_JOB_BYTES:
+        return Placement("cpu", "done before a GPU would have begun")
+    if plan.bytes_read < _MIN_EXTENT_BYTES * len(plan.extents):
+        return Placement("cpu", "strokes too short for a GPU")
+    if (throughput := measure(plan, rule, threads)) is None:
+        return Placement("cpu", "nothing to merge")
+    on_cpu = plan.bytes_read / throughput.on_cpu
+    if (saved := on_cpu - plan.bytes_read / throughput.reading) < _GPU_STARTUP_S:
+        return Placement(
+            "cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", throughput
+        )
     try:
         signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
         if registry.choose("auto", GPU, rule, signatures)[0] == "torch":
-            return Way("cpu", f"no kernel is usable on {GPU}", costs)
-        if (room := devices.available_bytes(GPU)) < _LEAST_ROOM:
-            return Way("cpu", f"only {room:,} bytes are free on {GPU}", costs)
-        costs = costs._replace(link=probes.link_speed(GPU))
+            return Placement("cpu", f"no kernel is usable on {GPU}", throughput)
+        if (room := devices.available_bytes(GPU)) < _MIN_AVAILABLE_BYTES:
+            return Placement("cpu", f"only {room:,} bytes are free on {GPU}", throughput)
+        throughput = throughput._replace(link=probes.h2d_bandwidth(GPU))
     except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it
-        return Way("cpu", f"{GPU} cannot be used: {_first_line(error)}", costs)
-    why = f"{speed(costs.on_cpu)} on the CPU, {speed(costs.through_gpu)} through {GPU}"
-    sooner = plan.bytes_read / costs.through_gpu + _WAKING < on_cpu / _WORTH
-    return Way(GPU if sooner else "cpu", why, costs)
+        return Placement("cpu", f"{GPU} cannot be used: {_first_line(error)}", throughput)
+    why = f"{speed(throughput.on_cpu)} on the CPU, {speed(throughput.through_gpu)} through {GPU}"
+    sooner = plan.bytes_read / throughput.through_gpu + _GPU_STARTUP_S < on_cpu / _MIN_SPEEDUP
+    return Placement(GPU if sooner else "cpu", why, throughput)
 
 
-def gpu_at_hand() -> bool:
+def gpu_may_exist() -> bool:
     """Whether there may be a GPU: without torch, which takes longer to import than many a merge takes."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
-def measured(gpus: Sequence[str]) -> Iterator[str]:
+def describe(gpus: Sequence[str]) -> Iterator[str]:
     """What a person may want to know of it, whatever the job."""
     threads = registry.usual_threads()
-    merging = probes.merging_speed(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
-    copying = speed(probes.copying_speed(threads))
+    merging = probes.merge_bandwidth(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
+    copying = speed(probes.copy_bandwidth(threads))
     yield f"{threads} threads copy memory at {copying}, the CPU merges {speed(merging)} (8 models of F32)"
     for gpu in gpus:
         try:
-            yield f"the link to {gpu} takes {speed(probes.link_speed(gpu))}; --device auto takes the faster one of the two ways"
+            yield f"the link to {gpu} takes {speed(probes.h2d_bandwidth(gpu))}; --device auto takes the faster one of the two ways"
         except RuntimeError as error:
             yield f"the link to {gpu} cannot be measured: {_first_line(error)}"
     if not gpus:

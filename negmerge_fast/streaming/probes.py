@@ -25,29 +25,29 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 # Places of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a lane does.
-_PLACES, _SAMPLE_BYTES, _MAX_BUFFERS = 64, 1 << 20, 16
+_MIN_SAMPLES, _SAMPLE_BYTES, _MAX_BUFFERS = 64, 1 << 20, 16
 # Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
-_MERGED, _REPEATED, _COPIED, _LINKED = 4 << 20, 16, 256 << 20, 32 << 20
+_MERGE_BYTES, _REPEATS, _COPY_BYTES, _H2D_BYTES = 4 << 20, 16, 256 << 20, 32 << 20
 
 
-def merging_speed(signature: Signature, rule: Rule, threads: int, backend: str = "auto") -> float:
+def merge_bandwidth(signature: Signature, rule: Rule, threads: int, backend: str = "auto") -> float:
     """Bytes of all versions per second that the CPU merges, of what is in its caches, on so many threads."""
     name, merge = registry.choose(backend, "cpu", rule, [signature])
     callers, inside = (threads, 1) if name in registry.CONCURRENT else (1, threads)
     batches = [_batch(signature) for _ in range(callers)]
 
     def work(batch: Batch) -> None:
-        for _ in range(_REPEATED):
+        for _ in range(_REPEATS):
             merge(batch, rule, inside)
 
     taken = _on_threads([partial(work, batch) for batch in batches])
     sizes = sum(FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models))
-    return callers * _REPEATED * batches[0].segments[0].numel * sizes / taken
+    return callers * _REPEATS * batches[0].segments[0].numel * sizes / taken
 
 
 def _batch(signature: Signature) -> Batch:
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
-    numel = max(_MERGED // sum(sizes), 1024)
+    numel = max(_MERGE_BYTES // sum(sizes), 1024)
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
     versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
     dtypes = (signature.result, *signature.models)
@@ -55,34 +55,34 @@ def _batch(signature: Signature) -> Batch:
     return Batch("cpu", signature, [Segment(numel, base, models, base)])
 
 
-def copying_speed(threads: int) -> float:
+def copy_bandwidth(threads: int) -> float:
     """Bytes per second that so many threads copy from memory to memory."""
-    size = _COPIED // 2 // threads
+    size = _COPY_BYTES // 2 // threads
     memory = [np.ones((2, size), np.uint8) for _ in range(threads)]
     return threads * size / _on_threads([partial(np.copyto, *pair) for pair in memory])
 
 
 @lru_cache
-def link_speed(device: str) -> float:
+def h2d_bandwidth(device: str) -> float:
     """Bytes per second from locked memory to a GPU."""
 
     def measure() -> float:
-        with DeviceBuffers(1, _LINKED, Timeline(kept=False), device) as lane:
+        with DeviceBuffers(1, _H2D_BYTES, Timeline(kept=False), device) as lane:
 
             def copy() -> None:
                 lane.stream.put("copy in", lambda: lane.stream.copy(lane.there, lane.here))
                 lane.stream.wait()
 
-            return _LINKED / _best(copy)
+            return _H2D_BYTES / _best(copy)
 
     # On a thread of its own: what goes wrong there is not found by the next launch of the caller's.
     with _pool(1) as pool:
         return pool.submit(measure).result()
 
 
-def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
+def read_bandwidth(plan: Plan, threads: int) -> tuple[float, bool | None]:
     """How fast files come, and whether from memory: strokes at random places, read by so many threads."""
-    strokes = list(_strokes(plan, max(_PLACES, 8 * threads)))
+    strokes = list(_sample(plan, max(_MIN_SAMPLES, 8 * threads)))
     buffers = min(len(plan.models) + 1, _MAX_BUFFERS)
     began = 0.0
 
@@ -110,7 +110,7 @@ def reading_speed(plan: Plan, threads: int) -> tuple[float, bool | None]:
     return max(1, sum(done for done, _ in read_by)) / taken, found
 
 
-def _strokes(plan: Plan, places: int) -> Iterator[ByteRange]:
+def _sample(plan: Plan, places: int) -> Iterator[ByteRange]:
     """So many places among the bytes to merge: other ones each time, for those read before are cached."""
     import random
 

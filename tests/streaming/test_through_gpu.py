@@ -24,7 +24,7 @@ from negmerge_fast.runtime import device as device_module
 from negmerge_fast.runtime import memory
 from negmerge_fast.runtime.buffers import Timeline
 from negmerge_fast.streaming import api, placement, probes
-from negmerge_fast.streaming.placement import Costs
+from negmerge_fast.streaming.placement import Throughput
 
 NAMES = ("base", "ft-0", "ft-1", "ft-2")
 
@@ -230,7 +230,7 @@ def test_memory_is_bounded_by_what_is_free(
 ) -> None:
     usual = prepare(tmp_path, threads=6)
     assert usual.workers == 8 and usual.memory <= 1 << 30
-    told = dataclasses.replace(usual, way=usual.way._replace(costs=Costs(1e9, False, 2e9, 5e9)))
+    told = dataclasses.replace(usual, way=usual.placement._replace(costs=Throughput(1e9, False, 2e9, 5e9)))
     assert f"and as much on {DEVICE}" in "\n".join(text._plan_lines(told))
     for module, name, at in (
         (device_module, "room_on", lambda _: 64 << 20),
@@ -248,37 +248,41 @@ def test_memory_is_bounded_by_what_is_free(
 @pytest.mark.parametrize(
     ("found", "device", "why"),
     [
-        (Costs(2e9, False, 20e9), "cpu", r"a GPU would wait for the files as well, and save 0\.0 s at best"),
-        (Costs(50e9, True, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
-        (Costs(50e9, None, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
-        (Costs(5e9, True, 50e9), "cpu", r"4\.5 GB/s on the CPU, 5\.0 GB/s through cuda:0"),
-        (Costs(30e9, False, 4e9), DEVICE, r"4\.0 GB/s on the CPU, 30\.0 GB/s through cuda:0"),
+        (
+            Throughput(2e9, False, 20e9),
+            "cpu",
+            r"a GPU would wait for the files as well, and save 0\.0 s at best",
+        ),
+        (Throughput(50e9, True, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
+        (Throughput(50e9, None, 20e9), DEVICE, r"14\.3 GB/s on the CPU, 40\.0 GB/s through cuda:0"),
+        (Throughput(5e9, True, 50e9), "cpu", r"4\.5 GB/s on the CPU, 5\.0 GB/s through cuda:0"),
+        (Throughput(30e9, False, 4e9), DEVICE, r"4\.0 GB/s on the CPU, 30\.0 GB/s through cuda:0"),
     ],
 )
 def test_the_way_of_a_job_is_chosen_by_its_costs(
-    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Costs, device: str, why: str
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Throughput, device: str, why: str
 ) -> None:  # fmt: skip
     monkeypatch.setattr(placement, "measure", lambda *_: found)
     monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
-    assert prepare(tmp_path, device="auto").way == ("cpu", "no GPU here", None)
+    assert prepare(tmp_path, device="auto").placement == ("cpu", "no GPU here", None)
     monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
-    assert prepare(tmp_path, device="auto").way == ("cpu", "done before a GPU would have begun", None)
+    assert prepare(tmp_path, device="auto").placement == ("cpu", "done before a GPU would have begun", None)
     monkeypatch.setattr(placement, "_FEW", 0)
-    assert prepare(tmp_path, device="auto").way == ("cpu", "strokes too short for a GPU", None)
+    assert prepare(tmp_path, device="auto").placement == ("cpu", "strokes too short for a GPU", None)
     monkeypatch.setattr(placement, "_SHORT", 0)
     monkeypatch.setattr(placement, "_WAKING", 1e3)
-    assert "at best" in prepare(tmp_path, device="auto").way.why
+    assert "at best" in prepare(tmp_path, device="auto").placement.reason
     monkeypatch.setattr(placement, "_WAKING", 0.0 if device == DEVICE or "through" in why else 1e-9)
-    way = prepare(tmp_path, device="auto").way
-    assert way.device == device and re.search(why, way.why), way
+    way = prepare(tmp_path, device="auto").placement
+    assert way.device == device and re.search(why, way.reason), way
     for backend, there in (("cuda", DEVICE), ("cpu", "cpu"), ("torch", "cpu")):
-        assert prepare(tmp_path, device="auto", backend=backend).way.device == there
+        assert prepare(tmp_path, device="auto", backend=backend).placement.device == there
 
 
 def test_a_gpu_that_nobody_asked_for_stops_no_job(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "measure", lambda *_: Costs(50e9, True, 20e9))
+    monkeypatch.setattr(placement, "measure", lambda *_: Throughput(50e9, True, 20e9))
     monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
     for name in ("_FEW", "_SHORT", "_WAKING"):
         monkeypatch.setattr(placement, name, 0)
@@ -300,28 +304,28 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, planted)
-            assert prepare(tmp_path, device="auto").way[:2] == ("cpu", why)
+            assert prepare(tmp_path, device="auto").placement[:2] == ("cpu", why)
     monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
-    assert prepare(tmp_path, device="auto").way.device == DEVICE
+    assert prepare(tmp_path, device="auto").placement.device == DEVICE
 
 
 def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = prepare(tmp_path).costs()
+    measured = prepare(tmp_path).throughput()
     assert measured and measured.cached and min(measured.reading, measured.merging, measured.link or 0) > 0
     on_cpu = prepare(tmp_path, device="cpu")
-    assert on_cpu.costs() and on_cpu.costs().link is None  # type: ignore[union-attr]
+    assert on_cpu.throughput() and on_cpu.throughput().link is None  # type: ignore[union-attr]
     integers = prepare(tmp_path, device="cpu", include="ids")
-    assert integers.costs() is None and "way" not in "\n".join(text._plan_lines(integers))
+    assert integers.throughput() is None and "way" not in "\n".join(text._plan_lines(integers))
     lines = list(placement.measured([DEVICE]))
     assert len(lines) == 2 and "cuda:0 takes" in lines[1]
-    probes.link_speed.cache_clear()
+    probes.h2d_bandwidth.cache_clear()
     monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
     assert list(placement.measured([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
     # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
     for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
         with monkeypatch.context() as patch:
             patch.setattr(Reader, "read_into", lambda *_, a=answers: a.pop(0) if len(a) > 1 else a[0])
-            assert probes.reading_speed(on_cpu.plan, 2)[1] is cached
+            assert probes.read_bandwidth(on_cpu.plan, 2)[1] is cached
 
 
 def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         registry, "choose", lambda b, device, *a: ("cuda", merge_there) if device == DEVICE else real(b, device, *a)
     )  # fmt: skip
-    forget = probes.link_speed.cache_clear
+    forget = probes.h2d_bandwidth.cache_clear
     forget()
     yield
     forget()
