@@ -20,7 +20,7 @@ from .plan import Plan
 if TYPE_CHECKING:
     pass
 from . import probes
-from .probes import _first_line, speed
+from .probes import first_line, speed
 
 # Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the trial of its kernels
 # (0.1 s there); and bytes of a job that it can't save them on.
@@ -108,7 +108,7 @@ def choose_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
             return Placement("cpu", f"only {room:,} bytes are free on {GPU}", throughput)
         throughput = throughput._replace(link=probes.h2d_bandwidth(GPU))
     except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it
-        return Placement("cpu", f"{GPU} cannot be used: {_first_line(error)}", throughput)
+        return Placement("cpu", f"{GPU} cannot be used: {first_line(error)}", throughput)
     why = f"{speed(throughput.on_cpu)} on the CPU, {speed(throughput.through_gpu)} through {GPU}"
     sooner = plan.bytes_read / throughput.through_gpu + _GPU_STARTUP_S < on_cpu / _MIN_SPEEDUP
     return Placement(GPU if sooner else "cpu", why, throughput)
@@ -129,6 +129,6 @@ def describe(gpus: Sequence[str]) -> Iterator[str]:
         try:
             yield f"the link to {gpu} takes {speed(probes.h2d_bandwidth(gpu))}; --device auto takes the faster one of the two ways"
         except RuntimeError as error:
-            yield f"the link to {gpu} cannot be measured: {_first_line(error)}"
+            yield f"the link to {gpu} cannot be measured: {first_line(error)}"
     if not gpus:
         yield "no GPU here: files are merged on the CPU"

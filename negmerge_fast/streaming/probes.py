@@ -146,7 +146,7 @@ def _best(job: Callable[[], object], rounds: int = 7) -> float:
     return min(taken)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
