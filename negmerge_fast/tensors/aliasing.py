@@ -81,7 +81,7 @@ def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None
         device, start, _, written, label, tensor = span
         active = [a for a in active if a[0] == device and a[2] > start]
         for other in active:
-            if (written or other[3]) and _share(other[5], tensor):
+            if (written or other[3]) and _shares_memory(other[5], tensor):
                 written_one, shared = (other[4], label) if other[3] else (label, other[4])
                 raise InputError(f"{shared}: shares memory with {written_one}, which is written in place")
         active.append(span)
@@ -122,7 +122,7 @@ class _Addresses:
         }
 
 
-def _share(left: torch.Tensor, right: torch.Tensor) -> bool:
+def _shares_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
     # Steps of an exact search that usually takes a few; Any because numpy's stubs know 0 and -1 only.
     bound: Any = 100_000
     try:

@@ -22,10 +22,10 @@ from .graph import merge_in_graph, merge_in_graph_
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack  # of typing since Python 3.11
-from .call import _ALONE, Array, Model, _ExtraState, _is_alone, _Job, _models
+from .call import _SINGLE, Array, Model, _Call, _ExtraState, _is_single, _models
 
 # What comes back as it came in; a Parameter as a Tensor.
-_Kept = TypeVar("_Kept", torch.Tensor, np.ndarray[Any, Any])
+_Same = TypeVar("_Kept", torch.Tensor, np.ndarray[Any, Any])
 
 
 class _Options(TypedDict, total=False):
@@ -44,11 +44,11 @@ class _Scaled(_Options, total=False):
 
 
 @overload
-def merge(base: _Kept, finetuned: Sequence[Model], **options: Unpack[_Scaled]) -> _Kept: ...
+def merge(base: _Same, finetuned: Sequence[Model], **options: Unpack[_Scaled]) -> _Same: ...
 @overload
 def merge(
-    base: Mapping[str, _Kept], finetuned: Sequence[Model], **options: Unpack[_Scaled]
-) -> dict[str, _Kept]: ...
+    base: Mapping[str, _Same], finetuned: Sequence[Model], **options: Unpack[_Scaled]
+) -> dict[str, _Same]: ...
 @overload
 def merge(
     base: torch.nn.Module, finetuned: Sequence[Model], **options: Unpack[_Scaled]
@@ -94,7 +94,7 @@ def merge(
     if torch.compiler.is_compiling():
         return merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
-    job = _Job(base, finetuned, "finetuned", inputs, nonfinite, backend)
+    job = _Call(base, finetuned, "finetuned", inputs, nonfinite, backend)
     items = [item._replace(out=job.empty_like(item.name, item.versions[0])) for item in job.items]
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
@@ -103,7 +103,7 @@ def merge(
         is_extra = isinstance(value, _ExtraState)
         merged[name] = value.value if is_extra else job.empty_like(name, value).copy_(value)
     result = job.like_base(merged)
-    return result[_ALONE] if _is_alone(base) else result
+    return result[_SINGLE] if _is_single(base) else result
 
 
 def merge_(
@@ -129,7 +129,7 @@ def merge_(
     if torch.compiler.is_compiling():
         return merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
-    return _Job(base, finetuned, "finetuned", inputs, nonfinite, backend, in_place=True).run_in_place(rule)
+    return _Call(base, finetuned, "finetuned", inputs, nonfinite, backend, in_place=True).run_in_place(rule)
 
 
 def negate_(
@@ -146,16 +146,16 @@ def negate_(
     tensors may be missing. One multiplication and one addition, rounded each, in float32 (float64 for fp64).
     """
     rule = Rule(scale)
-    job = _Job(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True)
+    job = _Call(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True)
     return job.run_in_place(rule)
 
 
 @overload
-def merge_task_vectors(task_vectors: Sequence[_Kept], **options: Unpack[_Options]) -> _Kept: ...
+def merge_task_vectors(task_vectors: Sequence[_Same], **options: Unpack[_Options]) -> _Same: ...
 @overload
 def merge_task_vectors(
-    task_vectors: Sequence[Mapping[str, _Kept]], **options: Unpack[_Options]
-) -> dict[str, _Kept]: ...
+    task_vectors: Sequence[Mapping[str, _Same]], **options: Unpack[_Options]
+) -> dict[str, _Same]: ...
 @overload
 def merge_task_vectors(
     task_vectors: Sequence[torch.nn.Module], **options: Unpack[_Options]
@@ -177,12 +177,12 @@ def merge_task_vectors(
     """
     rule = Rule(-1.0, min_agreement)
     models = _models(task_vectors, "task_vectors")
-    job = _Job(
+    job = _Call(
         models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]"
     )
-    if _is_alone(models[0]) and not job.items:
+    if _is_single(models[0]) and not job.items:
         raise InputError(
-            f"task_vectors[0]: {job.untouched[_ALONE].dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
+            f"task_vectors[0]: {job.untouched[_SINGLE].dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
         )
     items = []
     for item in job.items:
@@ -196,4 +196,4 @@ def merge_task_vectors(
     stats = job.run(items, rule)
     job.refuse_nonfinite(items, rule, stats)
     result = job.like_base({item.name: item.out for item in items})
-    return result[_ALONE] if _is_alone(models[0]) else result
+    return result[_SINGLE] if _is_single(models[0]) else result

@@ -64,7 +64,7 @@ class _Unlocked:
 
 def _of_dlpack(array: Any, where: str, written: bool) -> torch.Tensor:
     kind = type(array).__name__
-    seen = _Seen(array)
+    seen = _Inspected(array)
     try:
         view = torch.utils.dlpack.from_dlpack(seen)
     except _BackwardsError:
@@ -86,7 +86,7 @@ class _BackwardsError(Exception):
     """A negative stride: torch would end the process."""
 
 
-class _Seen:
+class _Inspected:
     """An array on its way to torch, whose capsules are looked at: torch reads neither flags nor signs.
 
     copied: it is no view. writable: it says so; arrays from before DLPack 1.0 say nothing.

@@ -18,7 +18,7 @@ from ..runtime.interrupts import uncollected, uninterrupted
 from . import dtensor
 from .aliasing import plainly_apart, refuse_shared_memory, tied
 from .arrays import SupportsDLPack, as_tensor, is_array
-from .flatten import FLOATS, Item, batches, look, plain, signatures, specs
+from .flatten import FLOATS, Item, batches, flat_item, plain, signatures, specs
 
 if TYPE_CHECKING:
     pass  # of typing since Python 3.11
@@ -28,7 +28,7 @@ Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | t
 
 
 # The name of the one tensor of a model that is just a tensor.
-_ALONE = ""
+_SINGLE = ""
 
 
 class _ExtraState(NamedTuple):
@@ -37,7 +37,7 @@ class _ExtraState(NamedTuple):
     value: Any
 
 
-class _Job:
+class _Call:
     """One call: the tensors paired by name and checked, and how to run and describe them."""
 
     @uncollected()
@@ -57,18 +57,18 @@ class _Job:
 
         def where(k: int | None, name: str) -> str:
             model = reference if k is None else label if label == "tau" else f"{label}[{k}]"
-            return model if name == _ALONE else f"{model}[{name!r}]"
+            return model if name == _SINGLE else f"{model}[{name!r}]"
 
         self.where, self.task_vectors, self.in_place = where, inputs == "task_vectors", in_place
         self.nonfinite, self.backend = nonfinite, backend
-        named = [_named(base, where(None, _ALONE))]
+        named = [_named(base, where(None, _SINGLE))]
         models = _models(finetuned, label)
         for k, model in enumerate(models):
-            if _is_alone(model) != _is_alone(base):
+            if _is_single(model) != _is_single(base):
                 raise TypeError(
-                    f"{where(k, _ALONE)}: {type(model).__name__}, but {reference} is {type(base).__name__}"
+                    f"{where(k, _SINGLE)}: {type(model).__name__}, but {reference} is {type(base).__name__}"
                 )
-        named += [_named(model, where(k, _ALONE)) for k, model in enumerate(models)]
+        named += [_named(model, where(k, _SINGLE)) for k, model in enumerate(models)]
         self._pair(named, reference)
         if not self.items:
             registry.choose(backend, "cpu")  # refuses what there is not
@@ -76,12 +76,12 @@ class _Job:
     def _pair(self, named: list[dict[str, Any]], reference: str) -> None:
         self.names = list(named[0])
         # As a rule these are all, and nothing is left for the closer look that follows.
-        flat = {name: item for name in self.names if (item := look(name, named))}
+        flat = {name: item for name in self.names if (item := flat_item(name, named))}
         self.arrays: set[str] = set()
-        self.sharded: dict[str, Any] = {}
+        self.dtensors: dict[str, Any] = {}
         self.made: dict[str, Any] = {}
         if len(flat) < len(self.names) and self._view(named, flat, reference):
-            flat = {name: item for name in self.names if (item := flat.get(name) or look(name, named))}
+            flat = {name: item for name in self.names if (item := flat.get(name) or flat_item(name, named))}
         base, *models = rest = [
             _checked({n: v for n, v in model.items() if n not in flat}, partial(self.where, k))
             for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
@@ -112,10 +112,10 @@ class _Job:
         for k, model in enumerate(rest):
             for name, value in model.items():
                 where = self.where(k - 1 if k else None, name)
-                if dtensor.is_sharded(value):
+                if dtensor.is_dtensor(value):
                     if k == 0:
-                        self.sharded[name] = value
-                    named[k][name] = dtensor.shard(value, where)
+                        self.dtensors[name] = value
+                    named[k][name] = dtensor.local_shard(value, where)
                 elif is_array(value):
                     if k == 0 and isinstance(value, np.ndarray):
                         self.arrays.add(name)
@@ -126,17 +126,17 @@ class _Job:
         return found
 
     def _refuse_ties_across_placements(self, base: Mapping[str, Any]) -> None:
-        for name, owner in self.tied.items() if self.sharded else ():
-            if problem := dtensor.difference(*[self.sharded.get(n, base[n]) for n in (owner, name)]):
+        for name, owner in self.tied.items() if self.dtensors else ():
+            if problem := dtensor.difference(*[self.dtensors.get(n, base[n]) for n in (owner, name)]):
                 tie = f"{self.where(None, owner)}, whose memory it has"
                 raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
 
     def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory for a result like the base's tensor of that name; of a DTensor, this rank's shard of a new one."""
-        if name not in self.sharded:
+        if name not in self.dtensors:
             return torch.empty_like(tensor, dtype=dtype)
-        self.made[name] = torch.empty_like(self.sharded[name], dtype=dtype)
-        return dtensor.shard(self.made[name], self.where(None, name))
+        self.made[name] = torch.empty_like(self.dtensors[name], dtype=dtype)
+        return dtensor.local_shard(self.made[name], self.where(None, name))
 
     def like_base(self, merged: Mapping[str, Any]) -> dict[str, Any]:
         """The results under the base's names, tied ones again, as arrays of numpy and DTensors where the base's are."""
@@ -170,8 +170,8 @@ class _Job:
         if self.nonfinite == "error":
             self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
         # Autograd must notice what is written through addresses, too; of a DTensor, it counts both.
-        sharded_floats = [t for name, t in self.sharded.items() if name not in self.untouched]
-        for tensor in [item.versions[0] for item in self.items] + sharded_floats:
+        dtensor_floats = [t for name, t in self.dtensors.items() if name not in self.untouched]
+        for tensor in [item.versions[0] for item in self.items] + dtensor_floats:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
@@ -190,14 +190,14 @@ class _Job:
         if self.nonfinite == "keep-base":
             return
         # All ranks raise, or none: a model must not be merged on some of them only.
-        if not dtensor.on_any_rank(self.sharded.values(), stats.nonfinite > 0):
+        if not dtensor.on_any_rank(self.dtensors.values(), stats.nonfinite > 0):
             return
         for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
             if found := registry.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 place = self.where(None if isinstance(version, str) else version, names[row])
                 what = "the result is not finite" if version == "result" else f"{value}"
-                order = "memory order of this rank's shard" if names[row] in self.sharded else "memory order"
+                order = "memory order of this rank's shard" if names[row] in self.dtensors else "memory order"
                 raise InputError(f"{place}: element {index} in {order}: {what}, expected finite numbers")
         raise InputError(
             "an element on another rank is not finite (the error there names it), expected finite numbers"
@@ -206,7 +206,7 @@ class _Job:
 
 def _models(models: Sequence[Model], label: str) -> list[Model]:
     if (
-        _is_alone(models)
+        _is_single(models)
         or isinstance(models, (Mapping, torch.nn.Module))
         or not isinstance(models, Iterable)
     ):
@@ -216,7 +216,7 @@ def _models(models: Sequence[Model], label: str) -> list[Model]:
     return listed
 
 
-def _is_alone(model: object) -> bool:
+def _is_single(model: object) -> bool:
     """Whether a model is one tensor, or one array."""
     return isinstance(model, torch.Tensor) or (
         not isinstance(model, (Mapping, torch.nn.Module)) and is_array(model)
@@ -224,8 +224,8 @@ def _is_alone(model: object) -> bool:
 
 
 def _named(model: Model, where: str) -> dict[str, Any]:
-    if _is_alone(model):
-        return {_ALONE: model}
+    if _is_single(model):
+        return {_SINGLE: model}
     if isinstance(model, torch.nn.Module):
         return dict(model.state_dict())
     if isinstance(model, Mapping):

@@ -11,7 +11,7 @@ import torch
 from ..core.errors import InputError
 
 
-def is_sharded(value: object) -> bool:
+def is_dtensor(value: object) -> bool:
     """Whether it is a DTensor: there is none where the module that makes them was not imported."""
     # The second is where it was before torch 2.5.
     modules = map(sys.modules.get, ("torch.distributed.tensor", "torch.distributed._tensor"))
@@ -36,9 +36,9 @@ def difference(base: Any, model: Any) -> str | None:
 
     All but the last is the same on every rank, so that all refuse it.
     """
-    if not is_sharded(base):
-        return "DTensor, expected none" if is_sharded(model) else None
-    if not is_sharded(model):
+    if not is_dtensor(base):
+        return "DTensor, expected none" if is_dtensor(model) else None
+    if not is_dtensor(model):
         return f"{type(model).__name__}, expected a DTensor"
     if model.shape != base.shape:
         return f"shape {tuple(model.shape)}, expected {tuple(base.shape)}"
@@ -56,7 +56,7 @@ def _ranks(tensor: Any) -> str:
     return f"{tensor.device_mesh.mesh.tolist()} of {tensor.device_mesh.device_type}"
 
 
-def shard(tensor: Any, where: str) -> torch.Tensor:
+def local_shard(tensor: Any, where: str) -> torch.Tensor:
     """What this rank holds of a DTensor, on the same memory.
 
     where: what to call it. Raises InputError if the ranks hold summands of the elements.

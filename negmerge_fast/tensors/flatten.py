@@ -39,7 +39,7 @@ class Item(NamedTuple):
     out: torch.Tensor | None = None
 
 
-def look(name: str, models: list[dict[str, Any]]) -> Item | None:
+def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
     """The tensors of a name with their segment, if all are plain, contiguous, of one shape and on one device.
 
     This is most of what a merge of many small tensors costs: each is visited once, and no view of it is made.

@@ -27,7 +27,7 @@ from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
 from .aliasing import plainly_apart, refuse_shared_memory
-from .flatten import FLOATS, SPELLED, Item, batches, look, plain, signatures
+from .flatten import FLOATS, SPELLED, Item, batches, flat_item, plain, signatures
 
 _ARGUMENTS = (
     'Tensor[] finetuned, float scale, float min_agreement=1.0, bool task_vectors=False, str backend="auto"'
@@ -199,7 +199,7 @@ def _items(base: list[torch.Tensor], models: list[list[torch.Tensor]]) -> list[I
     """All versions of each tensor; its name is its place in base."""
     names = [str(i) for i in range(len(base))]
     named = [dict(zip(names, model, strict=True)) for model in (base, *models)]
-    return [look(name, named) or _scattered(name, [model[name] for model in named]) for name in names]
+    return [flat_item(name, named) or _scattered(name, [model[name] for model in named]) for name in names]
 
 
 def _scattered(name: str, versions: list[torch.Tensor]) -> Item:
