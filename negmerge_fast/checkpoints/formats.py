@@ -11,9 +11,6 @@ from pathlib import Path
 from ..core.errors import InputError
 from . import huggingface, npy, safetensors
 from .base import Checkpoint
-from .reader import File, Reader
-
-__all__ = ["Checkpoint", "File", "Reader", "Tensor", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
