@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .._version import __version__
 from ..backends.registry import NAMES, details, self_test, why_not
-from ..streaming.placement import measured
+from ..streaming.placement import describe
 
 
 def text() -> str:
@@ -34,5 +34,5 @@ def text() -> str:
             lines.append(
                 f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
             )
-    lines += [f"way of files: {line}" for line in measured(devices[1:])]
+    lines += [f"way of files: {line}" for line in describe(devices[1:])]
     return "\n".join(lines)

@@ -42,11 +42,11 @@ class SingleProcess:
         """Do something on every rank: what came out of it on each. Where it fails on one, it fails on all."""
         return [work()]
 
-    def first(self, work: Callable[[], _T]) -> _T:
+    def on_rank0(self, work: Callable[[], _T]) -> _T:
         """Have the first rank do something, and all be told what came out of it."""
         return self.all_gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def look(self, moved: int) -> int:
+    def poll(self, moved: int) -> int:
         """Be told how many bytes this rank has moved; the bytes that all have. Raises Elsewhere if one has failed."""
         return moved
 
@@ -58,7 +58,7 @@ class SingleProcess:
         """Whether no lower rank of this machine lives: then it is for this one to speak."""
         return True
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Say that this process ends now."""
 
 
@@ -117,7 +117,7 @@ class Ranks(SingleProcess):
         kind = PeerInputError if failed_rank is not None and answers[failed_rank]["input"] else PeerError
         raise kind(f"rank {failed_rank} failed")
 
-    def look(self, moved: int) -> int:
+    def poll(self, moved: int) -> int:
         if time.monotonic() - self._looked >= PEER_CHECK_INTERVAL_S:
             self._looked = time.monotonic()
             if self._check("failed"):
@@ -143,7 +143,7 @@ class Ranks(SingleProcess):
             for rank, (there, process) in self._processes.items()
         )
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """The first goes last: what they tell each other may be kept by it."""
         began = time.monotonic()
         with suppress(RuntimeError):

@@ -131,19 +131,19 @@ def prepare(
     finished = resume and not overwrite and holds(place.manifest, recipe, files)
     if not finished:
         place.check([opened.path, *(m.path for m in models), *(file.path for file in files)])
-    way = _way(plan, rule, backend, device, threads or registry.usual_threads())
+    placement = _choose_placement(plan, rule, backend, device, threads or registry.usual_threads())
     signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
-    name, merge = registry.choose(backend, way.device, rule, signatures)
+    name, merge = registry.choose(backend, placement.device, rule, signatures)
     tensors = sum(len(checkpoint.tensors) for checkpoint in (opened, *models))
     sizes = [file.size for file in plan.files.values()]
     skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
     looker, look = registry.choose("auto", "cpu") if skip else ("", None)
-    fitted = _fit(memory_budget, way.device, (name, looker), len(models), tensors, sizes, threads)
+    fitted = _fit(memory_budget, placement.device, (name, looker), len(models), tensors, sizes, threads)
     unread = Unread(rule, len(models), look)
-    return Job(plan, recipe, place, name, merge, way, *fitted, threads, unread, finished)
+    return Job(plan, recipe, place, name, merge, placement, *fitted, threads, unread, finished)
 
 
-def _way(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> placement.Placement:
+def _choose_placement(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> placement.Placement:
     if device != "auto":
         return placement.Placement(placement.GPU if device == "cuda" else device, "asked for")
     if backend == "auto":

@@ -64,7 +64,7 @@ class Job:
     output: Output
     backend: str
     merge: Merge
-    way: placement.Placement
+    placement: placement.Placement
     workers: int
     chunk_bytes: int
     memory: int

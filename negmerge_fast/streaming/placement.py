@@ -38,33 +38,35 @@ class Throughput(NamedTuple):
     merging: on the CPU, of what is in its caches, on all threads. link: from locked memory to the GPU, if there is one.
     """
 
-    reading: float
+    read_bandwidth: float
     cached: bool | None
-    merging: float
-    link: float | None = None
+    merge_bandwidth: float
+    h2d_bandwidth: float | None = None
 
     @property
     def on_cpu(self) -> float:
         """A thread that waits for a disk is one that merges meanwhile; one that copies cached files is not."""
         if self.cached is False:
-            return min(self.reading, self.merging)
-        return 1 / (1 / self.reading + 1 / self.merging)
+            return min(self.read_bandwidth, self.merge_bandwidth)
+        return 1 / (1 / self.read_bandwidth + 1 / self.merge_bandwidth)
 
     @property
-    def through_gpu(self) -> float:
-        return min(self.reading, self.link or 0.0)
+    def gpu_bandwidth(self) -> float:
+        return min(self.read_bandwidth, self.h2d_bandwidth or 0.0)
 
     def __str__(self) -> str:
         where = {True: " from memory", False: " from the disk", None: ""}[self.cached]
-        words = f"files come at {speed(self.reading)}{where}, the CPU merges {speed(self.merging)}"
-        return words + (f", the link takes {speed(self.link)}" if self.link else "")
+        words = (
+            f"files come at {speed(self.read_bandwidth)}{where}, the CPU merges {speed(self.merge_bandwidth)}"
+        )
+        return words + (f", the link takes {speed(self.h2d_bandwidth)}" if self.h2d_bandwidth else "")
 
 
 class Placement(NamedTuple):
     """Where a job is merged, "cpu" or a device of torch, and why there; costs: if that was measured."""
 
     device: str
-    why: str
+    reason: str
     throughput: Throughput | None = None
 
 
@@ -79,10 +81,10 @@ def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Thro
     signature = max(sizes, key=sizes.__getitem__, default=None)
     if signature is None or not sizes[signature]:
         return None
-    reading, cached = probes.read_bandwidth(plan, threads)
+    read_bandwidth, cached = probes.read_bandwidth(plan, threads)
     if cached:  # once more: a sample of what is so fast is short
-        reading = max(reading, probes.read_bandwidth(plan, threads)[0])
-    return Throughput(reading, cached, probes.merge_bandwidth(signature, rule, threads, backend))
+        read_bandwidth = max(read_bandwidth, probes.read_bandwidth(plan, threads)[0])
+    return Throughput(read_bandwidth, cached, probes.merge_bandwidth(signature, rule, threads, backend))
 
 
 def choose_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
@@ -95,8 +97,8 @@ def choose_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
         return Placement("cpu", "strokes too short for a GPU")
     if (throughput := measure(plan, rule, threads)) is None:
         return Placement("cpu", "nothing to merge")
-    on_cpu = plan.bytes_read / throughput.on_cpu
-    if (saved := on_cpu - plan.bytes_read / throughput.reading) < _GPU_STARTUP_S:
+    on_cpu = plan.bytes_read / throughput.cpu_bandwidth
+    if (saved := on_cpu - plan.bytes_read / throughput.read_bandwidth) < _GPU_STARTUP_S:
         return Placement(
             "cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", throughput
         )
@@ -106,12 +108,12 @@ def choose_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
             return Placement("cpu", f"no kernel is usable on {GPU}", throughput)
         if (room := devices.available_bytes(GPU)) < _MIN_AVAILABLE_BYTES:
             return Placement("cpu", f"only {room:,} bytes are free on {GPU}", throughput)
-        throughput = throughput._replace(link=probes.h2d_bandwidth(GPU))
+        throughput = throughput._replace(h2d_bandwidth=probes.h2d_bandwidth(GPU))
     except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it
         return Placement("cpu", f"{GPU} cannot be used: {first_line(error)}", throughput)
-    why = f"{speed(throughput.on_cpu)} on the CPU, {speed(throughput.through_gpu)} through {GPU}"
-    sooner = plan.bytes_read / throughput.through_gpu + _GPU_STARTUP_S < on_cpu / _MIN_SPEEDUP
-    return Placement(GPU if sooner else "cpu", why, throughput)
+    reason = f"{speed(throughput.cpu_bandwidth)} on the CPU, {speed(throughput.gpu_bandwidth)} through {GPU}"
+    sooner = plan.bytes_read / throughput.gpu_bandwidth + _GPU_STARTUP_S < on_cpu / _MIN_SPEEDUP
+    return Placement(GPU if sooner else "cpu", reason, throughput)
 
 
 def gpu_may_exist() -> bool:
@@ -122,9 +124,9 @@ def gpu_may_exist() -> bool:
 def describe(gpus: Sequence[str]) -> Iterator[str]:
     """What a person may want to know of it, whatever the job."""
     threads = registry.usual_threads()
-    merging = probes.merge_bandwidth(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
+    merge_bandwidth = probes.merge_bandwidth(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
     copying = speed(probes.copy_bandwidth(threads))
-    yield f"{threads} threads copy memory at {copying}, the CPU merges {speed(merging)} (8 models of F32)"
+    yield f"{threads} threads copy memory at {copying}, the CPU merges {speed(merge_bandwidth)} (8 models of F32)"
     for gpu in gpus:
         try:
             yield f"the link to {gpu} takes {speed(probes.h2d_bandwidth(gpu))}; --device auto takes the faster one of the two ways"

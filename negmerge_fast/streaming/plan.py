@@ -48,7 +48,7 @@ class ByteRange(NamedTuple):
 class Extent(NamedTuple):
     """target: the output file, relative to the output; it is written where the base (the first source) is read."""
 
-    target: str
+    path: str
     sources: list[ByteRange]
     slices: list[TensorSlice]
 
@@ -62,7 +62,7 @@ class Plan:
 
     base: Checkpoint
     models: list[Checkpoint]
-    targets: dict[str, File]
+    files: dict[str, File]
     extents: list[Extent]
     unchanged: int
 
@@ -120,15 +120,15 @@ def make_plan(
     for name in merged:
         held[chosen[name].file.path].append((name, chosen[name]))
     extents: list[Extent] = []
-    for target, file in base.weights.items():
-        extents += _extents(target, file, held[file.path], models, task_vectors)
+    for path, file in base.weights.items():
+        extents += _extents(path, file, held[file.path], models, task_vectors)
     extents += [
         Extent(name, [ByteRange(file, 0, file.size)], [])
         for name, file in base.extra_files.items()
         if file.size
     ]
-    targets = {**base.weights, **base.extra_files}
-    return Plan(base, list(models), targets, extents, len(base.tensors) - len(merged))
+    files = {**base.weights, **base.extra_files}
+    return Plan(base, list(models), files, extents, len(base.tensors) - len(merged))
 
 
 def _choose(
@@ -147,7 +147,7 @@ def _choose(
 
 
 def _extents(
-    target: str,
+    path: str,
     file: File,
     held: list[tuple[str, TensorRef]],
     models: Sequence[Checkpoint],
@@ -161,7 +161,7 @@ def _extents(
     def finished() -> Extent:
         columns = zip(*run, strict=True)
         sources = [ByteRange(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
-        return Extent(target, sources, slices)
+        return Extent(path, sources, slices)
 
     for name, tensor in sorted(held, key=lambda item: (item[1].offset, item[1].end)):
         versions = [tensor, *(model.tensors[name] for model in models)]
@@ -169,7 +169,7 @@ def _extents(
             yield finished()
             run, slices = [], []
         if not run and tensor.offset > position:
-            yield Extent(target, [ByteRange(file, position, tensor.offset - position)], [])
+            yield Extent(path, [ByteRange(file, position, tensor.offset - position)], [])
         signature = Signature(tensor.spec.dtype, tuple(v.spec.dtype for v in versions[1:]), task_vectors)
         run.append(versions)
         slices.append(TensorSlice(name, 0, tensor.numel, signature))
@@ -177,7 +177,7 @@ def _extents(
     if run:
         yield finished()
     if file.size > position:
-        yield Extent(target, [ByteRange(file, position, file.size - position)], [])
+        yield Extent(path, [ByteRange(file, position, file.size - position)], [])
 
 
 def _adjacent(last: TensorRef, here: TensorRef) -> bool:

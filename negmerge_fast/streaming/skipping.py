@@ -153,17 +153,17 @@ class Block:
                 found[row] = bool(agreed or nonfinite)
         return found
 
-    def runs(self, version: int) -> list[tuple[int, int]]:
+    def ranges(self, version: int) -> list[tuple[int, int]]:
         """Which bytes to read of a version, the base being 0: from where to where."""
         if self._lots is None:
             return [(0, self._piece.sources[version].nbytes)]
-        runs: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         for lot in self._lots:
             begin, end = lot.begins[version], lot.ends[version]
-            if runs and runs[-1][1] == begin:
-                begin = runs.pop()[0]
-            runs.append((begin, end))
-        return runs
+            if ranges and ranges[-1][1] == begin:
+                begin = ranges.pop()[0]
+            ranges.append((begin, end))
+        return ranges
 
 
 def _lots(chunk: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
@@ -182,16 +182,16 @@ def _lots(chunk: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
             numel += lots[-1].pop()[1]
         lots[-1].append((signature, numel))
     ends = [0] * len(chunk.sources)
-    for runs in lots:
+    for ranges in lots:
         begins = ends
-        for signature, numel in runs:
+        for signature, numel in ranges:
             ends = [end + numel * size for end, size in zip(ends, _sizes(signature), strict=True)]
-        yield _Lot(begins, ends, _windows(runs, [*map(add, addresses, begins)], owner), deque())
+        yield _Lot(begins, ends, _windows(ranges, [*map(add, addresses, begins)], owner), deque())
 
 
-def _windows(runs: Sequence[tuple[Signature, int]], addresses: list[int], owner: Any) -> Iterator[_Window]:
+def _windows(ranges: Sequence[tuple[Signature, int]], addresses: list[int], owner: Any) -> Iterator[_Window]:
     size = _FIRST
-    for signature, numel in runs:
+    for signature, numel in ranges:
         dtypes, sizes = (signature.result, *signature.models), _sizes(signature)
         while numel:
             count = min(size, numel)
@@ -208,7 +208,7 @@ def _sizes(signature: Signature) -> list[int]:
 
 def none_agreed(chunk: Extent) -> list[ChunkCounts]:
     """What a merge of a piece counts in which no element agrees, and all are finite."""
-    runs: dict[Signature, list[tuple[str, int]]] = {}
+    ranges: dict[Signature, list[tuple[str, int]]] = {}
     for tensor_slice in chunk.slices:
-        runs.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
-    return [(each, np.zeros((len(each), 2), np.int64)) for each in runs.values()]
+        ranges.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
+    return [(each, np.zeros((len(each), 2), np.int64)) for each in ranges.values()]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 from .call import _SINGLE, Array, Model, _Call, _ExtraState, _is_single, _models
 
 # What comes back as it came in; a Parameter as a Tensor.
-_Same = TypeVar("_Kept", torch.Tensor, np.ndarray[Any, Any])
+_Same = TypeVar("_Same", torch.Tensor, np.ndarray[Any, Any])
 
 
 class _Options(TypedDict, total=False):

@@ -27,7 +27,7 @@ import sys, time
 from negmerge_fast.cli import main
 from negmerge_fast.streaming import api
 from negmerge_fast.checkpoints.reader import Reader
-read, api._LONGEST = Reader.read_into, 4096
+read, api._MAX_CHUNK_BYTES = Reader.read_into, 4096
 def slow(self, *a):
     time.sleep(0.02)
     read(self, *a)

@@ -36,8 +36,8 @@ def folder(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Short strokes, each on record at once."""
-    monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
     return monkeypatch
 
 
@@ -59,7 +59,7 @@ def fail_to_sync(monkeypatch: pytest.MonkeyPatch, name: str, code: int, lose: bo
 def test_what_could_not_be_synced_is_not_on_record(
     made: Path, folder: Path, often: pytest.MonkeyPatch
 ) -> None:
-    often.setattr(journal, "EVERY", 60.0)  # but for the one at the end
+    often.setattr(journal, "INTERVAL_S", 60.0)  # but for the one at the end
     fail_to_sync(often, "model-00001", errno.EIO, lose=True)
     with pytest.raises(OSError, match="Input/output error"):
         merge(folder)

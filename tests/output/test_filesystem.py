@@ -60,7 +60,7 @@ from negmerge_fast.cli import main
 from negmerge_fast.output import journal
 from negmerge_fast.streaming import api
 from negmerge_fast.output.writer import Output
-write, journal.EVERY, api._LONGEST, written = Output.write, 0.0, 1 << 16, [0]
+write, journal.INTERVAL_S, api._MAX_CHUNK_BYTES, written = Output.write, 0.0, 1 << 16, [0]
 def with_others(self, name, offset, data, *more):
     written[0] += len(data)
     if written[0] > 1 << 21:
@@ -114,7 +114,7 @@ def test_what_no_model_changed_may_be_shared_with_the_base(
         taken.append(share(*of))
         return taken[-1]
 
-    monkeypatch.setattr(writer, "share", noted)
+    monkeypatch.setattr(writer, "reflink", noted)
     monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(filesystem.REFLINK_FILESYSTEMS)))
     merge(folder, folder / "out", nonfinite="keep-base", overwrite=True)
     assert contents(folder / "out") == expected

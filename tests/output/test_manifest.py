@@ -70,7 +70,7 @@ def test_of_what_and_how(folder: Path) -> None:
 
 
 def test_the_manifest_is_the_same_whoever_makes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_SHORTEST", 512)
+    monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", 512)
     manifests = set()
     for options in (
         {"backend": "torch"},
@@ -78,7 +78,7 @@ def test_the_manifest_is_the_same_whoever_makes_it(folder: Path, monkeypatch: py
         {"backend": "cpu", "threads": 5, "memory_budget": "32MiB"},
     ):
         for longest in (512, 1 << 20):
-            monkeypatch.setattr(api, "_LONGEST", longest)
+            monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", longest)
             merge(overwrite=True, **options)
             manifests.add(Path("out/negmerge.json").read_bytes())
     assert len(manifests) == 1

@@ -320,8 +320,8 @@ def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
 
     merge(folder, backend="torch")
     expected = contents(folder / "out")
-    monkeypatch.setattr(api, "_LONGEST", 512)
-    monkeypatch.setattr(budget, "_SHORTEST", 512)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 512)
+    monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", 512)
     monkeypatch.setattr(module, name, counted)
     merge(folder, overwrite=True, threads=threads, backend=backend)
     assert contents(folder / "out") == expected  # the manifest, too
@@ -341,8 +341,8 @@ def test_the_first_error_in_the_order_of_the_pieces_is_told(
         raise OSError(f"piece {number}")
 
     monkeypatch.setattr(Job, "_read", failing)
-    monkeypatch.setattr(api, "_LONGEST", 512)
-    monkeypatch.setattr(budget, "_SHORTEST", 512)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 512)
+    monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", 512)
     with pytest.raises(OSError, match="piece 1"):
         merge(folder, threads=3)
     assert len(calls) <= 3

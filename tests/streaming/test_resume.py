@@ -155,8 +155,8 @@ def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(Output, "write", noted_write)
     monkeypatch.setattr(Output, "sync", noted_sync)
     monkeypatch.setattr(journal.Journal, "append", noted_append)
-    monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
     merge(folder, progress=lambda *_: time.sleep(0.005))
     assert len(order) > 3
 
@@ -169,8 +169,8 @@ def test_nonfinite_found_late_can_be_kept_after_all(folder: Path, monkeypatch: p
     tensors["w15"][7] = float("nan")
     metadata = {"format": "pt"}
     torch_save(tensors, path, metadata)
-    monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
     with pytest.raises(nm.InputError, match="tensor 'w15': nan at"):
         merge(folder)
     report = merge(folder, nonfinite="keep-base")

@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def short_strokes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_LONGEST", 4096)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 4096)
     monkeypatch.setattr(skipping, "_FIRST", 16)
     monkeypatch.setattr(skipping, "_SAMPLE", 8)
 
@@ -248,7 +248,7 @@ def a_third(tensors: int, numel: int, dtype: torch.dtype = torch.float32) -> lis
 def test_a_third_of_the_tensors_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, numel: int, stroke: int
 ) -> None:
-    monkeypatch.setattr(api, "_LONGEST", stroke)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", stroke)
     made = a_third(tensors, numel)
     check(tmp_path, made)
     job = prepare(tmp_path, made, None)
@@ -330,7 +330,7 @@ def test_through_a_gpu_only_what_can_agree(
     gpu: Iterator[None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
     crossed: list[int] = []
     copy = LateStream.copy
     monkeypatch.setattr(

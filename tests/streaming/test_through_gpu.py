@@ -72,7 +72,7 @@ def run(job: api.Job, **options: Any) -> None:
 def test_the_same_bytes_as_on_the_cpu(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, stroke: int, threads: int
 ) -> None:
-    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", stroke)
+    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", stroke)
     timeline = Timeline()
     run(prepare(tmp_path, threads=threads), timeline=timeline)
     check(tmp_path / "out", tensors)
@@ -84,7 +84,7 @@ def test_the_same_bytes_as_on_the_cpu(
 def test_lanes_wait_beside_each_other(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 512)
+    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 512)
     wait, both, met = LateStream.wait, threading.Barrier(2, timeout=20), []
 
     def waits(self: LateStream) -> None:
@@ -194,7 +194,7 @@ FAULTS = {
 def test_a_fault_at_any_stage_leaves_nothing(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
-    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
     job = prepare(tmp_path, threads=3)
     if message == "the kernel failed":
         job = dataclasses.replace(job, merge=fails(RuntimeError(message)))
@@ -208,7 +208,7 @@ def test_a_fault_at_any_stage_leaves_nothing(
 def test_stopped_while_lanes_are_under_way(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
     with pytest.raises(KeyboardInterrupt):
         run(prepare(tmp_path, threads=3), progress=fails(KeyboardInterrupt()))
     assert nothing_left(tmp_path)
@@ -230,17 +230,19 @@ def test_memory_is_bounded_by_what_is_free(
 ) -> None:
     usual = prepare(tmp_path, threads=6)
     assert usual.workers == 8 and usual.memory <= 1 << 30
-    told = dataclasses.replace(usual, way=usual.placement._replace(costs=Throughput(1e9, False, 2e9, 5e9)))
+    told = dataclasses.replace(
+        usual, placement=usual.placement._replace(costs=Throughput(1e9, False, 2e9, 5e9))
+    )
     assert f"and as much on {DEVICE}" in "\n".join(text._plan_lines(told))
     for module, name, at in (
-        (device_module, "room_on", lambda _: 64 << 20),
+        (device_module, "available_bytes", lambda _: 64 << 20),
         (memory, "free_memory", lambda: 128 << 20),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, at)
             less = prepare(tmp_path, threads=6)
             assert less.memory <= 64 << 20 < usual.memory
-    monkeypatch.setattr(device_module, "room_on", lambda _: 1 << 20)
+    monkeypatch.setattr(device_module, "available_bytes", lambda _: 1 << 20)
     with pytest.raises(nm.InputError, match=f"free memory of {DEVICE}: 1,048,576 bytes, expected at least"):
         prepare(tmp_path)
 
@@ -263,18 +265,18 @@ def test_the_way_of_a_job_is_chosen_by_its_costs(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Throughput, device: str, why: str
 ) -> None:  # fmt: skip
     monkeypatch.setattr(placement, "measure", lambda *_: found)
-    monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
+    monkeypatch.setattr(probes, "h2d_bandwidth", lambda _: 40e9)
     assert prepare(tmp_path, device="auto").placement == ("cpu", "no GPU here", None)
-    monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
+    monkeypatch.setattr(placement, "gpu_may_exist", lambda: True)
     assert prepare(tmp_path, device="auto").placement == ("cpu", "done before a GPU would have begun", None)
-    monkeypatch.setattr(placement, "_FEW", 0)
+    monkeypatch.setattr(placement, "_MIN_JOB_BYTES", 0)
     assert prepare(tmp_path, device="auto").placement == ("cpu", "strokes too short for a GPU", None)
-    monkeypatch.setattr(placement, "_SHORT", 0)
-    monkeypatch.setattr(placement, "_WAKING", 1e3)
+    monkeypatch.setattr(placement, "_MIN_EXTENT_BYTES", 0)
+    monkeypatch.setattr(placement, "_GPU_STARTUP_S", 1e3)
     assert "at best" in prepare(tmp_path, device="auto").placement.reason
-    monkeypatch.setattr(placement, "_WAKING", 0.0 if device == DEVICE or "through" in why else 1e-9)
-    way = prepare(tmp_path, device="auto").placement
-    assert way.device == device and re.search(why, way.reason), way
+    monkeypatch.setattr(placement, "_GPU_STARTUP_S", 0.0 if device == DEVICE or "through" in why else 1e-9)
+    placement = prepare(tmp_path, device="auto").placement
+    assert placement.device == device and re.search(why, placement.reason), placement
     for backend, there in (("cuda", DEVICE), ("cpu", "cpu"), ("torch", "cpu")):
         assert prepare(tmp_path, device="auto", backend=backend).placement.device == there
 
@@ -283,8 +285,8 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "measure", lambda *_: Throughput(50e9, True, 20e9))
-    monkeypatch.setattr(placement, "gpu_at_hand", lambda: True)
-    for name in ("_FEW", "_SHORT", "_WAKING"):
+    monkeypatch.setattr(placement, "gpu_may_exist", lambda: True)
+    for name in ("_MIN_JOB_BYTES", "_MIN_EXTENT_BYTES", "_GPU_STARTUP_S"):
         monkeypatch.setattr(placement, name, 0)
     fake = registry.choose
 
@@ -298,29 +300,29 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
 
     for place, name, planted, why in (
         (LateStream, "lock", fails(RuntimeError("no pages")), "cuda:0 cannot be used: no pages"),
-        (device_module, "room_on", lambda _: 1 << 20, "only 1,048,576 bytes are free on cuda:0"),
+        (device_module, "available_bytes", lambda _: 1 << 20, "only 1,048,576 bytes are free on cuda:0"),
         (registry, "choose", torch_only, "no kernel is usable on cuda:0"),
         (registry, "choose", refused, "cuda:0 cannot be used: backend 'auto' cannot run here"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, planted)
             assert prepare(tmp_path, device="auto").placement[:2] == ("cpu", why)
-    monkeypatch.setattr(probes, "link_speed", lambda _: 40e9)
+    monkeypatch.setattr(probes, "h2d_bandwidth", lambda _: 40e9)
     assert prepare(tmp_path, device="auto").placement.device == DEVICE
 
 
 def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = prepare(tmp_path).throughput()
-    assert measured and measured.cached and min(measured.reading, measured.merging, measured.link or 0) > 0
+    describe = prepare(tmp_path).throughput()
+    assert describe and describe.cached and min(describe.reading, describe.merging, describe.link or 0) > 0
     on_cpu = prepare(tmp_path, device="cpu")
     assert on_cpu.throughput() and on_cpu.throughput().link is None  # type: ignore[union-attr]
     integers = prepare(tmp_path, device="cpu", include="ids")
     assert integers.throughput() is None and "way" not in "\n".join(text._plan_lines(integers))
-    lines = list(placement.measured([DEVICE]))
+    lines = list(placement.describe([DEVICE]))
     assert len(lines) == 2 and "cuda:0 takes" in lines[1]
     probes.h2d_bandwidth.cache_clear()
     monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
-    assert list(placement.measured([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
+    assert list(placement.describe([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
     # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
     for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
         with monkeypatch.context() as patch:
@@ -329,7 +331,7 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
 
 
 def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_STROKE", 64)
+    monkeypatch.setattr(probes, "_CHUNK_BYTES", 64)
     names = [f"t{k}" for k in range(40)]
     models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
     save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])
@@ -347,7 +349,7 @@ def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.M
 def test_through_a_gpu(tmp_path: Path, tensors: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     if backend != "auto" and (reason := registry.why_not(backend, DEVICE)):
         pytest.skip(reason)
-    monkeypatch.setattr(api, "_LONGEST_TO_DEVICE", 4096)
+    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
     timeline = Timeline()
     run(prepare(tmp_path, backend=backend), timeline=timeline)
     check(tmp_path / "out", tensors)

@@ -369,7 +369,7 @@ def test_models_in_another_order_of_the_same_shapes(folder: Path) -> None:
 
 def test_the_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the number that was asked for, by the seed, in order; and large pieces are in it more often than small ones."""
-    monkeypatch.setattr(verify, "_STROKE", 256)
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 256)
     plan = make_plan(open_checkpoint("base"), [open_checkpoint(name) for name in INPUTS[1:]])
     every = verify._sample(plan, 10**6, 0)
     assert sum(chunk.sources[0].nbytes for chunk in every) == plan.bytes_written
@@ -388,7 +388,7 @@ def test_the_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_wrong_element_is_found_when_all_blocks_are_drawn(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_STROKE", 256)
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 256)
     merge()
     total = nm.verify_checkpoint("out", INPUTS, blocks=10**6).blocks
     path, at = element("embed", 333)
@@ -407,7 +407,7 @@ def test_one_wrong_element_is_found_when_all_blocks_are_drawn(
 
 def test_progress_and_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte is told once; and long files are read in long strokes, that cut no block."""
-    monkeypatch.setattr(verify, "_STROKE", 1)
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 1)
     large = {"w": torch.zeros(3 << 18), "v": torch.zeros(5)}
     for name in INPUTS:
         shutil.rmtree(name)
@@ -427,7 +427,7 @@ def test_progress_and_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     size = Path("out/model.safetensors").stat().st_size
     assert [offset for offset, _ in sorted(reads)] == list(range(0, size, 128 << 10))
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] == nm.verify_checkpoint("out").bytes
-    monkeypatch.setattr(verify, "_STROKE", 1 << 20)
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 1 << 20)
     nm.verify_checkpoint("out", INPUTS, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1]
     with pytest.raises(KeyboardInterrupt):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from negmerge_fast.cli import main, signals
 
 # Bytes of address space on top of what the process has when it begins, and seconds.
-_ROOM, _PATIENCE = 512 << 20, 20.0
+_ROOM, JOIN_TIMEOUT_S = 512 << 20, 20.0
 
 
 class Answer(NamedTuple):
@@ -90,7 +90,7 @@ def _serve() -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, size + _ROOM))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+        signal.setitimer(signal.ITIMER_REAL, JOIN_TIMEOUT_S)
         answer = _answer(**json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer._asdict()), file=answers, flush=True)

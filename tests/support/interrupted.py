@@ -22,10 +22,10 @@ from negmerge_fast.output import journal
 from negmerge_fast.runtime import distributed
 from negmerge_fast.streaming import api
 from negmerge_fast.checkpoints.reader import Reader
-read, journal.EVERY, api._LONGEST = Reader.read_into, 0.0, 1 << 16
+read, journal.INTERVAL_S, api._MAX_CHUNK_BYTES = Reader.read_into, 0.0, 1 << 16
 wait = float(os.environ.get("TEST_WAIT", "0.004"))
 if os.environ.get("RANK") == os.environ.get("TEST_LATE"):
-    distributed._NAP = 2.0
+    distributed.POLL_INTERVAL_S = 2.0
 def slow(self, *a):
     time.sleep(wait)
     return read(self, *a)

@@ -47,8 +47,8 @@ class Stop(Exception):
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, at: float = 0.5, **options: Any) -> None:
     """Merge a part of it, in short strokes, and stop."""
-    monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(api, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
 
     def progress(done: int, total: int) -> None:
         time.sleep(0.005)  # for more than one record
