@@ -38,8 +38,9 @@ from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.device import buffers_on
 from ..runtime.distributed import SingleProcess
 from ..runtime.executor import process_in_order
-from . import placement, probes
+from . import probes
 from .partition import chunks, partition, slice_plan
+from .placement import Placement, Throughput, measure
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult, Progress
 from .report import Report
@@ -64,7 +65,7 @@ class Job:
     output: Output
     backend: str
     merge: Merge
-    placement: placement.Placement
+    placement: Placement
     workers: int
     chunk_bytes: int
     memory: int
@@ -76,15 +77,17 @@ class Job:
     def rule(self) -> Rule:
         return self.recipe.rule
 
-    def throughput(self) -> placement.Throughput | None:
+    def throughput(self) -> Throughput | None:
         """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
         on_cpu = self.placement.device == "cpu"
         threads = self.threads or registry.usual_threads()
-        found = self.placement.throughput or placement.measure(
+        found = self.placement.throughput or measure(
             self.plan, self.rule, threads, self.backend if on_cpu else "auto"
         )
         return (
-            found if on_cpu or not found else found._replace(link=probes.h2d_bandwidth(self.placement.device))
+            found
+            if on_cpu or not found
+            else found._replace(h2d_bandwidth=probes.h2d_bandwidth(self.placement.device))
         )
 
     def run(
@@ -107,7 +110,7 @@ class Job:
         job = {**self._fingerprint, "nonfinite": self.recipe.nonfinite, "skip_unchanged": skips}
 
         def look(moved: int) -> None:
-            moved = ranks.look(moved)
+            moved = ranks.poll(moved)
             if progress:
                 progress(total - coming + moved, total)
 

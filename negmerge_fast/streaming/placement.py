@@ -44,7 +44,7 @@ class Throughput(NamedTuple):
     h2d_bandwidth: float | None = None
 
     @property
-    def on_cpu(self) -> float:
+    def cpu_bandwidth(self) -> float:
         """A thread that waits for a disk is one that merges meanwhile; one that copies cached files is not."""
         if self.cached is False:
             return min(self.read_bandwidth, self.merge_bandwidth)

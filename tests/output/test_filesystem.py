@@ -108,7 +108,7 @@ def test_what_no_model_changed_may_be_shared_with_the_base(
     """Every system copies with the call that shares where it can."""
     merge(folder, folder / "out", nonfinite="keep-base")
     expected, taken = contents(folder / "out"), []
-    share = filesystem.share
+    share = filesystem.reflink
 
     def noted(*of: int) -> range:
         taken.append(share(*of))
@@ -127,8 +127,8 @@ def test_whole_pages_are_shared_and_the_rest_is_left(tmp_path: Path) -> None:
     (tmp_path / "to").write_bytes(bytes(5 << 12))
     with open(tmp_path / "from", "rb") as source, open(tmp_path / "to", "r+b") as target:
         files = source.fileno(), target.fileno()
-        assert filesystem.share(*files, 5000, 3 << 12) == range(8192, 12288)
-        assert len(filesystem.share(*files, 4100, 8100)) == 0 == len(filesystem.share(*files, 1, 4095))
+        assert filesystem.reflink(*files, 5000, 3 << 12) == range(8192, 12288)
+        assert len(filesystem.reflink(*files, 4100, 8100)) == 0 == len(filesystem.reflink(*files, 1, 4095))
     held = (tmp_path / "to").read_bytes()
     assert held[8192:12288] == (tmp_path / "from").read_bytes()[8192:12288]
     assert not any(held[:8192]) and not any(held[12288:])

@@ -35,7 +35,7 @@ class FakeCuda:
     def stream(self, stream: str) -> Any:
         return self.device(stream)
 
-    def CudaStream(self, device: str) -> str:
+    def Stream(self, device: str) -> str:
         return f"stream of {device}"
 
     def Event(self, blocking: bool = False, enable_timing: bool = False) -> Any:
@@ -110,7 +110,7 @@ def test_what_a_lane_asks_of_a_gpu(cuda: FakeCuda, kept: bool) -> None:
 def test_a_copy_on_a_stream_waits_for_nothing(cuda: FakeCuda) -> None:
     asked: list[Any] = []
     to = SimpleNamespace(copy_=lambda source, **options: asked.append((source, options)))
-    device_module.Stream(DEVICE, Timeline(kept=False)).copy(to, "source")  # type: ignore[arg-type]
+    device_module.CudaStream(DEVICE, Timeline(kept=False)).copy(to, "source")  # type: ignore[arg-type]
     assert asked == [("source", {"non_blocking": True})]
 
 

@@ -148,7 +148,7 @@ def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pyt
         moved[1] = at
 
     def noted_append(self: journal.Journal, record: journal.ProgressRecord) -> None:
-        order.append(("record", sum(run.end - run.begin for run in record.runs)))
+        order.append(("record", sum(run.end - run.begin for run in record.ranges)))
         assert sum(size for _, size in order) <= moved[1]
         append(self, record)
 

@@ -193,7 +193,7 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
             np.maximum((d[:k] > 0).sum(0), (d[:k] < 0).sum(0)).max(initial=-n) >= rule.required(n) - (n - k)
             for d in differences
         ]
-        at, runs = 0, block.runs(0)
+        at, runs = 0, block.ranges(0)
         for numel, types, can in zip(sizes, dtypes, possible, strict=True):
             end = at + numel * FLOAT_SIZES[types[0]]
             read = any(begin <= at and end <= stop for begin, stop in runs)

@@ -231,7 +231,7 @@ def test_memory_is_bounded_by_what_is_free(
     usual = prepare(tmp_path, threads=6)
     assert usual.workers == 8 and usual.memory <= 1 << 30
     told = dataclasses.replace(
-        usual, placement=usual.placement._replace(costs=Throughput(1e9, False, 2e9, 5e9))
+        usual, placement=usual.placement._replace(throughput=Throughput(1e9, False, 2e9, 5e9))
     )
     assert f"and as much on {DEVICE}" in "\n".join(text._plan_lines(told))
     for module, name, at in (
@@ -275,8 +275,8 @@ def test_the_way_of_a_job_is_chosen_by_its_costs(
     monkeypatch.setattr(placement, "_GPU_STARTUP_S", 1e3)
     assert "at best" in prepare(tmp_path, device="auto").placement.reason
     monkeypatch.setattr(placement, "_GPU_STARTUP_S", 0.0 if device == DEVICE or "through" in why else 1e-9)
-    placement = prepare(tmp_path, device="auto").placement
-    assert placement.device == device and re.search(why, placement.reason), placement
+    chosen = prepare(tmp_path, device="auto").placement
+    assert chosen.device == device and re.search(why, chosen.reason), chosen
     for backend, there in (("cuda", DEVICE), ("cpu", "cpu"), ("torch", "cpu")):
         assert prepare(tmp_path, device="auto", backend=backend).placement.device == there
 
@@ -313,9 +313,13 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
 
 def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = prepare(tmp_path).throughput()
-    assert describe and describe.cached and min(describe.reading, describe.merging, describe.link or 0) > 0
+    assert (
+        describe
+        and describe.cached
+        and min(describe.read_bandwidth, describe.merge_bandwidth, describe.h2d_bandwidth or 0) > 0
+    )
     on_cpu = prepare(tmp_path, device="cpu")
-    assert on_cpu.throughput() and on_cpu.throughput().link is None  # type: ignore[union-attr]
+    assert on_cpu.throughput() and on_cpu.throughput().h2d_bandwidth is None  # type: ignore[union-attr]
     integers = prepare(tmp_path, device="cpu", include="ids")
     assert integers.throughput() is None and "way" not in "\n".join(text._plan_lines(integers))
     lines = list(placement.describe([DEVICE]))
@@ -331,7 +335,7 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
 
 
 def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(probes, "_SAMPLE_BYTES", 64)
     names = [f"t{k}" for k in range(40)]
     models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
     save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])

@@ -59,7 +59,7 @@ def merge_there(batch: Batch, rule: Rule, threads: int | None = None) -> torch.T
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = registry.choose
     monkeypatch.setattr(LateStream, "locked", set())
-    monkeypatch.setattr(device_module, "Operand", LateStream)
+    monkeypatch.setattr(device_module, "CudaStream", LateStream)
     monkeypatch.setattr(device_module, "available_bytes", lambda device: 1 << 30)
     monkeypatch.setattr(
         registry, "choose", lambda b, device, *a: ("cuda", merge_there) if device == DEVICE else real(b, device, *a)
