@@ -341,10 +341,10 @@ def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.M
     save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])
     save_model(tmp_path / "ft", models[1], [names[::-1]])
     plan = api.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=1.0).plan
-    sampled = list(probes._strokes(plan, 50))
+    sampled = list(probes._sample(plan, 50))
     assert sum(size > 4 for _, _, size in sampled) >= 48
     assert all(offset + size <= file.size for file, offset, size in sampled)
-    assert sampled != list(probes._strokes(plan, 50))
+    assert sampled != list(probes._sample(plan, 50))
 
 
 @pytest.mark.gpu
