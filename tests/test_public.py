@@ -1,0 +1,352 @@
+"""The public face, written out: Python names and signatures, operators, the command line, and the fields of JSON.
+
+What stands in these lists others build on. A change of a list is a change for them, and belongs in the changelog.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from checkpoint_files import negmerge
+
+import negmerge_fast as nm
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+
+NAMES = [
+    "DamageError", "InputError", "Report", "Rule", "Stats", "TensorStats", "Verified", "__version__",
+    "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "verify_checkpoint",
+]  # fmt: skip
+
+SIGNATURES = {
+    "merge": "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', backend='auto')",
+    "merge_": "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', backend='auto')",
+    "merge_checkpoints": (
+        "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
+        "exclude=None, backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
+        "overwrite=False, resume=False, progress=None)"
+    ),
+    "merge_task_vectors": "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', backend='auto')",
+    "negate_": "(base, tau, *, scale, nonfinite='keep-base', backend='auto')",
+    "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
+    "Report": (
+        "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
+        "bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, tensors)"
+    ),
+    "Rule": "(scale, min_agreement=1.0)",
+    "Stats": "()",
+    "TensorStats": "(elements=0, agreed=0, nonfinite=0)",
+    "Verified": "(output, version, files, bytes, not_listed, blocks, bytes_compared)",
+    "DamageError": "(found)",
+}
+
+# Beside the fields above, which frozen dataclasses have as attributes.
+ATTRIBUTES = {
+    "Report": ["to_json"],
+    "Rule": ["required"],
+    "Stats": ["add", "agreed", "consensus_ratio", "elements", "include", "nonfinite", "tensors"],
+    "TensorStats": [],
+    "Verified": [],
+}
+
+SCHEMAS = {
+    "merge": (
+        "negmerge::merge(Tensor[] base, Tensor[] finetuned, float scale, float min_agreement=1., bool task_vectors=False, "
+        'str backend="auto") -> (Tensor[], Tensor)'
+    ),
+    "merge_": (
+        "negmerge::merge_(Tensor(a!)[] base, Tensor[] finetuned, float scale, float min_agreement=1., "
+        'bool task_vectors=False, str backend="auto") -> Tensor'
+    ),
+}
+
+# How often the demo trains unless told otherwise.
+DEMO_SEEDS = 3
+
+# Arguments; then options: names, metavar, type, default.
+COMMANDS = {
+    "merge": [
+        "BASE",
+        "[FINETUNED]...",
+        "--output -o OUT text, required",
+        "--scale float, required",
+        "--task-vectors boolean = False",
+        "--min-agreement float = 1.0",
+        "--nonfinite error|keep-base = error",
+        "--include RE text = None",
+        "--exclude RE text = None",
+        "--backend auto|cuda|triton|cpu|torch = auto",
+        "--device auto|cpu|cuda:0 text = auto",
+        "--memory-budget SIZE text = auto",
+        "--threads N integer = None",
+        "--skip-unchanged / --no-skip-unchanged boolean = None",
+        "--report FILE.json text = None",
+        "--dry-run boolean = False",
+        "--overwrite boolean = False",
+        "--resume boolean = False",
+        "--quiet -q boolean = False",
+    ],
+    "verify": [
+        "OUT",
+        "--against boolean = False",
+        "[--against BASE FINETUNED...]",
+        "--blocks N integer from 1 = 64",
+        "--seed integer = 0",
+        "--quiet -q boolean = False",
+    ],
+    "inspect": ["PATHS..."],
+    "info": [],
+    "demo": [
+        f"--seeds integer from 1 = {DEMO_SEEDS}",
+        "--output DIR text = negmerge-demo",
+        "--report FILE.json text = None",
+        "--quiet -q boolean = False",
+    ],
+    "bench": [
+        "--device auto|cpu|cuda:0 text = auto",
+        "--report FILE.jsonl text = None",
+        "--quiet -q boolean = False",
+    ],
+}
+
+# The least that each command is called with.
+LEAST = {
+    "merge": ["base", "model", "--output", "out", "--scale", "1"],
+    "verify": ["out"],
+    "inspect": ["path"],
+    "info": [],
+    "demo": [],
+    "bench": [],
+}
+
+REPORT = [
+    "base", "models", "output", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
+    "nonfinite", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "tensors",
+    "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite",
+]  # fmt: skip
+
+# {}: a name of a file or a tensor.
+MANIFEST = [
+    "negmerge_fast", "base", "base.path", "base.files", "base.files{}", "base.files{}.size", "base.files{}.header",
+    "models", "models[].path", "models[].files", "models[].files{}", "models[].files{}.size", "models[].files{}.header",
+    "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude",
+    "counted", "counted.elements", "counted.agreed", "counted.nonfinite",
+    "block", "files", "files{}", "files{}.size", "files{}.checksum",
+]  # fmt: skip
+
+JOURNAL_HEAD = [
+    "negmerge_fast", "scale", "min_agreement", "inputs", "include", "exclude", "models", "files", "files{}",
+]  # fmt: skip
+JOURNAL_RECORD = ["runs", "read", "skipped", "tensors", "tensors{}"]
+
+MACHINE = ["commit", "date", "device", "driver", "threads", "negmerge_fast", "torch", "triton", "python"]
+WORKLOAD = ["suite", "layout", "way", "dtype", "n", "numel", "bytes", "state"]
+MEASURED = [
+    "rounds", "p20", "p50", "p80", "GB/s", "limit", "limit GB/s", "of_limit", "differing",
+]  # fmt: skip
+
+# Of committed files: what every row has, and what only some have. Those of before there was a suite have fewer.
+_OLD = {
+    "commit", "date", "device", "dtype", "n", "negmerge_fast", "numel", "p20", "p50", "p80", "python", "state", "threads",
+    "torch", "way",
+}  # fmt: skip
+_TUNED = {*MACHINE, *WORKLOAD, "rounds", "p20", "p50", "p80", "GB/s"}
+_LIMITED = {"limit", "limit GB/s", "of_limit"}
+COMMITTED: dict[str, tuple[set[str], set[str]]] = {
+    "checkpoints": (_OLD, {"GB/s", "of_limit", "seconds"}),
+    "loop": (_OLD | {"GB/s", "of_limit"}, set()),
+    "memory": (
+        _OLD | {"GB/s"},
+        {"instruction_set", "of_limit", "of_one_tensor", "us_per_tensor_and_model"},
+    ),
+    "outofcore": (_TUNED | _LIMITED | {"budget", "group's peak MB", "own seconds", "peak MB", "read"}, set()),
+    "peers": (_TUNED | _LIMITED | {"differing", "own seconds", "peak MB", "times ours"}, set()),
+    "reads": (_TUNED | _LIMITED, set()),
+    "reference": (_OLD | {"GB/s", "of_limit"}, set()),
+    "strokes": (_TUNED | _LIMITED, set()),
+    "suite": ({*MACHINE, *WORKLOAD, *MEASURED}, set()),
+    "threads": (_TUNED, set()),
+    "tune_gpu": (_TUNED | _LIMITED | {"differing"}, set()),
+}
+
+
+def command_group() -> click.Group:
+    from negmerge_fast import cli
+
+    group: click.Group = cli._commands(None)  # type: ignore[arg-type]
+    return group
+
+
+def bench_row() -> dict[str, Any]:
+    """A row of `negmerge bench`, of something else that was timed."""
+    from negmerge_fast.measure.rows import machine, speed
+
+    return speed(
+        {**machine("cpu"), "suite": "limits", "way": "copy", "bytes": 1, "state": "in memory"}, [1.0]
+    )
+
+
+def keys(value: Any, named: frozenset[str], prefix: str = "") -> Iterator[str]:
+    """The keys of JSON in their order, each once. named: keys of objects whose own keys are names."""
+    if isinstance(value, list):
+        yield from dict.fromkeys(
+            key for each in value if isinstance(each, dict) for key in keys(each, named, f"{prefix}[]")
+        )
+    elif isinstance(value, dict) and prefix.rpartition(".")[2] in named:
+        if value:
+            yield prefix + "{}"
+        yield from dict.fromkeys(key for each in value.values() for key in keys(each, named, prefix + "{}"))
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            path = f"{prefix}.{name}" if prefix else name
+            yield path
+            yield from keys(each, named, path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """base.npy and two models, each a vector."""
+    generator = np.random.default_rng(0)
+    for name in ("base", "ft-0", "ft-1"):
+        np.save(tmp_path / f"{name}.npy", generator.standard_normal(1000).astype(np.float32))
+    return tmp_path
+
+
+def merge(folder: Path, **options: Any) -> nm.Report:
+    models = [folder / "ft-0.npy", folder / "ft-1.npy"]
+    return nm.merge_checkpoints(folder / "base.npy", models, folder / "out.npy", scale=0.9, **options)
+
+
+def test_names() -> None:
+    assert sorted(nm.__all__) == NAMES
+    assert isinstance(nm.__version__, str)
+    assert issubclass(nm.InputError, ValueError)
+    assert issubclass(nm.DamageError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    signature = inspect.signature(getattr(nm, name))
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(plain)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes(name: str) -> None:
+    public: Any = getattr(nm, name)
+    fields: list[str] = []
+    if name != "Stats":
+        fields = [field.name for field in dataclasses.fields(public)]
+        assert fields == list(inspect.signature(public).parameters)
+        assert public.__dataclass_params__.frozen
+    found = [each for each in dir(public) if not each.startswith("_") and each not in fields]
+    assert found == ATTRIBUTES[name]
+
+
+def test_what_damage_was_found_is_told_file_by_file() -> None:
+    assert nm.DamageError(["a: 1 byte", "b: 2 bytes"]).found == ["a: 1 byte", "b: 2 bytes"]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_operators(name: str) -> None:
+    import torch
+
+    import negmerge_fast.ops  # noqa: F401
+
+    assert str(getattr(torch.ops.negmerge, name).default._schema) == SCHEMAS[name]
+
+
+def described(parameter: click.Parameter, context: click.Context) -> str:
+    if isinstance(parameter, click.Argument):
+        return parameter.make_metavar(context)
+    assert isinstance(parameter, click.Option)
+    names = " / ".join(" ".join(each) for each in (parameter.opts, parameter.secondary_opts) if each)
+    kind = parameter.type
+    text = kind.name
+    if isinstance(kind, click.Choice):
+        text = "|".join(kind.choices)
+    elif isinstance(kind, click.IntRange):
+        assert kind.max is None
+        text = f"integer from {kind.min}"
+    metavar = f" {parameter.metavar}" if parameter.metavar else ""
+    state = ", required" if parameter.required else f" = {context.params[parameter.name]}"
+    return f"{names}{metavar} {text}{state}"
+
+
+def test_the_commands() -> None:
+    group = command_group()
+    assert list(group.commands) == list(COMMANDS)
+    context = group.make_context("negmerge", ["info"])
+    assert context.help_option_names == ["-h", "--help"]
+    assert [option for each in group.params for option in each.opts] == ["--version"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_arguments_and_options_of_a_command(name: str) -> None:
+    command = command_group().commands[name]
+    context = command.make_context(name, list(LEAST[name]))
+    assert [described(parameter, context) for parameter in command.params] == COMMANDS[name]
+
+
+def test_exit_status(folder: Path) -> None:
+    """Those of signals, 129, 130 and 143, are tested where there are signals."""
+    arguments = ("merge", "base.npy", "ft-0.npy", "ft-1.npy", "--output", "out.npy", "--scale", "0.9")
+    assert negmerge(*arguments, cwd=folder).returncode == 0
+    assert negmerge(*arguments, cwd=folder).returncode == 2, "there is an output already"
+    with open(folder / "out.npy", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    damaged = negmerge("verify", "out.npy", cwd=folder)
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (1, 1)
+    assert negmerge("merge", "--no-such-option", cwd=folder).returncode == 2
+
+
+def test_the_fields_of_the_report_and_of_the_manifest(folder: Path) -> None:
+    report = json.loads(merge(folder).to_json())
+    assert list(keys(report, frozenset())) == REPORT
+    manifest = json.loads((folder / "out.npy.negmerge.json").read_text())
+    assert list(keys(manifest, frozenset({"files", "models[].files"}))) == MANIFEST
+
+
+def test_the_fields_of_the_journal(folder: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == total:  # all is written, nothing published
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge(folder, resume=True, progress=stop)
+    head, record = (folder / ".out.npy.negmerge" / "journal-0").read_bytes().splitlines()
+    assert head[:8] == b"%08x" % zlib.crc32(head[9:])
+    assert list(keys(json.loads(head[9:]), frozenset({"files"}))) == JOURNAL_HEAD
+    found = json.loads(record[9:])
+    assert list(keys(found, frozenset({"tensors"}))) == JOURNAL_RECORD
+    assert [len(each) for each in found["runs"]] == [2]
+    assert [len(counts) for counts in found["tensors"].values()] == [3]
+
+
+def test_the_fields_of_a_row_of_the_benchmark() -> None:
+    assert set(bench_row()) == {*MACHINE, *WORKLOAD, *MEASURED}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_fields_of_committed_rows(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    always, sometimes = COMMITTED[path.stem]
+    assert set.intersection(*map(set, rows)) == always
+    assert set.union(*map(set, rows)) == always | sometimes
+
+
+def test_every_committed_file_is_listed() -> None:
+    assert {path.stem for path in RESULTS.glob("*.jsonl")} == set(COMMITTED)
