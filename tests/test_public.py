@@ -118,8 +118,8 @@ COMMANDS = {
     ],
 }
 
-# The least that each command is called with.
-LEAST = {
+# What each command is called with at least.
+ARGUMENTS = {
     "merge": ["base", "model", "--output", "out", "--scale", "1"],
     "verify": ["out"],
     "inspect": ["path"],
@@ -293,7 +293,7 @@ def test_the_commands() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_arguments_and_options_of_a_command(name: str) -> None:
     command = command_group().commands[name]
-    context = command.make_context(name, list(LEAST[name]))
+    context = command.make_context(name, list(ARGUMENTS[name]))
     assert [described(parameter, context) for parameter in command.params] == COMMANDS[name]
 
 
