@@ -180,15 +180,15 @@ COMMITTED: dict[str, tuple[set[str], set[str]]] = {
 
 
 def command_group() -> click.Group:
-    from negmerge_fast import cli
+    from negmerge_fast.cli import commands
 
-    group: click.Group = cli._commands(None)  # type: ignore[arg-type]
+    group: click.Group = commands._commands(None)  # type: ignore[arg-type]
     return group
 
 
 def bench_row() -> dict[str, Any]:
     """A row of `negmerge bench`, of something else that was timed."""
-    from negmerge_fast.measure.rows import machine, speed
+    from negmerge_fast.benchmark.records import machine, speed
 
     return speed(
         {**machine("cpu"), "suite": "limits", "way": "copy", "bytes": 1, "state": "in memory"}, [1.0]
