@@ -20,7 +20,7 @@ from . import budget, placement
 from .job import Job, OnProgress
 from .plan import Plan, make_plan
 from .report import Report
-from .skipping import Unread
+from .skipping import Skipping
 from .worker import max_open_files
 
 PathLike = str | os.PathLike[str]
@@ -139,8 +139,8 @@ def prepare(
     skip = nonfinite == "keep-base" if skip_unchanged is None else skip_unchanged
     looker, look = registry.choose("auto", "cpu") if skip else ("", None)
     fitted = _fit(memory_budget, placement.device, (name, looker), len(models), tensors, sizes, threads)
-    unread = Unread(rule, len(models), look)
-    return Job(plan, recipe, place, name, merge, placement, *fitted, threads, unread, finished)
+    skipping = Skipping(rule, len(models), look)
+    return Job(plan, recipe, place, name, merge, placement, *fitted, threads, skipping, finished)
 
 
 def _choose_placement(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> placement.Placement:

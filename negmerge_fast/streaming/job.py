@@ -44,7 +44,7 @@ from .placement import Placement, Throughput, measure
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult, Progress
 from .report import Report
-from .skipping import Block, Unread, none_agreed
+from .skipping import ChunkPruner, Skipping, none_agreed
 from .worker import batches, max_open_files
 
 # Called with bytes done and bytes in all.
@@ -70,7 +70,7 @@ class Job:
     chunk_bytes: int
     memory: int
     threads: int | None
-    unread: Unread
+    skipping: Skipping
     finished: bool = False
 
     @property
@@ -106,7 +106,7 @@ class Job:
         before = done = summed([])
         if self.finished:
             return self._finished(ranks)
-        skips = self.unread.merge is not None
+        skips = self.skipping.counter is not None
         job = {**self._fingerprint, "nonfinite": self.recipe.nonfinite, "skip_unchanged": skips}
 
         def look(moved: int) -> None:
@@ -186,7 +186,7 @@ class Job:
                 f"{self.output.work}: {done.stats.nonfinite:,} elements that are not finite were counted, expected none "
                 "(--nonfinite keep-base, as before)"
             )
-        if not self.unread.merge and done.skipped:
+        if not self.skipping.counter and done.skipped:
             raise InputError(
                 f"{self.output.work}: {done.skipped:,} bytes of the models were skipped, expected none (--skip-unchanged, as before)"
             )
@@ -297,12 +297,12 @@ class Job:
             def work(chunk: Extent) -> ChunkResult:
                 base = chunk.sources[0]
                 buffers = lane.reserve([source.nbytes for source in chunk.sources])
-                block = Block(self.unread, chunk, buffers, *lane.addresses())
+                pruner = ChunkPruner(self.skipping, chunk, buffers, *lane.addresses())
                 with timeline.span("read"):
-                    skipped = self._read(chunk, block, reader, buffers, release)
-                counted = self._merge(chunk, lane, turns) if block.alive else none_agreed(chunk)
+                    skipped = self._read(chunk, pruner, reader, buffers, release)
+                counted = self._merge(chunk, lane, turns) if pruner.can_agree else none_agreed(chunk)
                 with timeline.span("write"):
-                    like = None if block.alive else reader.descriptor(base.file)
+                    like = None if pruner.can_agree else reader.descriptor(base.file)
                     self.output.write(chunk.path, base.offset, buffers[0], release, like)
                 read = sum(source.nbytes for source in chunk.sources) - skipped
                 return ChunkResult(read, base.nbytes, counted, skipped)
@@ -310,31 +310,31 @@ class Job:
             yield work
 
     def _read(
-        self, chunk: Extent, block: Block, reader: Reader, buffers: list[memoryview], release: bool
+        self, chunk: Extent, pruner: ChunkPruner, reader: Reader, buffers: list[memoryview], release: bool
     ) -> int:
         """Read a piece, of each model what can still agree; returns how many bytes were left unread."""
         first, *extra_files = chunk.sources
         cached = reader.read_into(first.file, first.offset, buffers[0], release)
-        skipped, expected, soon = 0, 0, self.unread.needed
+        skipped, expected, soon = 0, 0, self.skipping.expected_models
         for k, (source, buffer) in enumerate(zip(extra_files, buffers[1:], strict=True)):
-            block.look(k)
-            if not block.alive:
+            pruner.prune(k)
+            if not pruner.can_agree:
                 skipped += sum(source.nbytes for source in extra_files[k:])
-                self.unread.learn(k, skipped)
+                self.skipping.record(k, skipped)
                 return skipped
             if k == expected and not cached:  # nor are the others, then: the disk may fetch them all at once
                 for version, coming in enumerate(extra_files[k:soon], k + 1):
-                    for begin, end in block.ranges(version):
+                    for begin, end in pruner.byte_ranges(version):
                         reader.expect(coming.file, coming.offset + begin, end - begin)
                 expected, soon = soon, len(extra_files)
-            ranges = block.ranges(k + 1)
+            ranges = list(pruner.byte_ranges(k + 1))
             if unread := source.nbytes - sum(end - begin for begin, end in ranges):
                 skipped += unread
                 np.frombuffer(buffer, np.uint8).fill(0)
             for begin, end in ranges:
                 reader.read_into(source.file, source.offset + begin, buffer[begin:end], release)
         if extra_files:
-            self.unread.learn(len(extra_files), skipped)
+            self.skipping.record(len(extra_files), skipped)
         return skipped
 
     def _merge(self, chunk: Extent, lane: WorkerBuffers, turns: Semaphore) -> list[ChunkCounts]:

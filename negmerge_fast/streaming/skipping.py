@@ -1,214 +1,154 @@
-"""What need not be read: other models' versions of elements none of which can agree any more, whatever those hold.
+"""Data skipping: what cannot change the output is not read.
 
-An element agrees in the end only if, of the first k of n models, all but n - k of those that must agree do: that is the rule
-for k models, with fewer required. So a merge that only counts says whether an element is left. A number that is not finite
-counts as one: all of a lot are found, or none was read; where there is none, differences have the same signs in any
-arithmetic type. And since it does not matter what the unread versions hold, a merge may take zeros for them.
+After the first k of n models, an element can still agree if all but n - k of the models that must agree do so already. That is
+the rule for k models with fewer required, so a merge that only counts finds such elements. Non-finite elements count as such.
+A tensor of a chunk without any is dropped: the output is the base's, whatever the other models hold.
 
-Most models change all that is merged, and looking would cost some percent of such a merge: so it is done where the first bytes
-of a model are those of one that changed nothing, and now and then, and everywhere while it finds something.
+Most models change everything that is merged. Tensors are therefore probed only where the first bytes of a model are the
+base's, now and then, and everywhere while something is skipped.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import add
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..core.batch import Batch, Merge, Operand, Segment, Signature
-from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
-from .plan import Extent
+from .plan import Extent, TensorSlice
 from .progress import ChunkCounts
 
-# Elements of the first window: enough to have one that is left, where models were fine-tuned densely, few enough to cost little
-# more than the call. Each further window of a lot is so many times longer.
-_FIRST, _GROWTH = 1024, 16
-# The first bytes of a lot: a model that changes few elements has changed one of theirs. Looked at without that, if all is read: one
-# piece in so many.
-_SAMPLE, _SELDOM = 256, 16
-# Tensors shorter than this share of a piece are looked at together with their neighbours.
-_SHARE = 1 / 16
+# Elements of the first probe: dense changes show in it. Each further probe of a tensor is so many times longer.
+_FIRST_PROBE, _PROBE_GROWTH = 1024, 16
+# Bytes compared with the base's. While nothing is skipped, one chunk in so many is probed whatever they are.
+_SAMPLE_BYTES, _PROBE_INTERVAL = 256, 16
 
 
 @dataclass(frozen=True)
-class Prefix(Rule):
-    """The rule for the first few of so many models: agreement that the others could still complete."""
+class PrefixRule(Rule):
+    """The rule for the first few of `models` models: agreement that the others can still complete."""
 
-    of: int = 1
+    models: int = 1
 
     def required(self, models: int) -> int:
-        """How many of the first models must agree; below 1 where the others could do without them."""
-        return super().required(self.of) - (self.of - models)
+        return super().required(self.models) - (self.models - models)
 
 
-class Unread:
-    """What the blocks of one merge have in common.
+class Skipping:
+    """What the chunks of one merge share.
 
-    merge: a backend for the CPU; None: all is read. spare: how many models may disagree. needed: how many models the last block
-    needed, as the next one will, most likely; calm: how many in a row were read whole.
+    counter: a CPU backend; None if everything is read. expected_models: how many the last chunk needed, as the next one probably
+    will. full_chunks: chunks in a row that were read whole.
     """
 
-    def __init__(self, rule: Rule, models: int, merge: Merge | None) -> None:
-        # Scale 0: whether elements agree has nothing to do with it.
-        self.rule, self.merge = Prefix(0.0, rule.min_agreement, models), merge
-        self.spare = models - rule.required(models)
-        self.needed, self.calm = models, 0
+    def __init__(self, rule: Rule, models: int, counter: Merge | None) -> None:
+        # Whether elements agree does not depend on the scale.
+        self.rule, self.counter = PrefixRule(0.0, rule.min_agreement, models), counter
+        self.max_dissenters = models - rule.required(models)
+        self.expected_models, self.full_chunks = models, 0
 
-    def learn(self, needed: int, skipped: int) -> None:
-        """From a block that needed so many models, and of them and of the others so many bytes less than there are."""
-        self.needed, self.calm = needed, 0 if skipped else self.calm + 1
-
-
-class _Window(NamedTuple):
-    """Elements that are looked at together; the segment has all models."""
-
-    signature: Signature
-    segment: Segment
+    def record(self, needed: int, skipped: int) -> None:
+        """Learn from a chunk how many models it needed, and how many bytes it skipped."""
+        self.expected_models, self.full_chunks = needed, 0 if skipped else self.full_chunks + 1
 
 
-@dataclass(frozen=True, eq=False)
-class _Lot:
-    """Neighbouring tensors that are read for as long as an element of theirs can agree.
+class _Tensor:
+    """The elements that a chunk has of a tensor: where each version's bytes begin and end, and how many elements are ruled out."""
 
-    begins, ends: where in each version. seen: windows that were looked at; the first had an element that was left.
-    """
-
-    begins: list[int]
-    ends: list[int]
-    coming: Iterator[_Window]
-    seen: deque[_Window]
-
-    def windows(self) -> Iterator[_Window]:
-        """All of its elements, those first where one was left."""
-        for _ in range(len(self.seen)):
-            yield self.seen[0]
-            self.seen.rotate(-1)
-        for window in self.coming:
-            self.seen.appendleft(window)
-            yield window
+    def __init__(self, tensor_slice: TensorSlice, begins: Sequence[int]) -> None:
+        self.signature, self.numel, self.sizes = (
+            tensor_slice.signature,
+            tensor_slice.numel,
+            tensor_slice.sizes,
+        )
+        self.begins = begins
+        self.ends = [begin + self.numel * size for begin, size in zip(begins, self.sizes, strict=True)]
+        self.ruled_out = 0
 
 
-class Block:
-    """A piece that is read model by model into buffers. addresses: where those are, in memory that owner keeps."""
+class ChunkPruner:
+    """The tensors of a chunk that can still agree, while its versions are read to these addresses."""
 
     def __init__(
-        self, unread: Unread, chunk: Extent, buffers: list[memoryview], addresses: list[int], owner: Any
+        self, skipping: Skipping, chunk: Extent, buffers: list[memoryview], addresses: list[int], owner: Any
     ) -> None:
-        self._unread, self._piece, self._buffers = unread, chunk, buffers
-        self._addresses, self._owner = addresses, owner
-        self._everywhere = unread.calm % _SELDOM == 0
-        self._lots: list[_Lot] | None = None
+        self._skipping, self._buffers, self._addresses, self._owner = skipping, buffers, addresses, owner
+        self._probe_all = skipping.full_chunks % _PROBE_INTERVAL == 0
+        self._tensors, ends = [], [0] * len(addresses)
+        for tensor_slice in chunk.slices:
+            self._tensors.append(tensor := _Tensor(tensor_slice, ends))
+            ends = tensor.ends
 
     @property
-    def alive(self) -> bool:
-        """Whether an element can agree."""
-        return bool(self._piece.slices if self._lots is None else self._lots)
+    def can_agree(self) -> bool:
+        """Whether any element can."""
+        return bool(self._tensors)
 
-    def look(self, models: int) -> None:
-        """Give up what no longer can agree after so many models."""
-        beyond = models - self._unread.spare
-        if beyond < 1 or not self._unread.merge:
+    def prune(self, models: int) -> None:
+        """Drop the tensors of which no element can agree, after so many models."""
+        confirmed = models - self._skipping.max_dissenters
+        if confirmed < 1 or not self._skipping.counter:
             return
-        if self._lots is None:
-            self._lots = list(_lots(self._piece, self._addresses, self._owner))
-        if self._everywhere and beyond & (beyond - 1) == 0:  # 1, 2, 4, …
-            doubtful = self._lots
-        else:
-            doubtful = [lot for lot in self._lots if self._seems_unchanged(lot, models)]
-        dead = set(doubtful)
-        asked = [(lot, lot.windows()) for lot in doubtful]
-        while asked:
-            tried = [(lot, rest, window) for lot, rest in asked if (window := next(rest, None))]
-            left = self._left([window for _, _, window in tried], models)
-            dead.difference_update(lot for (lot, _, _), found in zip(tried, left, strict=True) if found)
-            asked = [(lot, rest) for (lot, rest, _), found in zip(tried, left, strict=True) if not found]
-        if dead:
-            self._lots = [lot for lot in self._lots if lot not in dead]
+        probe_all = self._probe_all and confirmed & (confirmed - 1) == 0  # after 1, 2, 4, …
+        probed = [t for t in self._tensors if probe_all or self._seems_unchanged(t, models)]
+        size = _FIRST_PROBE
+        while probed := [t for t in probed if t.ruled_out < t.numel]:
+            counts = self._count(probed, size, models)
+            probed = [t for t, count in zip(probed, counts, strict=True) if not count]
+            for tensor in probed:  # no model brings back an element that cannot agree
+                tensor.ruled_out += size
+            size *= _PROBE_GROWTH
+        self._tensors = [t for t in self._tensors if t.ruled_out < t.numel]
 
-    def _seems_unchanged(self, lot: _Lot, version: int) -> bool:
-        begin, base = lot.begins[version], lot.begins[0]
-        sample = self._buffers[version][begin : min(begin + _SAMPLE, lot.ends[version])]
-        if self._piece.slices[0].signature.task_vectors:
-            return not any(sample)
-        return sample == self._buffers[0][base : min(base + _SAMPLE, lot.ends[0])]
+    def _seems_unchanged(self, tensor: _Tensor, version: int) -> bool:
+        def sample(version: int) -> memoryview:
+            begin, end = tensor.begins[version], tensor.ends[version]
+            return self._buffers[version][begin : min(begin + _SAMPLE_BYTES, end)]
 
-    def _left(self, windows: Sequence[_Window], models: int) -> list[bool]:
-        """Whether each window has an element that can agree."""
+        return not any(sample(version)) if tensor.signature.task_vectors else sample(version) == sample(0)
+
+    def _count(self, tensors: Sequence[_Tensor], size: int, models: int) -> list[int]:
+        """Of the next elements of each tensor, those that can agree or are not finite."""
         rows: dict[Signature, list[int]] = {}
-        for row, window in enumerate(windows):
-            rows.setdefault(window.signature, []).append(row)
-        found = [False] * len(windows)
-        assert self._unread.merge
+        for row, tensor in enumerate(tensors):
+            rows.setdefault(tensor.signature, []).append(row)
+        found = [0] * len(tensors)
         for (result, dtypes, task_vectors), same in rows.items():
-            whole = [windows[row].segment for row in same]
-            segments = [Segment(s.numel, s.base, s.models[:models], None) for s in whole]
-            batch = Batch("cpu", Signature(result, dtypes[:models], task_vectors), segments)
-            counts = self._unread.merge(batch, self._unread.rule, 1).tolist()
-            for row, (agreed, nonfinite) in zip(same, counts, strict=True):
-                found[row] = bool(agreed or nonfinite)
+            signature = Signature(result, dtypes[:models], task_vectors)
+            segments = [self._segment(tensors[row], size, (result, *dtypes[:models])) for row in same]
+            assert self._skipping.counter
+            counts = self._skipping.counter(Batch("cpu", signature, segments), self._skipping.rule, 1)
+            for row, count in zip(same, counts.tolist(), strict=True):
+                found[row] = sum(count)
         return found
 
-    def ranges(self, version: int) -> list[tuple[int, int]]:
-        """Which bytes to read of a version, the base being 0: from where to where."""
-        if self._lots is None:
-            return [(0, self._piece.sources[version].nbytes)]
-        ranges: list[tuple[int, int]] = []
-        for lot in self._lots:
-            begin, end = lot.begins[version], lot.ends[version]
-            if ranges and ranges[-1][1] == begin:
-                begin = ranges.pop()[0]
-            ranges.append((begin, end))
-        return ranges
+    def _segment(self, tensor: _Tensor, size: int, dtypes: Sequence[str]) -> Segment:
+        places = zip(self._addresses, tensor.begins, tensor.sizes, dtypes, strict=False)
+        base, *models = [
+            Operand(address + begin + tensor.ruled_out * bytes_each, dtype, self._owner)
+            for address, begin, bytes_each, dtype in places
+        ]
+        return Segment(min(size, tensor.numel - tensor.ruled_out), base, models, None)
 
-
-def _lots(chunk: Extent, addresses: list[int], owner: Any) -> Iterator[_Lot]:
-    share = chunk.sources[0].nbytes * _SHARE
-    # Of each lot, its runs of elements of one signature: neighbours in every version, whatever tensors they are of.
-    lots: list[list[tuple[Signature, int]]] = []
-    size = share
-    for tensor_slice in chunk.slices:
-        signature, numel = tensor_slice.signature, tensor_slice.numel
-        here = numel * FLOAT_SIZES[signature.result]
-        if max(size, here) >= share:
-            lots.append([])
-            size = 0
-        size += here
-        if lots[-1] and lots[-1][-1][0] == signature:
-            numel += lots[-1].pop()[1]
-        lots[-1].append((signature, numel))
-    ends = [0] * len(chunk.sources)
-    for ranges in lots:
-        begins = ends
-        for signature, numel in ranges:
-            ends = [end + numel * size for end, size in zip(ends, _sizes(signature), strict=True)]
-        yield _Lot(begins, ends, _windows(ranges, [*map(add, addresses, begins)], owner), deque())
-
-
-def _windows(ranges: Sequence[tuple[Signature, int]], addresses: list[int], owner: Any) -> Iterator[_Window]:
-    size = _FIRST
-    for signature, numel in ranges:
-        dtypes, sizes = (signature.result, *signature.models), _sizes(signature)
-        while numel:
-            count = min(size, numel)
-            streams = [Operand(a, dtype, owner) for a, dtype in zip(addresses, dtypes, strict=True)]
-            yield _Window(signature, Segment(count, streams[0], streams[1:], None))
-            addresses = [a + count * s for a, s in zip(addresses, sizes, strict=True)]
-            numel, size = numel - count, size * _GROWTH
-
-
-def _sizes(signature: Signature) -> list[int]:
-    """Bytes per element of each version."""
-    return [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
+    def byte_ranges(self, version: int) -> Iterator[tuple[int, int]]:
+        """The bytes to read of a version, 0 being the base; neighbouring tensors are one range."""
+        begin = end = 0
+        for tensor in self._tensors:
+            if tensor.begins[version] > end:
+                if end > begin:
+                    yield begin, end
+                begin = tensor.begins[version]
+            end = tensor.ends[version]
+        if end > begin:
+            yield begin, end
 
 
 def none_agreed(chunk: Extent) -> list[ChunkCounts]:
-    """What a merge of a piece counts in which no element agrees, and all are finite."""
-    ranges: dict[Signature, list[tuple[str, int]]] = {}
+    """The counts of a chunk in which no element agrees, and all are finite."""
+    named: dict[Signature, list[tuple[str, int]]] = {}
     for tensor_slice in chunk.slices:
-        ranges.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
-    return [(each, np.zeros((len(each), 2), np.int64)) for each in ranges.values()]
+        named.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
+    return [(each, np.zeros((len(each), 2), np.int64)) for each in named.values()]

@@ -28,10 +28,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def short_strokes(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 4096)
-    monkeypatch.setattr(skipping, "_FIRST", 16)
-    monkeypatch.setattr(skipping, "_SAMPLE", 8)
+    monkeypatch.setattr(skipping, "_FIRST_PROBE", 16)
+    monkeypatch.setattr(skipping, "_SAMPLE_BYTES", 8)
 
 
 def versions(
@@ -151,9 +151,9 @@ def test_a_witness_is_enough(tmp_path: Path) -> None:
 
 def test_a_wrong_number_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = versions(8, [torch.float32])
-    required = skipping.Prefix.required
+    required = skipping.PrefixRule.required
     # One more than the others could make good.
-    monkeypatch.setattr(skipping.Prefix, "required", lambda self, models: required(self, models) + 1)
+    monkeypatch.setattr(skipping.PrefixRule, "required", lambda self, models: required(self, models) + 1)
     with pytest.raises(AssertionError):
         check(tmp_path, tensors, 0.75)
 
@@ -185,23 +185,23 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
     chunk = Extent("", [ByteRange(None, 0, len(s)) for s in stored], slices)  # type: ignore[arg-type]
     addresses = [np.frombuffer(m, np.uint8).ctypes.data for m in memory]
     rule = Rule(0.9, min_agreement)
-    watched = skipping.Unread(rule, n, registry.choose("auto", "cpu")[1])
-    block = skipping.Block(watched, chunk, [memoryview(m) for m in memory], addresses, memory)
+    shared = skipping.Skipping(rule, n, registry.choose("auto", "cpu")[1])
+    pruner = skipping.ChunkPruner(shared, chunk, [memoryview(m) for m in memory], addresses, memory)
     for k in range(n):
-        block.look(k)
+        pruner.prune(k)
         possible = [
             np.maximum((d[:k] > 0).sum(0), (d[:k] < 0).sum(0)).max(initial=-n) >= rule.required(n) - (n - k)
             for d in differences
         ]
-        at, runs = 0, block.ranges(0)
+        at, runs = 0, list(pruner.byte_ranges(0))
         for numel, types, can in zip(sizes, dtypes, possible, strict=True):
             end = at + numel * FLOAT_SIZES[types[0]]
             read = any(begin <= at and end <= stop for begin, stop in runs)
             assert read or not can
             at = end
-        beyond = k - watched.spare
+        beyond = k - shared.max_dissenters
         if beyond in (1, 2, 4, 8):
-            assert block.alive == any(possible)
+            assert pruner.can_agree == any(possible)
 
 
 def counted_reads(
@@ -242,13 +242,13 @@ def a_third(tensors: int, numel: int, dtype: torch.dtype = torch.float32) -> lis
 
 
 @pytest.mark.parametrize(
-    ("tensors", "numel", "stroke"),
+    ("tensors", "numel", "chunk_bytes"),
     [(12, 1 << 16, 1 << 16), (12, 1 << 12, 1 << 20), (30, 5000, 4096), (60, 300, 4096)],
 )
 def test_a_third_of_the_tensors_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, numel: int, stroke: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, numel: int, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", stroke)
+    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", chunk_bytes)
     made = a_third(tensors, numel)
     check(tmp_path, made)
     job = prepare(tmp_path, made, None)
@@ -265,7 +265,7 @@ def test_a_third_of_the_tensors_touched(
 def test_nothing_is_expected_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for one piece at each border."""
     monkeypatch.setattr(api.registry, "usual_threads", lambda: 1)
-    made = a_third(6, 1 << 14)  # of 16 strokes each
+    made = a_third(6, 1 << 14)  # of 16 chunks each
     check(tmp_path, made)
     job, whole = prepare(tmp_path, made, None), prepare(tmp_path, made, False)
     asked = counted_reads(monkeypatch, cached=False)
