@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test suite interpreted slow fuzz sanitize lint format bench tune ci clean
+.PHONY: demo test suite interpreted slow fuzz sanitize lint format docs bench tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
@@ -43,10 +43,14 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Prints tables, appends to bench/results/, draws, and writes the README's numbers; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
+# The site, in build/docs/.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Prints tables, appends to bench/results/, draws, and writes the tables of docs/benchmarks.md; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench
-	$(BIN)/python bench/readme.py
+	$(BIN)/python bench/docs.py
 	$(BIN)/python bench/plots.py
 
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
@@ -70,7 +74,7 @@ $(VENV)/.package: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(w
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.fuzz $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
+$(VENV)/.demo $(VENV)/.test $(VENV)/.fuzz $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.package
 	$(PIP) 'negmerge_fast[$*]'
 	@touch $@
 

@@ -1,7 +1,7 @@
-"""Writes the README's numbers, between its two marks: the latest rows of each device in bench/results/suite.jsonl, and of a GPU
+"""Writes the tables of docs/benchmarks.md, between its two marks: the latest rows of each device in bench/results/suite.jsonl, and of a GPU
 that the suite has not been run on those of the tuner in tune_gpu.jsonl.
 
-python bench/readme.py [--check]        check: exit status 1 if there are others
+python bench/docs.py [--check]        check: exit status 1 if there are others
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from runs import Row, Unreadable, latest, read
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 SUITE = HERE / "results" / "suite.jsonl"
 TUNER = HERE / "results" / "tune_gpu.jsonl"
-BEGIN, END = "<!-- written by bench/readme.py -->", "<!-- until here -->"
+BEGIN, END = "<!-- written by bench/docs.py -->", "<!-- until here -->"
 OURS = ("cuda", "triton", "cpu", "torch", "merge_")
-NO_GPU = "No GPU has been measured yet: where there is one, `make bench` measures the kernels there beside the same peers."
-NO_SUITE = "The suite has not been run on this GPU yet: `make bench` measures there whole models, streaming and the same peers as above, too."
+NO_GPU = "No GPU has been measured yet: where there is one, `make bench` measures the kernels there beside the same baselines."
+NO_SUITE = "The suite has not been run on this GPU yet: `make bench` measures there whole models, streaming and the same baselines, too."
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> list[str]:
@@ -69,7 +69,7 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
         lines += ["", *crossed(usual, "dtype", speed, corner), ""]
         between = sorted(row["limit GB/s"] for row in usual)
         lines.append(
-            f"The limit beside them was between {between[0]:.3g} and {between[-1]:.3g} GB/s. {_times(usual)}."
+            f"The limit beside them was between {between[0]:.3g} and {between[-1]:.3g} GB/s.{_ratio(usual)}"
         )
         by_n = [
             {**row, "way": f"{row['way']}, {row['dtype']}"}
@@ -118,22 +118,15 @@ def _share(rows: list[Row]) -> float:
     return statistics.geometric_mean(row["of_limit"] for row in rows)
 
 
-def _times(rows: list[Row]) -> str:
-    """By how much our kernels are faster than others, by type."""
+def _ratio(rows: list[Row]) -> str:
+    """How the speeds of our two kernels for GPUs compare, by type; empty where they were not both measured."""
     found = {(row["way"], row["dtype"]): row["GB/s"] for row in rows}
-    said = []
-    for ours, other in (
-        *(("triton", "cuda"), ("cuda", "eager formula"), ("cuda", "torch.compile"), ("cuda", "torch.compile max-autotune")),
-        *(("cpu", "eager formula"), ("cpu", "torch.compile")),
-    ):  # fmt: skip
-        ratios = [
-            f"{found[ours, dtype] / speed:.3g} ({dtype})"
-            for (way, dtype), speed in found.items()
-            if way == other and (ours, dtype) in found
-        ]
-        if ratios:
-            said.append(f"`{ours}` ÷ {other}: {', '.join(ratios)}")
-    return "; ".join(said)
+    ratios = [
+        f"{found['triton', dtype] / speed:.3g} ({dtype})"
+        for (way, dtype), speed in found.items()
+        if way == "cuda" and ("triton", dtype) in found
+    ]
+    return f" `triton` ÷ cuda: {', '.join(ratios)}." if ratios else ""
 
 
 def _what(row: Row) -> str:
@@ -165,7 +158,7 @@ def main() -> int:
     )
     options.add_argument("--check", action="store_true")
     check = options.parse_args().check
-    before = README.read_text(encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8")
     head, _, rest = before.partition(BEGIN)
     try:
         after = head + text(SUITE, TUNER) + rest.partition(END)[2]
@@ -173,7 +166,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if not check:
-        README.write_text(after, encoding="utf-8")
+        PAGE.write_text(after, encoding="utf-8")
     return int(check and after != before)
 
 

@@ -1,0 +1,101 @@
+"""README and docs: their length, their numbers and their links."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_generated_tables_are_those_of_the_latest_rows() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "docs.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "run bench/docs.py, or drop the rows"
+
+
+def in_memory() -> list[str]:
+    """GB/s and share of the limit of one tensor, as the generated tables have them."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    found = []
+    for first_column, column in (("cpu", 2), ("cpu", 4)):
+        line = re.search(rf"^\| \*\*{first_column}\*\* \| (.*) \|$", page, re.MULTILINE)
+        assert line
+        found.append(line[1].split(" | ")[column - 1])
+    for way in ("cuda, F32", "cuda, BF16"):
+        line = re.search(rf"^\| \*\*{way}\*\* \| (.*) \|$", page, re.MULTILINE)
+        assert line
+        found.append(line[1].split(" | ")[1])  # of 8 models
+    return [re.sub(r" \((.*)\)", r" GB/s, \1", cell) for cell in found]
+
+
+def whole_processes() -> list[str]:
+    """Seconds and peak memory of the first of the merges within 1 GiB, and of the last one of warm files."""
+    out_of_core = next(row for row in rows("outofcore.jsonl") if row["way"] == "negmerge")
+    warm = [row for row in rows("peers.jsonl") if row["way"] == "negmerge merge"][-1]
+    return [
+        f"{out_of_core['p50']:.1f} s, peak memory {out_of_core['peak MB']:.0f} MB",
+        f"{warm['p50']:.2f} s, peak memory {warm['peak MB']:.0f} MB",
+    ]
+
+
+def forgetting() -> list[str]:
+    found = json.loads((RESULTS / "forgetting.json").read_text(encoding="utf-8"))["rows"]
+
+    def percent(method: str, what: str) -> str:
+        return f"{100 * mean(row[what] for row in found if row['method'] == method):.1f} %"
+
+    return [f"{percent('original', what)} → {percent('NegMerge', what)}" for what in ("forget", "retain")]
+
+
+@pytest.mark.parametrize("measured", [in_memory, whole_processes, forgetting])
+def test_numbers_in_readme_are_those_of_committed_rows(measured: Any) -> None:
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index("## What it is measured at") : text.index("## Beside other tools")]
+    for number in measured():
+        assert number in table, number
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """In a checkout; mkdocs looks after those of the site, and after anchors."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        target = link.partition("#")[0]
+        if target and "://" not in link:
+            assert (page.parent / target).exists(), f"{page.name}: {link}"
+
+
+def test_every_command_is_in_the_reference() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "negmerge_fast", "--help"], capture_output=True, text=True, check=True
+    )
+    commands = re.findall(r"^  (\w+)", done.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert len(commands) >= 6
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text(encoding="utf-8")
+    for command in commands:
+        assert f"<!-- negmerge {command} --help -->" in page
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import negmerge_fast
+
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    for name in set(negmerge_fast.__all__) - {"__version__"}:
+        assert f"::: negmerge_fast.{name}\n" in page
