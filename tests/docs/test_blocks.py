@@ -88,17 +88,16 @@ def test_blocks_run_as_they_stand(page: Path, folder: Path, capsys: pytest.Captu
     for language, line, code in blocks(page):
         where = f"{page.name}:{line}"
         if language == "python":
-            if snippet := SNIPPET.fullmatch(code):
-                assert snippet[1] in EXAMPLES, f"{where}: run by tests/examples, or not at all"
-                continue
             exec(compile("\n" * line + code, str(page), "exec"), names)
             printed = capsys.readouterr().out
         elif language == "sh":
             printed = "" if code.strip() in NOT_RUN else shell(code)
         elif language == "output":
             assert code == printed, where
+        elif snippet := SNIPPET.fullmatch(code):
+            assert snippet[1] in EXAMPLES, f"{where}: is run by tests/examples, or not at all"
         else:
-            assert language == "text" or (page.name == "contributing.md" and SNIPPET.search(code)), where
+            assert language == "text", where
 
 
 EXAMPLES = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py")}
