@@ -73,6 +73,12 @@ def test_numbers_in_readme_are_those_of_committed_rows(measured: Any) -> None:
         assert number in table, number
 
 
+def test_the_site_begins_with_the_formula_of_readme() -> None:
+    readme, index = (page.read_text(encoding="utf-8") for page in (README, ROOT / "docs" / "index.md"))
+    formula = readme[readme.index("d_k ") : readme.index("else b\n")]
+    assert len(formula.splitlines()) == 3 and formula in index
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """In a checkout; mkdocs looks after those of the site, and after anchors."""
