@@ -39,8 +39,8 @@ def in_memory() -> list[str]:
         line = re.search(rf"^\| \*\*{first_column}\*\* \| (.*) \|$", page, re.MULTILINE)
         assert line
         found.append(line[1].split(" | ")[column - 1])
-    for way in ("cuda, F32", "cuda, BF16"):
-        line = re.search(rf"^\| \*\*{way}\*\* \| (.*) \|$", page, re.MULTILINE)
+    for candidate in ("cuda, F32", "cuda, BF16"):
+        line = re.search(rf"^\| \*\*{candidate}\*\* \| (.*) \|$", page, re.MULTILINE)
         assert line
         found.append(line[1].split(" | ")[1])  # of 8 models
     return [re.sub(r" \((.*)\)", r" GB/s, \1", cell) for cell in found]
