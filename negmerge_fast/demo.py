@@ -68,7 +68,7 @@ class Score:
 
 
 def run(
-    seeds: int = 3,
+    seeds: int = 1,
     output: Path | None = None,
     report: Path | None = None,
     progress: Tick | None = None,
@@ -376,9 +376,10 @@ def _summarise(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str:
+    over = f"mean ± deviation over {seeds} seeds" if seeds > 1 else "of one seed (--seeds for more)"
     lines = [
         f"The digits 5-9 are to be forgotten, 0-4 kept; {settings.models} models were fine-tuned on the former.",
-        f"Accuracy on test data and consensus ratio in %, mean ± deviation over {seeds} seeds. λ is searched on",
+        f"Accuracy on test data and consensus ratio in %, {over}. λ is searched on",
         f"validation data, for every method in {len(settings.grid)} values from {settings.grid[0]:g} to "
         f"{settings.grid[-1]:g} (on this problem the useful range",
         "reaches well past 1): the lowest forget accuracy with a retain accuracy ≥ 95 % of the original's.",
@@ -388,7 +389,9 @@ def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str
 
     def cell(row: dict[str, Any], key: str, factor: int, digits: int) -> str:
         mean, deviation = row[f"{key}_mean"], row[f"{key}_std"]
-        return "-" if mean is None else f"{factor * mean:.{digits}f} ± {factor * deviation:>4.{digits}f}"
+        if mean is None:
+            return "-"
+        return f"{factor * mean:.{digits}f}" + (f" ± {factor * deviation:>4.{digits}f}" if seeds > 1 else "")
 
     for row in summary:
         lines.append(

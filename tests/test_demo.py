@@ -49,6 +49,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = [row["method"] for row in result["summary"]]
     assert methods[:2] == ["original", "retrained"] and methods[-1] == "NegMerge" and len(methods) == 8
     assert all(method in printed for method in methods)
+    assert "of one seed" in printed and "±" not in printed
     assert len(ticks) > 20
     assert (tmp_path / "out" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
 
@@ -62,6 +63,24 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, base in held[0].items():
         assert torch.equal(merged[name], plain_merge(base, [h[name] for h in held[1:]], row["lambda"])[0])
     assert (seed / "merged" / "config.json").exists()
+
+
+def test_several_seeds_have_a_deviation() -> None:
+    scores = ((0, 0.1), (1, 0.3))
+    rows = [
+        {
+            "method": "x",
+            "seed": seed,
+            "forget": forget,
+            "retain": 1.0,
+            "lambda": None,
+            "consensus_ratio": None,
+        }
+        for seed, forget in scores
+    ]
+    table = demo._table([demo._summarise("x", rows)], len(scores), Settings())
+    assert "mean ± deviation over 2 seeds" in table
+    assert table.splitlines()[-1].split() == ["x", "20.0", "±", "10.0", "100.0", "±", "0.0", "-", "-"]
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def _commands(signals: Signals) -> Any:
     @click.option(
         "--seeds",
         type=click.IntRange(min=1),
-        default=3,
+        default=1,
         show_default=True,
         help="How often, from other seeds.",
     )
