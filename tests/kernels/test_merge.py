@@ -36,9 +36,10 @@ COMPILED += [(target, *types, 9) for types in UNIFORM for target in (SM_80, SM_1
 
 @cache
 def compiled(target: tuple[Any, ...], result: str, model: str, n: int, unanimous: bool) -> Any:
-    from negmerge_fast.kernels import merge as kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from negmerge_fast.kernels import merge as kernel
 
     signature = Signature(result, (model,) * n, False)
     launch = kernel.usual_launch(signature, unanimous)
