@@ -4,7 +4,7 @@ CMake builds negmerge_fast._native out of csrc/. A machine that lacks what it ta
 without its CUDA kernel; why is written beside the library, where negmerge_fast/backends/native.py reads it.
 
 The environment variable NEGMERGE_CUDA says whether the CUDA kernel is compiled: 0 no, 1 yes or fail; if it is not set,
-where it can be.
+where it can be. An editable install compiles it for the GPUs of this machine, a wheel for all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import textwrap
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().with_name("csrc")
@@ -38,15 +38,33 @@ def cuda_wanted(value: str | None) -> bool | None:
     return None if value is None else value == "1"
 
 
-def architectures(listed: str) -> list[int]:
-    """The GPUs to compile for, of those that `nvcc --list-gpu-arch` lists in no order: 80, 90 and the newest.
+def architectures(listed: str, gpus_here: list[int] | None = None) -> list[int]:
+    """The GPU architectures to compile for, of those that `nvcc --list-gpu-arch` lists in no order.
 
-    Others start from the intermediate code that comes along for each of the three.
+    gpus_here: this machine's, for a build that stays on it; None for a wheel. A wheel gets 80, 90 and the newest. A build
+    that stays gets those of its GPUs; without a GPU the oldest of the wheel's, since each takes a third of the time. GPUs
+    between two architectures, and newer ones, start from the intermediate code that comes along for each.
     """
     known = {int(number) for number in re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)}
     if not known:
         raise NotBuilt("nvcc lists no GPU architectures")
-    return sorted(known & {80, 90, max(known)})
+    all_gpus = sorted(known & {80, 90, max(known)})
+    if gpus_here is None:
+        return all_gpus
+    oldest = all_gpus[0]
+    found = {max(k for k in known if oldest <= k <= gpu) for gpu in gpus_here if gpu >= oldest}
+    return sorted(found) or [oldest]
+
+
+def installed_gpus() -> list[int]:
+    """The compute capabilities of this machine's NVIDIA GPUs, 90 for 9.0; empty where nvidia-smi finds none."""
+    try:
+        printed = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except NotBuilt:
+        return []
+    return sorted(
+        {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", printed, re.MULTILINE)}
+    )
 
 
 def first_error(output: str) -> str | None:
@@ -81,13 +99,13 @@ def program(*names: str) -> str:
     raise NotBuilt(f"no {' or '.join(names)} on PATH")
 
 
-def build(library: Path, cuda: bool) -> list[int]:
+def build(library: Path, cuda: bool, stays_here: bool) -> list[int]:
     """Builds the library, and returns the GPU architectures that it has code for."""
     options = {}
     gpus = []
     if cuda:
         nvcc = os.environ.get("CUDACXX") or program("nvcc")
-        gpus = architectures(run(nvcc, "--list-gpu-arch"))
+        gpus = architectures(run(nvcc, "--list-gpu-arch"), installed_gpus() if stays_here else None)
         options = {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(map(str, gpus))}
     if "CXX" not in os.environ:
         program("c++", "g++", "clang++")  # CMake would say less clearly that there is none
@@ -112,19 +130,22 @@ def build(library: Path, cuda: bool) -> list[int]:
     return gpus
 
 
-def build_what_can_be(library: Path) -> dict[str, object]:
-    """Builds with CUDA, without, or not at all; returns what negmerge_fast/backends/native.py says of it."""
+def build_what_can_be(library: Path, stays_here: bool) -> dict[str, object]:
+    """Builds with CUDA, without, or not at all; returns what negmerge_fast/backends/native.py says of it.
+
+    stays_here: whether only this machine will use the library.
+    """
     wanted = cuda_wanted(os.environ.get("NEGMERGE_CUDA"))
     no_cuda = "left out by NEGMERGE_CUDA=0"
     if wanted is not False:
         try:
-            return {"cpu": None, "cuda": None, "cuda_architectures": build(library, cuda=True)}
+            return {"cpu": None, "cuda": None, "cuda_architectures": build(library, True, stays_here)}
         except NotBuilt as error:
             no_cuda = str(error)
     if wanted:
         raise SystemExit(f"NEGMERGE_CUDA=1, but the CUDA kernel cannot be compiled: {no_cuda}")
     try:
-        return {"cpu": None, "cuda": no_cuda, "cuda_architectures": build(library, cuda=False)}
+        return {"cpu": None, "cuda": no_cuda, "cuda_architectures": build(library, False, stays_here)}
     except NotBuilt as error:
         return {"cpu": str(error), "cuda": str(error), "cuda_architectures": []}
 
@@ -137,7 +158,7 @@ class BuildNative(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         library.unlink(missing_ok=True)
         info.unlink(missing_ok=True)
-        built = build_what_can_be(library)
+        built = build_what_can_be(library, stays_here=self.editable_mode)
         info.write_text(json.dumps(built, indent=2) + "\n")
         print(f"negmerge_fast._native: {json.dumps(built)}", flush=True)
 
@@ -154,13 +175,9 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[
-            "negmerge_fast",
-            "negmerge_fast.checkpoints",
-            "negmerge_fast.kernels",
-            "negmerge_fast.measure",
-        ],
-        package_dir={"negmerge_fast.kernels": "kernels"},
+        # negmerge_fast/kernels is a link to kernels/. That folder has no __init__.py: in a checkout it would hide the
+        # package `kernels` of Hugging Face.
+        packages=[*find_packages(include=["negmerge_fast", "negmerge_fast.*"]), "negmerge_fast.kernels"],
         package_data={"negmerge_fast": ["py.typed"]},
         # With or without a library in it, the wheel is for one Python on one kind of machine: what it says of its build is.
         ext_modules=[Extension("negmerge_fast._native", sources=[])],

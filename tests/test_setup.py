@@ -73,6 +73,30 @@ def test_gpus_are_80_and_90_and_the_newest(listed: str, chosen: list[int]) -> No
     assert setup.architectures(listed.replace(" ", "\n") + "\n") == chosen
 
 
+@pytest.mark.parametrize(
+    ("gpus_here", "chosen"),
+    [([], [80]), ([90], [90]), ([75], [80]), ([75, 90], [90]), ([86, 89], [86]), ([80, 140], [80, 121])],
+)
+def test_what_stays_on_a_machine_is_compiled_for_its_gpus(gpus_here: list[int], chosen: list[int]) -> None:
+    listed = "compute_75\ncompute_80\ncompute_86\ncompute_90\ncompute_121\n"
+    assert setup.architectures(listed, gpus_here) == chosen
+
+
+@pytest.mark.parametrize(
+    ("script", "found"), [("echo 9.0; echo 12.1; echo 9.0", [90, 121]), ("echo No devices; exit 6", [])]
+)
+def test_the_gpus_of_a_machine_are_those_of_nvidia_smi(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, found: list[int]
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.installed_gpus() == found
+    program.unlink()
+    assert setup.installed_gpus() == []
+
+
 def test_a_compiler_that_lists_no_gpus_is_none() -> None:
     with pytest.raises(setup.NotBuilt, match="no GPU architectures"):
         setup.architectures("usage: nvcc\n")
@@ -119,7 +143,7 @@ def test_a_program_that_is_missing_or_fails_is_named(
 def test_cuda_that_cannot_be_had_is_left_out_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def build(library: Path, cuda: bool) -> list[int]:
+    def build(library: Path, cuda: bool, stays_here: bool) -> list[int]:
         tried.append(cuda)
         if cuda:
             raise setup.NotBuilt("no nvcc on PATH")
@@ -128,13 +152,13 @@ def test_cuda_that_cannot_be_had_is_left_out_or_an_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(setup, "build", build)
     monkeypatch.delenv("NEGMERGE_CUDA", raising=False)
     no_cuda = {"cpu": None, "cuda": "no nvcc on PATH", "cuda_architectures": []}
-    assert setup.build_what_can_be(Path("library.so")) == no_cuda
+    assert setup.build_what_can_be(Path("library.so"), stays_here=True) == no_cuda
     monkeypatch.setenv("NEGMERGE_CUDA", "0")
-    assert "NEGMERGE_CUDA=0" in setup.build_what_can_be(Path("library.so"))["cuda"]
+    assert "NEGMERGE_CUDA=0" in setup.build_what_can_be(Path("library.so"), stays_here=True)["cuda"]
     assert tried == [True, False, False]
     monkeypatch.setenv("NEGMERGE_CUDA", "1")
     with pytest.raises(SystemExit, match=r"NEGMERGE_CUDA=1, but .*: no nvcc on PATH$"):
-        setup.build_what_can_be(Path("library.so"))
+        setup.build_what_can_be(Path("library.so"), stays_here=True)
     assert tried == [True, False, False, True]
 
 
@@ -163,3 +187,17 @@ def test_without_a_compiler_the_build_succeeds_and_nothing_of_an_earlier_one_sta
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("NEGMERGE_CUDA=1, but ")
     assert list(library.parent.iterdir()) == []
+
+
+def test_an_installed_package_named_kernels_is_not_hidden_by_the_folder(tmp_path: Path) -> None:
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    code = (
+        f"import importlib.util as u, sys; sys.path = [{str(ROOT)!r}, *sys.path, {str(tmp_path)!r}]; "
+        "print(u.find_spec('kernels').origin); print(u.find_spec('negmerge_fast.kernels.merge').origin)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    theirs, ours = done.stdout.splitlines()
+    assert Path(theirs) == package / "__init__.py"
+    assert Path(ours).resolve() == ROOT / "kernels" / "merge.py"

@@ -48,7 +48,6 @@ def _kernels(what: str) -> dict[tuple[str, str], str]:
 
 def test_every_kernel_is_there_for_every_architecture() -> None:
     architectures = [f"sm_{number}" for number in build_info()["cuda_architectures"]]
-    assert {"sm_80", "sm_90"} <= set(architectures) or not architectures
     for what in ("sass", "ptx"):
         assert set(_kernels(what)) == {(arch, name) for arch in architectures for name in KERNELS}
 
