@@ -2,24 +2,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# .ci/lower-bounds.txt, in a new $(VENV), for the oldest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# Python compiles what is imported when it is imported: for all of what is installed that would take longer.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test suite interpreted slow fuzz sanitize lint format docs bench tune ci clean
+.PHONY: demo test suite beside slow fuzz sanitize lint format docs bench tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
-# Two processes beside each other: the suite, and tests of equality under Triton's interpreter with those of the suite that are apart.
+# Two processes beside each other: most of the suite; and the tests that start processes, after those of equality under Triton's interpreter.
 test: $(VENV)/.test
-	@$(MAKE) --no-print-directory -j2 suite interpreted
-
-APART := $(addprefix tests/,output/test_crashes.py checkpoints/test_malformed.py cli/test_signals.py runtime/test_distributed.py streaming/test_resume.py tensors/test_dtensor.py)
+	@$(MAKE) --no-print-directory -j2 suite beside
 
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(APART))
+	$(BIN)/python -m pytest -m 'not slow and not processes'
 
-interpreted: $(VENV)/.test
-	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py && $(BIN)/python -m pytest $(APART)) \
+beside: $(VENV)/.test
+	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py && \
+	  $(BIN)/python -m pytest -m 'processes and not slow' $$(grep -rl --include='test_*.py' pytest.mark.processes tests)) \
 	  >$(VENV)/$@.log 2>&1; status=$$?; cat $(VENV)/$@.log; exit $$status
 
 # Lengths beyond 2^31 and 2^32, kills at random moments, waits: 4 GiB of memory, some minutes.
@@ -69,17 +71,14 @@ ci:
 clean:
 	git clean -xfd
 
-# The package and its kernels are built once; what a target needs comes on top.
-$(VENV)/.package: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	$(PIP) -e .
+# The package and its kernels are built once, with what the demo needs, as all others do; what they need beyond that comes on top.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.fuzz $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.package
+$(VENV)/.test $(VENV)/.fuzz $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.demo
 	$(PIP) 'negmerge_fast[$*]'
 	@touch $@
-
-# mypy looks into the packages that the code imports.
-$(VENV)/.lint: $(VENV)/.demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

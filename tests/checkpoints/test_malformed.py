@@ -13,6 +13,8 @@ from malformed import HEADERS, LONG, NOT_SIZES, VECTORS, array, npy
 from malformed_models import DIRECTORIES, PAIRS, PATHS, SHARD, UNREADABLE, good_model
 from safetensors import safe_open
 
+pytestmark = pytest.mark.processes
+
 ROLES = ("base", "ft-1")
 # What the library takes, and we don't.
 STRICTER = {

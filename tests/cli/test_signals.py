@@ -21,6 +21,8 @@ import pytest
 import torch
 from checkpoint_files import MERGE, check, load_model, negmerge, nothing_left, save_model
 
+pytestmark = pytest.mark.processes
+
 # A merge that takes its time: every stroke waits a moment, so that it can be caught in the middle.
 SLOW = """
 import sys, time

@@ -17,6 +17,8 @@ import negmerge_fast as nm
 from negmerge_fast.output import journal, writer
 from negmerge_fast.streaming import api
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ import pytest
 from checkpoint_files import nothing_left
 from interrupted import ARGUMENTS, SLOW, contents, finish, make_models, start, under_way
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,8 @@ from negmerge_fast.output import journal, manifest
 from negmerge_fast.output.writer import Output
 from negmerge_fast.streaming import api
 
+pytestmark = pytest.mark.processes
+
 # Of each kind of merge in the slow test; NEGMERGE_KILLS=50 for more.
 KILLS = int(os.environ.get("NEGMERGE_KILLS", "8"))
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import sharded_ranks as ranks
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
