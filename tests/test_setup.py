@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,14 @@ def test_an_installed_package_named_kernels_is_not_hidden_by_the_folder(tmp_path
     theirs, ours = done.stdout.splitlines()
     assert Path(theirs) == package / "__init__.py"
     assert Path(ours).resolve() == ROOT / "kernels" / "merge.py"
+
+
+def test_the_oldest_versions_that_are_allowed_are_those_that_are_tried() -> None:
+    """make test CONSTRAINTS=.ci/lower-bounds.txt tries them."""
+    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    tried = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "lower-bounds.txt").read_text(), re.MULTILINE)
+    )
+    assert set(allowed) - set(tried) == {"pybind11", "cmake", "ninja", "atheris", "ruff", "mypy"}
+    for name, version in tried.items():
+        assert f"{version}.".startswith(f"{allowed[name]}."), name
