@@ -88,6 +88,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+@pytest.mark.slow
 def test_the_fastest_way_that_is_right_wins(
     tune_gpu: Any,
     time: FakeTime,

@@ -29,9 +29,14 @@ SM_80, SM_90, SM_100, GFX942 = ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100,
 UNIFORM = [("F64", "F64"), ("F32", "F32"), ("F16", "F16"), ("BF16", "BF16")]
 MIXED = [("F32", "BF16"), ("BF16", "F32"), ("F64", "BF16"), ("F64", "F32"), ("F16", "F64")]
 
-# Target, types of base and models, how many models: all in a group, or a group in a loop and one more.
-COMPILED = [(SM_90, *types, n) for types in UNIFORM + MIXED for n in (2, 9)]
-COMPILED += [(target, *types, 9) for types in UNIFORM for target in (SM_80, SM_100, GFX942)]
+# Target, types of base and models, how many models: all in a group, or a group in a loop and one more. Compiling is all
+# that takes time here: but for each type on one target, and each target with one type, that is for `make slow`.
+COMPILED = [(SM_90, *types, 9) for types in UNIFORM] + [
+    (target, "F32", "F32", 9) for target in (SM_80, SM_100, GFX942)
+]
+RARER = [(SM_90, *types, n) for types in UNIFORM + MIXED for n in (2, 9)]
+RARER += [(target, *types, 9) for types in UNIFORM for target in (SM_80, SM_100, GFX942)]
+COMPILED += [pytest.param(*case, marks=pytest.mark.slow) for case in RARER if case not in COMPILED]
 
 
 @cache
@@ -205,7 +210,10 @@ FAULTS = {
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
 @pytest.mark.parametrize("task_vectors", [False, True])
 @pytest.mark.parametrize("dtype", SIZES)
-@pytest.mark.parametrize("fault", ["none", *FAULTS])
+@pytest.mark.parametrize(
+    "fault",
+    ["none", next(iter(FAULTS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(FAULTS)[1:])],
+)  # each has to be compiled
 def test_a_trial_finds_what_goes_wrong_on_chips(fault: str, dtype: str, task_vectors: bool) -> None:
     if fault == "a fused multiply-add" and dtype != "F64":
         pytest.skip("that of doubles is none of floats")
