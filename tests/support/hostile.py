@@ -27,9 +27,10 @@ def random_models(
         )
     ]
     for version in versions:
+        hostile = torch.tensor(HOSTILE, dtype=torch.float64).to(version.dtype)
         where = torch.randint(length, (min(length, 40),), generator=generator) if length else []
         for place in where:
-            version[place] = HOSTILE[int(torch.randint(len(HOSTILE), (), generator=generator))]
+            version[place] = hostile[int(torch.randint(len(hostile), (), generator=generator))]
         if length > 8:  # an element that is zero in all, and one that none has changed
             version[0] = 0.0
             version[1] = float(versions[0][1])
