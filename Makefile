@@ -27,7 +27,7 @@ beside: $(VENV)/.test
 # Lengths beyond 2^31 and 2^32, kills at random moments, waits: 4 GiB of memory, some minutes.
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k 'not 32_bits' tests/test_same_bits.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k 'not 32_bits' tests/backends/test_same_bits.py
 
 # Ten minutes of models with a few things wrong; SECONDS=60 for one. What fails is saved in fuzz-found/.
 fuzz: $(VENV)/.fuzz
