@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from threading import current_thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
 # Given the addresses of all versions and the owner of that memory, puts their merge under way.
-Work = Callable[[list[int], Any], None]
+Launch = Callable[[list[int], Any], None]
 
 # Versions begin at multiples of it, so that kernels load 16 bytes at a time wherever the files allow it.
 _ALIGNED = 256
@@ -72,10 +69,10 @@ class WorkerBuffers:
         """The addresses of the versions, and the owner of their memory."""
         return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
 
-    def merge(self, work: Work) -> None:
+    def launch(self, task: Launch) -> None:
         """Put a merge of what is held under way; it writes where the base is."""
         with self.timeline.span("merge"):
-            work(*self.addresses())
+            task(*self.addresses())
 
     def wait(self) -> None:
         """Until what was put under way is done, and the base's memory holds the result."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-from .buffers import Timeline, Work, WorkerBuffers
+from .buffers import Launch, Timeline, WorkerBuffers
 
 
 class DeviceBuffers(WorkerBuffers):
@@ -24,12 +24,12 @@ class DeviceBuffers(WorkerBuffers):
         import torch
 
         super().__init__(versions, chunk_bytes, timeline)
-        self.here = torch.from_numpy(self.memory)
+        self.host = torch.from_numpy(self.memory)
         self.stream = stream_on(device, timeline)
-        self.there = self.stream.empty(len(self.memory))
+        self.device = self.stream.empty(len(self.memory))
 
     def __enter__(self) -> DeviceBuffers:
-        self.stream.lock(self.here)
+        self.stream.lock(self.host)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -38,17 +38,17 @@ class DeviceBuffers(WorkerBuffers):
             with suppress(RuntimeError):
                 self.stream.wait()
         with suppress(RuntimeError) if kind else nullcontext():
-            self.stream.unlock(self.here)
-        self.there.untyped_storage().resize_(0)
+            self.stream.unlock(self.host)
+        self.device.untyped_storage().resize_(0)
         super().__exit__(kind)
 
-    def merge(self, work: Work) -> None:
-        here, there = self.here[: self.starts[-1]], self.there[: self.starts[-1]]
+    def launch(self, task: Launch) -> None:
+        host, device = self.host[: self.starts[-1]], self.device[: self.starts[-1]]
         base = slice(self.sizes[0])
-        addresses = [self.there.data_ptr() + start for start in self.starts[:-1]]
-        self.stream.put("copy in", lambda: self.stream.copy(there, here))
-        self.stream.put("merge", lambda: work(addresses, self.there))
-        self.stream.put("copy out", lambda: self.stream.copy(here[base], there[base]))
+        addresses = [self.device.data_ptr() + start for start in self.starts[:-1]]
+        self.stream.put("copy in", lambda: self.stream.copy(device, host))
+        self.stream.put("merge", lambda: task(addresses, self.device))
+        self.stream.put("copy out", lambda: self.stream.copy(host[base], device[base]))
 
     def wait(self) -> None:
         self.stream.wait()
@@ -74,10 +74,10 @@ class SyncStream:
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source)
 
-    def put(self, stage: str, work: Callable[[], None]) -> None:
+    def put(self, stage: str, task: Callable[[], None]) -> None:
         """Do some work after what was put before it."""
         with self.timeline.span(stage):
-            work()
+            task()
 
     def wait(self) -> None:
         """Until all that was put is done."""
@@ -129,12 +129,12 @@ class CudaStream(SyncStream):
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
-    def put(self, stage: str, work: Callable[[], None]) -> None:
+    def put(self, stage: str, task: Callable[[], None]) -> None:
         with self._current():
             if not self.timeline.kept:
-                return work()
+                return task()
             began = self._mark()
-            work()
+            task()
             self._timed.append((stage, began, self._mark()))
 
     def wait(self) -> None:

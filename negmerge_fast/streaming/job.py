@@ -342,12 +342,12 @@ class Job:
         threads = 1 if self.backend in registry.CONCURRENT else self.threads
         merged: list[tuple[list[TensorSlice], Counts]] = []
 
-        def work(addresses: list[int], owner: Any) -> None:
+        def launch(addresses: list[int], owner: Any) -> None:
             for batch, slices in batches(chunk, self.placement.device, addresses, owner):
                 merged.append((slices, self.merge(batch, self.rule, threads)))
 
         with turns:
-            lane.merge(work)
+            lane.launch(launch)
         lane.wait()
         counted = [([(m.name, m.numel) for m in slices], np.array(c.tolist())) for slices, c in merged]
         if self.recipe.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):

@@ -70,7 +70,7 @@ def h2d_bandwidth(device: str) -> float:
         with DeviceBuffers(1, _H2D_BYTES, Timeline(kept=False), device) as lane:
 
             def copy() -> None:
-                lane.stream.put("copy in", lambda: lane.stream.copy(lane.there, lane.here))
+                lane.stream.put("copy in", lambda: lane.stream.copy(lane.device, lane.host))
                 lane.stream.wait()
 
             return _H2D_BYTES / _best(copy)

@@ -81,24 +81,24 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_a_lane_asks_of_a_gpu(cuda: FakeCuda, kept: bool) -> None:
     timeline, current = Timeline(kept), [DEVICE, f"stream of {DEVICE}"]
-    with device_module.buffers_on(DEVICE, 2, 512, timeline) as lane:
-        assert cuda.locked == {(lane.memory.ctypes.data, 1024)}
-        for buffer in lane.reserve([300, 200]):
-            buffer[:] = bytes([7]) * len(buffer)
+    with device_module.buffers_on(DEVICE, 2, 512, timeline) as buffers:
+        assert cuda.locked == {(buffers.memory.ctypes.data, 1024)}
+        for memory in buffers.reserve([300, 200]):
+            memory[:] = bytes([7]) * len(memory)
 
-        def work(addresses: list[int], owner: torch.Tensor) -> None:
+        def launch(addresses: list[int], owner: torch.Tensor) -> None:
             assert addresses == [owner.data_ptr(), owner.data_ptr() + 512] and cuda.current == current
             assert owner[299] == 7 and owner[512] == 7
             owner[:] = 9
-            cuda.calls.append("work")
+            cuda.calls.append("launch")
 
-        lane.merge(work)
-        lane.wait()
+        buffers.launch(launch)
+        buffers.wait()
         # The base alone comes back.
-        assert set(lane.memory[:300]) == {9} and set(lane.memory[512:712]) == {7}
+        assert set(buffers.memory[:300]) == {9} and set(buffers.memory[512:712]) == {7}
     assert not cuda.locked and not cuda.current
     assert [call for call in cuda.calls if call != "mark"] == [
-        "work",
+        "launch",
         f"record on {current[1]}",
         "waited",
         "unlock",

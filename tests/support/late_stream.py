@@ -39,14 +39,14 @@ class LateStream(SyncStream):
         assert not self.later, "memory is given back that the device still uses"
         self.locked.remove(memory.data_ptr())
 
-    def put(self, stage: str, work: Callable[[], None]) -> None:
+    def put(self, stage: str, task: Callable[[], None]) -> None:
         assert len(self.locked) > 0
-        self.later.append((stage, work))
+        self.later.append((stage, task))
 
     def wait(self) -> None:
         put_off, self.later = self.later, []
-        for stage, work in put_off:
-            super().put(stage, work)
+        for stage, task in put_off:
+            super().put(stage, task)
 
 
 def merge_there(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
