@@ -38,13 +38,13 @@ class SingleProcess:
 
     rank, count = 0, 1
 
-    def all_gather(self, work: Callable[[], _T]) -> list[_T]:
+    def all_gather(self, task: Callable[[], _T]) -> list[_T]:
         """Do something on every rank: what came out of it on each. Where it fails on one, it fails on all."""
-        return [work()]
+        return [task()]
 
-    def on_rank0(self, work: Callable[[], _T]) -> _T:
+    def on_rank0(self, task: Callable[[], _T]) -> _T:
         """Have the first rank do something, and all be told what came out of it."""
-        return self.all_gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.all_gather(lambda: task() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def poll(self, moved: int) -> int:
         """Be told how many bytes this rank has moved; the bytes that all have. Raises Elsewhere if one has failed."""
@@ -62,11 +62,14 @@ class SingleProcess:
         """Say that this process ends now."""
 
 
-class Ranks(SingleProcess):
-    """One of several processes. tick: called while waiting; it may raise to stop the job."""
+SINGLE = SingleProcess()
 
-    def __init__(self, rank: int, count: int, tick: Callable[[], None]) -> None:
-        self.rank, self.count, self._tick = rank, count, tick
+
+class Ranks(SingleProcess):
+    """One of several processes. on_wait: called while waiting; it may raise to stop the job."""
+
+    def __init__(self, rank: int, count: int, on_wait: Callable[[], None]) -> None:
+        self.rank, self.count, self._on_wait = rank, count, on_wait
         _end_with_launcher()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # an end is told in one line, by us
         try:
@@ -84,15 +87,15 @@ class Ranks(SingleProcess):
             raise RuntimeError(f"rank {rank} of {count}: no store at {address} ({_line_of(error)})") from None
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store: Any = distributed.PrefixStore(f"negmerge/{again}", store)
-        self._step, self._looked, self._others = 0, 0.0, 0
+        self._step, self._polled, self._moved_by_peers = 0, 0.0, 0
         self._processes: dict[int, tuple[str, int]] = {}
         me = (_process_namespace(), os.getpid())
         self._processes = dict(enumerate(self.all_gather(lambda: me)))
 
-    def all_gather(self, work: Callable[[], _T]) -> list[_T]:
+    def all_gather(self, task: Callable[[], _T]) -> list[_T]:
         self._step += 1
         try:
-            answer: dict[str, Any] = {"value": work()}
+            answer: dict[str, Any] = {"value": task()}
             failed: BaseException | None = None
         except BaseException as error:
             failed = error
@@ -118,17 +121,17 @@ class Ranks(SingleProcess):
         raise kind(f"rank {failed_rank} failed")
 
     def poll(self, moved: int) -> int:
-        if time.monotonic() - self._looked >= PEER_CHECK_INTERVAL_S:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._polled >= PEER_CHECK_INTERVAL_S:
+            self._polled = time.monotonic()
             if self._check("failed"):
                 raise PeerError("another rank failed")
             if (dead_peer := self.dead_peer()) is not None:
                 raise RuntimeError(dead_peer)
             self._set(f"moved/{self.rank}", str(moved).encode())
             keys = [f"moved/{rank}" for rank in range(self.count) if rank != self.rank]
-            told = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
-            self._others = sum(map(int, told))
-        return moved + self._others
+            moved_by_peers = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
+            self._moved_by_peers = sum(map(int, moved_by_peers))
+        return moved + self._moved_by_peers
 
     def dead_peer(self) -> str | None:
         for rank, (host, process) in self._processes.items():
@@ -137,18 +140,18 @@ class Ranks(SingleProcess):
         return None
 
     def is_lowest_alive(self) -> bool:
-        host = _process_namespace()
+        own_host = _process_namespace()
         return not any(
-            rank < self.rank and (there != host or _is_alive(process))
-            for rank, (there, process) in self._processes.items()
+            rank < self.rank and (host != own_host or _is_alive(process))
+            for rank, (host, process) in self._processes.items()
         )
 
     def leave(self) -> None:
         """The first goes last: what they tell each other may be kept by it."""
         began = time.monotonic()
         with suppress(RuntimeError):
-            self._set(f"parted/{self.rank}", b"1")
-            others = [f"parted/{rank}" for rank in range(self.count) if self.rank == 0]
+            self._set(f"left/{self.rank}", b"1")
+            others = [f"left/{rank}" for rank in range(self.count) if self.rank == 0]
             while not (
                 self._store.check(others) or self.dead_peer() or time.monotonic() - began > LEAVE_TIMEOUT_S
             ):
@@ -157,7 +160,7 @@ class Ranks(SingleProcess):
     def _get(self, key: str, rank: int) -> bytes:
         began = time.monotonic()
         while not self._check(key):
-            self._tick()
+            self._on_wait()
             if (dead_peer := self.dead_peer()) is not None:
                 raise RuntimeError(dead_peer)
             if not self._processes and time.monotonic() - began > JOIN_TIMEOUT_S:
@@ -171,9 +174,9 @@ class Ranks(SingleProcess):
     def _check(self, key: str) -> bool:
         return bool(self._call(lambda: self._store.check([key])))
 
-    def _call(self, work: Callable[[], _T]) -> _T:
+    def _call(self, task: Callable[[], _T]) -> _T:
         try:
-            return work()
+            return task()
         except RuntimeError as error:
             raise RuntimeError(
                 self.dead_peer() or f"the launcher does not answer any more ({_line_of(error)})"
@@ -184,24 +187,24 @@ class PeerInputError(PeerError, InputError):
     """Another rank refused its input, and says why."""
 
 
-def ranks_from_environment(tick: Callable[[], None]) -> SingleProcess:
+def ranks_from_environment(on_wait: Callable[[], None]) -> SingleProcess:
     """This process and those that were started with it, as torchrun's environment variables tell."""
     given = [os.environ.get(name) for name in _VARIABLES]
     if None in given or given[1] == "1":
-        return SingleProcess()
+        return SINGLE
     rank, count = given[:2]
     if not (str(rank).isdecimal() and str(count).isdecimal() and int(str(rank)) < int(str(count))):
         raise InputError(f"RANK={rank}, WORLD_SIZE={count}: expected a rank below the number of ranks")
-    return Ranks(int(str(rank)), int(str(count)), tick)
+    return Ranks(int(str(rank)), int(str(count)), on_wait)
 
 
 def select_own_gpu() -> None:
     """Leave each process of this machine one GPU to see, in turn; before torch looks for them."""
-    mine = os.environ.get("LOCAL_RANK", "")
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = seen.split(",") if seen else [str(k) for k in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    if mine.isdecimal() and there:
-        os.environ["CUDA_VISIBLE_DEVICES"] = there[int(mine) % len(there)]
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(k) for k in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    if local_rank.isdecimal() and devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(local_rank) % len(devices)]
 
 
 def _end_with_launcher() -> None:
@@ -218,14 +221,14 @@ def _process_namespace() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _in_daemon_thread(work: Callable[[], _T]) -> _T:
+def _in_daemon_thread(task: Callable[[], _T]) -> _T:
     """Do something that signals cannot interrupt, in a thread that an end of the process does not wait for."""
     done: list[_T] = []
     failed: list[Exception] = []
 
     def run() -> None:
         try:
-            done.append(work())
+            done.append(task())
         except Exception as error:
             failed.append(error)
 

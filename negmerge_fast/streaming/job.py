@@ -36,7 +36,7 @@ from ..output.writer import Output
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.device import buffers_on
-from ..runtime.distributed import SingleProcess
+from ..runtime.distributed import SINGLE, SingleProcess
 from ..runtime.executor import process_in_order
 from . import probes
 from .partition import chunks, partition, slice_plan
@@ -94,14 +94,14 @@ class Job:
         self,
         progress: OnProgress | None = None,
         timeline: Timeline | None = None,
-        ranks: SingleProcess | None = None,
+        ranks: SingleProcess = SINGLE,
     ) -> Report:
         """Do it: the output is published whole, or not at all. timeline: is told when each worker did what.
 
         ranks: the processes that do it together, each some runs of the output; the first of them returns the whole report.
         """
         began = time.perf_counter()
-        ranks, timeline = ranks or SingleProcess(), timeline or Timeline(kept=False)
+        timeline = timeline or Timeline(kept=False)
         total = self.plan.bytes_read + self.plan.bytes_written
         before = done = summed([])
         if self.finished:
