@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Without the searches for cycles that thousands of new tuples set off, each through all objects of the process."""
     enabled = gc.isenabled()
     gc.disable()
@@ -22,7 +22,7 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def without_interrupts() -> Iterator[None]:
     """Signals that Python handles, Ctrl-C first of all, wait for the end of what must not be left half done."""
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # no other runs handlers

@@ -15,7 +15,7 @@ from ..output.manifest import Input, Recipe, holds
 from ..output.writer import Output
 from ..runtime import device as devices
 from ..runtime import memory
-from ..runtime.interrupts import uncollected
+from ..runtime.interrupts import without_gc
 from . import budget, placement
 from .job import Job, OnProgress
 from .plan import Plan, make_plan
@@ -86,7 +86,7 @@ def merge_checkpoints(
     return job.run(progress)
 
 
-@uncollected()
+@without_gc()
 def prepare(
     base: PathLike,
     finetuned: Sequence[PathLike],

@@ -14,7 +14,7 @@ from ..core.errors import InputError, require_choice
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
 from ..core.stats import Stats
-from ..runtime.interrupts import uncollected, uninterrupted
+from ..runtime.interrupts import without_gc, without_interrupts
 from . import dtensor
 from .aliasing import plainly_apart, refuse_shared_memory, tied
 from .arrays import SupportsDLPack, as_tensor, is_array
@@ -40,7 +40,7 @@ class _ExtraState(NamedTuple):
 class _Call:
     """One call: the tensors paired by name and checked, and how to run and describe them."""
 
-    @uncollected()
+    @without_gc()
     def __init__(
         self,
         base: Model,
@@ -175,7 +175,7 @@ class _Call:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
-        with uninterrupted():
+        with without_interrupts():
             return self.run(items, rule)
 
     def _uses(self, integers: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool, str]]:
