@@ -1,4 +1,4 @@
-"""Memory of one worker, in which chunks are merged."""
+"""Buffers of one worker, in which chunks are read, merged and written."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from typing import Any
 
 import numpy as np
 
-# Given the addresses of all versions and the owner of that memory, puts their merge under way.
+# Launches a merge, given the addresses of all versions and the owner of their memory.
 Launch = Callable[[list[int], Any], None]
 
-# Versions begin at multiples of it, so that kernels load 16 bytes at a time wherever the files allow it.
-_ALIGNED = 256
+# Versions begin at multiples of this, so that kernels load 16 bytes at a time wherever the files allow it.
+_ALIGNMENT = 256
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class Timeline:
-    """When each worker did what: (worker, stage, began, ended), in seconds since this was made. kept: or nothing of it."""
+    """Spans of time in which each worker did something.
+
+    Args:
+        kept: Whether spans are recorded.
+
+    Attributes:
+        spans: (worker, stage, began, ended), in seconds since the timeline was made.
+    """
 
     def __init__(self, kept: bool = True) -> None:
         self.spans: list[tuple[str, str, float, float]] = []
@@ -39,13 +46,16 @@ class Timeline:
 
 
 class WorkerBuffers:
-    """Memory for all versions of a piece, merged where it is read to.
+    """Memory for all versions of a chunk, which is merged where it was read.
 
-    versions: with the base. chunk: the most bytes of each, a multiple of 256.
+    Args:
+        versions: The number of models, with the base.
+        chunk_bytes: The most bytes of one version, a multiple of 256.
+        timeline: Records when a merge was launched.
     """
 
     def __init__(self, versions: int, chunk_bytes: int, timeline: Timeline) -> None:
-        # A mapping of its own, whose pages are given back as soon as the job is done.
+        # A private mapping: its pages can be released as soon as the job is done.
         self._mapping = mmap.mmap(-1, versions * chunk_bytes, flags=_PRIVATE)
         self.memory = np.frombuffer(self._mapping, np.uint8)
         self.timeline = timeline
@@ -56,23 +66,30 @@ class WorkerBuffers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Whoever keeps an error keeps what its frames hold, but not these pages.
+        # An error that is kept holds its frames, and they hold this memory: release the pages now.
         self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def reserve(self, sizes: Sequence[int]) -> list[memoryview]:
-        """Where to read the versions of the next piece to, the base first; each is so many bytes long."""
+        """Lay out the versions of the next chunk.
+
+        Args:
+            sizes: Bytes of each version, the base first.
+
+        Returns:
+            A buffer to read each version to.
+        """
         self.sizes = sizes
-        self.starts = [0, *accumulate(-(size // -_ALIGNED) * _ALIGNED for size in sizes)]
+        self.starts = [0, *accumulate(-(size // -_ALIGNMENT) * _ALIGNMENT for size in sizes)]
         return [self.memory.data[s : s + size] for s, size in zip(self.starts, sizes, strict=False)]
 
     def addresses(self) -> tuple[list[int], Any]:
-        """The addresses of the versions, and the owner of their memory."""
+        """Return the addresses of the versions, and the owner of their memory."""
         return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
 
     def launch(self, task: Launch) -> None:
-        """Put a merge of what is held under way; it writes where the base is."""
+        """Launch a merge of the reserved versions; the base is overwritten with the result."""
         with self.timeline.span("merge"):
             task(*self.addresses())
 
     def wait(self) -> None:
-        """Until what was put under way is done, and the base's memory holds the result."""
+        """Wait until the base's buffer holds the result."""

@@ -1,8 +1,8 @@
-"""Lanes of a streamed merge: each is one worker's memory, with the way from there to where it is merged, and back.
+"""Buffers of a worker that merges on a device, and the streams that copy and merge there.
 
-On the CPU it is merged where it lies. Through a GPU a lane has page-locked memory, as much again on the device and a stream
-there: what was read crosses the link in one stroke, is merged, and the base comes back changed, while other lanes read, merge
-and write. The kernel converts storage types, so that no byte crosses the link but those of the files.
+On the CPU, data is merged where it was read. For a GPU each worker has page-locked host memory, device memory of the same
+size and a CUDA stream. A chunk is copied to the device at once, merged, and the base is copied back, while other workers
+read, merge and write. Kernels convert storage types, so only the bytes of the files cross PCIe.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from .buffers import Launch, Timeline, WorkerBuffers
+
 if TYPE_CHECKING:
     import torch
-from .buffers import Launch, Timeline, WorkerBuffers
 
 
 class DeviceBuffers(WorkerBuffers):
-    """Memory for all versions of a piece that a device of torch merges."""
+    """Host and device memory for all versions of a chunk that is merged on a device of torch."""
 
     def __init__(self, versions: int, chunk_bytes: int, timeline: Timeline, device: str) -> None:
         import torch
@@ -34,7 +35,7 @@ class DeviceBuffers(WorkerBuffers):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind:
-            # The device may still be using this memory; what else is wrong with it was said when it went wrong.
+            # The device may still use this memory. An error of the device has been raised already.
             with suppress(RuntimeError):
                 self.stream.wait()
         with suppress(RuntimeError) if kind else nullcontext():
@@ -55,7 +56,7 @@ class DeviceBuffers(WorkerBuffers):
 
 
 class SyncStream:
-    """A device of torch on which everything is done in turn, when it is asked for."""
+    """The interface of a stream, and the stream of a device that has none: each task runs at once."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
         self.device, self.timeline = device, timeline
@@ -66,25 +67,25 @@ class SyncStream:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def lock(self, memory: torch.Tensor) -> None:
-        """Keep pages where they are, so that the device can copy them by itself."""
+        """Page-lock host memory, so that the device can copy it asynchronously."""
 
     def unlock(self, memory: torch.Tensor) -> None:
-        """Undo lock."""
+        """Release page-locked memory."""
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source)
 
     def put(self, stage: str, task: Callable[[], None]) -> None:
-        """Do some work after what was put before it."""
+        """Run a task after all earlier ones; the timeline records it as a stage."""
         with self.timeline.span(stage):
             task()
 
     def wait(self) -> None:
-        """Until all that was put is done."""
+        """Wait until all tasks are done."""
 
 
 class CudaStream(SyncStream):
-    """A stream of a GPU, whose work is done in turn beside that of other streams: all that lanes need of torch.cuda."""
+    """A CUDA stream: its tasks run in order, and at the same time as those of other streams."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
         import torch
@@ -92,7 +93,7 @@ class CudaStream(SyncStream):
         super().__init__(device, timeline)
         self._cuda: Any = torch.cuda
         self._stream = self._cuda.Stream(device)
-        # A thread that waits leaves its processor to those that read.
+        # A waiting thread sleeps, so that reading threads get its core.
         self._done = self._cuda.Event(blocking=True)
         self._timed: list[tuple[str, Any, Any]] = []
         if timeline.kept:
@@ -100,7 +101,7 @@ class CudaStream(SyncStream):
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        # Not the stream alone: leaving it would make a context on the thread's device before, which may be another.
+        # Leaving a stream sets the thread's earlier device again. If that is another one, CUDA makes a context there.
         with self._cuda.device(self.device), self._cuda.stream(self._stream):
             yield
 
@@ -114,7 +115,7 @@ class CudaStream(SyncStream):
             return super().empty(size)
 
     def lock(self, memory: torch.Tensor) -> None:
-        # torch's own allocator of such memory takes up to twice as much, and keeps it.
+        # torch's allocator of page-locked memory takes up to twice as much, and keeps it.
         with self._current():
             error = self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
         if int(error):
@@ -147,20 +148,22 @@ class CudaStream(SyncStream):
 
 
 def buffers_on(device: str, versions: int, chunk_bytes: int, timeline: Timeline) -> WorkerBuffers:
+    """Return buffers for merging on a device; the other arguments are those of WorkerBuffers."""
     if device == "cpu":
         return WorkerBuffers(versions, chunk_bytes, timeline)
     return DeviceBuffers(versions, chunk_bytes, timeline, device)
 
 
 def stream_on(device: str, timeline: Timeline) -> SyncStream:
+    """Return a stream of a device."""
     return CudaStream(device, timeline) if device.startswith("cuda") else SyncStream(device, timeline)
 
 
 def available_bytes(device: str) -> int:
-    """Bytes that can be had on a device, but for a tenth that is lost between the pieces; no end of them where torch can't tell."""
+    """Return the bytes that can be allocated on a device, less a tenth for fragmentation; 2**62 if it is no GPU."""
     import torch
 
     if not device.startswith("cuda"):
         return 1 << 62
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (int(torch.cuda.mem_get_info(device)[0]) + kept) * 9 // 10
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (int(torch.cuda.mem_get_info(device)[0]) + cached) * 9 // 10

@@ -1,7 +1,7 @@
-"""The processes of one job, as torchrun starts them: what they tell each other, and that none outlives the others.
+"""Ranks of one job, as torchrun starts them: they exchange results, and all end when one fails.
 
-They meet in torchrun's own store of keys and values, over which hardly a byte goes: weights and journals go over the file
-system that they share. Whoever waits looks around meanwhile, so that a signal, a failure elsewhere or a death ends the wait.
+Ranks exchange small values through torchrun's key-value store. Weights and journals go through the file system that they
+share. A rank that waits also watches its peers: a signal, a failure or the death of another rank ends the wait.
 """
 
 from __future__ import annotations
@@ -22,56 +22,84 @@ from ..core.errors import InputError
 
 _T = TypeVar("_T")
 
-# Seconds that processes may be apart when they begin and when they end, between two looks at a key, and between two at what
-# the others do.
-JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S, POLL_INTERVAL_S, PEER_CHECK_INTERVAL_S = 600, 10, 0.01, 0.5
+JOIN_TIMEOUT_S = 600  # a rank waits that long for the others to start
+LEAVE_TIMEOUT_S = 10  # rank 0 keeps the store that long for the others
+POLL_INTERVAL_S = 0.01  # between two requests for a key
+PEER_CHECK_INTERVAL_S = 0.5  # between two checks of the other ranks
 _PR_SET_PDEATHSIG = 1
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerError(RuntimeError):
-    """Another rank failed, and says why."""
+    """The failure of another rank, which reports it itself."""
 
 
 class SingleProcess:
-    """One process, which is all there is."""
+    """A job of one process, and the interface of Ranks."""
 
     rank, count = 0, 1
 
     def all_gather(self, task: Callable[[], _T]) -> list[_T]:
-        """Do something on every rank: what came out of it on each. Where it fails on one, it fails on all."""
+        """Run a task on every rank and return all results, which must be JSON values.
+
+        Args:
+            task: What this rank does.
+
+        Returns:
+            The results by rank.
+
+        Raises:
+            BaseException: The task's own error on the rank that failed first, PeerError on the others.
+        """
         return [task()]
 
     def on_rank0(self, task: Callable[[], _T]) -> _T:
-        """Have the first rank do something, and all be told what came out of it."""
+        """Run a task on rank 0 and return its result on all ranks."""
         return self.all_gather(lambda: task() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def poll(self, moved: int) -> int:
-        """Be told how many bytes this rank has moved; the bytes that all have. Raises Elsewhere if one has failed."""
+        """Publish progress and check the other ranks.
+
+        Args:
+            moved: Bytes that this rank has read and written.
+
+        Returns:
+            Bytes that all ranks have read and written.
+
+        Raises:
+            PeerError: If another rank has failed.
+            RuntimeError: If another rank has died.
+        """
         return moved
 
     def dead_peer(self) -> str | None:
-        """Who has died, if anybody did."""
+        """Return a message that names a dead rank of this machine, or None."""
         return None
 
     def is_lowest_alive(self) -> bool:
-        """Whether no lower rank of this machine lives: then it is for this one to speak."""
+        """Whether all lower ranks are dead, so that this one reports the end of the job."""
         return True
 
     def leave(self) -> None:
-        """Say that this process ends now."""
+        """Announce that this process ends."""
 
 
 SINGLE = SingleProcess()
 
 
 class Ranks(SingleProcess):
-    """One of several processes. on_wait: called while waiting; it may raise to stop the job."""
+    """One of several ranks.
+
+    Args:
+        rank: The number of this rank.
+        count: The number of ranks.
+        on_wait: Called while this rank waits. It may raise to stop the job.
+    """
 
     def __init__(self, rank: int, count: int, on_wait: Callable[[], None]) -> None:
         self.rank, self.count, self._on_wait = rank, count, on_wait
         _end_with_launcher()
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # an end is told in one line, by us
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # errors are one line
         try:
             import torch.distributed
 
@@ -85,39 +113,35 @@ class Ranks(SingleProcess):
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RuntimeError(f"rank {rank} of {count}: no store at {address} ({_line_of(error)})") from None
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store: Any = distributed.PrefixStore(f"negmerge/{again}", store)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store: Any = distributed.PrefixStore(f"negmerge/{restart}", store)
         self._step, self._polled, self._moved_by_peers = 0, 0.0, 0
-        self._processes: dict[int, tuple[str, int]] = {}
-        me = (_process_namespace(), os.getpid())
-        self._processes = dict(enumerate(self.all_gather(lambda: me)))
+        self._processes: dict[int, tuple[str, int]] = {}  # empty until all ranks have joined
+        own = (_process_namespace(), os.getpid())
+        self._processes = dict(enumerate(self.all_gather(lambda: own)))
 
     def all_gather(self, task: Callable[[], _T]) -> list[_T]:
         self._step += 1
-        try:
-            answer: dict[str, Any] = {"value": task()}
-            failed: BaseException | None = None
-        except BaseException as error:
-            failed = error
-            answer = {
-                "failed": not isinstance(error, PeerError),
-                "input": isinstance(error, InputError),
-                "stopped": not isinstance(error, Exception),
-            }
+        answer, error = _attempt(task)
+        if error is not None:
             self._set("failed", b"1")
         self._set(f"{self._step}/{self.rank}", json.dumps(answer).encode())
-        if failed is not None and answer["stopped"]:
-            raise failed  # and does not wait
+        if error is not None and answer["stopped"]:
+            raise error  # a rank that was stopped does not wait for the others
         answers = [json.loads(self._get(f"{self._step}/{rank}", rank)) for rank in range(self.count)]
-        # The first that failed by itself says why.
+        self._raise_failure(answers, error)
+        return [each["value"] for each in answers]
+
+    def _raise_failure(self, answers: list[dict[str, Any]], error: BaseException | None) -> None:
+        """Raise this rank's own error, or one that names the first rank that failed by itself."""
         failed_rank = next((rank for rank, each in enumerate(answers) if each.get("failed")), None)
-        if failed_rank is None and failed is None:
-            return [each["value"] for each in answers]
-        if failed is not None and failed_rank in (self.rank, None):
-            raise failed
-        if failed_rank is not None and answers[failed_rank]["stopped"] and self.rank == 0:
+        if failed_rank is None or failed_rank == self.rank:
+            if error is not None:
+                raise error
+            return
+        if answers[failed_rank]["stopped"] and self.rank == 0:
             raise RuntimeError(f"rank {failed_rank} of {self.count} was stopped")
-        kind = PeerInputError if failed_rank is not None and answers[failed_rank]["input"] else PeerError
+        kind = PeerInputError if answers[failed_rank]["input"] else PeerError
         raise kind(f"rank {failed_rank} failed")
 
     def poll(self, moved: int) -> int:
@@ -129,8 +153,8 @@ class Ranks(SingleProcess):
                 raise RuntimeError(dead_peer)
             self._set(f"moved/{self.rank}", str(moved).encode())
             keys = [f"moved/{rank}" for rank in range(self.count) if rank != self.rank]
-            moved_by_peers = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
-            self._moved_by_peers = sum(map(int, moved_by_peers))
+            values = self._call(lambda: [self._store.get(key) for key in keys if self._store.check([key])])
+            self._moved_by_peers = sum(map(int, values))
         return moved + self._moved_by_peers
 
     def dead_peer(self) -> str | None:
@@ -147,13 +171,13 @@ class Ranks(SingleProcess):
         )
 
     def leave(self) -> None:
-        """The first goes last: what they tell each other may be kept by it."""
+        """Announce the end of this rank. Rank 0 may hold the store, so it waits for the others."""
         began = time.monotonic()
         with suppress(RuntimeError):
             self._set(f"left/{self.rank}", b"1")
-            others = [f"left/{rank}" for rank in range(self.count) if self.rank == 0]
+            awaited = [f"left/{rank}" for rank in range(self.count) if self.rank == 0]
             while not (
-                self._store.check(others) or self.dead_peer() or time.monotonic() - began > LEAVE_TIMEOUT_S
+                self._store.check(awaited) or self.dead_peer() or time.monotonic() - began > LEAVE_TIMEOUT_S
             ):
                 time.sleep(POLL_INTERVAL_S)
 
@@ -184,11 +208,22 @@ class Ranks(SingleProcess):
 
 
 class PeerInputError(PeerError, InputError):
-    """Another rank refused its input, and says why."""
+    """The failure of another rank because of its input."""
 
 
 def ranks_from_environment(on_wait: Callable[[], None]) -> SingleProcess:
-    """This process and those that were started with it, as torchrun's environment variables tell."""
+    """Join the ranks that torchrun's environment variables describe.
+
+    Args:
+        on_wait: Called while this rank waits for others. It may raise to stop the job.
+
+    Returns:
+        SINGLE if there is one process.
+
+    Raises:
+        InputError: If the variables are invalid, or torch is missing.
+        RuntimeError: If the store or another rank cannot be reached.
+    """
     given = [os.environ.get(name) for name in _VARIABLES]
     if None in given or given[1] == "1":
         return SINGLE
@@ -199,16 +234,29 @@ def ranks_from_environment(on_wait: Callable[[], None]) -> SingleProcess:
 
 
 def select_own_gpu() -> None:
-    """Leave each process of this machine one GPU to see, in turn; before torch looks for them."""
+    """Make one GPU visible to this process, by its local rank. It must run before torch initialises CUDA."""
     local_rank = os.environ.get("LOCAL_RANK", "")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(k) for k in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    devices = visible_devices.split(",") if visible_devices else [str(k) for k in range(count)]
     if local_rank.isdecimal() and devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(local_rank) % len(devices)]
 
 
+def _attempt(task: Callable[[], _T]) -> tuple[dict[str, Any], BaseException | None]:
+    """Run a task; return what this rank tells the others, and the error."""
+    try:
+        return {"value": task()}, None
+    except BaseException as error:
+        return {
+            "failed": not isinstance(error, PeerError),
+            "input": isinstance(error, InputError),
+            "stopped": not isinstance(error, Exception),
+        }, error
+
+
 def _end_with_launcher() -> None:
-    """torchrun puts each process into a session of its own: when it dies, nobody else would tell them."""
+    """Have this process terminated when its parent dies: torchrun starts each rank in a session of its own."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -216,13 +264,13 @@ def _end_with_launcher() -> None:
 
 
 def _process_namespace() -> str:
-    """Where numbers of processes are the same: machines, and containers on one, may share a name."""
+    """Return an identifier of the machine and its PID namespace; host names may be shared by containers."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _in_daemon_thread(task: Callable[[], _T]) -> _T:
-    """Do something that signals cannot interrupt, in a thread that an end of the process does not wait for."""
+    """Run a task that signals cannot interrupt in a thread that does not delay the end of the process."""
     done: list[_T] = []
     failed: list[Exception] = []
 
@@ -241,7 +289,7 @@ def _in_daemon_thread(task: Callable[[], _T]) -> _T:
 
 
 def _is_alive(process: int) -> bool:
-    """A zombie does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

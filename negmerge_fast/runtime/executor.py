@@ -1,4 +1,4 @@
-"""Items processed by a few threads, and their results delivered in order."""
+"""Threads that process items, and results in the order of the items."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Generic, TypeAlias, TypeVar
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Entered in a worker's thread: what it needs and, for as long as it has that, what it does with an item.
+# Called in a worker's thread. The context manager holds the worker's resources and yields the function that processes items.
 MakeWorker: TypeAlias = "Callable[[], AbstractContextManager[Callable[[_Item], _Result]]]"
 
 
 @dataclass(frozen=True)
 class _Outcome(Generic[_Result]):
-    """What became of an item: its number with a result, or with an error. The number is None if a worker failed before it took one."""
+    """The result or the error of an item; its number is None if a worker failed before it took one."""
 
     number: int | None
     result: _Result | None = None
@@ -31,13 +31,13 @@ def process_in_order(
     make_worker: MakeWorker[_Item, _Result],
     on_result: Callable[[_Result], None],
 ) -> None:
-    """Process items on several threads, and hand over the results in the order of the items.
+    """Process items on several threads, and deliver the results in the order of the items.
 
     Args:
-        items: Taken one at a time, by whichever worker is free.
+        items: Taken one at a time by the next free worker.
         workers: Number of threads.
         make_worker: Called once in each thread.
-        on_result: Called in this thread; it may raise to stop the workers.
+        on_result: Called in the caller's thread. It may raise to stop the workers.
 
     Raises:
         BaseException: The first error, in the order of the items, once all threads have ended.
@@ -56,7 +56,7 @@ def process_in_order(
         for outcome in _in_order(outcomes, workers):
             if outcome.error is not None:
                 raise outcome.error
-            on_result(outcome.result)  # type: ignore[arg-type]  # there is one, as there is no error
+            on_result(outcome.result)  # type: ignore[arg-type]  # a result, as there is no error
             numbered.release()
     finally:
         numbered.stop(workers)
@@ -81,7 +81,7 @@ def _run_worker(
 
 
 def _in_order(outcomes: SimpleQueue[_Outcome[_Result] | None], workers: int) -> Iterator[_Outcome[_Result]]:
-    """Outcomes in the order of their items, until all workers have ended."""
+    """Yield outcomes in the order of their items, until all workers have ended."""
     early: dict[int, _Outcome[_Result]] = {}
     following = 0
     while workers:
@@ -98,9 +98,11 @@ def _in_order(outcomes: SimpleQueue[_Outcome[_Result] | None], workers: int) -> 
 
 
 class _NumberedItems(Generic[_Item]):
-    """Items with their numbers, for several workers to take; none after a stop.
+    """A queue of numbered items that several workers share.
 
-    ahead: how many may be taken before the result of the first is handed over, so that results cannot pile up.
+    Args:
+        items: The items.
+        ahead: How many may be taken before the first result is delivered, so that results cannot pile up.
     """
 
     def __init__(self, items: Iterator[_Item], ahead: int) -> None:
@@ -121,7 +123,7 @@ class _NumberedItems(Generic[_Item]):
 
 
 def _join(workers: Sequence[Thread]) -> None:
-    """Wait for all: they use files that are closed next. An interruption comes when they have ended."""
+    """Wait for all threads, which use files that are closed next; an interrupt is raised after that."""
     interrupted: BaseException | None = None
     for worker in workers:
         while worker.is_alive():

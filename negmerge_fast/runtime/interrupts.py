@@ -1,4 +1,4 @@
-"""What a call asks of the process around it while it works: no interruption, no collection of garbage."""
+"""Calls without interrupts by signals and without garbage collection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Without the searches for cycles that thousands of new tuples set off, each through all objects of the process."""
+    """Disable the cyclic garbage collector: thousands of new tuples would set it off, again and again, for all objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -23,9 +23,9 @@ def without_gc() -> Iterator[None]:
 
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Signals that Python handles, Ctrl-C first of all, wait for the end of what must not be left half done."""
+    """Defer signals that Python handles, such as Ctrl-C, until a step that must not be left half done has ended."""
     handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other runs handlers
+    if threading.current_thread() is threading.main_thread():  # only this thread runs handlers
         handlers = {n: h for n in signal.valid_signals() if callable(h := signal.getsignal(n))}
     received: list[int] = []
     for number in handlers:
@@ -35,5 +35,5 @@ def without_interrupts() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for late in received:
-            signal.raise_signal(late)
+        for number in received:
+            signal.raise_signal(number)

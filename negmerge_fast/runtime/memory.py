@@ -10,7 +10,11 @@ from ..core.errors import InputError
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from "512MiB", "1.5 GB" or a number."""
+    """Parse a size such as "512MiB" or "1.5 GB", or a number of bytes.
+
+    Raises:
+        InputError: If it is no size.
+    """
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(size), re.IGNORECASE)
     if not found:
         raise InputError(f"memory_budget: {size!r}, expected a size such as 512MiB or 1GB")
@@ -20,9 +24,10 @@ def parse_size(size: int | str) -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that could still be used: what the machine has available, and each memory control group that we are in.
+    """Return the bytes that this process may still use, by the machine and by each of its memory control groups.
 
-    root: where /proc and /sys are found.
+    Args:
+        root: The folder that holds /proc and /sys.
     """
     available = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     machine = int(available[1]) * 1024 if available else 1 << 62
@@ -30,38 +35,42 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def control_groups(root: Path = Path("/")) -> Iterator[Path]:
-    """The directories of the memory control groups that this process is in, each with all that are mounted above it."""
+    """Yield the directories of this process's memory control groups, each followed by its parents up to the mount.
+
+    Args:
+        root: The folder that holds /proc and /sys.
+    """
     mounts = [line.split(" - ") for line in _text(root / "proc/self/mountinfo").splitlines()]
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number != "0" and "memory" not in controllers.split(","):
             continue
-        for place, what in mounts:
-            kind, *_, options = what.split()
+        for mount, filesystem in mounts:
+            kind, *_, options = filesystem.split()
             if kind != ("cgroup2" if number == "0" else "cgroup"):
                 continue
             if number != "0" and "memory" not in options.split(","):
                 continue
-            _, _, _, top, mounted, *_ = place.split()
-            # In a container the path may be one of the host's, of which only the end, or nothing, is mounted.
-            below = PurePosixPath(path)
-            inside = below.relative_to(top) if below.is_relative_to(top) else PurePosixPath()
+            _, _, _, top, mounted, *_ = mount.split()
+            # In a container the path may be the host's. Then only its end is mounted, or nothing of it.
+            path_in_group = PurePosixPath(path)
+            inside = path_in_group.relative_to(top) if path_in_group.is_relative_to(top) else PurePosixPath()
             inside = PurePosixPath() if ".." in inside.parts else inside
             yield from (root / mounted.lstrip("/") / each for each in (inside, *inside.parents))
 
 
 def _free_in(group: Path) -> int:
-    """What a control group, of the first or the second kind, may still use: its pages of files can be given back."""
+    """Return the bytes that a control group (version 1 or 2) may still use; its cached file pages count as free."""
     stated = [_text(group / name).strip() for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
     limits = [int(text) for text in stated if text.isdigit()]
     used = _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
     if not used or not limits:
         return 1 << 62
     stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
-    # The first kind counts the groups within only in what it calls total.
+    # In version 1 only the "total_" fields include the child groups.
     total = "total_" if "total_active_file" in stat else ""
-    given_back = sum(int(stat.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))
-    return max(0, min(limits) - max(0, int(used) - given_back))
+    reclaimable = sum(int(stat.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))
+    return max(0, min(limits) - max(0, int(used) - reclaimable))
 
 
 def _text(path: Path) -> str:
