@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Lock, Semaphore, Thread
-from typing import Generic, TypeAlias, TypeVar
+from threading import Event, Lock, Semaphore, Thread
+from typing import Any, Generic, TypeAlias, TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -45,10 +45,10 @@ def process_in_order(
     numbered = _NumberedItems(items, ahead=4 * workers)
     outcomes: SimpleQueue[_Outcome[_Result] | None] = SimpleQueue()
     threads = [
-        Thread(target=_run_worker, args=(numbered, outcomes, make_worker), name=f"worker {number}")
+        _Worker(target=_run_worker, args=(numbered, outcomes, make_worker), name=f"worker {number}")
         for number in range(workers)
     ]
-    started = []
+    started: list[_Worker] = []
     try:
         for thread in threads:
             thread.start()
@@ -61,6 +61,23 @@ def process_in_order(
     finally:
         numbered.stop(workers)
         _join(started)
+
+
+class _Worker(Thread):
+    """A thread that tells when it has ended.
+
+    Before Python 3.13, Thread.join takes a running thread for an ended one if it is interrupted.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ended = Event()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.ended.set()
 
 
 def _run_worker(
@@ -122,12 +139,13 @@ class _NumberedItems(Generic[_Item]):
         self._slots.release(workers)
 
 
-def _join(workers: Sequence[Thread]) -> None:
+def _join(workers: Sequence[_Worker]) -> None:
     """Wait for all threads, which use files that are closed next; an interrupt is raised after that."""
     interrupted: BaseException | None = None
     for worker in workers:
         while worker.is_alive():
             try:
+                worker.ended.wait()
                 worker.join()
             except BaseException as error:
                 interrupted = error
