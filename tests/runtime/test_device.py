@@ -1,4 +1,4 @@
-"""What a lane asks of torch.cuda, in which order, on which device and stream: no GPU is needed to see that."""
+"""Calls of torch.cuda by device buffers: their order, device and stream, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = "cuda:0"
 
 
 class FakeCuda:
-    """torch.cuda, as far as lanes use it: it notes what is asked of it, on which device and stream."""
+    """The part of torch.cuda that device buffers use; it records calls, devices and streams."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -79,7 +79,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_what_a_lane_asks_of_a_gpu(cuda: FakeCuda, kept: bool) -> None:
+def test_calls_of_device_buffers(cuda: FakeCuda, kept: bool) -> None:
     timeline, current = Timeline(kept), [DEVICE, f"stream of {DEVICE}"]
     with device_module.buffers_on(DEVICE, 2, 512, timeline) as buffers:
         assert cuda.locked == {(buffers.memory.ctypes.data, 1024)}

@@ -1,4 +1,4 @@
-"""Several processes, one output: the bytes of one process, one line if something goes wrong, and nobody left behind."""
+"""Several ranks, one output: the bytes of one process, one line for an error, and no process left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models, and what one process makes of them."""
+    """Models, and what one process merges them to."""
     folder = tmp_path_factory.mktemp("models")
     make_models(folder)
     done = subprocess.run(
@@ -40,7 +40,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def alive(text: str) -> list[int]:
-    """Processes whose command line holds some text."""
+    """Return the processes whose command line holds some text."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line(folder: Path) -> None:
 
 
 def test_a_rank_that_fails_ends_the_job_and_says_why(made: Path, folder: Path) -> None:
-    """Its file ends too soon, in the last shard: the share of the last rank."""
+    """A file of the last rank's partition is truncated."""
     (folder / "ft-1").unlink()
     shutil.copytree(made / "ft-1", folder / "ft-1")
     processes = start(folder, "--resume", ranks=2, wait=0.02)
@@ -164,7 +164,7 @@ def test_interrupted(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_one_that_is_late_is_waited_for(made: Path, folder: Path) -> None:
-    """The first rank keeps what they tell each other: it ends when all have been told that there is an output, or is none."""
+    """Rank 0 holds the store: it ends when all have been told whether there is an output."""
     ended = finish(start(folder, ranks=2, wait=0.0, late=1))
     assert [(status, said) for status, _, said in ended] == [(0, ""), (0, "")]
     ended = finish(start(folder, ranks=2, wait=0.0, late=1))
@@ -183,7 +183,7 @@ def test_ranks_of_different_jobs_are_refused(folder: Path, other: tuple[str, str
 
 @pytest.mark.slow
 def test_the_last_that_ends_tidies_up(folder: Path) -> None:
-    """While another may still write, nobody else gets the place."""
+    """The output stays locked while another rank may still write."""
     processes = start(folder, ranks=2, wait=0.02)
     under_way(folder, processes, journals=2)
     processes[1].send_signal(signal.SIGSTOP)
