@@ -1,4 +1,4 @@
-"""python -m negmerge_fast, and the console script."""
+"""Entry point of python -m negmerge_fast and of the console script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 from .cli.main import main
 
-# Until cli.main, which comes next, takes signals in hand: Ctrl-C in the middle of an import is a traceback.
+# Until main installs its handlers: without one, Ctrl-C during an import prints a traceback.
 if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

@@ -1,260 +1,164 @@
-"""The commands of the command line."""
+"""Commands of the command line. The main module imports this one, and click, after it has installed signal handlers."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import click
+
+from .._version import __version__
+from ..backends.registry import NAMES
+from ..core.errors import InputError
 from .signals import Signals, fail
-from .text import _bar, _contents, _plan_lines, _print_skipped_files, _say, _summary, _verified
+from .text import contents, plan_lines, print_lines, print_skipped_files, progress_bar, summary, verified
+
+if TYPE_CHECKING:
+    from ..streaming.job import Job
 
 
-def _commands(signals: Signals) -> Any:
-    import click
-
-    @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-    @click.version_option(_version(), prog_name="negmerge")
-    def negmerge() -> None:
-        """Make a trained model forget, by merging its fine-tuned versions (NegMerge, arXiv 2410.05583)."""
-
-    @negmerge.command()
-    @click.argument("base")
-    @click.argument("finetuned", nargs=-1)
-    @click.option(
-        "--output", "-o", required=True, metavar="OUT", help="Where the merged model goes; it mirrors BASE."
-    )
-    @click.option(
-        "--scale", required=True, type=float, help="λ: how far to go away from the fine-tuned models."
-    )
-    @click.option("--task-vectors", is_flag=True, help="FINETUNED hold differences to BASE, not weights.")
-    @click.option(
-        "--min-agreement",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Share of the models that must agree on the sign of an element.",
-    )
-    @click.option(
-        "--nonfinite",
-        type=click.Choice(["error", "keep-base"]),
-        default="error",
-        show_default=True,
-        help="What a NaN or an infinity is.",
-    )
-    @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
-    @click.option("--exclude", metavar="RE", help="Keep the base's tensors where the name matches.")
-    @click.option("--backend", type=click.Choice(["auto", *_backends()]), default="auto", show_default=True)
-    @click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|cuda:0",
-        help="Where to merge; auto measures what costs less.",
-    )
-    @click.option(
-        "--memory-budget",
-        default="auto",
-        show_default="half of what is free",
-        metavar="SIZE",
-        help="The most memory to allocate, and on a GPU as much again.",
-    )
-    @click.option(
-        "--threads", type=int, metavar="N", help="Threads that read and compute; torch's choice if not given."
-    )
-    @click.option(
-        "--skip-unchanged/--no-skip-unchanged",
-        default=None,
-        help="Leave unread what can change nothing any more; a NaN there is not seen. With keep-base, unless told otherwise.",
-    )
-    @click.option("--report", metavar="FILE.json", help="Write what was done, per tensor, as JSON.")
-    @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-    @click.option("--overwrite", is_flag=True, help="Replace OUT if negmerge wrote it, or would.")
-    @click.option(
-        "--resume", is_flag=True, help="Go on with what an interrupted run left, and leave as much."
-    )
-    @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-    def merge(
-        base: str,
-        finetuned: tuple[str, ...],
-        output: str,
-        task_vectors: bool,
-        report: str | None,
-        dry_run: bool,
-        quiet: bool,
-        **options: Any,
-    ) -> None:
-        """Subtract from BASE what all FINETUNED models agree on.
-
-        BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
-        """
-        from ..runtime.distributed import ranks_from_environment, select_own_gpu
-        from ..streaming.api import prepare
-
-        signals.ranks = ranks = ranks_from_environment(signals.check)
-        if ranks.count > 1 and options["device"] in ("auto", "cuda"):
-            select_own_gpu()
-        inputs = "task_vectors" if task_vectors else "finetuned"
-        job: Any = None
-
-        def check() -> None:
-            nonlocal job
-            job = prepare(base, list(finetuned), output, inputs=inputs, **options)  # type: ignore[arg-type]
-            if report is not None:
-                _check_report(report, job)
-
-        ranks.all_gather(check)
-        if dry_run:
-            if ranks.rank == 0:
-                _say(*_plan_lines(job))
-                _print_skipped_files(job.plan.base)
-            return
-        done = _run(job, signals, quiet or ranks.rank > 0)
-        if ranks.rank > 0:
-            return
-        if report is not None:
-            _write_report(report, done.to_json())
-        if not quiet:
-            _say(_summary(job, done))
-            _print_skipped_files(job.plan.base)
-
-    @negmerge.command()
-    @click.argument("out")
-    @click.option("--against", is_flag=True, help="Merge a sample of blocks of BASE and FINETUNED once more.")
-    @click.argument("inputs", nargs=-1, metavar="[--against BASE FINETUNED...]")
-    @click.option(
-        "--blocks",
-        type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        metavar="N",
-        help="How many, of up to 1 MiB.",
-    )
-    @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
-    @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-    def verify(out: str, against: bool, inputs: tuple[str, ...], blocks: int, seed: int, quiet: bool) -> int:
-        """Hold OUT against the checksums in its manifest and, with --against, against what it was made of.
-
-        BASE and FINETUNED... are those of the merge, in its order. Exit status 1: OUT is not what it should be.
-        """
-        from ..streaming.verify import DamageError, verify_checkpoint
-
-        if bool(inputs) != against:
-            raise click.UsageError("--against takes BASE FINETUNED..., and they take --against")
-        signals.guarded = True
-        signals.check()
-        try:
-            with _bar("verify", signals, quiet) as progress:
-                done = verify_checkpoint(
-                    out, inputs if against else None, blocks=blocks, seed=seed, progress=progress
-                )
-        except DamageError as error:
-            return max(fail(line, 1) for line in error.found)
-        if not quiet:
-            print(_verified(done))
-            for name in done.not_listed:
-                print(f"not listed  {name}")
-        return 0
-
-    @negmerge.command()
-    @click.argument("paths", nargs=-1, required=True)
-    def inspect(paths: tuple[str, ...]) -> None:
-        """Say what is in each PATH and, of several, whether the others can be merged into the first."""
-        from ..checkpoints.formats import open_checkpoint
-        from ..streaming.plan import make_plan
-
-        opened = [open_checkpoint(path) for path in paths]
-        for checkpoint in opened:
-            _say(_contents(checkpoint))
-        if len(opened) > 1:
-            plan = make_plan(opened[0], opened[1:])
-            print(
-                f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents"
-            )
-
-    @negmerge.command()
-    def info() -> None:
-        """Print versions, devices, and every backend with why it is or is not usable."""
-        from .info import text
-
-        print(text())
-
-    @negmerge.command()
-    @click.option(
-        "--seeds",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="How often, from other seeds.",
-    )
-    @click.option(
-        "--output",
-        default="negmerge-demo",
-        show_default=True,
-        metavar="DIR",
-        help="Where the models and the picture go.",
-    )
-    @click.option("--report", metavar="FILE.json", help="Write the numbers as JSON.")
-    @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
-    def demo(seeds: int, output: str, report: str | None, quiet: bool) -> None:
-        """Train a small network on real digits, make it forget half of them, and compare with other methods."""
-        from pathlib import Path
-
-        from ..demo import run
-
-        signals.guarded = True
-        signals.check()
-        run(seeds, Path(output), Path(report) if report else None, progress=signals.check, quiet=quiet)
-
-    @negmerge.command()
-    @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0")
-    @click.option("--report", metavar="FILE.jsonl", help="Append what is measured, a line of JSON each.")
-    @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
-    def bench(device: str, report: str | None, quiet: bool) -> None:
-        """Measure the backends against this machine's limits and plain PyTorch: two minutes."""
-        from ..benchmark.quick import run
-
-        signals.guarded = True
-        signals.check()
-        run(device, report, progress=signals.check, quiet=quiet)
-
-    return negmerge
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="negmerge")
+def negmerge() -> None:
+    """Make a trained model forget by merging fine-tuned versions of it (NegMerge, arXiv 2410.05583)."""
 
 
-def _version() -> str:
-    from .._version import __version__
+@negmerge.command()
+@click.argument("base")
+@click.argument("finetuned", nargs=-1)
+@click.option("--output", "-o", required=True, metavar="OUT", help="Path of the result, which mirrors BASE.")
+@click.option(
+    "--scale", required=True, type=float, help="λ: how far to move away from the fine-tuned models."
+)
+@click.option("--task-vectors", is_flag=True, help="FINETUNED are differences to BASE, not weights.")
+@click.option(
+    "--min-agreement",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Fraction of the models that must agree on the sign of an element.",
+)
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["error", "keep-base"]),
+    default="error",
+    show_default=True,
+    help="What to do with a NaN or an infinity.",
+)
+@click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
+@click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE.")
+@click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda:0",
+    help="Where to merge; auto measures bandwidths and takes the faster device.",
+)
+@click.option(
+    "--memory-budget",
+    default="auto",
+    show_default="half of what is free",
+    metavar="SIZE",
+    help="The most memory to allocate, and once more on a GPU.",
+)
+@click.option(
+    "--threads", type=int, metavar="N", help="Threads that read and compute; torch's number by default."
+)
+@click.option(
+    "--skip-unchanged/--no-skip-unchanged",
+    default=None,
+    help="Do not read input that cannot change the output; a NaN there is not seen. Default: with keep-base only.",
+)
+@click.option(
+    "--report", metavar="FILE.json", help="Write what was done, with counts of each tensor, as JSON."
+)
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if negmerge wrote, or would write, all its files."
+)
+@click.option("--resume", is_flag=True, help="Continue an interrupted merge; keep unfinished output.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@click.pass_obj
+def merge(
+    signals: Signals,
+    /,
+    base: str,
+    finetuned: tuple[str, ...],
+    output: str,
+    task_vectors: bool,
+    report: str | None,
+    dry_run: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Subtract from BASE what all FINETUNED models agree on.
 
-    return __version__
+    BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
+    """
+    from ..runtime.distributed import ranks_from_environment, select_own_gpu
 
-
-def _backends() -> tuple[str, ...]:
-    from ..backends.registry import NAMES
-
-    return NAMES
-
-
-def _run(job: Any, signals: Signals, quiet: bool) -> Any:
+    signals.ranks = ranks = ranks_from_environment(signals.check)
+    if ranks.count > 1 and options["device"] in ("auto", "cuda"):
+        select_own_gpu()
+    options["inputs"] = "task_vectors" if task_vectors else "finetuned"
+    job = _prepare(signals, base, finetuned, output, options, report)
+    if dry_run:
+        if ranks.rank == 0:
+            print_lines(*plan_lines(job))
+            print_skipped_files(job.plan.base)
+        return
     signals.guarded = True
     signals.check()
-    with _bar("merge", signals, quiet) as progress:
-        return job.run(progress, ranks=signals.ranks)
+    with progress_bar("merge", signals, quiet or ranks.rank > 0) as progress:
+        done = job.run(progress, ranks=ranks)
+    if ranks.rank > 0:
+        return
+    if report is not None:
+        with open(report, "w", encoding="utf-8") as file:
+            file.write(done.to_json())
+    if not quiet:
+        print_lines(summary(job, done))
+        print_skipped_files(job.plan.base)
 
 
-def _check_report(report: str, job: Any) -> None:
+def _prepare(
+    signals: Signals,
+    base: str,
+    finetuned: tuple[str, ...],
+    output: str,
+    options: dict[str, Any],
+    report: str | None,
+) -> Job:
+    """Check a merge on every rank; if one fails, all fail."""
+    from ..streaming.api import prepare
+
+    jobs: list[Job] = []
+
+    def check() -> None:
+        jobs.append(prepare(base, list(finetuned), output, **options))
+        if report is not None:
+            _check_report(report, jobs[0])
+
+    signals.ranks.all_gather(check)
+    return jobs[0]
+
+
+def _check_report(report: str, job: Job) -> None:
+    """Refuse a report that would lie in the output or in an input, or that cannot be written."""
     import tempfile
-    from pathlib import Path
-
-    from ..core.errors import InputError
 
     path = Path(os.path.realpath(report))
-    for place in (
+    checkpoints = (job.plan.base, *job.plan.models)
+    for path_in_use in (
         job.output.path,
         job.output.manifest,
-        job.plan.base.path,
-        *(model.path for model in job.plan.models),
+        *(checkpoint.path for checkpoint in checkpoints),
     ):
-        real = Path(os.path.realpath(place))
+        real = Path(os.path.realpath(path_in_use))
         if path == real or real in path.parents:
-            raise InputError(f"{report}: is inside {place}, expected another place for the report")
+            raise InputError(f"{report}: is inside {path_in_use}, expected another place for the report")
     try:
         if not path.parent.is_dir():
             raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
@@ -266,6 +170,109 @@ def _check_report(report: str, job: Any) -> None:
         raise InputError(f"{report}: cannot be written ({error.strerror})") from None
 
 
-def _write_report(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+@negmerge.command()
+@click.argument("out")
+@click.option("--against", is_flag=True, help="Merge a sample of blocks of BASE and FINETUNED again.")
+@click.argument("inputs", nargs=-1, metavar="[--against BASE FINETUNED...]")
+@click.option(
+    "--blocks",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Size of the sample, in blocks of up to 1 MiB.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@click.pass_obj
+def verify(
+    signals: Signals, out: str, against: bool, inputs: tuple[str, ...], blocks: int, seed: int, quiet: bool
+) -> int:
+    """Compare OUT with the checksums in its manifest and, with --against, with its inputs.
+
+    BASE and FINETUNED... are those of the merge, in its order. Exit status 1: OUT is damaged.
+    """
+    from ..streaming.verify import DamageError, verify_checkpoint
+
+    if bool(inputs) != against:
+        raise click.UsageError("--against takes BASE FINETUNED..., and they take --against")
+    signals.guarded = True
+    signals.check()
+    try:
+        with progress_bar("verify", signals, quiet) as progress:
+            done = verify_checkpoint(
+                out, inputs if against else None, blocks=blocks, seed=seed, progress=progress
+            )
+    except DamageError as error:
+        return max(fail(line, 1) for line in error.found)
+    if not quiet:
+        print(verified(done))
+        for name in done.not_listed:
+            print(f"not listed  {name}")
+    return 0
+
+
+@negmerge.command()
+@click.argument("paths", nargs=-1, required=True)
+def inspect(paths: tuple[str, ...]) -> None:
+    """Print the contents of each PATH and, of several, whether the others can be merged into the first."""
+    from ..checkpoints.formats import open_checkpoint
+    from ..streaming.plan import make_plan
+
+    checkpoints = [open_checkpoint(path) for path in paths]
+    for checkpoint in checkpoints:
+        print_lines(contents(checkpoint))
+    if len(checkpoints) > 1:
+        plan = make_plan(checkpoints[0], checkpoints[1:])
+        print(
+            f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents"
+        )
+
+
+@negmerge.command()
+def info() -> None:
+    """Print versions, devices, bandwidths, and every backend with why it is or is not usable."""
+    from .info import text
+
+    print(text())
+
+
+@negmerge.command()
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of repetitions, each from another seed.",
+)
+@click.option(
+    "--output",
+    default="negmerge-demo",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the models and the picture.",
+)
+@click.option("--report", metavar="FILE.json", help="Write the numbers as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print no progress bar.")
+@click.pass_obj
+def demo(signals: Signals, seeds: int, output: str, report: str | None, quiet: bool) -> None:
+    """Train a small network on real digits, make it forget half of them, and compare with other methods."""
+    from ..demo import run
+
+    signals.guarded = True
+    signals.check()
+    run(seeds, Path(output), Path(report) if report else None, progress=signals.check, quiet=quiet)
+
+
+@negmerge.command()
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0")
+@click.option("--report", metavar="FILE.jsonl", help="Append the measurements, one line of JSON each.")
+@click.option("--quiet", "-q", is_flag=True, help="Print no progress bar.")
+@click.pass_obj
+def bench(signals: Signals, device: str, report: str | None, quiet: bool) -> None:
+    """Compare the backends with this machine's limits and with plain PyTorch, in two minutes."""
+    from ..benchmark.quick import run
+
+    signals.guarded = True
+    signals.check()
+    run(device, report, progress=signals.check, quiet=quiet)

@@ -1,8 +1,9 @@
-"""Versions, devices, every backend and why it is or is not usable, and what the way of files costs."""
+"""Text of negmerge info: versions, devices, backends with the reason why one is not usable, and bandwidths."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from .._version import __version__
@@ -11,13 +12,8 @@ from ..streaming.placement import describe
 
 
 def text() -> str:
-    lines = [f"negmerge_fast {__version__}", f"python {platform.python_version()} on {platform.platform()}"]
-    for package in ("torch", "triton", "numpy", "safetensors"):
-        try:
-            lines.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package} not installed")
-    devices = ["cpu"]
+    """Describe this machine, and what is usable on it."""
+    devices, lines = ["cpu"], list(_versions())
     try:
         import torch
 
@@ -26,13 +22,25 @@ def text() -> str:
     except ImportError:
         pass
     lines.append(f"devices {', '.join(devices)}")
+    lines += _backends(devices)
+    lines += [f"bandwidth: {line}" for line in describe(devices[1:])]
+    return "\n".join(lines)
+
+
+def _versions() -> Iterator[str]:
+    yield f"negmerge_fast {__version__}"
+    yield f"python {platform.python_version()} on {platform.platform()}"
+    for package in ("torch", "triton", "numpy", "safetensors"):
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            yield f"{package} not installed"
+
+
+def _backends(devices: list[str]) -> Iterator[str]:
+    gpus = devices[1:]
+    own = {"cuda": gpus or ["cuda:0"], "triton": gpus or ["cpu"], "cpu": ["cpu"], "torch": devices}
     for name in NAMES:
-        gpus = devices[1:]
-        own = {"cuda": gpus or ["cuda:0"], "triton": gpus or ["cpu"], "cpu": ["cpu"], "torch": devices}
         for device in own[name]:
             reason = why_not(name, device) or self_test(name, device)
-            lines.append(
-                f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"
-            )
-    lines += [f"way of files: {line}" for line in describe(devices[1:])]
-    return "\n".join(lines)
+            yield f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"

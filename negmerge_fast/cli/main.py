@@ -1,7 +1,7 @@
-"""The command line: thin, and quiet about everything but the job.
+"""Entry point of the negmerge command.
 
-Exit status: 0 done; 1 the job failed; 2 bad usage or bad input; 129 hung up; 130 interrupted; 143 terminated. An error
-is one line.
+Exit status: 0 done; 1 the job failed; 2 bad usage or bad input; 129 hung up; 130 interrupted; 143 terminated. Errors
+are one line.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import sys
 from typing import NoReturn
 
 from ..core.errors import escape
-from .commands import _commands
 from .signals import Signals, Stopped, fail
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run the command and exit with its status."""
     _fill_standard_streams()
-    signals = Signals()  # before the imports that take long
+    signals = Signals()  # before the slow imports, so that Ctrl-C during one is no traceback
     import click
 
     from ..core.errors import InputError
@@ -27,7 +26,9 @@ def main() -> NoReturn:
 
     status = 0
     try:
-        status = _commands(signals).main(prog_name="negmerge", standalone_mode=False) or 0
+        from .commands import negmerge
+
+        status = negmerge.main(prog_name="negmerge", standalone_mode=False, obj=signals) or 0
         sys.stdout.flush()
     except Stopped:
         status = signals.stopped()
@@ -43,19 +44,15 @@ def main() -> NoReturn:
     except InputError as error:
         status = fail(str(error), 2)
     except BrokenPipeError:
-        status = 1  # whoever read the output has heard enough
-    except (
-        OSError,
-        MemoryError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # a device's faults are RuntimeErrors of torch
-        # Of several processes, all are told to stop when one has died: what fails from then on is no news.
-        told = signals.received is not None and signals.ranks and signals.ranks.count > 1
-        status = signals.stopped() if told else fail(signals.place() + _describe(error), 1)
+        status = 1  # the reader of the output has closed it
+    except (OSError, MemoryError, ImportError, RuntimeError) as error:
+        # A device's errors are RuntimeErrors of torch.
+        # When one of several ranks has died, torchrun stops the others: their errors from then on are not reported.
+        is_stopped = signals.received is not None and signals.ranks and signals.ranks.count > 1
+        status = signals.stopped() if is_stopped else fail(signals.rank_prefix() + _describe(error), 1)
     try:
         sys.stdout.flush()
-    except OSError:  # said above; the interpreter would say it again
+    except OSError:  # reported above; the interpreter would report it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signals.ignore()
     if signals.ranks:
@@ -64,17 +61,18 @@ def main() -> NoReturn:
 
 
 def _fill_standard_streams() -> None:
-    """Where a standard stream is closed, open nothing in its place: a file of ours must not get its number."""
+    """Open /dev/null for closed standard streams, so that no other file gets their descriptors."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not show all names
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _describe(error: BaseException) -> str:
+    """Return an error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{escape(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

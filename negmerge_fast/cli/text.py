@@ -1,22 +1,38 @@
-"""What the command line prints."""
+"""Text and progress bars that the commands print."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import escape
 from .signals import Signals
 
+if TYPE_CHECKING:
+    from ..checkpoints.base import Checkpoint
+    from ..streaming.job import Job
+    from ..streaming.report import Report
+    from ..streaming.verify import Verified
 
-def _say(*lines: str) -> None:
+
+def print_lines(*lines: str) -> None:
+    """Print lines, without characters that a terminal obeys."""
     print("\n".join(map(escape, lines)))
 
 
 @contextmanager
-def _bar(what: str, signals: Signals, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of progress in bytes, from the first that is told of it, which is also where signals stop a job."""
+def progress_bar(title: str, signals: Signals, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show progress in bytes, from the first call on; each call also checks for signals.
+
+    Args:
+        title: The word before the bar.
+        signals: Their check stops the job.
+        quiet: Whether to check for signals only.
+
+    Yields:
+        A function of the bytes done and the bytes in all.
+    """
     from tqdm import tqdm
 
     bars: list[Any] = []
@@ -26,7 +42,7 @@ def _bar(what: str, signals: Signals, quiet: bool) -> Iterator[Callable[[int, in
         if not bars:
             # disable=None: no bar where standard error is not a terminal.
             bars.append(tqdm(
-                total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=True if quiet else None,
+                total=total, unit="B", unit_scale=True, desc=title, leave=False, disable=True if quiet else None,
                 bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
             ))  # fmt: skip
         bars[0].update(done - bars[0].n)
@@ -38,51 +54,49 @@ def _bar(what: str, signals: Signals, quiet: bool) -> Iterator[Callable[[int, in
             bar.close()
 
 
-def _size(count: float) -> str:
-    from tqdm import tqdm
-
-    return str(tqdm.format_sizeof(count, "B"))
-
-
-def _plan_lines(job: Any) -> list[str]:
-    plan = job.plan
+def plan_lines(job: Job) -> list[str]:
+    """Describe what a merge would do, one property a line."""
     from ..streaming.partition import segments_of
 
-    segments = segments_of(plan, job.chunk_bytes)
+    plan, device = job.plan, job.placement.device
+    throughput = job.throughput()
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"models    {len(plan.models)}",
         f"output    {job.output.path}: {len(plan.files)} files",
-        f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} kept as in base",
-        f"segments  {segments} in {len(plan.extents)} extents, strokes of at most {_size(job.chunk_bytes)} per file",
+        f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} unchanged",
+        f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
+        f"chunks of at most {_size(job.chunk_bytes)} per file",
         f"read      {_size(plan.bytes_read)}",
         f"write     {_size(plan.bytes_written)}",
-        f"memory    {_size(job.memory)}{'' if job.placement.device == 'cpu' else f', and as much on {job.placement.device}'}",
-        f"backend   {job.backend} on {job.placement.device} ({job.placement.reason})",
-        *(f"way       {throughput}" for throughput in [job.throughput()] if throughput),
-    ]  # fmt: skip
+        f"memory    {_size(job.memory)}{'' if device == 'cpu' else f', and as much on {device}'}",
+        f"backend   {job.backend} on {device} ({job.placement.reason})",
+        *([f"bandwidth {throughput}"] if throughput else []),
+    ]
 
 
-def _print_skipped_files(base: Any) -> None:
-    """What lies in BASE and will not be in OUT: other weights, which were not merged, and hidden files."""
+def print_skipped_files(base: Checkpoint) -> None:
+    """Print the files of the base that are not copied: weights that were not merged, and hidden files."""
     for name in base.skipped_files:
-        _say(f"left out  {name}")
+        print_lines(f"skipped  {name}")
 
 
-def _summary(job: Any, done: Any) -> str:
+def summary(job: Job, done: Report) -> str:
+    """Describe a finished merge."""
     if job.finished:
         return f"{done.output}: was finished already"
     moved = done.bytes_read + done.bytes_written
     skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
     return (
-        f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.unchanged} kept; "
+        f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.unchanged} unchanged; "
         f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}), {done.nonfinite:,} non-finite; "
         f"read {_size(done.bytes_read)}{skipped}, wrote {_size(done.bytes_written)} "
         f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"
     )
 
 
-def _verified(done: Any) -> str:
+def verified(done: Verified) -> str:
+    """Describe an output in which no damage was found."""
     text = (
         f"{done.output}: {done.files} files, {_size(done.bytes)}, as negmerge_fast {done.version} wrote them"
     )
@@ -91,7 +105,8 @@ def _verified(done: Any) -> str:
     )
 
 
-def _contents(checkpoint: Any) -> str:
+def contents(checkpoint: Checkpoint) -> str:
+    """Describe a checkpoint: its files, tensors and dtypes."""
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.spec.dtype] = dtypes.get(tensor.spec.dtype, 0) + tensor.numel
@@ -100,5 +115,11 @@ def _contents(checkpoint: Any) -> str:
     return (
         f"{checkpoint.path}: {checkpoint.kind}, {len(checkpoint.weights)} weight files ({_size(size)}), "
         f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.extra_files)} other files"
-        + (f", {len(checkpoint.skipped_files)} left out" if checkpoint.skipped_files else "")
+        + (f", {len(checkpoint.skipped_files)} skipped" if checkpoint.skipped_files else "")
     )
+
+
+def _size(count: float) -> str:
+    from tqdm import tqdm
+
+    return str(tqdm.format_sizeof(count, "B"))

@@ -233,7 +233,7 @@ def test_memory_is_bounded_by_what_is_free(
     told = dataclasses.replace(
         usual, placement=usual.placement._replace(throughput=Throughput(1e9, False, 2e9, 5e9))
     )
-    assert f"and as much on {DEVICE}" in "\n".join(text._plan_lines(told))
+    assert f"and as much on {DEVICE}" in "\n".join(text.plan_lines(told))
     for module, name, at in (
         (device_module, "available_bytes", lambda _: 64 << 20),
         (memory, "free_memory", lambda: 128 << 20),
@@ -321,7 +321,7 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
     on_cpu = prepare(tmp_path, device="cpu")
     assert on_cpu.throughput() and on_cpu.throughput().h2d_bandwidth is None  # type: ignore[union-attr]
     integers = prepare(tmp_path, device="cpu", include="ids")
-    assert integers.throughput() is None and "way" not in "\n".join(text._plan_lines(integers))
+    assert integers.throughput() is None and "bandwidth" not in "\n".join(text.plan_lines(integers))
     lines = list(placement.describe([DEVICE]))
     assert len(lines) == 2 and "cuda:0 takes" in lines[1]
     probes.h2d_bandwidth.cache_clear()
