@@ -19,37 +19,7 @@ def main() -> NoReturn:
     """Run the command and exit with its status."""
     _fill_standard_streams()
     signals = Signals()  # before the slow imports, so that Ctrl-C during one is no traceback
-    import click
-
-    from ..core.errors import InputError
-    from ..runtime.distributed import PeerError
-
-    status = 0
-    try:
-        from .commands import negmerge
-
-        status = negmerge.main(prog_name="negmerge", standalone_mode=False, obj=signals) or 0
-        sys.stdout.flush()
-    except Stopped:
-        status = signals.stopped()
-    except PeerError as error:
-        status = 2 if isinstance(error, InputError) else 1
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        status = 2
-    except click.ClickException as error:
-        status = fail(error.format_message(), 2)
-    except click.Abort:
-        status = fail("interrupted", 130)
-    except InputError as error:
-        status = fail(str(error), 2)
-    except BrokenPipeError:
-        status = 1  # the reader of the output has closed it
-    except (OSError, MemoryError, ImportError, RuntimeError) as error:
-        # A device's errors are RuntimeErrors of torch.
-        # When one of several ranks has died, torchrun stops the others: their errors from then on are not reported.
-        is_stopped = signals.received is not None and signals.ranks and signals.ranks.count > 1
-        status = signals.stopped() if is_stopped else fail(signals.rank_prefix() + _describe(error), 1)
+    status = _run(signals)
     try:
         sys.stdout.flush()
     except OSError:  # reported above; the interpreter would report it again
@@ -58,6 +28,46 @@ def main() -> NoReturn:
     if signals.ranks:
         signals.ranks.leave()
     sys.exit(status)
+
+
+def _run(signals: Signals) -> int:
+    """Run the command, report an error in one line, and return the exit status."""
+    import click
+
+    from ..core.errors import InputError
+    from ..runtime.distributed import PeerError
+
+    try:
+        from .commands import negmerge
+
+        status: int | None = negmerge.main(prog_name="negmerge", standalone_mode=False, obj=signals)
+        sys.stdout.flush()
+        return status or 0
+    except Stopped:
+        return signals.stopped()
+    except PeerError as error:
+        return 2 if isinstance(error, InputError) else 1
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return fail(error.format_message(), 2)
+    except click.Abort:
+        return fail("interrupted", 130)
+    except InputError as error:
+        return fail(str(error), 2)
+    except BrokenPipeError:
+        return 1  # the reader of the output has closed it
+    except (
+        OSError,
+        MemoryError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # torch raises RuntimeErrors for devices
+        # When one of several ranks has died, torchrun stops the others: their errors from then on are not reported.
+        if signals.received is not None and signals.ranks and signals.ranks.count > 1:
+            return signals.stopped()
+        return fail(signals.rank_prefix() + _describe(error), 1)
 
 
 def _fill_standard_streams() -> None:

@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it refuses and how, and what is left when it is stopped."""
+"""Commands: their output, their errors, and what they print."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
                    (p / "base").symlink_to(p / ".out.negmerge" / "output")],
         [], ["base: the input is inside"],
     ),
-    "a stranger in the work directory": (
+    "an unknown file in the work directory": (
         lambda p: [(p / ".out.negmerge").mkdir(), (p / ".out.negmerge" / "notes").touch()], [], ["notes: not negmerge's"],
     ),
     "another name of the base": (

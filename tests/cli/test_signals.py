@@ -1,4 +1,4 @@
-"""The command as a process: stopped at any moment, with odd standard streams, and within its memory."""
+"""The command as a process: signals, standard streams and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from checkpoint_files import MERGE, check, load_model, negmerge, nothing_left, s
 
 pytestmark = pytest.mark.processes
 
-# A merge that takes its time: every stroke waits a moment, so that it can be caught in the middle.
+# A slow merge: each read waits a moment, so that the merge can be stopped in the middle.
 SLOW = """
 import sys, time
 from negmerge_fast.cli import main
@@ -39,7 +39,7 @@ main.main()
 
 
 def start_slow(folder: Path) -> subprocess.Popen[str]:
-    """A merge that is under way: its work directory is there."""
+    """Start a merge and wait until it has begun to write."""
     big = [{"w": torch.randn(1 << 20, generator=torch.Generator().manual_seed(k))} for k in range(3)]
     for path, tensors in zip(("base", "ft-0", "ft-1"), big, strict=True):
         save_model(folder / path, tensors)
@@ -71,7 +71,7 @@ def test_stopped_in_the_middle(tmp_path: Path, number: int, status: int) -> None
 
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     process = start_slow(tmp_path)
-    # A second live run is refused, and disturbs nothing.
+    # A second command is refused and changes nothing.
     second = negmerge("merge", "base", "ft-0", "ft-1", "-o", "out", "--scale", "0.9", cwd=tmp_path)
     assert second.returncode == 2 and "another negmerge is writing it" in second.stderr
     assert process.poll() is None
@@ -108,7 +108,7 @@ def test_interrupted_while_modules_are_imported(tmp_path: Path, models: Any) -> 
 
 
 def test_interrupted_when_all_is_done(tmp_path: Path, models: Any) -> None:
-    """The output stands: no signal makes a failure of it, not even in the interpreter's last moments."""
+    """Once the output is published, no signal changes the status, not even while the interpreter ends."""
     process = subprocess.Popen([sys.executable, "-m", "negmerge_fast", *MERGE, "--quiet"], cwd=tmp_path)
     while not (tmp_path / "out").exists() and process.poll() is None:
         time.sleep(0.001)
@@ -139,7 +139,7 @@ def test_standard_streams_that_fail_or_are_closed(tmp_path: Path, models: Any) -
 
 def test_a_terminal_sees_speed_and_time_left(tmp_path: Path, models: Any) -> None:
     ours, its = pty.openpty()
-    # A terminal of no size, which this would be, has no room for a bar.
+    # A new terminal has no size, and tqdm shows no bar there.
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     process = subprocess.Popen([sys.executable, "-m", "negmerge_fast", *MERGE], cwd=tmp_path, stderr=its)
     assert process.wait() == 0
@@ -150,7 +150,7 @@ def test_a_terminal_sees_speed_and_time_left(tmp_path: Path, models: Any) -> Non
 
 
 def peak_anonymous(command: list[str], folder: Path) -> int:
-    """The most anonymous memory, in bytes, that a command was seen to hold."""
+    """Return the most anonymous memory, in bytes, that a command was seen to hold."""
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:

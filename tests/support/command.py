@@ -1,4 +1,4 @@
-"""The command line, called in this process."""
+"""A fixture that calls the command line in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
-    """negmerge in this process, in the test's folder: importing torch anew for each case would take minutes."""
+    """Run negmerge in this process, in the test's folder: importing torch for each case would take minutes."""
     handlers = {number: signal.getsignal(number) for number in signals._STATUS}
     monkeypatch.chdir(tmp_path)
 
