@@ -58,12 +58,7 @@ def _run(signals: Signals) -> int:
         return fail(str(error), 2)
     except BrokenPipeError:
         return 1  # the reader of the output has closed it
-    except (
-        OSError,
-        MemoryError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # torch raises RuntimeErrors for devices
+    except (OSError, MemoryError, ImportError, RuntimeError) as error:  # torch's device errors too
         # When one of several ranks has died, torchrun stops the others: their errors from then on are not reported.
         if signals.received is not None and signals.ranks and signals.ranks.count > 1:
             return signals.stopped()
