@@ -44,7 +44,7 @@ def negmerge() -> None:
     type=click.Choice(["error", "keep-base"]),
     default="error",
     show_default=True,
-    help="What to do with a NaN or an infinity.",
+    help="Fail on a NaN or an infinity, or keep the element of BASE.",
 )
 @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
 @click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE.")
