@@ -152,8 +152,8 @@ def _check_report(report: str, job: Job) -> None:
     path = Path(os.path.realpath(report))
     checkpoints = (job.plan.base, *job.plan.models)
     for path_in_use in (
-        job.output.path,
-        job.output.manifest,
+        job.destination.path,
+        job.destination.manifest_path,
         *(checkpoint.path for checkpoint in checkpoints),
     ):
         real = Path(os.path.realpath(path_in_use))

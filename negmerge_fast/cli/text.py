@@ -63,7 +63,7 @@ def plan_lines(job: Job) -> list[str]:
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"models    {len(plan.models)}",
-        f"output    {job.output.path}: {len(plan.files)} files",
+        f"output    {job.destination.path}: {len(plan.files)} files",
         f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} unchanged",
         f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
         f"chunks of at most {_size(job.chunk_bytes)} per file",

@@ -12,7 +12,9 @@ from ..checkpoints.formats import open_checkpoint
 from ..core.errors import InputError, require_choice
 from ..core.rule import Inputs, NonFinite, Rule
 from ..output.manifest import Input, Recipe, holds
-from ..output.writer import Output
+from ..output.publish import Destination, check
+from ..output.staging import Staging
+from ..output.writer import Writer
 from ..runtime import device as devices
 from ..runtime import memory
 from ..runtime.interrupts import without_gc
@@ -124,13 +126,14 @@ def prepare(
     target = Path(output)
     if not opened.is_directory and target.suffix != opened.path.suffix:
         raise InputError(f"{target}: expected a file name that ends in {opened.path.suffix}, like base")
-    place = Output(target, plan.files, directory=opened.is_directory, overwrite=overwrite, resume=resume)
+    destination = Destination.at(target, plan.files, directory=opened.is_directory, overwrite=overwrite)
+    staging = Staging(destination.path, plan.files, resume=resume)
     read = [Input.of(checkpoint) for checkpoint in (opened, *models)]
     recipe = Recipe(read[0], read[1:], rule, inputs, nonfinite, include, exclude)
     files = [file for c in (opened, *models) for file in {**c.weights, **c.extra_files}.values()]
-    finished = resume and not overwrite and holds(place.manifest, recipe, files)
+    finished = resume and not overwrite and holds(destination.manifest_path, recipe, files)
     if not finished:
-        place.check([opened.path, *(m.path for m in models), *(file.path for file in files)])
+        check(destination, [opened.path, *(m.path for m in models), *(file.path for file in files)])
     placement = _choose_placement(plan, rule, backend, device, threads or registry.usual_threads())
     signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
     name, merge = registry.choose(backend, placement.device, rule, signatures)
@@ -140,7 +143,10 @@ def prepare(
     looker, look = registry.choose("auto", "cpu") if skip else ("", None)
     fitted = _fit(memory_budget, placement.device, (name, looker), len(models), tensors, sizes, threads)
     skipping = Skipping(rule, len(models), look)
-    return Job(plan, recipe, place, name, merge, placement, *fitted, threads, skipping, finished)
+    writer = Writer(destination, staging)
+    return Job(
+        plan, recipe, destination, staging, writer, name, merge, placement, *fitted, threads, skipping, finished
+    )
 
 
 def _choose_placement(plan: Plan, rule: Rule, backend: str, device: str, threads: int) -> placement.Placement:

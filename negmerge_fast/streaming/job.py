@@ -32,7 +32,10 @@ from ..core.stats import Stats, TensorStats
 from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
 from ..output.manifest import Recipe, load
-from ..output.writer import Output
+from ..output.publish import Destination
+from ..output.publish import publish as publish_output
+from ..output.staging import Staging
+from ..output.writer import Writer
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.device import buffers_on
@@ -62,7 +65,9 @@ class Job:
 
     plan: Plan
     recipe: Recipe
-    output: Output
+    destination: Destination
+    staging: Staging
+    writer: Writer
     backend: str
     merge: Merge
     placement: Placement
@@ -118,7 +123,7 @@ class Job:
             nonlocal before
             before = self._take_over()
             if ranks.count > 1:
-                self.output.let_join()
+                self.staging.let_join()
             return job, partition(self.plan, subtract(self.plan.whole, before.ranges), ranks.count)
 
         def work() -> None:
@@ -131,7 +136,7 @@ class Job:
             nonlocal done
             done = self._publish(before, [done, *self._of_others(ranks)], lambda: look(coming))
 
-        with self.output:
+        with self.staging, self.writer:
             first, cut = ranks.on_rank0(begin)
             shards = [[Range(*run) for run in shard] for shard in cut]
             coming = sum(self._moved(run) for shard in shards for run in shard)
@@ -142,10 +147,10 @@ class Job:
 
     def _finished(self, ranks: SingleProcess) -> Report:
         """Tidy up after the run that finished it."""
-        with self.output:
+        with self.staging:
             if ranks.rank == 0:
-                self.output.open()
-        counted = load(self.output.manifest)["counted"]
+                self.staging.open()
+        counted = load(self.destination.manifest_path)["counted"]
         stats = Stats()
         stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
         report = self._report(summed([])._replace(stats=stats), 0, 0.0)
@@ -158,7 +163,7 @@ class Job:
             models=[model.path for model in self.recipe.models],
             scale=self.rule.scale,
             min_agreement=self.rule.min_agreement,
-            output=str(self.output.path),
+            output=str(self.destination.path),
             backend=self.backend,
             device=self.placement.device,
             elements=stats.elements,
@@ -175,22 +180,22 @@ class Job:
 
     def _take_over(self) -> ProgressRecord:
         """Open the output, and go on with what an earlier run left of it, or make room: what is done already."""
-        self.output.open()
-        found = self.output.journals() if self.output.resume else []
+        self.staging.open()
+        found = self.staging.journals() if self.staging.resume else []
         done = summed(record for path in found for record in read_journal(path, self._fingerprint))
         if not done.ranges:
-            self.output.make_room()
+            self.staging.create()
             return done
         if self.recipe.nonfinite == "error" and done.stats.nonfinite:
             raise InputError(
-                f"{self.output.work}: {done.stats.nonfinite:,} elements that are not finite were counted, expected none "
+                f"{self.staging.path}: {done.stats.nonfinite:,} elements that are not finite were counted, expected none "
                 "(--nonfinite keep-base, as before)"
             )
         if not self.skipping.counter and done.skipped:
             raise InputError(
-                f"{self.output.work}: {done.skipped:,} bytes of the models were skipped, expected none (--skip-unchanged, as before)"
+                f"{self.staging.path}: {done.skipped:,} bytes of the models were skipped, expected none (--skip-unchanged, as before)"
             )
-        self.output.refuse_incomplete()
+        self.staging.refuse_incomplete()
         return done
 
     @cached_property
@@ -214,20 +219,20 @@ class Job:
     ) -> ProgressRecord:
         """Do what is this rank's, and leave for the first one what was counted."""
         if ranks.rank:
-            self.output.join()
+            self.staging.join()
         done = self._stream(todo, look, timeline, ranks.rank)
         if ranks.rank:
-            known = self.output.sums.export().items()
+            known = self.writer.checksums.export().items()
             sums = {name: [base64.b64encode(each).decode() for each in pair] for name, pair in known}
-            self.output.leave(ranks.rank, {"done": done.to_json(), "sums": sums})
+            self.staging.write_rank_result(ranks.rank, {"done": done.to_json(), "sums": sums})
         return done
 
     def _of_others(self, ranks: SingleProcess) -> Iterator[ProgressRecord]:
         """What the other ranks did, and the checksums that they know."""
         for rank in range(1, ranks.count):
-            found = self.output.left_by(rank)
+            found = self.staging.read_rank_result(rank)
             sums = {name: tuple(map(base64.b64decode, pair)) for name, pair in found["sums"].items()}
-            self.output.sums.update(sums)  # type: ignore[arg-type]
+            self.writer.checksums.update(sums)  # type: ignore[arg-type]
             yield ProgressRecord.of_json(found["done"])
 
     def _publish(
@@ -236,15 +241,15 @@ class Job:
         """Make one output of what all ranks have done, and say what that was."""
         done = summed(shared)
         if gaps := subtract(self.plan.whole, [*before.ranges, *done.ranges]):
-            raise RuntimeError(f"{self.output.path}: {gaps[0]} was not written")
+            raise RuntimeError(f"{self.destination.path}: {gaps[0]} was not written")
         stats = Stats()
         stats.include({m.name: TensorStats() for extent in self.plan.extents for m in extent.slices})
         for record in (before, done):
             stats.include(record.stats.tensors)
         counted = {"elements": stats.elements, "agreed": stats.agreed, "nonfinite": stats.nonfinite}
-        self.output.finish({**self.recipe.to_json(), "counted": counted}, tick)
+        self.writer.finish({**self.recipe.to_json(), "counted": counted}, tick)
         tick()  # the last moment to stop: syncing may have taken long
-        self.output.publish()
+        publish_output(self.destination, self.staging)
         return done._replace(stats=stats)
 
     def _stream(
@@ -254,11 +259,11 @@ class Job:
         sizes: dict[str, int] = {}
         for extent in (extent for run in todo for extent in slice_plan(self.plan, run)):
             sizes[extent.path] = sizes.get(extent.path, 0) + extent.sources[0].nbytes
-        self.output.expect(sizes)
+        self.writer.expect(sizes)
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
         threads = (self.threads or registry.usual_threads()) if self.backend in registry.CONCURRENT else 1
-        journal = Journal(self.output.journal(rank), self._fingerprint, self.output.sync)
+        journal = Journal(self.staging.journal(rank), self._fingerprint, self.writer.sync)
         progress_so_far = Progress(todo)
 
         def flush(chunk: ChunkResult) -> None:
@@ -272,7 +277,7 @@ class Job:
 
         def keep() -> None:
             journal.flush()
-            if (record := progress_so_far.record()).ranges and self.output.resume:
+            if (record := progress_so_far.record()).ranges and self.staging.resume:
                 journal.keep_now(record)
 
         try:
@@ -303,7 +308,7 @@ class Job:
                 counted = self._merge(chunk, lane, turns) if pruner.can_agree else none_agreed(chunk)
                 with timeline.span("write"):
                     like = None if pruner.can_agree else reader.descriptor(base.file)
-                    self.output.write(chunk.path, base.offset, buffers[0], release, like)
+                    self.writer.write(chunk.path, base.offset, buffers[0], release, like)
                 read = sum(source.nbytes for source in chunk.sources) - skipped
                 return ChunkResult(read, base.nbytes, counted, skipped)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from interrupted import make_models
 from resumable import Stop, interrupt, merge, weights
 
 import negmerge_fast as nm
-from negmerge_fast.output import journal, writer
+from negmerge_fast.output import journal, publish
+from negmerge_fast.output.staging import Staging
 from negmerge_fast.streaming import api
 
 pytestmark = pytest.mark.processes
@@ -70,15 +72,15 @@ def test_what_could_not_be_synced_is_not_on_record(
     assert weights(folder / "out") == weights(made / "expected")
 
 
-@pytest.mark.parametrize("name", ["negmerge.json", "share-0", "journal-0"])
+@pytest.mark.parametrize("name", ["negmerge.json", "rank-0.json", "journal-0"])
 def test_a_full_disk_is_named(folder: Path, often: pytest.MonkeyPatch, name: str) -> None:
     """Where not even a little more is left, for what is written beside the weights."""
     fail_to_sync(often, name, errno.ENOSPC)
-    if name == "share-0":  # of several processes only
-        output = writer.Output(folder / "out", {}, directory=True, overwrite=False)
-        output.work.mkdir()
+    if name == "rank-0.json":  # of several processes only
+        staging = Staging(folder / "out", {})
+        staging.path.mkdir()
         with pytest.raises(OSError) as caught:
-            output.leave(0, {})
+            staging.write_rank_result(0, {})
     else:
         with pytest.raises(OSError) as caught:
             merge(folder)
@@ -104,10 +106,10 @@ def test_what_was_replaced_is_not_taken_for_what_was_made(
     merge(folder, scale=0.5)
     older = weights(folder / "out")
 
-    def crash(self: writer.Output) -> None:
+    def crash(*arguments: Any) -> None:
         raise Stop
 
-    often.setattr(writer.Output, "_refuse_late_strangers", crash)
+    often.setattr(publish, "_refuse_late_unknown_files", crash)
     with pytest.raises(Stop):
         merge(folder, overwrite=True)
     often.undo()
@@ -120,28 +122,26 @@ def test_what_was_replaced_is_not_taken_for_what_was_made(
 
 def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pytest.MonkeyPatch) -> None:
     merge(folder, scale=0.5)
-    rename = writer.rename
+    rename = publish.rename
 
     def crash(*arguments: Any) -> None:
         raise Stop
 
-    often.setattr(writer, "rename", crash)
+    often.setattr(publish, "rename", crash)
     with pytest.raises(Stop):
         merge(folder, overwrite=True)
-    often.setattr(writer, "rename", rename)
+    often.setattr(publish, "rename", rename)
     assert merge(folder, overwrite=True).bytes_done_before > 0
     assert weights(folder / "out") == weights(made / "expected")
 
 
-def test_nothing_is_kept_where_nothing_is_on_record(folder: Path) -> None:
-    def stop(done: int, total: int) -> None:
+def test_nothing_is_kept_where_nothing_is_on_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
         raise Stop
 
-    fresh = pytest.MonkeyPatch()
-    fresh.setattr(writer.Output, "_reserve", lambda self: stop(0, 0))
+    monkeypatch.setattr(shutil, "disk_usage", stop)
     with pytest.raises(Stop):
         merge(folder)
-    fresh.undo()
     assert nothing_left(folder)
 
 

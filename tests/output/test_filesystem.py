@@ -59,8 +59,8 @@ import sys
 from negmerge_fast.cli import main
 from negmerge_fast.output import journal
 from negmerge_fast.streaming import api
-from negmerge_fast.output.writer import Output
-write, journal.INTERVAL_S, api._MAX_CHUNK_BYTES, written = Output.write, 0.0, 1 << 16, [0]
+from negmerge_fast.output.writer import Writer
+write, journal.INTERVAL_S, api._MAX_CHUNK_BYTES, written = Writer.write, 0.0, 1 << 16, [0]
 def with_others(self, name, offset, data, *more):
     written[0] += len(data)
     if written[0] > 1 << 21:
@@ -70,7 +70,7 @@ def with_others(self, name, offset, data, *more):
         except OSError:
             pass
     write(self, name, offset, data, *more)
-Output.write = with_others
+Writer.write = with_others
 main.main()
 """
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from xxhash import xxh3_128_hexdigest
 
 import negmerge_fast as nm
-from negmerge_fast.output.writer import Output
+from negmerge_fast.output import publish
 from negmerge_fast.streaming import api, budget
 
 INPUTS = ("base", "ft-0", "ft-1", "ft-2")
@@ -142,8 +142,8 @@ def test_what_was_killed_between_the_manifest_and_its_file_is_in_nobodys_way(
     """The manifest is there, its file is not, or is an older one: verify says so, and a merge replaces it."""
     code = (
         "import os, sys, negmerge_fast as nm\n"
-        "from negmerge_fast.output.writer import Output\n"
-        "Output._move = lambda *_: os._exit(9)\n"
+        "from negmerge_fast.output import publish\n"
+        "publish._move = lambda *_: os._exit(9)\n"
         "single = [f'{name}/model.safetensors' for name in ('ft-0', 'ft-2')]\n"
         "nm.merge_checkpoints(single[0], single[1:], 'out.safetensors', scale=0.5, overwrite=True)"
     )
@@ -176,7 +176,7 @@ def test_a_single_file_that_cannot_be_moved_into_place(
     if there:
         merge_single(folder)
     before = contents(folder)
-    monkeypatch.setattr(Output, "_move", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(publish, "_move", lambda *_: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
         merge_single(folder, scale=0.5, overwrite=True)
     assert contents(folder) == before

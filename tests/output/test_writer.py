@@ -25,7 +25,8 @@ from negmerge_fast.backends import native, pytorch
 from negmerge_fast.checkpoints import reader
 from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.checkpoints.reader import File, Reader
-from negmerge_fast.output.writer import Output
+from negmerge_fast.output import publish
+from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api, budget
 from negmerge_fast.streaming.api import Job
@@ -118,14 +119,14 @@ def test_a_strangers_file_that_comes_at_the_last_moment(
 ) -> None:
     """Between the last look and the exchange; the output is put back as it was."""
     merge(folder)
-    check, before = Output._check_existing, contents(folder / "out")
+    check, before = publish._check_existing, contents(folder / "out")
 
-    def and_then(self: Output) -> None:
-        check(self)
+    def and_then(destination: publish.Destination) -> None:
+        check(destination)
         (folder / "out" / "notes.txt").write_text("mine")
 
     job = api.prepare(folder / "base", [folder / "ft-0"], folder / "out", scale=0.5, overwrite=True)
-    monkeypatch.setattr(Output, "_check_existing", and_then)
+    monkeypatch.setattr(publish, "_check_existing", and_then)
     with pytest.raises(nm.InputError, match=r"out/notes.txt: not negmerge's"):
         job.run()
     assert contents(folder / "out") == {**before, "notes.txt": b"mine"}
@@ -146,9 +147,9 @@ def test_the_output_is_as_private_as_the_base(folder: Path) -> None:
 
 def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = []
-    finish = Output.finish
+    finish = Writer.finish
 
-    def noted(self: Output, *of_it: Any) -> None:
+    def noted(self: Writer, *of_it: Any) -> None:
         finish(self, *of_it)
         finished.append(True)
 
@@ -156,7 +157,7 @@ def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         if finished:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Output, "finish", noted)
+    monkeypatch.setattr(Writer, "finish", noted)
     with pytest.raises(KeyboardInterrupt):
         merge(folder, progress=stop)
     assert finished and sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
@@ -283,19 +284,20 @@ def test_every_file_is_on_the_disk_before_it_is_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: set[str] = set()
-    fsync, publish = os.fsync, Output.publish
+    fsync, rename = os.fsync, publish.rename
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
         synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
 
-    def after(self: Output) -> None:
-        assert synced >= set(self.files)
-        publish(self)
+    def after(staged: Path, path: Path, flags: int) -> None:
+        assert synced >= {file.name for file in staged.iterdir()}
+        rename(staged, path, flags)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(Output, "publish", after)
+    monkeypatch.setattr(publish, "rename", after)
     merge(folder)
+    assert contents(folder / "out").keys() <= synced
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.reader import Reader
 from negmerge_fast.output import journal, manifest
-from negmerge_fast.output.writer import Output
+from negmerge_fast.output.staging import Staging
+from negmerge_fast.output.writer import Writer
 from negmerge_fast.streaming import api
 
 pytestmark = pytest.mark.processes
@@ -137,14 +138,14 @@ def test_a_journal_without_any_whole_line_is_none(made: Path, folder: Path) -> N
 def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on record was written and synced before: else a crash would leave holes that nobody fills."""
     order: list[tuple[str, int]] = []
-    write, sync, append = Output.write, Output.sync, journal.Journal.append
+    write, sync, append = Writer.write, Writer.sync, journal.Journal.append
     moved = [0, 0]
 
-    def noted_write(self: Output, name: str, offset: int, data: memoryview, *more: Any) -> None:
+    def noted_write(self: Writer, name: str, offset: int, data: memoryview, *more: Any) -> None:
         write(self, name, offset, data, *more)
         moved[0] += len(data)
 
-    def noted_sync(self: Output) -> None:
+    def noted_sync(self: Writer) -> None:
         at = moved[0]
         sync(self)
         moved[1] = at
@@ -154,8 +155,8 @@ def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pyt
         assert sum(size for _, size in order) <= moved[1]
         append(self, record)
 
-    monkeypatch.setattr(Output, "write", noted_write)
-    monkeypatch.setattr(Output, "sync", noted_sync)
+    monkeypatch.setattr(Writer, "write", noted_write)
+    monkeypatch.setattr(Writer, "sync", noted_sync)
     monkeypatch.setattr(journal.Journal, "append", noted_append)
     monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
     monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
@@ -204,10 +205,10 @@ def test_counted_nonfinite_are_no_longer_an_error_that_could_be_missed(
 def test_what_was_published_is_finished(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is killed when all that is left to do is to tidy up; or one that is started once more."""
 
-    def killed(self: Output) -> None:
+    def killed(self: Staging) -> None:
         raise Stop
 
-    monkeypatch.setattr(Output, "_remove_work", killed)
+    monkeypatch.setattr(Staging, "_remove", killed)
     with pytest.raises(Stop):
         merge(folder)
     monkeypatch.undo()

@@ -1,0 +1,217 @@
+"""The staging directory of an output: .OUT.negmerge/ beside OUT, where all files are complete before any of them is published.
+
+A lock marks the directory as in use. A directory that a killed run left behind is not locked: the next run clears it, or
+resumes it. Several processes may write one output: rank 0 creates the files and publishes, and all hold the lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..checkpoints.reader import File, naming
+from ..core.errors import InputError
+from .filesystem import TMPFS, allocate, kind_of, sync_directory
+from .manifest import save
+
+
+def staging_path(destination_path: Path) -> Path:
+    return destination_path.with_name(f".{destination_path.name}.negmerge")
+
+
+class Staging:
+    """A staging directory, as a context manager: on exit it is removed, or kept for the next run, and unlocked.
+
+    Args:
+        destination_path: Where the output will be.
+        files: The files of the base, by their names in the output. Each has a file of its size here.
+        resume: Whether unfinished output is kept for the next run.
+    """
+
+    def __init__(self, destination_path: Path, files: Mapping[str, File], *, resume: bool = False) -> None:
+        self.destination_path, self.files, self.resume = destination_path, files, resume
+        self.path = staging_path(destination_path)
+        self.staged = self.path / "output"
+        self._lock_path = self.path / "lock"
+        self._exchange_path = self.path / "exchange"
+        self._lock = -1
+        self._is_owner = True
+
+    def file(self, name: str) -> Path:
+        return self.staged / name
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock == -1:
+            return
+        try:
+            over = self._is_owner if kind is None else self._is_last()
+            kept = kind is not None and self.resume and self.journals()
+            if over and not kept:
+                self._remove()
+        finally:
+            os.close(self._lock)
+            self._lock = -1
+
+    def open(self) -> None:
+        """Lock the directory for this process alone. It may resume or clear what an earlier run left."""
+        self._acquire(fcntl.LOCK_EX)
+        if self._was_exchanged():
+            self._clear()
+
+    def let_join(self) -> None:
+        """Let the other ranks share the lock."""
+        with naming(self._lock_path):
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def join(self) -> None:
+        """Share the lock of rank 0, which creates the files and publishes."""
+        self._is_owner = False
+        self._acquire(fcntl.LOCK_SH)
+
+    def _is_last(self) -> bool:
+        """Whether no other process holds the lock: then none writes, and none can join."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._lock), os.stat(self._lock_path))
+        except OSError:
+            return False
+
+    def _acquire(self, kind: int) -> None:
+        while self._lock == -1:
+            if self.path.is_symlink():
+                raise InputError(f"{self.path}: a symbolic link, expected a directory of negmerge's own")
+            self.path.mkdir(exist_ok=True)
+            try:
+                self._refuse_unlocked_files()
+                descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:  # its holder has just finished and removed the directory
+                continue
+            try:
+                if self._try_lock(descriptor, kind):
+                    self._lock = descriptor
+            finally:
+                if self._lock != descriptor:
+                    os.close(descriptor)
+
+    def _refuse_unlocked_files(self) -> None:
+        """Refuse a directory without the lock file that all of negmerge's files lie beside."""
+        if (found := os.listdir(self.path)) and self._lock_path.name not in found:
+            raise InputError(
+                f"{self.path / found[0]}: not negmerge's, expected nothing of others in {self.path}"
+            )
+
+    def _try_lock(self, descriptor: int, kind: int) -> bool:
+        """Lock an open lock file; False if its holder has just removed it."""
+        try:
+            with naming(self._lock_path):
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._lock_path))
+        except BlockingIOError:
+            raise InputError(
+                f"{self.destination_path}: another negmerge is writing it (it holds {self._lock_path})"
+            ) from None
+        except FileNotFoundError:
+            return False
+
+    def journals(self) -> list[Path]:
+        """The journals that an earlier run left."""
+        return sorted(self.path.glob("journal-*"))
+
+    def journal(self, rank: int) -> Path:
+        return self.path / f"journal-{rank}"
+
+    def write_rank_result(self, rank: int, value: Mapping[str, object]) -> None:
+        """Hand a result to rank 0, as a file since it may be large."""
+        save(self._rank_path(rank), value)
+
+    def read_rank_result(self, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._rank_path(rank).read_text(encoding="utf-8"))
+        return found
+
+    def _rank_path(self, rank: int) -> Path:
+        return self.path / f"rank-{rank}.json"
+
+    def mark_exchange(self) -> None:
+        """Mark that OUT is about to be exchanged, so that a run after a crash ignores the journals.
+
+        They speak of the new output, and the staging directory then holds the old one.
+        """
+        save(self._exchange_path, self.staged.stat().st_ino)
+        sync_directory(self.path)
+
+    def _was_exchanged(self) -> bool:
+        try:
+            return bool(json.loads(self._exchange_path.read_text()) == os.stat(self.destination_path).st_ino)
+        except (OSError, ValueError):
+            return False
+
+    def create(self) -> None:
+        """Create the files of a new output, in place of any unfinished one."""
+        self._clear()
+        needed = sum(file.size for file in self.files.values())
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            folder = str(self.destination_path.parent)
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", folder)
+        self.staged.mkdir()
+        # tmpfs reserves a page by fetching it, on one thread; the workers fetch pages faster as they write.
+        reserve = os.ftruncate if kind_of(self.path) == TMPFS else allocate
+        for name, like in self.files.items():
+            path = self.file(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # No more permissions than the base's file has, but for writing.
+            mode = like.mode | stat.S_IWUSR
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            try:
+                if like.size:
+                    with naming(self.destination_path):
+                        reserve(descriptor, like.size)
+            finally:
+                os.close(descriptor)
+
+    def refuse_incomplete(self) -> None:
+        """Refuse to resume an output of which a file is missing or has another size."""
+        for name, file in self.files.items():
+            path = self.file(name)
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.size:
+                found = "missing" if size is None else f"{size} bytes"
+                raise InputError(
+                    f"{path}: {found}, expected {file.size} bytes of unfinished output (without --resume it is made anew)"
+                )
+
+    def _clear(self) -> None:
+        if found := self.journals():  # first, and for good: they speak of what is removed next
+            for path in found:
+                path.unlink()
+            sync_directory(self.path)
+        if self.staged.is_dir():
+            shutil.rmtree(self.staged)
+        else:
+            self.staged.unlink(missing_ok=True)
+        for pattern in ("rank-*", "share-*", "exchange"):  # share-*: the name of rank files in early versions
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+    def _remove(self) -> None:
+        self._clear()
+        # The lock file last: until it is gone, no other process can hold the lock.
+        self._lock_path.unlink(missing_ok=True)
+        try:
+            self.path.rmdir()
+        except OSError as error:  # an unknown file, or the next run has just created its own
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
