@@ -11,37 +11,19 @@ from typing import Any
 
 import pytest
 from checkpoint_files import nothing_left
-from interrupted import make_models
-from resumable import Stop, interrupt, merge, weights
+from resumable import Stop, folder, interrupt, made, merge, weights  # noqa: F401
+from small_chunks import record_every_chunk
 
 import negmerge_fast as nm
 from negmerge_fast.output import journal, publish
 from negmerge_fast.output.staging import Staging
-from negmerge_fast.streaming import api
 
 pytestmark = pytest.mark.processes
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_models(folder)
-    nm.merge_checkpoints(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "expected", scale=0.9)
-    return folder
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    for name in ("base", "ft-0", "ft-1"):
-        (tmp_path / name).symlink_to(made / name)
-    return tmp_path
-
-
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Short strokes, each on record at once."""
-    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
+    record_every_chunk(monkeypatch)
     return monkeypatch
 
 

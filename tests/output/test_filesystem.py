@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoint_files import negmerge, save_model
 from interrupted import contents
+from small_chunks import RECORD_EVERY_CHUNK
 
 import negmerge_fast as nm
 from negmerge_fast.output import filesystem, writer
@@ -54,13 +55,11 @@ def merge(folder: Path, out: Path, **options: Any) -> nm.Report:
 
 
 # Others use up what was free, byte by byte with what is written: a tmpfs reserves nothing.
-GREEDY = """
+GREEDY = f"""{RECORD_EVERY_CHUNK}
 import sys
 from negmerge_fast.cli import main
-from negmerge_fast.output import journal
-from negmerge_fast.streaming import api
 from negmerge_fast.output.writer import Writer
-write, journal.INTERVAL_S, api._MAX_CHUNK_BYTES, written = Writer.write, 0.0, 1 << 16, [0]
+write, written = Writer.write, [0]
 def with_others(self, name, offset, data, *more):
     written[0] += len(data)
     if written[0] > 1 << 21:

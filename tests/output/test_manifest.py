@@ -15,11 +15,11 @@ import pytest
 import torch
 from checkpoint_files import flip
 from safetensors.torch import save_file
+from small_chunks import set_chunk_bytes
 from xxhash import xxh3_128_hexdigest
 
 import negmerge_fast as nm
 from negmerge_fast.output import publish
-from negmerge_fast.streaming import api, budget
 
 INPUTS = ("base", "ft-0", "ft-1", "ft-2")
 
@@ -70,15 +70,14 @@ def test_of_what_and_how(folder: Path) -> None:
 
 
 def test_the_manifest_is_the_same_whoever_makes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", 512)
     manifests = set()
     for options in (
         {"backend": "torch"},
         {"backend": "cpu", "threads": 1},
         {"backend": "cpu", "threads": 5, "memory_budget": "32MiB"},
     ):
-        for longest in (512, 1 << 20):
-            monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", longest)
+        for chunk_bytes in (512, 1 << 20):
+            set_chunk_bytes(monkeypatch, chunk_bytes)
             merge(overwrite=True, **options)
             manifests.add(Path("out/negmerge.json").read_bytes())
     assert len(manifests) == 1

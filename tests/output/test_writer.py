@@ -19,6 +19,7 @@ from checkpoint_files import family, load_model, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import plain_merge, same_bits
+from small_chunks import set_chunk_bytes
 
 import negmerge_fast as nm
 from negmerge_fast.backends import native, pytorch
@@ -28,7 +29,7 @@ from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.output import publish
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime import memory
-from negmerge_fast.streaming import api, budget
+from negmerge_fast.streaming import api
 from negmerge_fast.streaming.api import Job
 from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import make_plan
@@ -322,8 +323,7 @@ def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
 
     merge(folder, backend="torch")
     expected = contents(folder / "out")
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 512)
-    monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", 512)
+    set_chunk_bytes(monkeypatch, 512)
     monkeypatch.setattr(module, name, counted)
     merge(folder, overwrite=True, threads=threads, backend=backend)
     assert contents(folder / "out") == expected  # the manifest, too
@@ -343,8 +343,7 @@ def test_the_first_error_in_the_order_of_the_pieces_is_told(
         raise OSError(f"piece {number}")
 
     monkeypatch.setattr(Job, "_read", failing)
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 512)
-    monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", 512)
+    set_chunk_bytes(monkeypatch, 512)
     with pytest.raises(OSError, match="piece 1"):
         merge(folder, threads=3)
     assert len(calls) <= 3
@@ -392,11 +391,9 @@ def test_sharding_and_strokes_change_no_bit(
     tensors = family(seed, n=2)
     for path, held, split in zip(("base", "ft-0", "ft-1"), tensors, shards, strict=True):
         save_model(folder / path, held, split)
-    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk_bytes
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_chunk_bytes(monkeypatch, chunk_bytes)
         merge(folder)
-    finally:
-        api._MAX_CHUNK_BYTES = usual
     merged = load_model(folder / "out")
     for name, base in tensors[0].items():
         expected = base

@@ -17,13 +17,13 @@ from checkpoint_files import nothing_left, save_model
 from interrupted import contents, finish, kill_all, make_models, start, under_way
 from resumable import Stop, folder, interrupt, made, merge, weights  # noqa: F401
 from safetensors.torch import load_file
+from small_chunks import record_every_chunk
 
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.reader import Reader
 from negmerge_fast.output import journal, manifest
 from negmerge_fast.output.staging import Staging
 from negmerge_fast.output.writer import Writer
-from negmerge_fast.streaming import api
 
 pytestmark = pytest.mark.processes
 
@@ -158,8 +158,7 @@ def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(Writer, "write", noted_write)
     monkeypatch.setattr(Writer, "sync", noted_sync)
     monkeypatch.setattr(journal.Journal, "append", noted_append)
-    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
+    record_every_chunk(monkeypatch)
     merge(folder, progress=lambda *_: time.sleep(0.005))
     assert len(order) > 3
 
@@ -172,8 +171,7 @@ def test_nonfinite_found_late_can_be_kept_after_all(folder: Path, monkeypatch: p
     tensors["w15"][7] = float("nan")
     metadata = {"format": "pt"}
     torch_save(tensors, path, metadata)
-    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
+    record_every_chunk(monkeypatch)
     with pytest.raises(nm.InputError, match="tensor 'w15': nan at"):
         merge(folder)
     report = merge(folder, nonfinite="keep-base")

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import save_model
+from small_chunks import RECORD_EVERY_CHUNK
 
-# Every stroke waits a moment, and what is done is put on record as soon as it can be.
-SLOW = """
+# Every read waits a moment.
+SLOW = f"""{RECORD_EVERY_CHUNK}
 import os, sys, time
 from negmerge_fast.cli import main
-from negmerge_fast.output import journal
 from negmerge_fast.runtime import distributed
-from negmerge_fast.streaming import api
 from negmerge_fast.checkpoints.reader import Reader
-read, journal.INTERVAL_S, api._MAX_CHUNK_BYTES = Reader.read_into, 0.0, 1 << 16
+read = Reader.read_into
 wait = float(os.environ.get("TEST_WAIT", "0.004"))
 if os.environ.get("RANK") == os.environ.get("TEST_LATE"):
     distributed.POLL_INTERVAL_S = 2.0

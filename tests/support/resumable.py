@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from interrupted import contents, make_models
+from small_chunks import record_every_chunk
 
 import negmerge_fast as nm
-from negmerge_fast.output import journal
-from negmerge_fast.streaming import api
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,8 @@ class Stop(Exception):
 
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, at: float = 0.5, **options: Any) -> None:
-    """Merge a part of it, in short strokes, and stop."""
-    monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 1 << 16)
+    """Merge a part of it, in small chunks, and stop."""
+    record_every_chunk(monkeypatch)
 
     def progress(done: int, total: int) -> None:
         time.sleep(0.005)  # for more than one record
