@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 from pathlib import Path
 
+from ..checkpoints.reader import naming
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
-_SYNC_FILE_RANGE_WRITE = 2
+_AT_FDCWD, _SYNC_FILE_RANGE_WRITE = -100, 2
 TMPFS = 0x01021994
 # Those that keep what two files have in common once, or copy it where it lies: Btrfs, XFS, bcachefs, OCFS2, ZFS; NFS, SMB.
 REFLINK_FILESYSTEMS = {0x9123683E, 0x58465342, 0xCA451A4E, 0x7461636F, 0x2FC12FC1, 0x6969, 0xFE534D42}
@@ -17,19 +20,19 @@ _REFLINK_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSY
 _PAGE = 4096
 
 
-def kind_of(path: Path) -> int:
-    """The number of the kind of file system that a path is on; 0: nobody knows."""
-    found = ctypes.create_string_buffer(256)  # struct statfs, whose first field says
-    failed = _LIBC.statfs(os.fsencode(path), found)
-    return 0 if failed else int(ctypes.c_long.from_buffer(found).value)
+def filesystem_type(path: Path) -> int:
+    """The magic number of the file system that a path is on (statfs); 0 if it is unknown."""
+    statfs = ctypes.create_string_buffer(256)  # struct statfs, whose first field it is
+    failed = _LIBC.statfs(os.fsencode(path), statfs)
+    return 0 if failed else int(ctypes.c_long.from_buffer(statfs).value)
 
 
-def reflink(source: int, target: int, begin: int, end: int) -> range:
+def reflink(source: int, destination: int, begin: int, end: int) -> range:
     """Have the file system take whole pages from the same place in another file; which bytes it took."""
     first = at = -(-begin // _PAGE) * _PAGE
     last = end // _PAGE * _PAGE
     try:
-        while at < last and (done := os.copy_file_range(source, target, last - at, at, at)):
+        while at < last and (done := os.copy_file_range(source, destination, last - at, at, at)):
             at += done
     except OSError as error:
         if error.errno not in _REFLINK_UNSUPPORTED:
@@ -54,13 +57,20 @@ def start_writing_back(descriptor: int, offset: int, size: int) -> None:
         )
 
 
-def rename(source: Path, target: Path, flags: int) -> None:
+def rename(source: Path, destination: Path, flags: int) -> None:
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    here = -100  # AT_FDCWD
-    if _LIBC.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
+    if _LIBC.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags):
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(target))
+        raise OSError(code, os.strerror(code), str(destination))
+
+
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
+    """Write JSON to a file, and sync it."""
+    with naming(path), open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: str | Path) -> None:

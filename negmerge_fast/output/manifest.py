@@ -5,7 +5,6 @@ Nothing in it depends on the machine, the backend, memory or time: who makes the
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoints.base import MANIFEST, Checkpoint
-from ..checkpoints.reader import File, naming
+from ..checkpoints.reader import File
 from ..checkpoints.strict_json import parse_json
 from ..core.errors import InputError
 from ..core.rule import Inputs, NonFinite, Rule
@@ -92,14 +91,6 @@ def load(path: Path) -> dict[str, Any]:
     if file.size > _MAX_BYTES:
         raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_MAX_BYTES}")
     return parse_json(file.read(0, file.size), path, "manifest", halves=True)
-
-
-def save(path: Path, value: object, indent: int | None = None) -> None:
-    """Write JSON, and bring it to the disk."""
-    with naming(path), open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=indent) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read(path: Path) -> Manifest:

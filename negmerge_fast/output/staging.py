@@ -19,8 +19,7 @@ from typing import Any
 
 from ..checkpoints.reader import File, naming
 from ..core.errors import InputError
-from .filesystem import TMPFS, allocate, kind_of, sync_directory
-from .manifest import save
+from .filesystem import TMPFS, allocate, filesystem_type, sync_directory, write_json
 
 
 def staging_path(destination_path: Path) -> Path:
@@ -135,7 +134,7 @@ class Staging:
 
     def write_rank_result(self, rank: int, value: Mapping[str, object]) -> None:
         """Hand a result to rank 0, as a file since it may be large."""
-        save(self._rank_path(rank), value)
+        write_json(self._rank_path(rank), value)
 
     def read_rank_result(self, rank: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._rank_path(rank).read_text(encoding="utf-8"))
@@ -149,7 +148,7 @@ class Staging:
 
         They speak of the new output, and the staging directory then holds the old one.
         """
-        save(self._exchange_path, self.staged.stat().st_ino)
+        write_json(self._exchange_path, self.staged.stat().st_ino)
         sync_directory(self.path)
 
     def _was_exchanged(self) -> bool:
@@ -168,7 +167,7 @@ class Staging:
             raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", folder)
         self.staged.mkdir()
         # tmpfs reserves a page by fetching it, on one thread; the workers fetch pages faster as they write.
-        reserve = os.ftruncate if kind_of(self.path) == TMPFS else allocate
+        reserve = os.ftruncate if filesystem_type(self.path) == TMPFS else allocate
         for name, like in self.files.items():
             path = self.file(name)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,14 @@ from types import TracebackType
 from ..checkpoints.base import MANIFEST
 from ..checkpoints.reader import naming
 from .checksums import BLOCK, Checksums
-from .filesystem import REFLINK_FILESYSTEMS, kind_of, reflink, start_writing_back, sync_directory
-from .manifest import save
+from .filesystem import (
+    REFLINK_FILESYSTEMS,
+    filesystem_type,
+    reflink,
+    start_writing_back,
+    sync_directory,
+    write_json,
+)
 from .publish import Destination
 from .staging import Staging
 
@@ -104,7 +110,7 @@ class Writer:
             name if directory else path.name: {"size": like.size, "checksum": self.checksums.of(name)}
             for name, like in sorted(self.destination.files.items())
         }
-        save(self.staging.file(MANIFEST), {**manifest, "block": BLOCK, "files": files}, indent=2)
+        write_json(self.staging.file(MANIFEST), {**manifest, "block": BLOCK, "files": files}, indent=2)
         self._sync_directories()
 
     def _add_missing_checksums(self, on_progress: Callable[[], None]) -> None:
@@ -122,7 +128,7 @@ class Writer:
 
     @cached_property
     def _can_reflink(self) -> bool:
-        return kind_of(self.staging.path) in REFLINK_FILESYSTEMS
+        return filesystem_type(self.staging.path) in REFLINK_FILESYSTEMS
 
     def _descriptor(self, name: str) -> int:
         with self._lock:

@@ -114,7 +114,7 @@ def test_what_no_model_changed_may_be_shared_with_the_base(
         return taken[-1]
 
     monkeypatch.setattr(writer, "reflink", noted)
-    monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(filesystem.REFLINK_FILESYSTEMS)))
+    monkeypatch.setattr(writer, "filesystem_type", lambda _: next(iter(filesystem.REFLINK_FILESYSTEMS)))
     merge(folder, folder / "out", nonfinite="keep-base", overwrite=True)
     assert contents(folder / "out") == expected
     # w0 and w2, but for their first and last pages, and at least half of the ids.
@@ -140,6 +140,6 @@ def test_where_nothing_can_be_shared_it_is_written(folder: Path, monkeypatch: py
     merge(folder, folder / "out", nonfinite="keep-base")
     expected = contents(folder / "out")
     monkeypatch.setattr(os, "copy_file_range", cannot)
-    monkeypatch.setattr(writer, "kind_of", lambda _: next(iter(filesystem.REFLINK_FILESYSTEMS)))
+    monkeypatch.setattr(writer, "filesystem_type", lambda _: next(iter(filesystem.REFLINK_FILESYSTEMS)))
     merge(folder, folder / "out", nonfinite="keep-base", overwrite=True)
     assert contents(folder / "out") == expected
