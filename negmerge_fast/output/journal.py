@@ -37,13 +37,13 @@ class ProgressRecord(NamedTuple):
     skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        counted = {name: [t.elements, t.agreed, t.nonfinite] for name, t in self.stats.tensors.items()}
-        return {"runs": list(self.ranges), "read": self.read, "skipped": self.skipped, "tensors": counted}
+        counts = {name: [t.elements, t.agreed, t.nonfinite] for name, t in self.stats.tensors.items()}
+        return {"runs": list(self.ranges), "read": self.read, "skipped": self.skipped, "tensors": counts}
 
     @classmethod
     def of_json(cls, line: Mapping[str, Any]) -> ProgressRecord:
         stats = Stats()
-        stats.include({name: TensorStats(*_sizes(counted, 3)) for name, counted in line["tensors"].items()})
+        stats.include({name: TensorStats(*_sizes(counts, 3)) for name, counts in line["tensors"].items()})
         ranges = [Range(*_sizes(range_, 2)) for range_ in line["runs"]]
         return cls(ranges, stats, *_sizes([line["read"], line["skipped"]], 2))
 
@@ -126,21 +126,25 @@ def read(path: Path, fingerprint: Fingerprint) -> list[ProgressRecord]:
         raise InputError(f"{path}: a record that negmerge did not write ({short_repr(error)})") from None
 
 
-def difference(found: Fingerprint, expected: Fingerprint) -> str | None:
-    """What makes two jobs differ, in words that follow "the unfinished output"."""
-    for name in expected:
-        was, now = found.get(name), expected[name]
+def difference(recorded: Fingerprint, current: Fingerprint) -> str | None:
+    """How a recorded job differs from the current one, as a predicate of "the unfinished output"; None if it does not."""
+    for name in current:
+        was, now = recorded.get(name), current[name]
         if was == now:
             continue
         if isinstance(was, dict) and isinstance(now, dict):
-            for path in now:
-                if path not in was:
-                    return f"was not made of {path}"
-                if was[path] != now[path]:
-                    return f"was made of another {path}: (size, time in ns, header) {short_repr(was[path])}, expected {now[path]}"
-            return f"was made of {short_repr(next(path for path in was if path not in now))}, too"
+            return _file_difference(was, now)
         return f"was made with {name} {short_repr(was)}, expected {short_repr(now)}"
     return None
+
+
+def _file_difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    for path in now:
+        if path not in was:
+            return f"was not made of {path}"
+        if was[path] != now[path]:
+            return f"was made of another {path}: (size, time in ns, header) {short_repr(was[path])}, expected {now[path]}"
+    return f"was made of {short_repr(next(path for path in was if path not in now))}, too"
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -19,12 +19,12 @@ from ..core.errors import InputError
 from ..core.rule import Inputs, NonFinite, Rule
 
 # The same bounds as for an index; and blocks of which as many are held as there are threads.
-_MAX_BYTES, _BLOCKS = 100_000_000, range(1 << 12, (1 << 24) + 1)
+_MAX_BYTES, _BLOCK_SIZES = 100_000_000, range(1 << 12, (1 << 24) + 1)
 
 
-def manifest_path(target: Path, directory: bool) -> Path:
+def manifest_path(output: Path, directory: bool) -> Path:
     """Where the manifest of an output is: in a directory, or beside a single file."""
-    return target / MANIFEST if directory else target.with_name(f"{target.name}.{MANIFEST}")
+    return output / MANIFEST if directory else output.with_name(f"{output.name}.{MANIFEST}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Recipe:
     def to_json(self) -> dict[str, object]:
         return {
             "negmerge_fast": __version__,
-            "base": _described(self.base),
-            "models": [_described(model) for model in self.models],
+            "base": _input_json(self.base),
+            "models": [_input_json(model) for model in self.models],
             "scale": self.rule.scale,
             "min_agreement": self.rule.min_agreement,
             "inputs": self.inputs,
@@ -70,9 +70,9 @@ class Recipe:
         }
 
 
-def _described(found: Input) -> dict[str, object]:
-    files = {name: {"size": size, "header": header} for name, (size, header) in found.files.items()}
-    return {"path": found.path, "files": files}
+def _input_json(given: Input) -> dict[str, object]:
+    files = {name: {"size": size, "header": header} for name, (size, header) in given.files.items()}
+    return {"path": given.path, "files": files}
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,22 @@ def read(path: Path) -> Manifest:
     """A manifest, checked. Raises InputError, one line, for one that negmerge would not have written."""
     found = load(path)
     validator = _Validator(path)
-    models = validator.at(found, "models", _is_list, "a list of models")
+    models = validator.field(found, "models", _is_list, "a list of models")
     recipe = Recipe(
         validator.input(found, "base"),
         [validator.input({f"models[{k}]": model}, f"models[{k}]") for k, model in enumerate(models)],
         validator.rule(found),
         validator.choice(found, "inputs", "finetuned", "task_vectors"),
         validator.choice(found, "nonfinite", "error", "keep-base"),
-        validator.at(found, "include", _is_text_or_none, "text or null"),
-        validator.at(found, "exclude", _is_text_or_none, "text or null"),
+        validator.field(found, "include", _is_text_or_none, "text or null"),
+        validator.field(found, "exclude", _is_text_or_none, "text or null"),
     )
-    version = validator.at(found, "negmerge_fast", _is_text, "a version")
-    block = validator.at(found, "block", lambda v: type(v) is int and v in _BLOCKS, "the size of a block")
+    version = validator.field(found, "negmerge_fast", _is_text, "a version")
+    block = validator.field(
+        found, "block", lambda v: type(v) is int and v in _BLOCK_SIZES, "the size of a block"
+    )
     files = validator.files(found, "files", "checksum")
-    validator.at({"files": files}, "files", bool, "at least one")
+    validator.field({"files": files}, "files", bool, "at least one")
     return Manifest(version, recipe, block, files)
 
 
@@ -124,10 +126,12 @@ def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
     except (InputError, OSError):
         return False
     outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
-    there = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
+    complete = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
     # Of both times: a copy may keep the older one.
     older = all(max(file.identity[2], file.path.stat().st_ctime_ns) < written for file in files)
-    return there and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
+    return (
+        complete and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
+    )
 
 
 def _resolved(recipe: Recipe) -> Recipe:
@@ -141,38 +145,40 @@ class _Validator:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def at(self, found: dict[str, Any], key: str, fits: Callable[[Any], bool], expected: str) -> Any:
+    def field(self, found: dict[str, Any], key: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
         if key not in found:
             raise InputError(f"{self.path}: no {key}, expected {expected}")
-        if not fits(found[key]):
+        if not is_valid(found[key]):
             raise InputError(f"{self.path}: {key} is {repr(found[key])[:120]}, expected {expected}")
         return found[key]
 
     def choice(self, found: dict[str, Any], key: str, *choices: str) -> Any:
-        return self.at(found, key, lambda v: _is_text(v) and v in choices, f"one of {', '.join(choices)}")
+        return self.field(found, key, lambda v: _is_text(v) and v in choices, f"one of {', '.join(choices)}")
 
     def rule(self, found: dict[str, Any]) -> Rule:
-        scale = self.at(found, "scale", _is_number, "a number")
-        min_agreement = self.at(found, "min_agreement", _is_number, "a number")
+        scale = self.field(found, "scale", _is_number, "a number")
+        min_agreement = self.field(found, "min_agreement", _is_number, "a number")
         try:
             return Rule(scale, min_agreement)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
 
     def input(self, found: dict[str, Any], key: str) -> Input:
-        held = self.at(found, key, _is_object, "an object with path and files")
-        return Input(self.at(held, "path", _is_text, "text"), self.files(held, "files", "header"))
+        value = self.field(found, key, _is_object, "an object with path and files")
+        return Input(self.field(value, "path", _is_text, "text"), self.files(value, "files", "header"))
 
-    def files(self, found: dict[str, Any], key: str, hashed: str) -> dict[str, tuple[int, str]]:
+    def files(self, found: dict[str, Any], key: str, hash_key: str) -> dict[str, tuple[int, str]]:
         files: dict[str, tuple[int, str]] = {}
-        for name, entry in self.at(found, key, _is_object, "an object of files").items():
+        for name, entry in self.field(found, key, _is_object, "an object of files").items():
             if not _is_inside(name):
                 raise InputError(
                     f"{self.path}: names the file {name!r}, expected a path inside the directory"
                 )
-            held = self.at({name: entry}, name, _is_object, f"an object with size and {hashed}")
-            size = self.at(held, "size", lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of bytes")
-            files[name] = size, self.at(held, hashed, _is_text, "a hash")
+            file = self.field({name: entry}, name, _is_object, f"an object with size and {hash_key}")
+            size = self.field(
+                file, "size", lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of bytes"
+            )
+            files[name] = size, self.field(file, hash_key, _is_text, "a hash")
         return files
 
 
@@ -201,23 +207,27 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def differences(then: Sequence[Input], now: Sequence[Checkpoint]) -> str | None:
-    """How checkpoints, the base first, differ from what was merged, in one line; None if they are the same."""
-    if len(then) != len(now):
-        return f"{len(now) - 1} models, expected {len(then) - 1}"
-    for before, checkpoint in zip(then, now, strict=True):
-        here = Input.of(checkpoint).files
-        # A single file may have got another name.
-        old = (
-            before.files if checkpoint.is_directory else dict(zip(here, before.files.values(), strict=False))
-        )
-        if missing := sorted(old.keys() ^ here.keys()):
-            gone = missing[0] in old
-            return f"{checkpoint.path}: {missing[0]} {'is missing' if gone else 'was not there'}, expected the files of {before.path}"
-        for name, (size, header) in here.items():
-            path = checkpoint.path / name if checkpoint.is_directory else checkpoint.path
-            if size != old[name][0]:
-                return f"{path}: {size} bytes, expected {old[name][0]} as in {before.path}"
-            if header != old[name][1]:
-                return f"{path}: header {header}, expected {old[name][1]} as in {before.path}"
+def differences(recorded: Sequence[Input], checkpoints: Sequence[Checkpoint]) -> str | None:
+    """How checkpoints, the base first, differ from those that were merged, in one line; None if they do not."""
+    if len(recorded) != len(checkpoints):
+        return f"{len(checkpoints) - 1} models, expected {len(recorded) - 1}"
+    for before, checkpoint in zip(recorded, checkpoints, strict=True):
+        if differs := _file_differences(before, checkpoint):
+            return differs
+    return None
+
+
+def _file_differences(recorded: Input, checkpoint: Checkpoint) -> str | None:
+    current, expected = Input.of(checkpoint).files, recorded.files
+    if not checkpoint.is_directory:  # a single file may have got another name
+        expected = dict(zip(current, expected.values(), strict=False))
+    if missing := sorted(expected.keys() ^ current.keys()):
+        problem = "is missing" if missing[0] in expected else "was not there"
+        return f"{checkpoint.path}: {missing[0]} {problem}, expected the files of {recorded.path}"
+    for name, (size, header) in current.items():
+        path = checkpoint.path / name if checkpoint.is_directory else checkpoint.path
+        if size != expected[name][0]:
+            return f"{path}: {size} bytes, expected {expected[name][0]} as in {recorded.path}"
+        if header != expected[name][1]:
+            return f"{path}: header {header}, expected {expected[name][1]} as in {recorded.path}"
     return None
