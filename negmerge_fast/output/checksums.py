@@ -1,8 +1,7 @@
-"""Checksums of files that are written in pieces, by any number of threads and in any order.
+"""Checksums of files that are written in chunks, by any number of threads and in any order.
 
-A file's checksum is the hash of the hashes of its blocks, so that each block is hashed while it is in the cache, whenever it
-comes. It takes 17 bytes of memory for each block (136 for each MiB of the files) and, for a while, a copy of each block of
-which a part is still to come.
+A file's checksum is the hash of the hashes of its blocks. So each block is hashed while it is in the cache, in any order.
+Memory: 17 bytes for each block (136 for each MiB of the files), and a copy of each block that is not complete yet.
 """
 
 from __future__ import annotations
@@ -15,16 +14,18 @@ from xxhash import xxh3_128_digest
 
 from ..core.hashing import hash_of
 
-# Bytes. xxhash lets other threads of Python run only while it hashes more than 64 KiB.
+# Bytes. xxhash releases the GIL only to hash more than 64 KiB.
 BLOCK = 128 << 10
 
 _DIGEST = 16
 
 
 class Checksums:
-    """What is known of the blocks of some files.
+    """Checksums of several files.
 
-    sizes: of the files, in bytes, by name. block: bytes of each block but a file's last one.
+    Args:
+        sizes: The sizes of the files in bytes, by name.
+        block: Bytes of each block but a file's last one.
     """
 
     def __init__(self, sizes: Mapping[str, int], block: int = BLOCK) -> None:
@@ -33,7 +34,7 @@ class Checksums:
         self._lock = Lock()
 
     def add(self, name: str, offset: int, data: memoryview) -> None:
-        """Take a run of bytes of a file, in any order and cut, from any thread: each byte once, or whole blocks again."""
+        """Add a range of bytes of a file, from any thread. Each byte is added once; only whole blocks may come again."""
         blocks, end = self._files[name], offset + len(data)
         if not 0 <= offset <= end <= blocks.size:
             raise ValueError(f"{name}: bytes {offset} … {end}, expected them to be within {blocks.size}")
@@ -52,14 +53,14 @@ class Checksums:
                     blocks.know(number, digest)
 
     def gaps(self, name: str) -> Iterator[tuple[int, int]]:
-        """The blocks of a file whose hash is not known: offset and size. They may be added while this goes on."""
+        """Offset and size of the blocks whose hash is not known yet. They may be added during the iteration."""
         blocks, number = self._files[name], -1
         while (number := blocks.known.find(0, number + 1)) >= 0:
             offset = number * self.block
             yield offset, min(self.block, blocks.size - offset)
 
     def of(self, name: str) -> str:
-        """The checksum of a file of which everything has come."""
+        """The checksum of a file. Raises ValueError if a part of it is missing."""
         blocks = self._files[name]
         if (number := blocks.known.find(0)) >= 0:
             raise ValueError(
@@ -68,9 +69,9 @@ class Checksums:
         return hash_of(blocks.digests)
 
     def export(self) -> dict[str, tuple[bytes, bytes]]:
-        """What is known, for another process: of each file, which of its blocks, and their hashes. Parts of blocks are not.
+        """The known hashes, for another process: of each file a mask of its blocks, and their hashes.
 
-        Files of which nothing is known are left out.
+        Incomplete blocks are not exported, nor are files without any known hash.
         """
         with self._lock:
             return {
@@ -80,19 +81,19 @@ class Checksums:
             }
 
     def update(self, exported: Mapping[str, tuple[bytes, bytes]]) -> None:
-        """Take what another process knows of the same files."""
+        """Add the hashes that another process exported for the same files."""
         with self._lock:
             for name, (known, digests) in exported.items():
                 self._files[name].update(known, digests)
 
 
 class _Blocks:
-    """One file's blocks: their digests, which of them are known, and those that have come in part."""
+    """The blocks of one file: their hashes, which of them are known, and the incomplete blocks."""
 
     def __init__(self, size: int, block: int) -> None:
         count = -(-size // block)
         self.size, self.known, self.digests = size, bytearray(count), bytearray(count * _DIGEST)
-        # The bytes of each block, and how many of them are still to come.
+        # The bytes of each incomplete block, and how many of them are missing.
         self._parts: dict[int, tuple[bytearray, int]] = {}
 
     def know(self, number: int, digest: bytes) -> None:
@@ -101,7 +102,7 @@ class _Blocks:
         self._parts.pop(number, None)
 
     def put(self, number: int, begin: int, part: memoryview, size: int) -> bytearray | None:
-        """Keep a part of a block; all of it, when that was the last one."""
+        """Store a part of a block; returns the whole block once it is complete."""
         if self.known[number]:
             return None
         whole, missing = self._parts.pop(number) if number in self._parts else (bytearray(size), size)
@@ -119,6 +120,6 @@ class _Blocks:
 
 
 def memory(sizes: Iterable[int], workers: int) -> int:
-    """The most bytes that checksums of files of these sizes take, while so many workers write the files in turn."""
-    # What has come in part borders on what a worker has in hand, at either end, or on what none has taken yet.
+    """The maximum of bytes that the checksums of such files take while workers write their chunks in order."""
+    # An incomplete block touches a chunk that a worker is processing, at either end, or the first one not taken yet.
     return sum(-(-size // BLOCK) for size in sizes) * (_DIGEST + 1) + (2 * workers + 1) * BLOCK

@@ -1,4 +1,4 @@
-"""What Linux does with files beyond what Python offers."""
+"""System calls of Linux for files, most of which Python does not offer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 _AT_FDCWD, _SYNC_FILE_RANGE_WRITE = -100, 2
 TMPFS = 0x01021994
-# Those that keep what two files have in common once, or copy it where it lies: Btrfs, XFS, bcachefs, OCFS2, ZFS; NFS, SMB.
+# Their files can share blocks (Btrfs, XFS, bcachefs, OCFS2, ZFS), or the server copies (NFS, SMB).
 REFLINK_FILESYSTEMS = {0x9123683E, 0x58465342, 0xCA451A4E, 0x7461636F, 0x2FC12FC1, 0x6969, 0xFE534D42}
 _REFLINK_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY}
 _PAGE = 4096
@@ -28,7 +28,7 @@ def filesystem_type(path: Path) -> int:
 
 
 def reflink(source: int, destination: int, begin: int, end: int) -> range:
-    """Have the file system take whole pages from the same place in another file; which bytes it took."""
+    """Clone the whole pages of a range from the same offsets of another file; returns the range that was cloned."""
     first = at = -(-begin // _PAGE) * _PAGE
     last = end // _PAGE * _PAGE
     try:
@@ -41,6 +41,7 @@ def reflink(source: int, destination: int, begin: int, end: int) -> range:
 
 
 def allocate(descriptor: int, size: int) -> None:
+    """Reserve space for a file; where the file system cannot, only set its size."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -50,14 +51,18 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def start_writing_back(descriptor: int, offset: int, size: int) -> None:
-    """So that the sync at the end has little left to do. posix_fadvise(DONTNEED) does that, too, but waits for all CPUs."""
-    if hasattr(_LIBC, "sync_file_range"):  # a hint: what it returns does not matter
+    """Start writing a range to the disk, so that the final sync has little to do.
+
+    posix_fadvise(DONTNEED) would also start it, but waits for all CPUs.
+    """
+    if hasattr(_LIBC, "sync_file_range"):  # a hint: the result does not matter
         _LIBC.sync_file_range(
             descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE
         )
 
 
 def rename(source: Path, destination: Path, flags: int) -> None:
+    """renameat2: with RENAME_NOREPLACE or RENAME_EXCHANGE."""
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     if _LIBC.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags):

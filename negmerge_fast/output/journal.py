@@ -1,7 +1,7 @@
-"""The journal of a merge: which runs of its output are on the disk, and what was counted there.
+"""The journal of a merge: which ranges of its output are on the disk, and what was counted in them.
 
-A line for what the job is made of, then one for each record, as JSON behind its CRC-32; a last line that a crash cut short is
-not there. Several processes of one job have a journal each.
+The first line is the job's fingerprint, each further line a progress record: a CRC-32 and JSON. A last line that a crash cut
+short is ignored. Each rank of a job has a journal of its own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,21 @@ from ..core.ranges import Range
 from ..core.stats import Stats, TensorStats
 from .filesystem import sync_directory
 
-# Seconds from one record to the next: what a crash costs at most, beside the writing of what is under way.
+# Seconds between records. A crash costs at most that, and what was being written.
 INTERVAL_S = 5.0
 
 Fingerprint = Mapping[str, Any]
 
 
 class ProgressRecord(NamedTuple):
-    """runs: of the output that are done since the last record. stats: counted there. read, skipped: bytes of the inputs."""
+    """Progress since the last record.
+
+    Attributes:
+        ranges: The ranges of the output that are done.
+        stats: The counts of their elements.
+        read: Bytes of the inputs that were read.
+        skipped: Bytes of the inputs that did not need to be read.
+    """
 
     ranges: Sequence[Range]
     stats: Stats
@@ -55,28 +62,35 @@ def _sizes(value: Any, count: int) -> list[int]:
 
 
 class Journal:
-    """A journal that is written beside the work: a record is kept once `sync` has brought to the disk what it speaks of."""
+    """Writes progress records on a thread of its own, each after the output that it speaks of is synced.
+
+    Args:
+        path: The journal's file.
+        fingerprint: What determines the bytes of the output.
+        sync: Syncs all that the output's writer has written.
+    """
 
     def __init__(self, path: Path, fingerprint: Fingerprint, sync: Callable[[], None]) -> None:
         self.path, self.fingerprint, self.sync = path, fingerprint, sync
         self._last = time.monotonic()
-        self._size: int | None = None  # of its whole lines, once that was looked at
+        self._size: int | None = None  # of its whole lines; not known before the first record
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
     def due(self) -> bool:
-        """Whether it is time for a record, and the one before is kept."""
+        """Whether the last record is written and it is time for another."""
         if self._thread is not None and not self._thread.is_alive():
             self.flush()
         return self._thread is None and time.monotonic() - self._last >= INTERVAL_S
 
     def keep(self, record: ProgressRecord) -> None:
+        """Write a record in the background."""
         self._last = time.monotonic()
         self._thread = Thread(target=self._keep, args=(record,), name="journal")
         self._thread.start()
 
     def flush(self) -> None:
-        """Wait for the record that is being kept, and raise what went wrong."""
+        """Wait for the record that is being written, and raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -91,7 +105,7 @@ class Journal:
             self._error = error
 
     def keep_now(self, record: ProgressRecord) -> None:
-        """Keep a record before this returns."""
+        """Write a record before returning."""
         self.flush()
         self.sync()
         self.append(record)
@@ -114,7 +128,11 @@ class Journal:
 
 
 def read(path: Path, fingerprint: Fingerprint) -> list[ProgressRecord]:
-    """The records of a journal, none if there is no journal. Raises InputError if it is another job's, saying what differs."""
+    """Read the records of a journal; none if there is no journal.
+
+    Raises:
+        InputError: If it is another job's, with what differs, or if negmerge did not write it.
+    """
     lines, _ = _lines(path)
     if not lines:
         return []
@@ -153,7 +171,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines at the beginning of a journal, and their size in bytes."""
+    """The complete lines at the beginning of a journal, and their size in bytes."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -170,7 +188,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def summed(records: Iterable[ProgressRecord]) -> ProgressRecord:
-    """All of them in one."""
+    """The sum of records, as one record."""
     ranges: list[Range] = []
     stats, read_, skipped = Stats(), 0, 0
     for record in records:

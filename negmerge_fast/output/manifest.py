@@ -1,6 +1,6 @@
-"""What an output says of itself: of what and how it was made, and the checksums of its files.
+"""The manifest of an output: its inputs, its options and the checksums of its files.
 
-Nothing in it depends on the machine, the backend, memory or time: who makes the same output writes the same manifest.
+Nothing in it depends on the machine, the backend, memory or time. Same inputs and options give the same manifest.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..checkpoints.strict_json import parse_json
 from ..core.errors import InputError
 from ..core.rule import Inputs, NonFinite, Rule
 
-# The same bounds as for an index; and blocks of which as many are held as there are threads.
+# The bound of an index; and blocks small enough for each thread to hold one.
 _MAX_BYTES, _BLOCK_SIZES = 100_000_000, range(1 << 12, (1 << 24) + 1)
 
 
 def manifest_path(output: Path, directory: bool) -> Path:
-    """Where the manifest of an output is: in a directory, or beside a single file."""
+    """The path of an output's manifest: in a directory, or beside a single file."""
     return output / MANIFEST if directory else output.with_name(f"{output.name}.{MANIFEST}")
 
 
@@ -31,8 +31,10 @@ def manifest_path(output: Path, directory: bool) -> Path:
 class Input:
     """A checkpoint as it was when it was merged.
 
-    path: as it was given. files: sizes, and hashes of the headers, of those that say what tensors are where: the weights
-        and their index. Other files of the base were copied, and so are among the output's; those of models were not read.
+    Attributes:
+        path: Its path, as given.
+        files: Size and hash of the header of the weights and their index, by name. Other files of the base are copied, so
+            the output's checksums cover them; those of models are not read.
     """
 
     path: str
@@ -46,7 +48,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines every byte of an output. models: in the order in which they are added."""
+    """What determines every byte of an output. The models are in the order in which they are added."""
 
     base: Input
     models: list[Input]
@@ -77,7 +79,14 @@ def _input_json(given: Input) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as it was read. version: of negmerge_fast. block: bytes. files: size and checksum of each, by name."""
+    """A manifest that was read.
+
+    Attributes:
+        version: The version of negmerge_fast that wrote it.
+        recipe: The inputs and options.
+        block: Bytes of the blocks that are hashed.
+        files: Size and checksum of each file, by name.
+    """
 
     version: str
     recipe: Recipe
@@ -86,7 +95,7 @@ class Manifest:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The JSON of a manifest, whatever is in it."""
+    """Read the JSON object of a manifest, not validated."""
     file = File.at(path)
     if file.size > _MAX_BYTES:
         raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_MAX_BYTES}")
@@ -94,7 +103,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> Manifest:
-    """A manifest, checked. Raises InputError, one line, for one that negmerge would not have written."""
+    """Read and validate a manifest.
+
+    Raises:
+        InputError: If negmerge would not have written it.
+    """
     found = load(path)
     validator = _Validator(path)
     models = validator.field(found, "models", _is_list, "a list of models")
@@ -117,9 +130,12 @@ def read(path: Path) -> Manifest:
 
 
 def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
-    """Whether a manifest is of an output that is all there, made of the very same in the same way.
+    """Whether a manifest lists a complete output of the same recipe.
 
-    files: of the inputs, which must be older.
+    Args:
+        path: The manifest's path.
+        recipe: The inputs and options of the current job.
+        files: The files of the inputs, which must be older than the manifest.
     """
     try:
         found, written = read(path), path.stat().st_mtime_ns
@@ -127,7 +143,7 @@ def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
         return False
     outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
     complete = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
-    # Of both times: a copy may keep the older one.
+    # The later of both times: a copy may keep the time of modification.
     older = all(max(file.identity[2], file.path.stat().st_ctime_ns) < written for file in files)
     return (
         complete and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
@@ -140,7 +156,7 @@ def _resolved(recipe: Recipe) -> Recipe:
 
 
 class _Validator:
-    """Takes a manifest apart, and says what is wrong with it."""
+    """Takes the fields of a manifest, or raises InputError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -183,7 +199,7 @@ class _Validator:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it is the relative path of a file, written in the one usual way, that cannot leave its directory."""
+    """Whether a name is a normalized relative path that cannot leave the directory."""
     return "\0" not in name and not {"", ".", ".."}.intersection(name.split("/")) and name != MANIFEST
 
 
