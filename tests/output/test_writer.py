@@ -1,4 +1,4 @@
-"""The output: published whole or not at all; and the same bytes for any sharding and any length of stroke."""
+"""Writing an output: nothing is left after a fault; the same bytes for any sharding, size of chunks and number of threads."""
 
 from __future__ import annotations
 
@@ -18,132 +18,21 @@ import torch
 from checkpoint_files import family, load_model, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupted import contents
 from plain import plain_merge, same_bits
 from small_chunks import set_chunk_bytes
+from small_models import folder, merge  # noqa: F401
 
-import negmerge_fast as nm
 from negmerge_fast.backends import native, pytorch
 from negmerge_fast.checkpoints import reader
 from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.checkpoints.reader import File, Reader
-from negmerge_fast.output import publish
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api
 from negmerge_fast.streaming.api import Job
 from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import make_plan
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for path, tensors in zip(("base", "ft-0", "ft-1"), family(n=2), strict=True):
-        save_model(tmp_path / path, tensors)
-    return tmp_path
-
-
-def merge(folder: Path, **options: Any) -> nm.Report:
-    return nm.merge_checkpoints(
-        folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9, **options
-    )
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-def test_overwrite_replaces_what_negmerge_wrote(folder: Path) -> None:
-    merge(folder)
-    first = contents(folder / "out")
-    with pytest.raises(nm.InputError, match="out: exists already"):
-        merge(folder)
-    # A former output of a base with other files, known by its manifest.
-    names = list(family()[0])
-    shutil.rmtree(folder / "base")
-    save_model(folder / "base", family()[0], [names[:2], names[2:]])
-    merge(folder, overwrite=True)
-    assert set(contents(folder / "out")) == {*contents(folder / "base"), "negmerge.json"} != set(first)
-    assert not (folder / ".out.negmerge").exists()
-
-
-def test_overwrite_deletes_nothing_of_a_stranger(folder: Path) -> None:
-    merge(folder)
-    (folder / "out" / "notes.txt").write_text("mine")
-    before = contents(folder / "out")
-    with pytest.raises(nm.InputError, match=r"notes.txt: not negmerge's, so .*out is not replaced"):
-        merge(folder, overwrite=True)
-    assert contents(folder / "out") == before
-    shutil.rmtree(folder / "out")
-    (folder / "out").write_text("a file")
-    with pytest.raises(nm.InputError, match="exists and is not a directory"):
-        merge(folder, overwrite=True)
-    (folder / "out").unlink()
-    (folder / "out").symlink_to(folder / "ft-0")
-    with pytest.raises(nm.InputError, match="the output is the input"):
-        merge(folder, overwrite=True)
-    (folder / "out").unlink()
-    (folder / "out").symlink_to(folder / "nowhere")
-    with pytest.raises(nm.InputError, match="exists and is not a directory"):
-        merge(folder, overwrite=True)
-
-
-def test_a_single_file_output(folder: Path) -> None:
-    single = [folder / name / "model.safetensors" for name in ("base", "ft-0", "ft-1")]
-    with pytest.raises(nm.InputError, match=r"expected a file name that ends in \.safetensors"):
-        nm.merge_checkpoints(single[0], single[1:], folder / "out", scale=0.9)
-    target = folder / "out.safetensors"
-    target.write_text("a stranger's")
-    with pytest.raises(nm.InputError, match=r"out\.safetensors"):
-        nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
-    assert target.read_text() == "a stranger's"
-    target.unlink()
-    for _ in range(2):
-        nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
-    merge(folder)
-    assert target.read_bytes() == (folder / "out" / "model.safetensors").read_bytes()
-    assert {p.name for p in folder.iterdir()} == {
-        "base", "ft-0", "ft-1", "out", "out.safetensors", "out.safetensors.negmerge.json",
-    }  # fmt: skip
-
-
-def test_what_a_killed_run_left_is_cleared_but_not_a_strangers_file(folder: Path) -> None:
-    work = folder / ".out.negmerge"
-    (work / "output" / "half").mkdir(parents=True)
-    (work / "lock").touch()
-    (work / "stranger").touch()
-    merge(folder)
-    assert sorted(p.name for p in work.iterdir()) == ["stranger"]
-
-
-def test_a_strangers_file_that_comes_at_the_last_moment(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the last look and the exchange; the output is put back as it was."""
-    merge(folder)
-    check, before = publish._check_existing, contents(folder / "out")
-
-    def and_then(destination: publish.Destination) -> None:
-        check(destination)
-        (folder / "out" / "notes.txt").write_text("mine")
-
-    job = api.prepare(folder / "base", [folder / "ft-0"], folder / "out", scale=0.5, overwrite=True)
-    monkeypatch.setattr(publish, "_check_existing", and_then)
-    with pytest.raises(nm.InputError, match=r"out/notes.txt: not negmerge's"):
-        job.run()
-    assert contents(folder / "out") == {**before, "notes.txt": b"mine"}
-    assert not (folder / ".out.negmerge").exists()
-
-
-def test_the_output_is_as_private_as_the_base(folder: Path) -> None:
-    (folder / "base" / "model.safetensors").chmod(0o400)
-    (folder / "base" / "config.json").chmod(0o640)
-    before = os.umask(0o022)
-    try:
-        merge(folder)
-    finally:
-        os.umask(before)
-    assert (folder / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o600
-    assert (folder / "out" / "config.json").stat().st_mode & 0o777 == 0o640
 
 
 def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,15 +51,6 @@ def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         merge(folder, progress=stop)
     assert finished and sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
-
-
-def test_a_link_on_the_way_to_the_output_is_followed(folder: Path) -> None:
-    (folder / "deep" / "er").mkdir(parents=True)
-    (folder / "link").symlink_to(folder / "deep" / "er")
-    report = nm.merge_checkpoints(folder / "base", [folder / "ft-0"], f"{folder}/link/../out", scale=0.9)
-    assert (
-        report.output == str(folder / "deep" / "out") and (folder / "deep" / "out" / "config.json").exists()
-    )
 
 
 def fail_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,29 +161,9 @@ def test_pages_are_given_back_when_a_job_is_large(folder: Path, monkeypatch: pyt
     assert given_back[0] == 0 < given_back[1]
 
 
-def test_every_file_is_on_the_disk_before_it_is_published(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: set[str] = set()
-    fsync, rename = os.fsync, publish.rename
-
-    def noted(descriptor: int) -> None:
-        fsync(descriptor)
-        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-
-    def after(staged: Path, path: Path, flags: int) -> None:
-        assert synced >= {file.name for file in staged.iterdir()}
-        rename(staged, path, flags)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(publish, "rename", after)
-    merge(folder)
-    assert contents(folder / "out").keys() <= synced
-
-
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
+def test_threads_change_no_byte_and_at_most_so_many_merge_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int, backend: str
 ) -> None:
     module, name = (native, "merge_cpu") if backend == "cpu" else (pytorch, "merge")
@@ -330,21 +190,21 @@ def test_threads_change_no_byte_and_no_more_of_them_merge_at_once(
     assert 1 <= most <= (threads if backend == "cpu" else 1)
 
 
-def test_the_first_error_in_the_order_of_the_pieces_is_told(
+def test_the_first_error_in_the_order_of_the_chunks_is_raised(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though a later one comes sooner; and no worker goes on long after it."""
+    """Though a later one is raised sooner; and no worker goes on long after it."""
     calls = []
 
     def failing(self: Job, chunk: Any, *arguments: Any) -> None:
         calls.append(chunk)
         number = len(calls)
         time.sleep(0.2 if number == 1 else 0)
-        raise OSError(f"piece {number}")
+        raise OSError(f"chunk {number}")
 
     monkeypatch.setattr(Job, "_read", failing)
     set_chunk_bytes(monkeypatch, 512)
-    with pytest.raises(OSError, match="piece 1"):
+    with pytest.raises(OSError, match="chunk 1"):
         merge(folder, threads=3)
     assert len(calls) <= 3
 
@@ -365,7 +225,7 @@ def test_a_thread_that_cannot_be_started(folder: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
 
 
-def test_without_reads_that_do_not_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nonblocking_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_NOWAIT", None)
     merge(folder)
     assert (folder / "out" / "config.json").exists()
@@ -384,7 +244,7 @@ def sharding(draw: st.DrawFn) -> list[list[str]]:
     chunk_bytes=st.sampled_from([4096, 8192, 1 << 20]),
     seed=st.integers(0, 9),
 )
-def test_sharding_and_strokes_change_no_bit(
+def test_sharding_and_chunk_sizes_change_no_bit(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk_bytes: int, seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("sharded")
@@ -404,7 +264,7 @@ def test_sharding_and_strokes_change_no_bit(
 
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(shards=st.lists(sharding(), min_size=2, max_size=2), chunk_bytes=st.integers(8, 3000))
-def test_pieces_cover_every_byte_once(
+def test_chunks_cover_every_byte_once(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[str]]], chunk_bytes: int
 ) -> None:
     folder = tmp_path_factory.mktemp("covered")

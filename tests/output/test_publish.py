@@ -1,0 +1,118 @@
+"""Publishing: an output replaces only what negmerge wrote, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoint_files import family, save_model
+from interrupted import contents
+from small_models import folder, merge  # noqa: F401
+
+import negmerge_fast as nm
+from negmerge_fast.output import publish
+
+
+def test_overwrite_replaces_what_negmerge_wrote(folder: Path) -> None:
+    merge(folder)
+    first = contents(folder / "out")
+    with pytest.raises(nm.InputError, match="out: exists already"):
+        merge(folder)
+    # A former output of a base with other files, known by its manifest.
+    names = list(family()[0])
+    shutil.rmtree(folder / "base")
+    save_model(folder / "base", family()[0], [names[:2], names[2:]])
+    merge(folder, overwrite=True)
+    assert set(contents(folder / "out")) == {*contents(folder / "base"), "negmerge.json"} != set(first)
+    assert not (folder / ".out.negmerge").exists()
+
+
+def test_overwrite_deletes_no_unknown_file(folder: Path) -> None:
+    merge(folder)
+    (folder / "out" / "notes.txt").write_text("mine")
+    before = contents(folder / "out")
+    with pytest.raises(nm.InputError, match=r"notes.txt: not negmerge's, so .*out is not replaced"):
+        merge(folder, overwrite=True)
+    assert contents(folder / "out") == before
+    shutil.rmtree(folder / "out")
+    (folder / "out").write_text("a file")
+    with pytest.raises(nm.InputError, match="exists and is not a directory"):
+        merge(folder, overwrite=True)
+    (folder / "out").unlink()
+    (folder / "out").symlink_to(folder / "ft-0")
+    with pytest.raises(nm.InputError, match="the output is the input"):
+        merge(folder, overwrite=True)
+    (folder / "out").unlink()
+    (folder / "out").symlink_to(folder / "nowhere")
+    with pytest.raises(nm.InputError, match="exists and is not a directory"):
+        merge(folder, overwrite=True)
+
+
+def test_a_single_file_output(folder: Path) -> None:
+    single = [folder / name / "model.safetensors" for name in ("base", "ft-0", "ft-1")]
+    with pytest.raises(nm.InputError, match=r"expected a file name that ends in \.safetensors"):
+        nm.merge_checkpoints(single[0], single[1:], folder / "out", scale=0.9)
+    target = folder / "out.safetensors"
+    target.write_text("somebody's")
+    with pytest.raises(nm.InputError, match=r"out\.safetensors"):
+        nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
+    assert target.read_text() == "somebody's"
+    target.unlink()
+    for _ in range(2):
+        nm.merge_checkpoints(single[0], single[1:], target, scale=0.9, overwrite=True)
+    merge(folder)
+    assert target.read_bytes() == (folder / "out" / "model.safetensors").read_bytes()
+    assert {p.name for p in folder.iterdir()} == {
+        "base", "ft-0", "ft-1", "out", "out.safetensors", "out.safetensors.negmerge.json",
+    }  # fmt: skip
+
+
+def test_an_unknown_file_that_appears_at_the_last_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last check and the exchange; the older output is put back."""
+    merge(folder)
+    check, before, calls = publish._check_existing, contents(folder / "out"), []
+
+    def and_then(destination: publish.Destination) -> None:
+        check(destination)
+        calls.append(destination)
+        if len(calls) == 2:
+            (folder / "out" / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(publish, "_check_existing", and_then)
+    with pytest.raises(nm.InputError, match=r"out/notes.txt: not negmerge's"):
+        merge(folder, overwrite=True)
+    assert contents(folder / "out") == {**before, "notes.txt": b"mine"}
+    assert not (folder / ".out.negmerge").exists()
+
+
+def test_a_link_in_the_path_of_the_output_is_followed(folder: Path) -> None:
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "deep" / "er")
+    report = nm.merge_checkpoints(folder / "base", [folder / "ft-0"], f"{folder}/link/../out", scale=0.9)
+    assert (
+        report.output == str(folder / "deep" / "out") and (folder / "deep" / "out" / "config.json").exists()
+    )
+
+
+def test_every_file_is_on_the_disk_before_it_is_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    fsync, rename = os.fsync, publish.rename
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def after(staged: Path, path: Path, flags: int) -> None:
+        assert synced >= {file.name for file in staged.iterdir()}
+        rename(staged, path, flags)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(publish, "rename", after)
+    merge(folder)
+    assert contents(folder / "out").keys() <= synced
