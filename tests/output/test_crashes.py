@@ -1,4 +1,4 @@
-"""What a crash, a full disk or a failing one leaves is never taken for more than it is."""
+"""Crashes, full disks and failing disks: what they leave is resumed correctly, or refused."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def often(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def fail_to_sync(monkeypatch: pytest.MonkeyPatch, name: str, code: int, lose: bool = False) -> None:
-    """Files of a name cannot be brought to the disk; lose: what the system gives up then."""
+    """Make fsync fail for files of a name. lose: whether their bytes are lost then, as on a failing disk."""
     sync = os.fsync
 
     def failing(descriptor: int) -> None:
-        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if not place.name.startswith(name):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not path.name.startswith(name):
             return sync(descriptor)
         if lose:
-            place.write_bytes(bytes(place.stat().st_size))
+            path.write_bytes(bytes(path.stat().st_size))
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", failing)
 
 
-def test_what_could_not_be_synced_is_not_on_record(
+def test_output_that_could_not_be_synced_is_not_recorded(
     made: Path, folder: Path, often: pytest.MonkeyPatch
 ) -> None:
     often.setattr(journal, "INTERVAL_S", 60.0)  # but for the one at the end
@@ -56,7 +56,7 @@ def test_what_could_not_be_synced_is_not_on_record(
 
 @pytest.mark.parametrize("name", ["negmerge.json", "rank-0.json", "journal-0"])
 def test_a_full_disk_is_named(folder: Path, often: pytest.MonkeyPatch, name: str) -> None:
-    """Where not even a little more is left, for what is written beside the weights."""
+    """Where no space is left for the small files, either."""
     fail_to_sync(often, name, errno.ENOSPC)
     if name == "rank-0.json":  # of several processes only
         staging = Staging(folder / "out", {})
@@ -69,7 +69,7 @@ def test_a_full_disk_is_named(folder: Path, often: pytest.MonkeyPatch, name: str
     assert caught.value.errno == errno.ENOSPC and Path(caught.value.filename).name == name
 
 
-def test_a_full_disk_at_the_very_end_costs_nothing(
+def test_a_full_disk_at_the_end_loses_nothing(
     made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_sync(monkeypatch, "negmerge.json", errno.ENOSPC)
@@ -81,10 +81,8 @@ def test_a_full_disk_at_the_very_end_costs_nothing(
     assert weights(folder / "out") == weights(made / "expected")
 
 
-def test_what_was_replaced_is_not_taken_for_what_was_made(
-    made: Path, folder: Path, often: pytest.MonkeyPatch
-) -> None:
-    """A crash right after the exchange of an older output of the same size with the new one."""
+def test_a_crash_right_after_the_exchange(made: Path, folder: Path, often: pytest.MonkeyPatch) -> None:
+    """The older output, of the same size, is not resumed as if it were the new one."""
     merge(folder, scale=0.5)
     older = weights(folder / "out")
 
@@ -117,7 +115,7 @@ def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pyte
     assert weights(folder / "out") == weights(made / "expected")
 
 
-def test_nothing_is_kept_where_nothing_is_on_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_without_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any) -> None:
         raise Stop
 
@@ -147,7 +145,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
 def test_a_journal_that_negmerge_did_not_write(
     folder: Path, monkeypatch: pytest.MonkeyPatch, line: str, reason: str, first: bool
 ) -> None:
-    """Whole lines, by their checksums; in the place of what the job is made of, or of a record."""
+    """Complete lines with the right checksums, in place of the fingerprint or of a record."""
     interrupt(folder, monkeypatch)
     path = folder / ".out.negmerge" / "journal-0"
     lines = path.read_bytes().splitlines(keepends=True)

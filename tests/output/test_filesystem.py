@@ -1,4 +1,4 @@
-"""Outputs on file systems that are full or read-only, and on those that share what files have in common."""
+"""Outputs on file systems that are full or read-only, and on those that clone blocks."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MERGE = ("merge", "base", "ft-0", "ft-1", "--scale", "0.9", "--threads", "1")
 
 
 @contextmanager
-def small_tmpfs(place: Path, size: str) -> Iterator[Path]:
+def small_tmpfs(path: Path, size: str) -> Iterator[Path]:
     """Mounted while it lasts; skips where that is not allowed."""
-    place.mkdir()
+    path.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True, text=True
     )
     if done.returncode:
         pytest.skip(f"cannot mount: {done.stderr.strip()}")
     try:
-        yield place
+        yield path
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.fixture
@@ -101,16 +101,16 @@ def test_a_read_only_file_system(folder: Path) -> None:
             assert done.stderr == f"negmerge: {small.resolve()}/.out.negmerge: Read-only file system\n"
 
 
-def test_what_no_model_changed_may_be_shared_with_the_base(
+def test_blocks_that_no_model_changed_are_cloned_from_the_base(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every system copies with the call that shares where it can."""
+    """Any file system copies with the call that clones blocks where that is supported."""
     merge(folder, folder / "out", nonfinite="keep-base")
     expected, taken = contents(folder / "out"), []
-    share = filesystem.reflink
+    reflink = filesystem.reflink
 
     def noted(*of: int) -> range:
-        taken.append(share(*of))
+        taken.append(reflink(*of))
         return taken[-1]
 
     monkeypatch.setattr(writer, "reflink", noted)
@@ -121,7 +121,7 @@ def test_what_no_model_changed_may_be_shared_with_the_base(
     assert sum(map(len, taken)) > 2 * ((1 << 20) - (4 << 12)) + 20_000
 
 
-def test_whole_pages_are_shared_and_the_rest_is_left(tmp_path: Path) -> None:
+def test_only_whole_pages_are_cloned(tmp_path: Path) -> None:
     (tmp_path / "from").write_bytes(os.urandom(5 << 12))
     (tmp_path / "to").write_bytes(bytes(5 << 12))
     with open(tmp_path / "from", "rb") as source, open(tmp_path / "to", "r+b") as target:
@@ -133,7 +133,7 @@ def test_whole_pages_are_shared_and_the_rest_is_left(tmp_path: Path) -> None:
     assert not any(held[:8192]) and not any(held[12288:])
 
 
-def test_where_nothing_can_be_shared_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_reflinks_everything_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(*of: int) -> int:
         raise OSError(18, "Invalid cross-device link")
 

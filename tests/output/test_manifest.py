@@ -1,4 +1,4 @@
-"""What an output says of itself, and where that goes; a single file has it beside it."""
+"""Manifests: their fields, and where they are; that of a single file lies beside it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def header(path: Path) -> dict[str, Any]:
     return {"size": len(content), "header": "xxh3_128:" + xxh3_128_hexdigest(content[:length])}
 
 
-def test_of_what_and_how(folder: Path) -> None:
+def test_the_fields_of_a_manifest(folder: Path) -> None:
     report = merge(min_agreement=0.6, include="n", exclude="^brain$")
     manifest = json.loads(Path("out/negmerge.json").read_text())
     listed, block = manifest.pop("files"), manifest.pop("block")
@@ -69,7 +69,9 @@ def test_of_what_and_how(folder: Path) -> None:
     }
 
 
-def test_the_manifest_is_the_same_whoever_makes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifests_do_not_depend_on_backend_threads_or_chunks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifests = set()
     for options in (
         {"backend": "torch"},
@@ -116,8 +118,8 @@ def merge_single(folder: Path, scale: float = 0.9, **options: Any) -> nm.Report:
     return nm.merge_checkpoints(base, [model], folder / "out.safetensors", scale=scale, **options)
 
 
-@pytest.mark.parametrize("stranger", ["text", "other JSON", "directory", "dangling link", "FIFO", "deep"])
-def test_a_strangers_file_where_the_manifest_of_a_single_file_goes(folder: Path, stranger: str) -> None:
+@pytest.mark.parametrize("kind", ["text", "other JSON", "directory", "dangling link", "FIFO", "deep"])
+def test_an_unknown_file_where_the_manifest_of_a_single_file_goes(folder: Path, kind: str) -> None:
     manifest = folder / "out.safetensors.negmerge.json"
     make: dict[str, Callable[[], object]] = {
         "text": lambda: manifest.write_text("mine"),
@@ -127,7 +129,7 @@ def test_a_strangers_file_where_the_manifest_of_a_single_file_goes(folder: Path,
         "FIFO": lambda: os.mkfifo(manifest),
         "deep": lambda: manifest.write_text('{"files":' * 100_000),
     }
-    make[stranger]()
+    make[kind]()
     before = manifest.lstat()
     for overwrite in (False, True):
         with pytest.raises(nm.InputError, match=r"out\.safetensors\.negmerge\.json: not negmerge's"):
@@ -135,10 +137,10 @@ def test_a_strangers_file_where_the_manifest_of_a_single_file_goes(folder: Path,
     assert manifest.lstat() == before and not (folder / "out.safetensors").exists()
 
 
-def test_what_was_killed_between_the_manifest_and_its_file_is_in_nobodys_way(
+def test_a_crash_between_the_manifest_and_its_single_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The manifest is there, its file is not, or is an older one: verify says so, and a merge replaces it."""
+    """The manifest is new, its file is missing or older: verify reports it, and the next merge replaces it."""
     code = (
         "import os, sys, negmerge_fast as nm\n"
         "from negmerge_fast.output import publish\n"
@@ -167,12 +169,12 @@ def test_what_was_killed_between_the_manifest_and_its_file_is_in_nobodys_way(
     assert not (folder / ".out.safetensors.negmerge").exists()
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
 def test_a_single_file_that_cannot_be_moved_into_place(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
-    """Its manifest is as it was, too."""
-    if there:
+    """Its manifest is put back as it was."""
+    if exists:
         merge_single(folder)
     before = contents(folder)
     monkeypatch.setattr(publish, "_move", lambda *_: (_ for _ in ()).throw(OSError("no")))
@@ -181,8 +183,8 @@ def test_a_single_file_that_cannot_be_moved_into_place(
     assert contents(folder) == before
 
 
-def test_the_manifest_names_of_any_bytes(folder: Path) -> None:
-    """A file whose name is no UTF-8 is copied, listed, and known again."""
+def test_names_of_files_that_are_not_utf_8(folder: Path) -> None:
+    """Such a file is copied, listed and verified."""
     name = os.fsdecode(b"caf\xe9.txt")
     (folder / "base" / name).write_text("?")
     merge()

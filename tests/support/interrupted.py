@@ -1,4 +1,4 @@
-"""Merges that take their time, to be stopped in the middle, by one process or by several."""
+"""Slow merges, by one process or several, to be stopped in the middle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ARGUMENTS = ("merge", "base", "ft-0", "ft-1", "-o", "out", "--scale", "0.9", "--
 
 
 def make_models(folder: Path) -> None:
-    """base, ft-0 and ft-1 of 4 MB each, sharded in their own ways."""
+    """Save base, ft-0 and ft-1 of 4 MB each, sharded differently."""
     for k, path in enumerate(("base", "ft-0", "ft-1")):
         generator = torch.Generator().manual_seed(k)
         tensors = {f"w{i}": torch.randn(1 << 17, generator=generator).to(torch.bfloat16) for i in range(16)}
@@ -60,9 +60,9 @@ def start(
     of_last: Sequence[str] = (),
     late: int | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """The processes of one slow merge, by rank.
+    """Start the processes of one slow merge, by rank.
 
-    present: those that are started. of_last: what only the last one is told. late: the one that seldom listens to others.
+    present: the ranks that are started. of_last: arguments of the last one alone. late: the rank that seldom polls others.
     """
     port = str(free_port())
     processes = []
@@ -88,7 +88,7 @@ def start(
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Status, output and errors of each."""
+    """Wait for processes; exit status, stdout and stderr of each."""
     try:
         said = [process.communicate(timeout=120) for process in processes]
     finally:
@@ -98,14 +98,14 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 
 
 def under_way(folder: Path, processes: list[subprocess.Popen[str]], journals: int = 1) -> None:
-    """Wait until so many processes have something on record."""
+    """Wait until so many processes have a journal."""
     while len(list(folder.glob(".out.negmerge/journal-*"))) < journals:
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
         time.sleep(0.01)
 
 
 def kill_all(processes: list[subprocess.Popen[str]], generator: random.Random, one: bool = False) -> None:
-    """Kill -9: all at once; or one of them, and the others if they have not noticed after a while, as a launcher does."""
+    """Kill all processes with SIGKILL; one: a random one first, the others after a while, as a launcher does."""
     if one:
         generator.choice(processes).kill()
         deadline = time.monotonic() + 3

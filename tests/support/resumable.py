@@ -15,7 +15,7 @@ import negmerge_fast as nm
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models, and what is merged of them without an interruption."""
+    """A folder with the models, and their merge without an interruption."""
     folder = tmp_path_factory.mktemp("models")
     make_models(folder)
     nm.merge_checkpoints(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "expected", scale=0.9)
@@ -45,7 +45,7 @@ class Stop(Exception):
 
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, at: float = 0.5, **options: Any) -> None:
-    """Merge a part of it, in small chunks, and stop."""
+    """Merge until the fraction `at` is done, in small chunks, and stop."""
     record_every_chunk(monkeypatch)
 
     def progress(done: int, total: int) -> None:
