@@ -62,6 +62,13 @@ def check(destination: Destination, inputs: Iterable[Path]) -> None:
         pass
     except OSError as error:  # its name is too long, say
         raise InputError(f"{path}: {error.strerror}, expected a path to a new place") from None
+    _refuse_overlap(path, staging, inputs)
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
+    _check_existing(destination)
+
+
+def _refuse_overlap(path: Path, staging: Path, inputs: Iterable[Path]) -> None:
     real, real_staging = Path(os.path.realpath(path)), Path(os.path.realpath(staging))
     for given in inputs:
         found = Path(os.path.realpath(given))
@@ -70,9 +77,6 @@ def check(destination: Destination, inputs: Iterable[Path]) -> None:
         if real == found or real in found.parents or (found in real.parents and found.is_dir()):
             relation = "is" if real == found else "is above" if real in found.parents else "is inside"
             raise InputError(f"{path}: the output {relation} the input {given}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
-    _check_existing(destination)
 
 
 def _check_existing(destination: Destination) -> None:

@@ -45,6 +45,7 @@ class Staging:
         self._is_owner = True
 
     def file(self, name: str) -> Path:
+        """The path of an output's file while it is here."""
         return self.staged / name
 
     def __enter__(self) -> Staging:
@@ -56,9 +57,9 @@ class Staging:
         if self._lock == -1:
             return
         try:
-            over = self._is_owner if kind is None else self._is_last()
+            may_remove = self._is_owner if kind is None else self._is_last()
             kept = kind is not None and self.resume and self.journals()
-            if over and not kept:
+            if may_remove and not kept:
                 self._remove()
         finally:
             os.close(self._lock)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_files import family, save_model
@@ -116,3 +118,17 @@ def test_every_file_is_on_the_disk_before_it_is_published(
     monkeypatch.setattr(publish, "rename", after)
     merge(folder)
     assert contents(folder / "out").keys() <= synced
+
+
+def test_a_file_system_without_exchange(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new output is moved by a plain rename; an older one is not replaced."""
+
+    def unsupported(*arguments: Any) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(publish, "rename", unsupported)
+    merge(folder)
+    before = contents(folder / "out")
+    with pytest.raises(OSError, match="this file system cannot exchange directories: remove it first"):
+        merge(folder, overwrite=True, min_agreement=0.6)
+    assert contents(folder / "out") == before and not (folder / ".out.negmerge").exists()
