@@ -59,12 +59,12 @@ bench: $(VENV)/.test
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
 # the CPU kernel, of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.
 tune: $(VENV)/.test
-	$(BIN)/python bench/reference.py
-	$(BIN)/python bench/loop.py
-	$(BIN)/python bench/threads.py
-	$(BIN)/python bench/strokes.py
-	$(BIN)/python bench/reads.py
-	$(BIN)/python bench/tune_gpu.py
+	$(BIN)/python bench/tuning/reference.py
+	$(BIN)/python bench/tuning/loop.py
+	$(BIN)/python bench/tuning/threads.py
+	$(BIN)/python bench/tuning/chunk_sizes.py
+	$(BIN)/python bench/tuning/reads.py
+	$(BIN)/python bench/tuning/tune_gpu.py
 
 ci:
 	.ci/run

@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    suite, config = metafunc.module.__name__.removeprefix("test_"), metafunc.config
+    suite, config = Path(metafunc.module.__file__).stem.removeprefix("test_"), metafunc.config
     params = []
     for case in cases(suite, SIZES[config.getoption("--size")]):
         if case.usual or config.getoption("--all"):

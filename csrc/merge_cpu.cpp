@@ -23,7 +23,7 @@ void merge_loop_avx2(const Batch&, Place, std::int64_t);
 
 namespace {
 
-// bench/threads.py compiles others, and measures what two threads are worth; these won, bench/results/threads.jsonl.
+// bench/tuning/threads.py compiles others, and measures what two threads are worth; these won, bench/results/threads.jsonl.
 #ifndef NEGMERGE_MOST_AT_ONCE
 #define NEGMERGE_MOST_AT_ONCE 65536
 #endif

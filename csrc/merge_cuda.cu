@@ -20,7 +20,7 @@
 namespace negmerge {
 namespace {
 
-// The best that bench/tune_gpu.py found on an H100 (bench/results/tune_gpu.jsonl), with tiles of 2,048 elements: 0.96 of a device
+// The best that bench/tuning/tune_gpu.py found on an H100 (bench/results/tune_gpu.jsonl), with tiles of 2,048 elements: 0.96 of a device
 // copy, the geometric mean over all types and 2, 8 and 32 models. With 1 wave it was 0.94, and then with 4 blocks at a time 0.91,
 // with 4 models or 64 bytes at once as much.
 #ifndef NEGMERGE_CUDA_THREADS

@@ -20,7 +20,7 @@
 namespace negmerge {
 namespace {
 
-// bench/loop.py compiles others; these won, bench/results/loop.jsonl.
+// bench/tuning/loop.py compiles others; these won, bench/results/loop.jsonl.
 #ifndef NEGMERGE_TILE_BYTES
 #define NEGMERGE_TILE_BYTES 4096
 #endif

@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 def usual_launch(signature: Signature, unanimous: bool) -> Launch:
-    """For a GPU that nobody has searched on, by reasoning; bench/tune_gpu.py measures it beside all candidates."""
+    """For a GPU that nobody has searched on, by reasoning; bench/tuning/tune_gpu.py measures it beside all candidates."""
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
     double = signature.arithmetic == "F64"
     # 16 bytes of the narrowest stream. Eight doubles of each running value of a majority would not fit the registers.

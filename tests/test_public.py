@@ -163,6 +163,7 @@ _TUNED = {*MACHINE, *WORKLOAD, "rounds", "p20", "p50", "p80", "GB/s"}
 _LIMITED = {"limit", "limit GB/s", "of_limit"}
 COMMITTED: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints": (_OLD, {"GB/s", "of_limit", "seconds"}),
+    "chunk_sizes": (_TUNED | _LIMITED, set()),
     "loop": (_OLD | {"GB/s", "of_limit"}, set()),
     "memory": (
         _OLD | {"GB/s"},
@@ -172,7 +173,6 @@ COMMITTED: dict[str, tuple[set[str], set[str]]] = {
     "peers": (_TUNED | _LIMITED | {"differing", "own seconds", "peak MB", "times ours"}, set()),
     "reads": (_TUNED | _LIMITED, set()),
     "reference": (_OLD | {"GB/s", "of_limit"}, set()),
-    "strokes": (_TUNED | _LIMITED, set()),
     "suite": ({*MACHINE, *WORKLOAD, *MEASURED}, set()),
     "threads": (_TUNED, set()),
     "tune_gpu": (_TUNED | _LIMITED | {"differing"}, set()),

@@ -133,6 +133,22 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             out.flush()
 
 
+def record(path: Path, rows: Sequence[Row], device: str = "cpu", also: Sequence[str] = ()) -> None:
+    """Append the rows to a result file and print them as a table. also: what it shows beside the usual."""
+    append(path, ({**machine(device), "suite": "tune", **row} for row in rows))
+    shown = ("way", "dtype", "n", "numel", "state", "p50", "GB/s", "of_limit", *also)
+    texts = [
+        [
+            f"{row.get(key, ''):.3g}" if isinstance(row.get(key), float) else str(row.get(key, ""))
+            for key in shown
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in [list(shown), *texts]) for i in range(len(shown))]
+    for line in [list(shown), *texts]:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
 def table(rows: Sequence[Row]) -> str:
     """Rows in groups of one suite, layout, type and state, in lines of at most 100 characters."""
     groups: dict[tuple[Any, ...], list[Row]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,25 @@ def rest(device: str) -> None:
     """
     if not on_gpu(device):
         time.sleep(0.005)
+
+
+def alternate(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: time.sleep(0.02),
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round. One round runs them all in turn, so that a drift of the machine hits all.
+
+    before: done before each, and not timed; threads of the way before must have stopped waiting for more work, busily.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            before()
+            began = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 class Trial:

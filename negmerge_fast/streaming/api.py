@@ -33,7 +33,7 @@ _WORKERS_IN_TURNS, _MIN_WORKERS = 3, 2
 _WAITING_WORKERS = 2
 # Temporaries of the reference, reference.SCRATCH_BYTES, each no longer than a block; each lane keeps its own.
 _SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
-# The longest stroke for one file (best of 256 KiB … 8 MiB for 2 and 8 models, bench/results/strokes.jsonl: what was read is
+# The longest stroke for one file (best of 256 KiB … 8 MiB for 2 and 8 models, bench/results/chunk_sizes.jsonl: what was read is
 # still in the cache when it is merged); and through a GPU, where that does not matter, and fewer are fewer launches: reasoned,
 # not measured yet.
 _MAX_CHUNK_BYTES, _MAX_DEVICE_CHUNK_BYTES = 1 << 20, 4 << 20

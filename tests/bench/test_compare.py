@@ -1,37 +1,18 @@
-"""What is noise between two runs, and what is drawn of one: on made-up rows."""
+"""What is noise between two runs, on made-up rows."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_rows import row, write
+from compare import main, verdict
 
 BENCH = Path(__file__).parents[2] / "bench"
-MACHINE = {"commit": "0000001", "date": "2026-01-02T03:04:05+00:00", "device": "A CPU", "torch": "2.4"}
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
-def row(p50: float = 1.0, share: float | None = 0.5, spread: float = 0.02, **others: Any) -> dict[str, Any]:
-    """One of a merge of 10 GB in p50 seconds, at a share of a limit."""
-    limit = {"of_limit": share, "limit": "memory read", "limit GB/s": 10 / p50 / share} if share else {}
-    return {
-        **MACHINE, "suite": "memory", "layout": "one tensor", "way": "cpu", "dtype": "F32", "n": 8, "numel": 250_000_000,
-        "bytes": 10_000_000_000, "state": "in memory", "rounds": 7, "p20": p50 * (1 - spread), "p50": p50,
-        "p80": p50 * (1 + spread), "GB/s": 10 / p50, **limit, **others,
-    }  # fmt: skip
-
-
-def write(path: Path, *rows: dict[str, Any]) -> str:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(each) + "\n" for each in rows)
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +41,10 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
     ],
 )
 def test_verdicts(old: dict[str, Any], new: dict[str, Any], expected: str) -> None:
-    from compare import verdict
-
     assert verdict(old, new) == expected
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compare import main
-
     name = "torch.compile max-autotune, and whatever else a way may be called"
     old = write(
         tmp_path / "old.jsonl",
@@ -91,8 +68,6 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_run_of_a_file_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compare import main
-
     later = {"commit": "0000002-dirty", "date": "2026-02-03T04:05:06+00:00"}
     file = write(tmp_path / "suite@home.jsonl", row(1.0), row(1.0, way="torch"), row(0.5, 1.0, **later))
     write(Path(file), row(0.4, 1.0, device="A GPU", commit="0000003"))
@@ -125,8 +100,6 @@ def test_one_run_of_a_file_of_many(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_cannot_be_read_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
 ) -> None:
-    from compare import main
-
     good = write(tmp_path / "good.jsonl", row())
     bad = tmp_path / "bad.jsonl"
     if text is not None:
@@ -138,8 +111,6 @@ def test_what_cannot_be_read_is_one_line(
 
 
 def test_comparing_needs_no_torch(tmp_path: Path) -> None:
-    import subprocess
-
     file = write(tmp_path / "suite.jsonl", row())
     code = f"""
 import sys
@@ -149,74 +120,3 @@ print(compare.main([{file!r}, {file!r}]), "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("1 rows in both: 1 noise\n0 False\n")
-
-
-def suite(path: Path) -> str:
-    """Two devices, two types, and sizes, as the suite measures them."""
-    for device, ways in (
-        ("A CPU", ("cpu", "torch", "eager formula")),
-        ("A GPU", ("cuda", "triton", "torch._foreach formula")),
-    ):
-        for dtype in ("F32", "BF16"):
-            for n in (2, 8, 32):
-                write(path, *(row(0.1, 0.8, device=device, dtype=dtype, n=n, way=way) for way in ways))
-            sizes = [10**power for power in range(3, 9)]
-            write(
-                path,
-                *(row(0.1, 0.7, device=device, dtype=dtype, numel=size, bytes=40 * size) for size in sizes),
-            )
-        write(path, row(1.0, None, device=device, suite="limits", way="memory read", n=None))
-    return str(path)
-
-
-def spans(stages: list[str]) -> list[list[Any]]:
-    return [
-        [worker, stage, at / 1e3 + place / 5e3, at / 1e3 + (place + 1) / 5e3]
-        for worker in (0, 1)
-        for at in range(200)
-        for place, stage in enumerate(stages)
-    ]
-
-
-def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from plots import main
-
-    results = suite(tmp_path / "suite.jsonl")
-    stages = ["read", "copy in", "merge", "copy out", "write"]
-    timeline = {"machine": {**MACHINE, "device": "A GPU"}, "way": "cuda", "spans": spans(stages)}
-    (tmp_path / "timeline-cuda.json").write_text(json.dumps(timeline))
-    out = tmp_path / "plots"
-    assert main(["--results", results, "--output", str(out)]) == 0
-    drawn = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(drawn) == {
-        "bandwidth-a-cpu.png", "bandwidth-a-gpu.png", "share-a-cpu.png", "share-a-gpu.png", "timeline-cuda-a-gpu.png",
-    }  # fmt: skip
-    assert all(png.startswith(b"\x89PNG") and len(png) > 10_000 for png in drawn.values())
-    assert len(capsys.readouterr().out.splitlines()) == 5
-
-
-def test_every_way_is_in_the_legend(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from plots import bandwidth, latest, read
-
-    rows = latest(read(Path(suite(tmp_path / "suite.jsonl"))))["A GPU"]
-    figure = bandwidth(rows, "A GPU")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "limit: memory read", "cpu", "cuda", "triton", "torch._foreach formula",
-    ]  # fmt: skip
-
-
-def test_nothing_to_draw_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from plots import main
-
-    results = tmp_path / "suite.jsonl"
-    for rows in ([], [row(1.0, None, suite="limits")]):
-        write(results, *rows)
-        assert main(["--results", str(results), "--output", str(tmp_path)]) == 0
-        assert capsys.readouterr().out.startswith("no plots: ")
-    (tmp_path / "timeline-cuda.json").write_text("{}")
-    assert main(["--results", str(results), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'timeline-cuda.json'}: not a timeline\n"
-    assert not list(tmp_path.glob("*.png"))

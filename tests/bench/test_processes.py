@@ -1,9 +1,7 @@
-"""The benchmarks of models in files: what they make, that a wrong result gets no number, and one small run of each."""
+"""Benchmarks of whole processes: what they make, that a wrong result gets no number, and one small run of each."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,37 +12,15 @@ import torch
 from checkpoint_files import load_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-BENCH = Path(__file__).parents[2] / "bench"
+from negmerge_fast.benchmark.workload import SCALE
+
 SMALL = ["--layers", "2", "--shrink", "32", "--rounds", "2"]
 Run = Callable[..., list[dict[str, Any]]]
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
-
-
-@pytest.fixture
-def run(bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a benchmark in a folder of its own; returns its rows."""
-    results = tmp_path / "results"
-    results.mkdir()
-    monkeypatch.setattr(bench("rows"), "RESULTS", results)
-
-    def rows(name: str, *options: str) -> list[dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--folder", str(tmp_path), *options])
-        bench(name).main()
-        lines = [line for file in results.iterdir() for line in file.read_text().splitlines()]
-        assert {path.name for path in tmp_path.iterdir()} == {"results"}
-        return [json.loads(line) for line in lines]
-
-    return rows
-
-
-def test_the_models_are_llamas(bench: Callable[[str], Any], tmp_path: Path) -> None:
-    llamas = bench("llamas")
-    model = bench("outofcore").MODEL.shrunk(32)._replace(layers=2)
+def test_the_models_are_llamas(script: Callable[[str], Any], tmp_path: Path) -> None:
+    llamas = script("llamas")
+    model = script("outofcore").MODEL.shrunk(32)._replace(layers=2)
     base, *_ = llamas.make(tmp_path, model, 1, 100_000)
     expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).state_dict()
     tensors = load_model(base)
@@ -53,14 +29,14 @@ def test_the_models_are_llamas(bench: Callable[[str], Any], tmp_path: Path) -> N
     }
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert len(llamas.weights(base)) > 3
-    assert bench("outofcore").MODEL.numel == 1_100_048_384
+    assert script("outofcore").MODEL.numel == 1_100_048_384
 
 
 def test_of_a_partial_fine_tuning_every_third_tensor_differs(
-    bench: Callable[[str], Any], tmp_path: Path
+    script: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    llamas = bench("llamas")
-    model = bench("peers").MODEL.shrunk(32)._replace(layers=3)
+    llamas = script("llamas")
+    model = script("baselines").MODEL.shrunk(32)._replace(layers=3)
     base, *models = map(load_model, llamas.make(tmp_path, model, 2, 1 << 20, partial=True))
     for k, name in enumerate(model.shapes):
         assert base[name].isfinite().all()
@@ -68,19 +44,19 @@ def test_of_a_partial_fine_tuning_every_third_tensor_differs(
             assert torch.equal(tensors[name], base[name]) == (k % 3 > 0), name
 
 
-def test_a_process_is_measured_without_its_parent(bench: Callable[[str], Any]) -> None:
-    processes = bench("processes")
+def test_a_process_is_measured_without_its_parent(script: Callable[[str], Any]) -> None:
+    process = script("process")
     held = bytearray(b"x" * (300 << 20))
-    small = processes.ended([sys.executable, "-c", "print('said')"])
-    large = processes.ended([sys.executable, "-c", "x = bytearray(b'x' * (100 << 20)); raise SystemExit(3)"])
+    small = process.ended([sys.executable, "-c", "print('said')"])
+    large = process.ended([sys.executable, "-c", "x = bytearray(b'x' * (100 << 20)); raise SystemExit(3)"])
     assert len(held) > 100 << 20 < large.peak and small.peak < 100 << 20
     assert (small.status, small.said, large.status) == (0, "said\n", 3)
-    with pytest.raises(processes.Failed, match="exit status 1: ValueError: why"):
-        processes.done([sys.executable, "-c", "raise ValueError('why')"])
+    with pytest.raises(process.Failed, match="exit status 1: ValueError: why"):
+        process.done([sys.executable, "-c", "raise ValueError('why')"])
 
 
-def test_out_of_core(run: Run, bench: Callable[[str], Any]) -> None:
-    limited = bench("processes").why_not() is None
+def test_out_of_core(run: Run, script: Callable[[str], Any]) -> None:
+    limited = script("process").why_not() is None
     rows = run("outofcore", *SMALL, "--models", "3", "--shard", "100KB", "--limit", "256MiB")
     assert [row["way"] for row in rows] == ["read and write, synced", "negmerge"]
     floor, ours = rows
@@ -110,8 +86,8 @@ def test_out_of_core_in_other_ways(
 
 
 @pytest.mark.slow
-def test_peers_without_mergekit(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run("peers", *SMALL, "--rounds", "1", "--mergekit", "/", "--tmpfs", str(tmp_path))
+def test_baselines_without_mergekit(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run("baselines", *SMALL, "--rounds", "1", "--mergekit", "/", "--tmpfs", str(tmp_path))
     assert [row["way"] for row in rows] == [
         "read and write",
         "negmerge merge",
@@ -119,26 +95,16 @@ def test_peers_without_mergekit(run: Run, tmp_path: Path, capsys: pytest.Capture
     ]
     assert rows[1]["times ours"] == 1 and rows[2]["peak MB"] > rows[1]["peak MB"]
     assert [row["differing"] for row in rows] == [None, 0, 0]
-    assert "peers: mergekit is left out: /bin/mergekit-yaml: no such file\n" in capsys.readouterr().out
-
-
-def test_reads(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run("reads", "--bytes", "4000000", "--rounds", "1", "--tmpfs", str(tmp_path))
-    assert [row["way"] for row in rows[:2]] == ["positioned reads", "maps, WILLNEED"]
-    assert {(row["dtype"], row["state"]) for row in rows} == {
-        (dtype, f"{state}, to tmpfs") for dtype in ("F32", "BF16") for state in ("warm", "cold")
-    }
-    assert capsys.readouterr().out.count(" of read and write\n") == 4
+    assert "baselines: mergekit is left out: /bin/mergekit-yaml: no such file\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["outofcore", "peers"])
+@pytest.mark.parametrize("name", ["outofcore", "baselines"])
 def test_a_wrong_result_gets_no_number(
-    run: Run, bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+    run: Run, script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    scale = bench("negmerge_fast.benchmark.workload").SCALE
-    monkeypatch.setattr(bench("llamas"), "SCALE", scale + 0.1)
-    options = ["--without-mergekit", "--tmpfs", str(tmp_path)] if name == "peers" else []
+    monkeypatch.setattr(script("llamas"), "SCALE", SCALE + 0.1)
+    options = ["--without-mergekit", "--tmpfs", str(tmp_path)] if name == "baselines" else []
     with pytest.raises(SystemExit, match="elements differ from the reference's, no speed"):
         run(name, *SMALL, *options)
     assert not list((tmp_path / "results").iterdir())

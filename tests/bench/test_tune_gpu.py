@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from negmerge_fast.backends import pytorch, selftest
+from negmerge_fast.benchmark import records
 from negmerge_fast.benchmark.bandwidth import Limit
 from negmerge_fast.core.batch import Signature
 
@@ -53,8 +54,7 @@ def time() -> FakeTime:
 
 @pytest.fixture
 def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import rows
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "tuning"))
     import tune_gpu
 
     host = [
@@ -79,9 +79,8 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
         lambda device, size: Limit("device copy", 2 * size, lambda: time.spend("copy", 3.0)),
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(
-        rows, "machine", lambda device: {"commit": "abc1234", "device": "A GPU", "driver": "1.2"}
+        records, "machine", lambda device: {"commit": "abc1234", "device": "A GPU", "driver": "1.2"}
     )
     monkeypatch.setattr(selftest, "_found", {})
     return tune_gpu
@@ -136,7 +135,7 @@ def test_the_fastest_way_that_is_right_wins(
         "cuda, wrong later": spoilt(off_by_one, after=2),
         "cuda, miscounting later": spoilt(miscount, after=3),
     }
-    said = tune_gpu.tune("cpu", ways, False, 1 << 21, 3)
+    said = tune_gpu.tune("cpu", ways, False, 1 << 21, 3, tmp_path / "tune_gpu.jsonl")
     timed = "".join(f"{what} " for what in time.done).split("flush clock copy clock flush clock merge clock ")
     printed = capsys.readouterr().out
     elements = "elements that differ from the reference's: "
@@ -171,13 +170,14 @@ def test_a_way_that_fails_on_hostile_numbers_is_not_timed(
             batch.segments[0].out.owner[0] ^= 1
         return counts
 
-    assert tune_gpu.tune("cpu", {"cuda, as built": time.takes(wrong, 1.0)}, False, 1 << 20, 1) == []
+    results = tmp_path / "tune_gpu.jsonl"
+    assert tune_gpu.tune("cpu", {"cuda, as built": time.takes(wrong, 1.0)}, False, 1 << 20, 1, results) == []
     assert "cuda, as built, F32, n = 2: no speed, not the reference's bits on cpu" in capsys.readouterr().out
-    assert "clock" not in time.done and not (tmp_path / "tune_gpu.jsonl").exists()
+    assert "clock" not in time.done and not results.exists()
 
 
 def test_lines_for_triton_are_those_that_it_prints_itself(
-    tune_gpu: Any, time: FakeTime, monkeypatch: pytest.MonkeyPatch
+    tune_gpu: Any, time: FakeTime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
     from negmerge_fast.kernels.launch import Launch, candidates
@@ -190,7 +190,7 @@ def test_lines_for_triton_are_those_that_it_prints_itself(
 
     monkeypatch.setattr(tune_gpu, "triton_ways", ways)
     monkeypatch.setattr(tune_gpu, "FLOAT_SIZES", {"F16": 2})
-    said = tune_gpu.tune("cpu", {}, True, 1 << 20, 2)
+    said = tune_gpu.tune("cpu", {}, True, 1 << 20, 2, tmp_path / "rows.jsonl")
     found = eval("{" + said[-1] + "\n}", {"Launch": Launch})
     _, other, *_ = candidates(Signature("F16", ("F16",) * 8, False), True)
     assert found == {("A GPU", "F16", "F16", True): other}
@@ -212,6 +212,9 @@ def test_without_a_gpu_it_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "tune_gpu.py")], capture_output=True, text=True, check=True
+        [sys.executable, str(ROOT / "bench" / "tuning" / "tune_gpu.py")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert re.fullmatch("tune_gpu: .*\n", done.stdout) and not done.stderr

@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import llamas
-import processes
-from processes import Ended
-from rows import percentiles, record
+import process
+from process import Ended
 
 from negmerge_fast.benchmark.bandwidth import make_cold
+from negmerge_fast.benchmark.records import percentiles, record
 from negmerge_fast.benchmark.workload import SCALE
 from negmerge_fast.runtime.memory import parse_size
 
+RESULTS = Path(__file__).parents[1] / "results" / "outofcore.jsonl"
 MODEL = llamas.Llama(22, 2048, 5632, 256, 32, 32000, "BF16")  # TinyLlama's layout
 LIMIT = "read and write, synced"
 THREADS = 2
@@ -91,16 +92,16 @@ class Case:
 
     def run(self, way: str, command: Sequence[object]) -> Ended:
         with self.group() as group:
-            done = processes.done(command, group)
+            done = process.done(command, group)
             self.peaks.setdefault(way, []).append(group.peak() if group else None)
         return done
 
     @contextmanager
-    def group(self) -> Iterator[processes.Group | None]:
+    def group(self) -> Iterator[process.Group | None]:
         if self.limit is None:
             yield None
             return
-        with processes.limited(self.limit) as group:
+        with process.limited(self.limit) as group:
             yield group
 
     def check(self, ways: dict[str, Callable[[], Ended]]) -> None:
@@ -110,11 +111,11 @@ class Case:
             way()
         first, *others = map(self.out, ways)
         if wrong := llamas.differing(first, self.models[0], self.models[1:]):
-            raise processes.Failed(f"{wrong:,} elements differ from the reference's, no speed")
+            raise process.Failed(f"{wrong:,} elements differ from the reference's, no speed")
         for other in others:
             for path in llamas.weights(first):
                 if not filecmp.cmp(path, other / path.name, shallow=False):
-                    raise processes.Failed(
+                    raise process.Failed(
                         f"{other.name}: {path.name} differs from that of {first.name}, no speed"
                     )
 
@@ -122,7 +123,7 @@ class Case:
         self, model: llamas.Llama, ways: dict[str, Callable[[], Ended]], rounds: int
     ) -> list[dict[str, Any]]:
         self.check(ways)
-        found = processes.alternate({LIMIT: self.floor, **ways}, rounds, self.prepare)
+        found = process.alternate({LIMIT: self.floor, **ways}, rounds, self.prepare)
         limits = [done.seconds for done in found[LIMIT]]
         within = "no limit" if self.limit is None else f"within {self.limit:,} bytes"
         return [
@@ -177,7 +178,7 @@ def lacking(given: argparse.Namespace) -> str | None:
     """Why a case cannot be measured here."""
     if given.ranks and not importlib.util.find_spec("negmerge_fast.runtime.distributed"):
         return "negmerge_fast has no ranks here"
-    if given.partial and "--skip-unchanged" not in processes.done((*MERGE, "--help")).said:
+    if given.partial and "--skip-unchanged" not in process.done((*MERGE, "--help")).said:
         return "`negmerge merge` has no --skip-unchanged here"
     return None
 
@@ -199,12 +200,13 @@ def main() -> None:
     case_of = options.add_mutually_exclusive_group()
     case_of.add_argument("--partial", action="store_true")
     case_of.add_argument("--ranks", action="store_true")
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if reason := lacking(given):
         print(f"outofcore: {reason}")
         return
     limit: int | None = parse_size(given.limit)
-    if reason := processes.why_not():
+    if reason := process.why_not():
         print(f"outofcore: {reason}: measured without a limit")
         limit = None
     model = llamas.Llama(given.layers, *MODEL[1:]).shrunk(given.shrink)
@@ -213,9 +215,9 @@ def main() -> None:
             models = llamas.make(Path(name), model, given.models, parse_size(given.shard), given.partial)
             case = Case(Path(name), models, limit, given.budget)
             rows = case.rows(model, ways_of(given, case), given.rounds)
-    except (OSError, processes.Failed) as error:
+    except (OSError, process.Failed) as error:
         sys.exit(f"outofcore: {error}")
-    record("outofcore.jsonl", rows, also=("own seconds", "read", "peak MB", "group's peak MB"))
+    record(given.results, rows, also=("own seconds", "read", "peak MB", "group's peak MB"))
 
 
 if __name__ == "__main__":

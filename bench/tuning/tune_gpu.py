@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import record
 
 from negmerge_fast.backends import native, registry, selftest
 from negmerge_fast.benchmark.bandwidth import Limit, device_copy, flush
-from negmerge_fast.benchmark.records import Row, device_name, speed
+from negmerge_fast.benchmark.records import Row, device_name, record, speed
 from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timers import Clock, clock
 from negmerge_fast.benchmark.workload import RULE, Lacking, Work, hold, release
@@ -36,6 +35,7 @@ from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
 
 SOURCE = Path(__file__).with_name("tune_gpu.cu")
+RESULTS = Path(__file__).parents[1] / "results" / "tune_gpu.jsonl"
 
 # Few, a group, and several.
 MODELS = (2, 8, 32)
@@ -201,7 +201,9 @@ def winner(rows: list[Row], usual: str) -> tuple[str, str] | None:
     return best, f"{best}: {found[best]:.3f} of a device copy; {usual}: {beside}"
 
 
-def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: int) -> list[str]:
+def tune(
+    device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: int, results: Path
+) -> list[str]:
     """Measures, appends the rows, and returns the winners and the lines for kernels/launch.py."""
     said, found, of_cuda = [], [], []
     for dtype, size in FLOAT_SIZES.items():
@@ -222,7 +224,7 @@ def tune(device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: 
                 print(f"{dtype}, n = {n}: {str(error).splitlines()[0]}")
                 continue
             if measured:
-                record("tune_gpu.jsonl", measured, device)
+                record(results, measured, device)
             rows += measured
         mine = [row for row in rows if row["way"] in cuda]
         of_cuda += mine
@@ -243,6 +245,7 @@ def main() -> None:
     options.add_argument("--device", default="cuda:0")
     options.add_argument("--bytes", type=int, default=1 << 30, help="read and written by a merge")
     options.add_argument("--rounds", type=int, default=30)
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if not torch.cuda.is_available():
         print("tune_gpu: torch finds no GPU here, nothing was measured")
@@ -256,7 +259,7 @@ def main() -> None:
             ways = cuda_ways(given.device, folder)
         except (OSError, RuntimeError) as error:
             print(f"cuda: {error}")
-        for line in tune(given.device, ways, no_triton is None, given.bytes, given.rounds):
+        for line in tune(given.device, ways, no_triton is None, given.bytes, given.rounds, given.results):
             print(line)
 
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import percentiles, record
 
 import negmerge_fast as nm
+from negmerge_fast.benchmark.records import percentiles, record
 from negmerge_fast.core.dtypes import DTYPE_CODES
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
+CSRC = HERE.parents[1] / "csrc"
+RESULTS = HERE.parent / "results" / "threads.jsonl"
 PAST_CACHE = 512 << 20  # bytes of all copies together
 MODELS = 8
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -161,6 +162,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=30)
     options.add_argument("--largest", type=int, default=1 << 23, help="elements of the largest batch")
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
         print("threads: one processor here, nothing to share out")
@@ -181,7 +183,7 @@ def main() -> None:
                 found.append(pieces(dtype, numel, fewest, given.rounds))
             for numel in (given.largest // 4, given.largest):
                 found.append(pieces(dtype, numel, most, given.rounds))
-    record("threads.jsonl", [row for rows, _ in found for row in rows])
+    record(given.results, [row for rows, _ in found for row in rows])
     print("\n".join(line for _, line in found))
 
 

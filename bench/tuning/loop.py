@@ -13,9 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import percentiles, record
+from negmerge_fast.benchmark.records import percentiles, record
 
 HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+RESULTS = HERE.parent / "results" / "loop.jsonl"
 AVX2 = ["-mavx2", "-mf16c"]
 WAYS = {
     "as built": [],
@@ -41,7 +43,7 @@ def build(folder: str, way: str) -> str:
         *AVX2,
         *WAYS[way],
     ]
-    sources = [str(HERE / "loop.cpp"), str(HERE.parent / "csrc" / "merge_loop.cpp")]
+    sources = [str(HERE / "loop.cpp"), str(CSRC / "merge_loop.cpp")]
     subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-o", program], check=True)
     return program
 
@@ -50,6 +52,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--bytes", type=int, default=400_000_000, help="of all models together")
     options.add_argument("--runs", type=int, default=3)
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +69,7 @@ def main() -> None:
                         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                         rounds[way] += [[float(word) for word in line.split()] for line in text.splitlines()]
                 rows += described(rounds, dtype, n, numel)
-    record("loop.jsonl", rows)
+    record(given.results, rows)
 
 
 def described(rounds: dict[str, list[list[float]]], dtype: str, n: int, numel: int) -> list[dict[str, Any]]:

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import llamas
-import processes
-from processes import Ended, Failed
-from rows import percentiles, record
+import process
+from process import Ended, Failed
 
 from negmerge_fast.benchmark.bandwidth import read_files
+from negmerge_fast.benchmark.records import percentiles, record
 from negmerge_fast.benchmark.workload import SCALE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results" / "peers.jsonl"
 MODEL = llamas.Llama(12, 768, 2048, 768, 12, 32000, "F32")
 MODELS, THREADS = 8, 2
 LIMIT, OURS, PLAIN = "read and write", "negmerge merge", "load_file, formula, save_file"
@@ -59,17 +60,17 @@ class Case:
     def floor(self) -> Ended:
         floor = Path(__file__).with_name("floor.py")
         options = ("--stroke", 256 << 10, "--threads", THREADS)
-        return processes.done((sys.executable, floor, self.outs / "floor", *self.models, *options))
+        return process.done((sys.executable, floor, self.outs / "floor", *self.models, *options))
 
     def ours(self) -> Ended:
         options = ("--output", self.outs / "ours", "--scale", SCALE, "--report", self.report, "--quiet")
-        done = processes.done((sys.executable, "-m", "negmerge_fast", "merge", *self.models, *options))
+        done = process.done((sys.executable, "-m", "negmerge_fast", "merge", *self.models, *options))
         self.own_seconds.append(json.loads(self.report.read_text())["seconds"])
         return done
 
     def plain(self) -> Ended:
         formula = Path(__file__).with_name("formula.py")
-        return processes.done((sys.executable, formula, self.outs / "plain", *self.models))
+        return process.done((sys.executable, formula, self.outs / "plain", *self.models))
 
     def mergekit(self, environment: Path, method: str) -> Ended:
         base, *models = map(str, self.models)
@@ -82,7 +83,7 @@ class Case:
         config = self.outs / f"{method}.yaml"
         config.write_text(json.dumps(recipe))
         out = self.outs / method
-        done = processes.done((environment / "bin" / "mergekit-yaml", config, out, "--quiet"))
+        done = process.done((environment / "bin" / "mergekit-yaml", config, out, "--quiet"))
         if (written := sum(path.stat().st_size for path in llamas.weights(out))) < self.size:
             raise Failed(f"mergekit {method}: {written:,} bytes written, expected at least {self.size:,}")
         return done
@@ -99,7 +100,7 @@ class Case:
     def rows(self, model: llamas.Llama, rounds: int) -> list[dict[str, Any]]:
         self.check()
         self.own_seconds.clear()
-        found = processes.alternate(self.ways, rounds, self.prepare)
+        found = process.alternate(self.ways, rounds, self.prepare)
         seconds = {way: [done.seconds for done in of_way] for way, of_way in found.items()}
         moved = (len(self.models) + 1) * self.size
         return [
@@ -126,13 +127,13 @@ def environment(folder: Path) -> Path:
     """Where mergekit is, made if there is nothing. Raises Failed where it cannot be had."""
     program = folder / "bin" / "mergekit-yaml"
     if not folder.exists():
-        print(f"peers: mergekit is installed into {folder}", flush=True)
+        print(f"baselines: mergekit is installed into {folder}", flush=True)
         # Without the constraint pip would take another torch, and gigabytes for GPUs.
         constraint = ("-c", ROOT / "constraints.txt")
         try:
-            processes.done((sys.executable, "-m", "venv", folder))
+            process.done((sys.executable, "-m", "venv", folder))
             pip = (folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install")
-            processes.done((*pip, *constraint, "mergekit>=0.1.4"))
+            process.done((*pip, *constraint, "mergekit>=0.1.4"))
         except Failed:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -154,18 +155,19 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--folder", type=Path, default=Path.cwd(), help="where the models go")
     options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     model = llamas.Llama(given.layers, *MODEL[1:]).shrunk(given.shrink)
     if not os.access(given.tmpfs, os.W_OK):
-        sys.exit(f"peers: {given.tmpfs} cannot be written; --tmpfs says where there is a tmpfs")
+        sys.exit(f"baselines: {given.tmpfs} cannot be written; --tmpfs says where there is a tmpfs")
     mergekit = None
     try:
         if given.without_mergekit:
-            print("peers: mergekit is left out, as asked for")
+            print("baselines: mergekit is left out, as asked for")
         else:
             mergekit = environment(given.mergekit.absolute())
     except Failed as error:
-        print(f"peers: mergekit is left out: {error}")
+        print(f"baselines: mergekit is left out: {error}")
     # All models are here.
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -176,8 +178,8 @@ def main() -> None:
             models = llamas.make(Path(inputs), model, MODELS, shard=5 << 30)
             rows = Case(models, Path(outputs) / "outs", mergekit).rows(model, given.rounds)
     except (OSError, Failed) as error:
-        sys.exit(f"peers: {error}")
-    record("peers.jsonl", rows, also=("times ours", "own seconds", "peak MB"))
+        sys.exit(f"baselines: {error}")
+    record(given.results, rows, also=("times ours", "own seconds", "peak MB"))
 
 
 if __name__ == "__main__":

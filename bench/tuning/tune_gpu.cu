@@ -1,5 +1,5 @@
 // The CUDA kernel as a library of its own, for tune_gpu.py, which builds one for each choice of its constants.
-#include "../csrc/merge_cuda.cu"
+#include "../../csrc/merge_cuda.cu"
 
 extern "C" std::int64_t tile() { return negmerge::kCudaTile; }
 

@@ -2,7 +2,7 @@
 // them on the same memory.
 #include <chrono>
 
-#include "../csrc/merge_cpu.h"
+#include "../../csrc/merge_cpu.h"
 
 using namespace negmerge;
 

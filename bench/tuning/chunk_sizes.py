@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import alternate, percentiles, record
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
+from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.streaming import api
 
+RESULTS = Path(__file__).parents[1] / "results" / "chunk_sizes.jsonl"
 STROKES = [1 << power for power in range(18, 24)]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 LIMIT = "read and write"
@@ -92,9 +94,10 @@ def main() -> None:
     options.add_argument("--bytes", type=int, default=2 << 30, help="of all files together")
     options.add_argument("--rounds", type=int, default=11)
     options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if not given.tmpfs.is_dir():
-        print(f"strokes: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
+        print(f"chunk_sizes: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
         return
     most = 30
     rows, said = [], []
@@ -113,7 +116,7 @@ def main() -> None:
                 said.append(f"{dtype}, n = {n}: {best['way']}, {best['of_limit']:.2f} of {LIMIT}")
             for path in paths:
                 path.unlink()
-    record("strokes.jsonl", rows)
+    record(given.results, rows)
     print("\n".join(said))
 
 

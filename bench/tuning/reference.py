@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
-from rows import alternate, percentiles, record
 
 import negmerge_fast as nm
 from negmerge_fast.backends import pytorch
 from negmerge_fast.benchmark.candidates import eager
+from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.benchmark.workload import SCALE
 
+RESULTS = Path(__file__).parents[1] / "results" / "reference.jsonl"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -35,6 +38,7 @@ def main() -> None:
     options.add_argument("--numel", type=int, default=16 * 1024 * 1024)
     options.add_argument("--models", type=int, default=8)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     usual = pytorch.CPU_BLOCK_BYTES
     rows = []
@@ -68,7 +72,7 @@ def main() -> None:
                 "way": way, "dtype": name, "n": given.models, "numel": given.numel, "state": "in memory",
                 **spread, "GB/s": speed, "of_limit": speed / limit,
             })  # fmt: skip
-    record("reference.jsonl", rows)
+    record(given.results, rows)
 
 
 if __name__ == "__main__":

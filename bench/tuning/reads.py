@@ -24,12 +24,13 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from rows import alternate, percentiles, record
-from strokes import DTYPES, make
+from chunk_sizes import DTYPES, make
 
 import negmerge_fast as nm
 from negmerge_fast.backends import native
 from negmerge_fast.benchmark.bandwidth import make_cold, read_files
+from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.benchmark.workload import RULE, SCALE
 from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.core.batch import Batch, Operand
@@ -39,6 +40,7 @@ from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import Extent, Plan
 from negmerge_fast.streaming.worker import batches
 
+RESULTS = Path(__file__).parents[1] / "results" / "reads.jsonl"
 MODELS, THREADS = 8, 2
 LIMIT = "read and write"
 # Python names it from 3.14 on; Linux has it from 5.14 on.
@@ -193,6 +195,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk that is measured")
     options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if not given.tmpfs.is_dir():
         print(f"reads: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
@@ -213,7 +216,7 @@ def main() -> None:
             said += lines
             for path in paths:
                 path.unlink()
-    record("reads.jsonl", rows)
+    record(given.results, rows)
     print("\n".join(said))
 
 

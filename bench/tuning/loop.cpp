@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/merge_loop.h"
+#include "../../csrc/merge_loop.h"
 
 namespace negmerge {
 void merge_loop(const Batch&, Place, std::int64_t);
