@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from negmerge_fast.benchmark.bandwidth import IN_MEMORY
-from negmerge_fast.benchmark.candidates import IN_PLACE, PEERS, PUBLIC
+from negmerge_fast.benchmark.candidates import BASELINES, IN_PLACE, PUBLIC
 from negmerge_fast.benchmark.records import on_gpu
 from negmerge_fast.benchmark.shapes import LAYOUTS, Shapes, one_tensor
 from negmerge_fast.core.dtypes import FLOAT_SIZES
@@ -23,7 +23,7 @@ class Case:
 
     suite: str
     device: str
-    way: str
+    candidate: str
     layout: str = ""
     shapes: Shapes | None = None
     dtype: str = ""
@@ -33,14 +33,14 @@ class Case:
 
     def __str__(self) -> str:
         numel = f"{self.n}x{self.shapes['weight'][0]}" if self.layout == ONE and self.shapes else f"n{self.n}"
-        work = (self.layout, self.dtype, numel) if self.n else ()
-        parts = ("gpu" if on_gpu(self.device) else "cpu", *work, self.state, self.way)
+        workload = (self.layout, self.dtype, numel) if self.n else ()
+        parts = ("gpu" if on_gpu(self.device) else "cpu", *workload, self.state, self.candidate)
         text = "-".join(part for part in parts if part not in ("", "in memory"))
         return "".join(c for c in text.replace(" ", "_") if c not in ",()/")
 
     @property
-    def peer(self) -> bool:
-        return self.way in PEERS
+    def baseline(self) -> bool:
+        return self.candidate in BASELINES
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ SIZES = {
 }
 
 
-def limits() -> Iterator[Case]:
+def rooflines() -> Iterator[Case]:
     for device in (GPU, CPU):
-        for way in IN_MEMORY["cuda" if on_gpu(device) else "cpu"]:
-            yield Case("limits", device, way)
+        for candidate in IN_MEMORY["cuda" if on_gpu(device) else "cpu"]:
+            yield Case("limits", device, candidate)
     for state in ("cold", "warm"):
         yield Case("limits", CPU, "disk read", state=state)
 
@@ -87,13 +87,13 @@ def memory(size: Size) -> Iterator[Case]:
             for n in (1, 2, 3, 4, 8, 16, 32, 64):
                 numel = max(4096, size.bytes[device] // (n + 2) // width // 4096 * 4096)
                 case = Case("memory", device, "", ONE, one_tensor(numel), dtype, n, usual=n in (2, 8, 32))
-                for way in ours:
-                    yield replace(case, way=way)
-                for way in PEERS if n == 8 else ():
-                    yield replace(case, way=way, usual=on_gpu(device) or dtype != "F64")
+                for candidate in ours:
+                    yield replace(case, candidate=candidate)
+                for candidate in BASELINES if n == 8 else ():
+                    yield replace(case, candidate=candidate, usual=on_gpu(device) or dtype != "F64")
                 for small in size.small if n == 8 else ():
                     for name in names:
-                        yield replace(case, way=name, shapes=one_tensor(small))
+                        yield replace(case, candidate=name, shapes=one_tensor(small))
 
 
 # Type and number of models that are usual, by device: what a machine of a usual size holds, and what takes seconds.
@@ -117,16 +117,22 @@ def layouts(size: Size) -> Iterator[Case]:
                 for n in (2, 8, 32):
                     usual = (dtype, n) in _USUAL[layout][device]
                     case = Case("layouts", device, "", layout, shapes, dtype, n, usual=usual)
-                    for way in (*names, PUBLIC):
-                        long = way == "torch" and layout.startswith("Llama") and device == CPU
-                        yield replace(case, way=way, usual=usual and not long)
-                    for way in PEERS:
+                    for candidate in (*names, PUBLIC):
+                        long = candidate == "torch" and layout.startswith("Llama") and device == CPU
+                        yield replace(case, candidate=candidate, usual=usual and not long)
+                    for candidate in BASELINES:
                         # Compiled for each shape, it gives up after eight of them; with max-autotune every call of a round
                         # would be a CUDA graph of its own.
-                        if way.endswith("max-autotune") or (way, layout) == ("torch.compile", "ViT-B/32"):
+                        if candidate.endswith("max-autotune") or (candidate, layout) == (
+                            "torch.compile",
+                            "ViT-B/32",
+                        ):
                             continue
-                        few = layout == "2,000 tensors" or (layout, way) == ("ViT-B/32", "eager formula")
-                        yield replace(case, way=way, usual=usual and (on_gpu(device) or few))
+                        few = layout == "2,000 tensors" or (layout, candidate) == (
+                            "ViT-B/32",
+                            "eager formula",
+                        )
+                        yield replace(case, candidate=candidate, usual=usual and (on_gpu(device) or few))
 
 
 PLAIN = "load_file, formula, save_file"
@@ -136,12 +142,12 @@ def files() -> Iterator[Case]:
     for device, names in OURS.items():
         for state in ("warm", "cold"):
             case = Case("files", device, "", "16 tensors in files", None, "F32", 8, state)
-            for way in names if device == CPU else [name for name in names if name != "torch"]:
-                yield replace(case, way=way)
+            for candidate in names if device == CPU else [name for name in names if name != "torch"]:
+                yield replace(case, candidate=candidate)
             if device == CPU:
-                yield replace(case, way=PLAIN, usual=state == "warm")
+                yield replace(case, candidate=PLAIN, usual=state == "warm")
 
 
 def cases(suite: str, size: Size) -> Iterator[Case]:
     makers: dict[str, Any] = {"memory": lambda: memory(size), "layouts": lambda: layouts(size)}
-    return makers.get(suite, {"limits": limits, "files": files}.get(suite))()
+    return makers.get(suite, {"limits": rooflines, "files": files}.get(suite))()

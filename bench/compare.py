@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from itertools import groupby
 
-from runs import Row, Unreadable, by_key, limit_of, named
+from runs import Row, Unreadable, by_key, named, roofline_of
 
 WIDTH = 100
 FASTER, SLOWER, NOISE, MOVED = "faster", "slower", "noise", "the limit moved"
@@ -31,30 +31,30 @@ def speeds(row: Row, at_p50: float = 1.0) -> Interval:
     return at_p50 * row["p50"] / row["p80"], at_p50 * row["p50"] / row["p20"]
 
 
-def limits_ratio(old: Row, new: Row) -> float | None:
+def roofline_ratio(old: Row, new: Row) -> float | None:
     """By how much the limit itself became faster."""
-    before, after = limit_of(old), limit_of(new)
-    shares = old.get("of_limit") and new.get("of_limit")
-    return after / before if shares and before and after else None
+    before, after = roofline_of(old), roofline_of(new)
+    fractions = old.get("of_limit") and new.get("of_limit")
+    return after / before if fractions and before and after else None
 
 
-def is_limit(row: Row) -> bool:
+def is_roofline(row: Row) -> bool:
     return row.get("suite") == "limits" or row["way"] == row.get("limit")
 
 
 def verdict(old: Row, new: Row) -> str:
     seconds = apart(speeds(old, 1 / old["p50"]), speeds(new, 1 / new["p50"]))
-    if is_limit(new):
+    if is_roofline(new):
         return MOVED if seconds else NOISE
-    limit = limits_ratio(old, new)
-    if limit is None:
+    roofline = roofline_ratio(old, new)
+    if roofline is None:
         return (NOISE, FASTER, SLOWER)[seconds]
-    share = apart(speeds(old, old["of_limit"]), speeds(new, new["of_limit"]))
-    if seconds == share:
+    fraction = apart(speeds(old, old["of_limit"]), speeds(new, new["of_limit"]))
+    if seconds == fraction:
         return (NOISE, FASTER, SLOWER)[seconds]
     # A limit that moved by less than the rounds of one run differ explains nothing.
     scatter = max(row["p80"] / row["p20"] for row in (old, new))
-    return MOVED if max(limit, 1 / limit) > scatter else NOISE
+    return MOVED if max(roofline, 1 / roofline) > scatter else NOISE
 
 
 def cut(text: str, width: int) -> str:
@@ -66,20 +66,20 @@ def table(pairs: list[tuple[Row, Row]]) -> list[str]:
     head = ["way", "dtype", "n", "numel", "old GB/s", "new GB/s", "ratio", "limit", "verdict"]
     cells = [head]
     for old, new in pairs:
-        limit = limits_ratio(old, new)
+        roofline = roofline_ratio(old, new)
         cells.append([
             new["way"], str(new.get("dtype") or ""), str(new.get("n") or ""), f"{new.get('numel') or 0:,}",
             *(f"{row['GB/s']:.3g}" if row.get("GB/s") else "" for row in (old, new)),
             f"{old['p50'] / new['p50']:.2f}",
-            f"{limit:.2f}" if limit else "", verdict(old, new),
+            f"{roofline:.2f}" if roofline else "", verdict(old, new),
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
     widths[-1] = 0
 
     def shown(line: list[str]) -> str:
-        way, dtype, *numbers, last = line
-        aligned = [cut(way, widths[0]).ljust(widths[0]), dtype.ljust(widths[1])]
+        name, dtype, *numbers, last = line
+        aligned = [cut(name, widths[0]).ljust(widths[0]), dtype.ljust(widths[1])]
         aligned += [text.rjust(width) for text, width in zip(numbers, widths[2:-1], strict=True)]
         return "  ".join([*aligned, last]).rstrip()
 

@@ -14,11 +14,11 @@ import torch
 from cases import SIZES, Case, Size, cases
 
 from negmerge_fast.benchmark import append, table
-from negmerge_fast.benchmark.candidates import PUBLIC, Refused, check, failure, least_rounds, way
+from negmerge_fast.benchmark.candidates import PUBLIC, Refused, candidate, check, failure, min_rounds
 from negmerge_fast.benchmark.records import line, on_gpu
 from negmerge_fast.benchmark.timers import clock, wall
-from negmerge_fast.benchmark.timing import Trial, trial_of
-from negmerge_fast.benchmark.workload import Lacking, hold, release
+from negmerge_fast.benchmark.timing import Timing, timing_of
+from negmerge_fast.benchmark.workload import Lacking, release, shared_workload
 
 ORDER = ["test_limits", "test_memory", "test_layouts", "test_files"]
 RESULTS = Path(__file__).parent / "results" / "suite.jsonl"
@@ -52,19 +52,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     params = []
     for case in cases(suite, SIZES[config.getoption("--size")]):
         if case.usual or config.getoption("--all"):
-            timer = wall(case.device) if case.way == PUBLIC or case.suite == "files" else clock(case.device)
-            marks = [pytest.mark.benchmark(timer=timer, disable_gc=True), *_left_out(case, config)]
+            timer = (
+                wall(case.device) if case.candidate == PUBLIC or case.suite == "files" else clock(case.device)
+            )
+            marks = [pytest.mark.benchmark(timer=timer, disable_gc=True), *_not_measured(case, config)]
             params.append(pytest.param(case, id=str(case), marks=marks))
     metafunc.parametrize("case", params)
 
 
-def _left_out(case: Case, config: pytest.Config) -> Iterator[pytest.MarkDecorator]:
-    there = torch.cuda.is_available()
+def _not_measured(case: Case, config: pytest.Config) -> Iterator[pytest.MarkDecorator]:
+    has_gpu = torch.cuda.is_available()
     if on_gpu(case.device):
         yield pytest.mark.gpu
-        if not there:
+        if not has_gpu:
             yield pytest.mark.skip(reason="no CUDA device")
-    elif there and (case.peer or case.suite == "layouts") and not config.getoption("--all"):
+    elif has_gpu and (case.baseline or case.suite == "layouts") and not config.getoption("--all"):
         yield pytest.mark.skip(reason="the CPU's peers and layouts, beside a GPU (--all times them)")
 
 
@@ -96,10 +98,10 @@ def time(benchmark: Any, size: Size, results: Path, record_property: Any) -> Ite
     if not benchmark.enabled:
         pytest.skip("benchmarks are disabled")
 
-    def time(trial: Trial, least: int, copies: int = 1, taken: float = 0.0, **more: Any) -> None:
-        rounds = trial.rounds(size.seconds, least, taken)
-        benchmark.pedantic(trial.run, setup=trial.setup, rounds=rounds)
-        row = trial.result(benchmark.stats.stats.data, copies, **more)
+    def time(timing: Timing, min_rounds: int, copies: int = 1, taken: float = 0.0, **more: Any) -> None:
+        rounds = timing.rounds(size.seconds, min_rounds, taken)
+        benchmark.pedantic(timing.run, setup=timing.setup, rounds=rounds)
+        row = timing.result(benchmark.stats.stats.data, copies, **more)
         benchmark.extra_info.update(row)
         append(results, [row])
         record_property("row", row)
@@ -115,19 +117,19 @@ def time_merge(time: Time, size: Size) -> Time:
         assert case.shapes is not None
         failed = None
         try:
-            work = hold(case.layout, case.shapes, case.dtype, case.n, case.device, size.rotate)
-            chosen = way(work, case.way)
-            differing, taken = check(work, chosen)
-            trial = trial_of(work, chosen, case.suite, as_called=case.way == PUBLIC)
-            time(trial, least_rounds(case.way), work.copies, taken, differing=differing)
+            workload = shared_workload(case.layout, case.shapes, case.dtype, case.n, case.device, size.rotate)
+            chosen = candidate(workload, case.candidate)
+            differing, taken = check(workload, chosen)
+            timing = timing_of(workload, chosen, case.suite, as_called=case.candidate == PUBLIC)
+            time(timing, min_rounds(case.candidate), workload.copies, taken, differing=differing)
         except Lacking as error:
             failed = str(error)
         except Refused as error:
             pytest.fail(str(error), pytrace=False)
         except Exception as error:
-            if not case.peer:
+            if not case.baseline:
                 raise
-            failed = f"{case.way} of {case.layout}, {case.dtype}, n = {case.n}: {failure(error)}"
+            failed = f"{case.candidate} of {case.layout}, {case.dtype}, n = {case.n}: {failure(error)}"
         if failed is not None:  # and not before: the exception has hold of the work's memory
             gc.collect()
             pytest.skip(failed)
@@ -199,4 +201,4 @@ class Suite:
             self.write(table(self.rows))
             self.write(f"\n{len(self.rows)} rows appended to {self.results}")
         for reason, count in self.missing.items():
-            self.write(f"left out: {reason}: {count} case{'s' * (count > 1)}")
+            self.write(f"not measured: {reason}: {count} case{'s' * (count > 1)}")

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from runs import Row, Unreadable, latest, limit_of, read
+from runs import Row, Unreadable, latest, read, roofline_of
 
 try:
     import matplotlib
@@ -33,25 +33,25 @@ BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#777777",
 )  # fmt: skip
 OURS = {"cpu": (BLUE, "o"), "cuda": (GREEN, "o"), "triton": (ORANGE, "s"), "torch": (PURPLE, "^")}
-PEERS = [(RED, "v"), (SKY, "D"), (GREY, "P"), ("#000000", "X"), ("#8c6d1f", "*")]
+BASELINES = [(RED, "v"), (SKY, "D"), (GREY, "P"), ("#000000", "X"), ("#8c6d1f", "*")]
 STAGES = {"read": BLUE, "copy in": SKY, "merge": ORANGE, "copy out": PURPLE, "write": GREEN}
 
 DTYPES = ("F32", "BF16", "F16", "F64")
-WINDOW = 0.04  # seconds of a timeline that are shown
+TIME_WINDOW_S = 0.04  # seconds of a timeline that are shown
 
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def marks(ways: list[str]) -> dict[str, tuple[str, str, str]]:
+def marks(candidates: list[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and line of each way: ours full, those of a peer hollow and dashed."""
     found = {}
-    peers = iter(PEERS * len(ways))
-    for way in ways:
-        name, _, variant = way.partition(",")
-        colour, marker = OURS[name] if name in OURS else next(peers)
-        found[way] = (colour, marker, "-" if name in OURS and not variant else "--")
+    baselines = iter(BASELINES * len(candidates))
+    for candidate in candidates:
+        name, _, variant = candidate.partition(",")
+        colour, marker = OURS[name] if name in OURS else next(baselines)
+        found[candidate] = (colour, marker, "-" if name in OURS and not variant else "--")
     return found
 
 
@@ -96,20 +96,20 @@ def legend(figure: Any, axes: list[Any]) -> None:
     )
 
 
-def draw(axis: Any, ways: list[str], points: dict[str, list[tuple[float, float]]]) -> None:
-    for way, (colour, marker, line) in marks(ways).items():
-        if way in points:
-            x, y = zip(*sorted(points[way]), strict=True)
+def draw(axis: Any, candidates: list[str], points: dict[str, list[tuple[float, float]]]) -> None:
+    for candidate, (colour, marker, line) in marks(candidates).items():
+        if candidate in points:
+            x, y = zip(*sorted(points[candidate]), strict=True)
             filled = colour if line == "-" else "white"
             axis.plot(
-                x, y, line, color=colour, marker=marker, markerfacecolor=filled, label=way, lw=1.5, ms=6
+                x, y, line, color=colour, marker=marker, markerfacecolor=filled, label=candidate, lw=1.5, ms=6
             )
 
 
 def names(rows: list[Row]) -> list[str]:
     """Ours first, in the order they were measured."""
     found = list(dict.fromkeys(row["way"] for row in rows))
-    return sorted(found, key=lambda way: way.partition(",")[0] not in OURS)
+    return sorted(found, key=lambda candidate: candidate.partition(",")[0] not in OURS)
 
 
 def bandwidth(rows: list[Row], title: str) -> Any:
@@ -123,12 +123,12 @@ def bandwidth(rows: list[Row], title: str) -> Any:
     shown = list(largest.values())
     figure, axes = panels(shown, f"Bandwidth of a merge of n models, one tensor in memory\n{title}")
     for dtype, axis in axes.items():
-        points, limits = defaultdict(list), defaultdict(list)
+        points, rooflines = defaultdict(list), defaultdict(list)
         for row in shown:
             if row["dtype"] == dtype:
                 points[row["way"]].append((row["n"], row["GB/s"]))
-                limits[row["n"]].append(limit_of(row) or 0.0)
-        line = sorted((n, statistics.median(found)) for n, found in limits.items())
+                rooflines[row["n"]].append(roofline_of(row) or 0.0)
+        line = sorted((n, statistics.median(found)) for n, found in rooflines.items())
         name = next(row.get("limit") for row in shown if row["dtype"] == dtype)
         x, y = zip(*line, strict=True)
         axis.plot(
@@ -146,7 +146,7 @@ def bandwidth(rows: list[Row], title: str) -> Any:
     return figure
 
 
-def share(rows: list[Row], title: str) -> Any:
+def fraction(rows: list[Row], title: str) -> Any:
     """Share of the limit against the bytes moved, of our backends, for the n that was measured at most sizes."""
     rows = one_tensor(rows)
     sizes = {(row["n"], row["dtype"], row["numel"]) for row in rows}
@@ -189,13 +189,13 @@ def timeline(found: dict[str, Any], title: str) -> Any:
     start, end = min(span[2] for span in spans), max(span[3] for span in spans)
     # Where strokes take long, from a disk perhaps, a window that shows some of them.
     usual = statistics.median(ended - began for _, _, began, ended in spans)
-    window = min(max(WINDOW, 20 * usual), end - start)
+    window = min(max(TIME_WINDOW_S, 20 * usual), end - start)
     left = start + (end - start - window) / 2
     workers = sorted({span[0] for span in spans}, key=lambda worker: (len(str(worker)), worker))
     stages = [stage for stage in STAGES if any(span[1] == stage for span in spans)]
     stages += sorted({span[1] for span in spans} - set(stages))
     colours = STAGES | dict.fromkeys(stages[len([s for s in stages if s in STAGES]) :], GREY)
-    figure, (above, below) = plt.subplots(
+    figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(11, 2.6 + 0.35 * len(workers) + 0.35 * len(stages)), layout="constrained",
         height_ratios=[1.2 + len(workers), 1.2 + len(stages)],
     )  # fmt: skip
@@ -207,27 +207,27 @@ def timeline(found: dict[str, Any], title: str) -> Any:
                 for who, what, began, ended in spans
                 if (who, what) == (worker, stage) and ended > left and began < left + window
             ]
-            above.broken_barh(bars, (place - 0.4, 0.8), color=colours[stage], lw=0)
-    above.set_yticks(range(len(workers)), [str(worker) for worker in workers])
-    above.set_ylabel("worker")
-    above.invert_yaxis()
-    above.set_xlim(0, window * 1e3)
-    above.set_xlabel(
+            upper.broken_barh(bars, (place - 0.4, 0.8), color=colours[stage], lw=0)
+    upper.set_yticks(range(len(workers)), [str(worker) for worker in workers])
+    upper.set_ylabel("worker")
+    upper.invert_yaxis()
+    upper.set_xlim(0, window * 1e3)
+    upper.set_xlabel(
         f"ms, from {(left - start) * 1e3:.0f} ms after the start of {(end - start) * 1e3:,.0f} ms"
     )
-    above.legend(
+    upper.legend(
         handles=[Patch(color=colours[stage], label=stage) for stage in stages],
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stages), fontsize=9, frameon=False,
     )  # fmt: skip
     totals = [sum(ended - began for _, what, began, ended in spans if what == stage) for stage in stages]
-    bars = below.barh(stages, totals, color=[colours[stage] for stage in stages])
+    bars = lower.barh(stages, totals, color=[colours[stage] for stage in stages])
     all_of_them = sum(totals)
-    below.bar_label(
+    lower.bar_label(
         bars, [f"{t:.3g} s, {100 * t / all_of_them:.0f} %" for t in totals], padding=4, fontsize=9
     )
-    below.invert_yaxis()
-    below.set_xlim(0, 1.15 * max(totals))
-    below.set_xlabel("seconds of all workers together")
+    lower.invert_yaxis()
+    lower.set_xlim(0, 1.15 * max(totals))
+    lower.set_xlabel("seconds of all workers together")
     return figure
 
 
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
     for device, measured in latest(rows).items():
-        for name, plot in (("bandwidth", bandwidth), ("share", share)):
+        for name, plot in (("bandwidth", bandwidth), ("share", fraction)):
             if (figure := plot(measured, about(measured[-1]))) is not None:
                 save(figure, given.output / f"{name}-{slug(device)}.png")
                 drawn += 1

@@ -46,14 +46,14 @@ def _row(line: str, where: str) -> Row:
     return row
 
 
-def run(path: Path, which: str | None = None) -> list[Row]:
+def results_of(path: Path, which: str | None = None) -> list[Row]:
     """The rows of one run: of a commit, or of all whose date begins so; else those of the last row's commit and device."""
     rows = read(path)
     if not rows:
         raise Unreadable(f"{path}: no rows")
     if which is None:
         last = rows[-1]
-        return [row for row in rows if _run_of(row) == _run_of(last)]
+        return [row for row in rows if _commit_and_device(row) == _commit_and_device(last)]
     for found in (
         [row for row in rows if row.get("commit") == which],
         [row for row in rows if str(row.get("commit")).startswith(which)],
@@ -68,16 +68,16 @@ def run(path: Path, which: str | None = None) -> list[Row]:
 def named(text: str) -> list[Row]:
     """The run that FILE, FILE@COMMIT or FILE@DATE names."""
     if Path(text).exists() or "@" not in text:
-        return run(Path(text))
+        return results_of(Path(text))
     file, _, which = text.rpartition("@")
-    return run(Path(file), which)
+    return results_of(Path(file), which)
 
 
 def latest(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each device's last commit, those measured last of what was measured twice."""
-    last = {row["device"]: _run_of(row) for row in rows}
+    last = {row["device"]: _commit_and_device(row) for row in rows}
     return {
-        device: list(by_key([row for row in rows if _run_of(row) == of]).values())
+        device: list(by_key([row for row in rows if _commit_and_device(row) == of]).values())
         for device, of in last.items()
     }
 
@@ -87,13 +87,13 @@ def by_key(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
     return {tuple(row.get(name) for name in KEY): row for row in rows}
 
 
-def _run_of(row: Row) -> tuple[Any, ...]:
+def _commit_and_device(row: Row) -> tuple[Any, ...]:
     return row.get("commit"), row["device"]
 
 
-def limit_of(row: Row) -> float | None:
+def roofline_of(row: Row) -> float | None:
     """GB/s of the limit, measured in the same rounds, where the row has one."""
     if (stated := row.get("limit GB/s")) is not None:
         return float(stated)
-    speed, share = row.get("GB/s"), row.get("of_limit")
-    return speed / share if speed and share else None
+    speed, fraction = row.get("GB/s"), row.get("of_limit")
+    return speed / fraction if speed and fraction else None

@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
 from negmerge_fast.benchmark import machine
-from negmerge_fast.benchmark.bandwidth import Limit, make_cold, read_files
+from negmerge_fast.benchmark.bandwidth import Roofline, make_cold, read_files
 from negmerge_fast.benchmark.candidates import eager, unusable
 from negmerge_fast.benchmark.timers import wall
-from negmerge_fast.benchmark.timing import Trial
-from negmerge_fast.benchmark.workload import SCALE, Lacking, Work
+from negmerge_fast.benchmark.timing import Timing
+from negmerge_fast.benchmark.workload import SCALE, Lacking, Workload
 from negmerge_fast.runtime.buffers import Timeline
 from negmerge_fast.streaming.api import prepare
 
 WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
-STROKE = os.urandom(256 << 10)  # which no disk can compress
+CHUNK = os.urandom(256 << 10)  # which no disk can compress
 # Far less than the models' sizes; through a GPU, what a lane for each thread needs.
 MEMORY_BUDGET = {CPU: "128MiB", GPU: "512MiB"}
 
@@ -40,8 +40,10 @@ class Files:
 
     def __init__(self, folder: Path, numel: int) -> None:
         shapes = {f"layers.{i}.weight": (numel // TENSORS,) for i in range(TENSORS)}
-        work = Work("files", shapes, "F32", MODELS, CPU)
-        versions = [dict(zip(shapes, work.tensors(version), strict=False)) for version in work.versions]
+        workload = Workload("files", shapes, "F32", MODELS, CPU)
+        versions = [
+            dict(zip(shapes, workload.tensors(version), strict=False)) for version in workload.versions
+        ]
         self.paths = [folder / f"model-{k}" / WEIGHTS for k in range(MODELS + 1)]
         for path, tensors in zip(self.paths, versions, strict=True):
             path.parent.mkdir()
@@ -51,7 +53,7 @@ class Files:
         base, *models = versions
         self.merged = {name: tensor.clone() for name, tensor in base.items()}
         self.stats = nm.merge_(self.merged, models, scale=SCALE, backend="torch")
-        self.numel = work.numel
+        self.numel = workload.numel
         self.bytes = (MODELS + 2) * self.paths[0].stat().st_size
 
     def differing(self, out: Path) -> int:
@@ -77,7 +79,7 @@ def files(build: Path, pytestconfig: pytest.Config) -> Iterator[Files]:
 
 
 def test_files(case: Case, files: Files, time: Callable[..., None], build: Path, results: Path) -> None:
-    if case.way != PLAIN and (reason := unusable(case.way, case.device)):
+    if case.candidate != PLAIN and (reason := unusable(case.candidate, case.device)):
         pytest.skip(reason)
     # What is warm is written to memory, too; what is cold, to the disk.
     place = Path("/dev/shm") if case.state == "warm" else build
@@ -88,31 +90,37 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path,
         differing = _judge(case, files, out, _merge(case, files.paths, out))
         before = partial(_prepare, files.paths, out, case.state == "cold")
         threads = max(4 if case.state == "cold" else 1, torch.get_num_threads())
-        limit = Limit("reading and writing", files.bytes, partial(_read_and_write, files.paths, out, threads))
+        roofline = Roofline(
+            "reading and writing", files.bytes, partial(_read_and_write, files.paths, out, threads)
+        )
         row = {
-            "suite": "files", "layout": case.layout, "way": case.way, "dtype": case.dtype, "n": case.n,
+            "suite": "files", "layout": case.layout, "way": case.candidate, "dtype": case.dtype, "n": case.n,
             "numel": files.numel, "bytes": files.bytes, "state": case.state,
         }  # fmt: skip
-        trial = Trial(
+        timing = Timing(
             partial(_merge, case, files.paths, out),
             row,
-            limit,
+            roofline,
             case.device,
             now=wall(case.device),
             before=before,
             between=before,
             verify=partial(_judge, case, files, out),
-            of_limit=perf_counter,
+            roofline_clock=perf_counter,
         )
-        time(trial, 3 if case.way in (PLAIN, "torch") or case.state == "cold" else 7, differing=differing)
-        if case.state == "warm" and case.way not in (PLAIN, "torch"):
+        time(
+            timing,
+            3 if case.candidate in (PLAIN, "torch") or case.state == "cold" else 7,
+            differing=differing,
+        )
+        if case.state == "warm" and case.candidate not in (PLAIN, "torch"):
             _draw(case, partial(_merge, case, files.paths, out), before, results)
 
 
 def _merge(case: Case, paths: list[Path], out: Path, timeline: Timeline | None = None) -> nm.Report | None:
-    if case.way != PLAIN:
+    if case.candidate != PLAIN:
         return prepare(
-            paths[0].parent, [path.parent for path in paths[1:]], out, scale=SCALE, backend=case.way,
+            paths[0].parent, [path.parent for path in paths[1:]], out, scale=SCALE, backend=case.candidate,
             device=case.device, memory_budget=MEMORY_BUDGET[case.device],
         ).run(timeline=timeline)  # fmt: skip
     base, *models = map(load_file, paths)
@@ -130,8 +138,8 @@ def _draw(case: Case, merge: Callable[..., object], before: Callable[[], object]
         merge(timeline=timeline)
     fastest = min(timelines, key=lambda timeline: max(ended for *_, ended in timeline.spans))
     spans = [[*what, round(began, 6), round(ended, 6)] for *what, began, ended in fastest.spans]
-    found = {"machine": machine(case.device), "way": case.way, "spans": spans}
-    results.with_name(f"timeline-{case.way}.json").write_text(json.dumps(found) + "\n")
+    found = {"machine": machine(case.device), "way": case.candidate, "spans": spans}
+    results.with_name(f"timeline-{case.candidate}.json").write_text(json.dumps(found) + "\n")
 
 
 def _judge(case: Case, files: Files, out: Path, report: nm.Report | None) -> int:
@@ -139,13 +147,14 @@ def _judge(case: Case, files: Files, out: Path, report: nm.Report | None) -> int
     differing = files.differing(out)
     if report is not None and differing:
         pytest.fail(
-            f"{case.way}: {differing:,} elements differ from the reference's, no speed (files)", pytrace=False
+            f"{case.candidate}: {differing:,} elements differ from the reference's, no speed (files)",
+            pytrace=False,
         )
     if report is not None and (report.agreed, report.nonfinite) != (
         files.stats.agreed,
         files.stats.nonfinite,
     ):
-        pytest.fail(f"{case.way}: counts differ from the reference's, no speed (files)", pytrace=False)
+        pytest.fail(f"{case.candidate}: counts differ from the reference's, no speed (files)", pytrace=False)
     return differing
 
 
@@ -158,8 +167,8 @@ def _prepare(paths: list[Path], out: Path, cold: bool) -> None:
 def _read_and_write(paths: list[Path], out: Path, threads: int) -> None:
     read_files(paths, threads)
     out.mkdir()
-    left = paths[0].stat().st_size
+    remaining = paths[0].stat().st_size
     with open(out / WEIGHTS, "wb", buffering=0) as file:
-        while left:
-            left -= file.write(STROKE[: min(left, len(STROKE))])
+        while remaining:
+            remaining -= file.write(CHUNK[: min(remaining, len(CHUNK))])
         os.fsync(file.fileno())

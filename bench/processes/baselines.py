@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "peers.jsonl"
 MODEL = llamas.Llama(12, 768, 2048, 768, 12, 32000, "F32")
 MODELS, THREADS = 8, 2
-LIMIT, OURS, PLAIN = "read and write", "negmerge merge", "load_file, formula, save_file"
+ROOFLINE, OURS, PLAIN = "read and write", "negmerge merge", "load_file, formula, save_file"
 METHODS = {"task_arithmetic": {}, "ties": {"density": 1.0}}
 
 
@@ -45,9 +45,13 @@ class Case:
         self.size = sum(path.stat().st_size for path in llamas.weights(models[0]))
         self.report = models[0].parent / "report.json"
         self.own_seconds: list[float] = []
-        self.ways: dict[str, Callable[[], Ended]] = {LIMIT: self.floor, OURS: self.ours, PLAIN: self.plain}
+        self.candidates: dict[str, Callable[[], Ended]] = {
+            ROOFLINE: self.floor,
+            OURS: self.ours,
+            PLAIN: self.plain,
+        }
         if mergekit:
-            self.ways |= {
+            self.candidates |= {
                 f"mergekit {method}": partial(self.mergekit, mergekit, method) for method in METHODS
             }
 
@@ -59,7 +63,7 @@ class Case:
 
     def floor(self) -> Ended:
         floor = Path(__file__).with_name("floor.py")
-        options = ("--stroke", 256 << 10, "--threads", THREADS)
+        options = ("--chunk-bytes", 256 << 10, "--threads", THREADS)
         return process.done((sys.executable, floor, self.outs / "floor", *self.models, *options))
 
     def ours(self) -> Ended:
@@ -91,8 +95,8 @@ class Case:
     def check(self) -> None:
         """Each way once: ours and the formula have the reference's bits."""
         self.prepare()
-        for way in self.ways.values():
-            way()
+        for candidate in self.candidates.values():
+            candidate()
         for name, out in ((OURS, "ours"), (PLAIN, "plain")):
             if wrong := llamas.differing(self.outs / out, self.models[0], self.models[1:]):
                 raise Failed(f"{name}: {wrong:,} elements differ from the reference's, no speed")
@@ -100,21 +104,23 @@ class Case:
     def rows(self, model: llamas.Llama, rounds: int) -> list[dict[str, Any]]:
         self.check()
         self.own_seconds.clear()
-        found = process.alternate(self.ways, rounds, self.prepare)
-        seconds = {way: [done.seconds for done in of_way] for way, of_way in found.items()}
+        found = process.alternate(self.candidates, rounds, self.prepare)
+        seconds = {
+            candidate: [done.seconds for done in of_candidate] for candidate, of_candidate in found.items()
+        }
         moved = (len(self.models) + 1) * self.size
         return [
             {
-                "suite": "peers", "layout": "Llama 134M in files", "way": way, "dtype": model.dtype,
+                "suite": "peers", "layout": "Llama 134M in files", "way": candidate, "dtype": model.dtype,
                 "n": len(self.models) - 1, "numel": model.numel, "bytes": moved, "state": "warm, to tmpfs",
                 "rounds": rounds, **percentiles(taken), "GB/s": moved / statistics.median(taken) / 1e9,
-                "limit": LIMIT, "limit GB/s": moved / statistics.median(seconds[LIMIT]) / 1e9,
-                "of_limit": _ratio(seconds[LIMIT], taken), "times ours": _ratio(taken, seconds[OURS]),
-                "own seconds": statistics.median(self.own_seconds) if way == OURS else None,
-                "peak MB": max(done.peak for done in found[way]) / 1e6,
-                "differing": 0 if way in (OURS, PLAIN) else None,
+                "limit": ROOFLINE, "limit GB/s": moved / statistics.median(seconds[ROOFLINE]) / 1e9,
+                "of_limit": _ratio(seconds[ROOFLINE], taken), "times ours": _ratio(taken, seconds[OURS]),
+                "own seconds": statistics.median(self.own_seconds) if candidate == OURS else None,
+                "peak MB": max(done.peak for done in found[candidate]) / 1e6,
+                "differing": 0 if candidate in (OURS, PLAIN) else None,
             }
-            for way, taken in seconds.items()
+            for candidate, taken in seconds.items()
         ]  # fmt: skip
 
 
@@ -163,11 +169,11 @@ def main() -> None:
     mergekit = None
     try:
         if given.without_mergekit:
-            print("baselines: mergekit is left out, as asked for")
+            print("baselines: mergekit is not measured, as asked for")
         else:
             mergekit = environment(given.mergekit.absolute())
     except Failed as error:
-        print(f"baselines: mergekit is left out: {error}")
+        print(f"baselines: mergekit is not measured: {error}")
     # All models are here.
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from negmerge_fast.output.filesystem import allocate, start_writing_back
 
 
-class Stroke(NamedTuple):
+class FileChunk(NamedTuple):
     """to: where to write as much as is read, or nowhere."""
 
     file: int
@@ -24,7 +24,7 @@ class Stroke(NamedTuple):
     to: int | None
 
 
-def strokes(models: list[Path], size: int) -> Iterator[Stroke]:
+def file_chunks(models: list[Path], size: int) -> Iterator[FileChunk]:
     """All that is read, shard by shard, the models beside each other: what is merged is written soon after."""
     shards = [sorted(model.glob("*.safetensors")) for model in models]
     written = 0
@@ -34,37 +34,37 @@ def strokes(models: list[Path], size: int) -> Iterator[Stroke]:
         for at in range(0, max(lengths), size):
             for k, (file, length) in enumerate(zip(files, lengths, strict=True)):
                 if at < length:
-                    yield Stroke(file, at, None if k else written + at)
+                    yield FileChunk(file, at, None if k else written + at)
         written += lengths[0]
 
 
 def run(models: list[Path], out: Path, size: int, threads: int, release: bool) -> None:
-    coming, lock, errors = strokes(models, size), Lock(), []
-    target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    allocate(target, sum(path.stat().st_size for path in models[0].glob("*.safetensors")))
+    coming, lock, errors = file_chunks(models, size), Lock(), []
+    output = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    allocate(output, sum(path.stat().st_size for path in models[0].glob("*.safetensors")))
 
-    def take() -> Stroke | None:
+    def take() -> FileChunk | None:
         with lock:
             return next(coming, None)
 
-    def work() -> None:
+    def read_chunks() -> None:
         buffer = memoryview(bytearray(size))
         following = take()
-        while (stroke := following) is not None:
+        while (chunk := following) is not None:
             if following := take():
                 os.posix_fadvise(following.file, following.at, size, os.POSIX_FADV_WILLNEED)
             done = 0
-            while got := os.preadv(stroke.file, [buffer[done:]], stroke.at + done):
+            while got := os.preadv(chunk.file, [buffer[done:]], chunk.at + done):
                 done += got
             if release:
-                os.posix_fadvise(stroke.file, stroke.at, done, os.POSIX_FADV_DONTNEED)
-            if stroke.to is not None:
-                os.pwrite(target, buffer[:done], stroke.to)
-                start_writing_back(target, stroke.to, done)
+                os.posix_fadvise(chunk.file, chunk.at, done, os.POSIX_FADV_DONTNEED)
+            if chunk.to is not None:
+                os.pwrite(output, buffer[:done], chunk.to)
+                start_writing_back(output, chunk.to, done)
 
     def worker() -> None:
         try:
-            work()
+            read_chunks()
         except BaseException as error:
             errors.append(error)
 
@@ -75,18 +75,18 @@ def run(models: list[Path], out: Path, size: int, threads: int, release: bool) -
         thread.join()
     if errors:
         raise errors[0]
-    os.fsync(target)
+    os.fsync(output)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("out", type=Path, help="a file")
     options.add_argument("models", type=Path, nargs="+", help="directories whose files are alike")
-    options.add_argument("--stroke", type=int, default=4 << 20)
+    options.add_argument("--chunk-bytes", type=int, default=4 << 20)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--release", action="store_true", help="give pages back once they are read")
     given = options.parse_args()
-    run(given.models, given.out, given.stroke, given.threads, given.release)
+    run(given.models, given.out, given.chunk_bytes, given.threads, given.release)
 
 
 if __name__ == "__main__":

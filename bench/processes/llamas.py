@@ -103,21 +103,21 @@ def _tensor(drawn: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Ten
     at = sum(name.encode()) * _STEP % _DRAWN
     done = 0
     while done < len(out):
-        piece = drawn[at : at + len(out) - done]
-        out[done : done + len(piece)] = piece
-        done, at = done + len(piece), 0
+        chunk = drawn[at : at + len(out) - done]
+        out[done : done + len(chunk)] = chunk
+        done, at = done + len(chunk), 0
     return out.view(shape)
 
 
-def _shards(shapes: Shapes, most: int) -> Iterator[list[str]]:
+def _shards(shapes: Shapes, max_numel: int) -> Iterator[list[str]]:
     names: list[str] = []
-    room = most
+    remaining = max_numel
     for name, shape in shapes.items():
-        if names and math.prod(shape) > room:
+        if names and math.prod(shape) > remaining:
             yield names
-            names, room = [], most
+            names, remaining = [], max_numel
         names.append(name)
-        room -= math.prod(shape)
+        remaining -= math.prod(shape)
     yield names
 
 

@@ -35,7 +35,7 @@ from negmerge_fast.runtime.memory import parse_size
 
 RESULTS = Path(__file__).parents[1] / "results" / "outofcore.jsonl"
 MODEL = llamas.Llama(22, 2048, 5632, 256, 32, 32000, "BF16")  # TinyLlama's layout
-LIMIT = "read and write, synced"
+ROOFLINE = "read and write, synced"
 THREADS = 2
 MERGE = (sys.executable, "-m", "negmerge_fast", "merge")
 TORCHRUN = (
@@ -61,8 +61,8 @@ class Case:
         self.peaks: dict[str, list[int | None]] = {}
         self.reports: dict[str, list[dict[str, Any]]] = {}
 
-    def out(self, way: str) -> Path:
-        return self.outs / way.replace(" ", "_")
+    def out(self, candidate: str) -> Path:
+        return self.outs / candidate.replace(" ", "_")
 
     def prepare(self) -> None:
         shutil.rmtree(self.outs, ignore_errors=True)
@@ -80,20 +80,20 @@ class Case:
             THREADS,
             "--release",
         )
-        return self.run(LIMIT, command)
+        return self.run(ROOFLINE, command)
 
-    def merge(self, way: str, command: Sequence[object], *options: object) -> Ended:
-        done = self.run(way, (
-            *command, *self.models, "--output", self.out(way), "--scale", SCALE, "--backend", "cpu", "--quiet",
+    def merge(self, candidate: str, command: Sequence[object], *options: object) -> Ended:
+        done = self.run(candidate, (
+            *command, *self.models, "--output", self.out(candidate), "--scale", SCALE, "--backend", "cpu", "--quiet",
             "--memory-budget", self.budget, "--report", self.report, *options,
         ))  # fmt: skip
-        self.reports.setdefault(way, []).append(json.loads(self.report.read_text()))
+        self.reports.setdefault(candidate, []).append(json.loads(self.report.read_text()))
         return done
 
-    def run(self, way: str, command: Sequence[object]) -> Ended:
+    def run(self, candidate: str, command: Sequence[object]) -> Ended:
         with self.group() as group:
             done = process.done(command, group)
-            self.peaks.setdefault(way, []).append(group.peak() if group else None)
+            self.peaks.setdefault(candidate, []).append(group.peak() if group else None)
         return done
 
     @contextmanager
@@ -104,12 +104,12 @@ class Case:
         with process.limited(self.limit) as group:
             yield group
 
-    def check(self, ways: dict[str, Callable[[], Ended]]) -> None:
+    def check(self, candidates: dict[str, Callable[[], Ended]]) -> None:
         """The first way's output has the reference's bits, the others' its bytes."""
         self.prepare()
-        for way in ways.values():
-            way()
-        first, *others = map(self.out, ways)
+        for candidate in candidates.values():
+            candidate()
+        first, *others = map(self.out, candidates)
         if wrong := llamas.differing(first, self.models[0], self.models[1:]):
             raise process.Failed(f"{wrong:,} elements differ from the reference's, no speed")
         for other in others:
@@ -120,35 +120,35 @@ class Case:
                     )
 
     def rows(
-        self, model: llamas.Llama, ways: dict[str, Callable[[], Ended]], rounds: int
+        self, model: llamas.Llama, candidates: dict[str, Callable[[], Ended]], rounds: int
     ) -> list[dict[str, Any]]:
-        self.check(ways)
-        found = process.alternate({LIMIT: self.floor, **ways}, rounds, self.prepare)
-        limits = [done.seconds for done in found[LIMIT]]
+        self.check(candidates)
+        found = process.alternate({ROOFLINE: self.floor, **candidates}, rounds, self.prepare)
+        limits = [done.seconds for done in found[ROOFLINE]]
         within = "no limit" if self.limit is None else f"within {self.limit:,} bytes"
         return [
             {
-                "suite": "out of core", "layout": "Llama in sharded files", "way": way, "dtype": model.dtype,
+                "suite": "out of core", "layout": "Llama in sharded files", "way": candidate, "dtype": model.dtype,
                 "n": len(self.models) - 1, "numel": model.numel, "bytes": self.moved, "state": f"cold, {within}",
                 "rounds": rounds, **percentiles(taken), "GB/s": self.moved / statistics.median(taken) / 1e9,
-                "limit": LIMIT, "limit GB/s": self.moved / statistics.median(limits) / 1e9,
+                "limit": ROOFLINE, "limit GB/s": self.moved / statistics.median(limits) / 1e9,
                 "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
-                "budget": self.budget, "peak MB": max(done.peak for done in of_way) / 1e6,
-                "group's peak MB": self._peak(way), **self._told(way),
+                "budget": self.budget, "peak MB": max(done.peak for done in of_candidate) / 1e6,
+                "group's peak MB": self._peak(candidate), **self._told(candidate),
             }
-            for way, of_way in found.items()
-            for taken in [[done.seconds for done in of_way]]
+            for candidate, of_candidate in found.items()
+            for taken in [[done.seconds for done in of_candidate]]
         ]  # fmt: skip
 
-    def _peak(self, way: str) -> float | None:
-        peaks = [peak for peak in self.peaks[way] if peak is not None]
+    def _peak(self, candidate: str) -> float | None:
+        peaks = [peak for peak in self.peaks[candidate] if peak is not None]
         return max(peaks) / 1e6 if peaks else None
 
-    def _told(self, way: str) -> dict[str, Any]:
+    def _told(self, candidate: str) -> dict[str, Any]:
         """What the reports of a way say: seconds without the process around them, and what was read."""
-        if way not in self.reports:
+        if candidate not in self.reports:
             return {"own seconds": None, "read": None}
-        reports = self.reports[way]
+        reports = self.reports[candidate]
         inputs = sum(path.stat().st_size for path in self.files)
         return {
             "own seconds": statistics.median(report["seconds"] for report in reports[1:]),
@@ -156,7 +156,7 @@ class Case:
         }
 
 
-def ways_of(given: argparse.Namespace, case: Case) -> dict[str, Callable[[], Ended]]:
+def candidates_of(given: argparse.Namespace, case: Case) -> dict[str, Callable[[], Ended]]:
     """What takes turns with the floor: the first is compared with the reference, the others with the first."""
     if given.partial:
         return {
@@ -214,7 +214,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             models = llamas.make(Path(name), model, given.models, parse_size(given.shard), given.partial)
             case = Case(Path(name), models, limit, given.budget)
-            rows = case.rows(model, ways_of(given, case), given.rounds)
+            rows = case.rows(model, candidates_of(given, case), given.rounds)
     except (OSError, process.Failed) as error:
         sys.exit(f"outofcore: {error}")
     record(given.results, rows, also=("own seconds", "read", "peak MB", "group's peak MB"))

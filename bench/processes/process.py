@@ -48,8 +48,8 @@ class Failed(Exception):
 class Group:
     """A memory control group."""
 
-    def __init__(self, folder: Path, most_used: str) -> None:
-        self.folder, self._most_used = folder, most_used
+    def __init__(self, folder: Path, max_memory: str) -> None:
+        self.folder, self._max_memory = folder, max_memory
 
     def holding(self, command: Sequence[object]) -> list[str]:
         """The command, which first puts itself into the group."""
@@ -59,7 +59,7 @@ class Group:
     def peak(self) -> int | None:
         """The most that was used, in bytes, pages of files included; None: the kernel does not tell."""
         try:
-            return int((self.folder / self._most_used).read_text())
+            return int((self.folder / self._max_memory).read_text())
         except OSError:
             return None
 
@@ -135,16 +135,16 @@ def done(command: Sequence[object], group: Group | None = None) -> Ended:
 
 
 def alternate(
-    ways: Mapping[str, Callable[[], Ended]], rounds: int, before: Callable[[], object]
+    candidates: Mapping[str, Callable[[], Ended]], rounds: int, before: Callable[[], object]
 ) -> dict[str, list[Ended]]:
     """What each way's process took in each round. One round runs them all in turn, so that a drift of the machine hits all.
 
     before: done before each, and not timed.
     """
-    found: dict[str, list[Ended]] = {name: [] for name in ways}
+    found: dict[str, list[Ended]] = {name: [] for name in candidates}
     for number in range(rounds):
-        for name, way in ways.items():
+        for name, candidate in candidates.items():
             before()
-            found[name].append(way())
+            found[name].append(candidate())
             print(f"round {number + 1} of {rounds}: {name}, {found[name][-1].seconds:.2f} s", flush=True)
     return found

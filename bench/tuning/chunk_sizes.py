@@ -23,9 +23,9 @@ from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.streaming import api
 
 RESULTS = Path(__file__).parents[1] / "results" / "chunk_sizes.jsonl"
-STROKES = [1 << power for power in range(18, 24)]
+CHUNK_BYTES = [1 << power for power in range(18, 24)]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-LIMIT = "read and write"
+ROOFLINE = "read and write"
 
 
 def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Path]:
@@ -38,8 +38,8 @@ def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Pa
     return paths
 
 
-def merge(stroke: int, paths: list[Path], out: Path) -> None:
-    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, stroke
+def merge(chunk_bytes: int, paths: list[Path], out: Path) -> None:
+    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk_bytes
     try:
         # A budget that makes no stroke shorter.
         nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9, memory_budget="1TiB")
@@ -47,16 +47,16 @@ def merge(stroke: int, paths: list[Path], out: Path) -> None:
         api._MAX_CHUNK_BYTES = usual
 
 
-def limit(paths: list[Path], out: Path) -> None:
+def roofline(paths: list[Path], out: Path) -> None:
     buffer = bytearray(256 * 1024)
     for path in paths:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-    left = paths[0].stat().st_size
+    remaining = paths[0].stat().st_size
     with open(out, "wb", buffering=0) as file:
-        while left:
-            left -= file.write(memoryview(buffer)[: min(left, len(buffer))])
+        while remaining:
+            remaining -= file.write(memoryview(buffer)[: min(remaining, len(buffer))])
         os.fsync(file.fileno())
 
 
@@ -64,27 +64,30 @@ def measure(
     dtype: str, n: int, numel: int, paths: list[Path], out: Path, rounds: int
 ) -> list[dict[str, Any]]:
     """A row for each length of a stroke."""
-    ways = {f"strokes of {stroke >> 10:,} KiB": partial(merge, stroke, paths, out) for stroke in STROKES}
+    candidates = {
+        f"chunks of {chunk_bytes >> 10:,} KiB": partial(merge, chunk_bytes, paths, out)
+        for chunk_bytes in CHUNK_BYTES
+    }
     made = set()
-    for once in ways.values():
+    for once in candidates.values():
         once()
         made.add(out.read_bytes())
         out.unlink()
-    assert len(made) == 1, "strokes of other lengths make other files"
+    assert len(made) == 1, "chunks of other lengths make other files"
     del made
     clear = partial(out.unlink, missing_ok=True)
-    seconds = alternate({LIMIT: partial(limit, paths, out), **ways}, rounds, clear)
+    seconds = alternate({ROOFLINE: partial(roofline, paths, out), **candidates}, rounds, clear)
     clear()
     moved = (n + 2) * numel * DTYPES[dtype].itemsize
-    limits = seconds.pop(LIMIT)
+    rooflines = seconds.pop(ROOFLINE)
     rows = []
-    for way, taken in seconds.items():
+    for candidate, taken in seconds.items():
         spread = percentiles(taken)
         rows.append({
-            "suite": "tune", "layout": "files", "way": way, "dtype": dtype, "n": n, "numel": numel, "bytes": moved,
+            "suite": "tune", "layout": "files", "way": candidate, "dtype": dtype, "n": n, "numel": numel, "bytes": moved,
             "state": "warm, to tmpfs", "rounds": rounds, **spread, "GB/s": moved / spread["p50"] / 1e9,
-            "limit": LIMIT, "limit GB/s": moved / statistics.median(limits) / 1e9,
-            "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
+            "limit": ROOFLINE, "limit GB/s": moved / statistics.median(rooflines) / 1e9,
+            "of_limit": statistics.median(a / b for a, b in zip(rooflines, taken, strict=True)),
         })  # fmt: skip
     return rows
 
@@ -113,7 +116,7 @@ def main() -> None:
                 found = measure(dtype, n, numel, paths[: n + 1], out, given.rounds)
                 rows += found
                 best = min(found, key=lambda row: float(row["p50"]))
-                said.append(f"{dtype}, n = {n}: {best['way']}, {best['of_limit']:.2f} of {LIMIT}")
+                said.append(f"{dtype}, n = {n}: {best['way']}, {best['of_limit']:.2f} of {ROOFLINE}")
             for path in paths:
                 path.unlink()
     record(given.results, rows)

@@ -34,7 +34,7 @@ double seconds(std::int64_t elements, Work work) {
 std::uint64_t read(const char* from, std::int64_t bytes) {
   std::uint64_t sums[8] = {};
   for (std::int64_t i = 0; i + 64 <= bytes; i += 64)
-    for (int lane = 0; lane < 8; ++lane) sums[lane] ^= reinterpret_cast<const std::uint64_t*>(from + i)[lane];
+    for (int word = 0; word < 8; ++word) sums[word] ^= reinterpret_cast<const std::uint64_t*>(from + i)[word];
   return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
 }
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 RESULTS = HERE.parent / "results" / "loop.jsonl"
 AVX2 = ["-mavx2", "-mf16c"]
-WAYS = {
+CANDIDATES = {
     "as built": [],
     "all models at once (tiles of one step)": ["-DNEGMERGE_TILE_BYTES=64"],
     "one model at a time": ["-DNEGMERGE_GROUP=1"],
@@ -32,8 +32,8 @@ WAYS = {
 DTYPES = {"F32": 1, "F16": 2, "BF16": 3}
 
 
-def build(folder: str, way: str) -> str:
-    program = f"{folder}/{way}"
+def build(folder: str, candidate: str) -> str:
+    program = f"{folder}/{candidate}"
     flags = [
         "-O3",
         "-std=c++17",
@@ -41,7 +41,7 @@ def build(folder: str, way: str) -> str:
         "-pthread",
         "-DNEGMERGE_LOOP=merge_loop",
         *AVX2,
-        *WAYS[way],
+        *CANDIDATES[candidate],
     ]
     sources = [str(HERE / "loop.cpp"), str(CSRC / "merge_loop.cpp")]
     subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-o", program], check=True)
@@ -56,18 +56,20 @@ def main() -> None:
     given = options.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        programs = {way: build(folder, way) for way in WAYS}
+        programs = {candidate: build(folder, candidate) for candidate in CANDIDATES}
         for dtype, number in DTYPES.items():
             for n in (2, 8, 30):
                 numel = given.bytes // n // (4 if dtype == "F32" else 2) // 4096 * 4096
-                places = dict.fromkeys(WAYS, 0) | {"as built, streams 320 bytes apart": 320}
-                rounds: dict[str, list[list[float]]] = {way: [] for way in places}
+                places = dict.fromkeys(CANDIDATES, 0) | {"as built, streams 320 bytes apart": 320}
+                rounds: dict[str, list[list[float]]] = {candidate: [] for candidate in places}
                 for _ in range(given.runs):
-                    for way, skew in places.items():
-                        program = programs[way.partition(",")[0] if skew else way]
+                    for candidate, skew in places.items():
+                        program = programs[candidate.partition(",")[0] if skew else candidate]
                         command = [program, *map(str, (n, number, numel, skew, 5))]
                         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                        rounds[way] += [[float(word) for word in line.split()] for line in text.splitlines()]
+                        rounds[candidate] += [
+                            [float(word) for word in line.split()] for line in text.splitlines()
+                        ]
                 rows += described(rounds, dtype, n, numel)
     record(given.results, rows)
 
@@ -75,17 +77,17 @@ def main() -> None:
 def described(rounds: dict[str, list[list[float]]], dtype: str, n: int, numel: int) -> list[dict[str, Any]]:
     size = (4 if dtype == "F32" else 2) * numel / 1e9
     rows = []
-    for way, lines in rounds.items():
-        reading, beside, in_place = ([line[i] for line in lines] for i in range(3))
-        for place, seconds in (("", beside), (", in place", in_place)):
+    for candidate, lines in rounds.items():
+        reading, out_of_place, in_place = ([line[i] for line in lines] for i in range(3))
+        for place, seconds in (("", out_of_place), (", in place", in_place)):
             # Each round has its own limit: the machine drifts.
-            shares = [
-                (n + 2) / (n + 1) * limit / merge for limit, merge in zip(reading, seconds, strict=True)
+            fractions = [
+                (n + 2) / (n + 1) * read / merge for read, merge in zip(reading, seconds, strict=True)
             ]
             spread = percentiles(seconds)
             rows.append({
-                "way": way + place, "dtype": dtype, "n": n, "numel": numel, "state": "in memory", **spread,
-                "GB/s": (n + 2) * size / spread["p50"], "of_limit": percentiles(shares)["p50"],
+                "way": candidate + place, "dtype": dtype, "n": n, "numel": numel, "state": "in memory", **spread,
+                "GB/s": (n + 2) * size / spread["p50"], "of_limit": percentiles(fractions)["p50"],
             })  # fmt: skip
     return rows
 

@@ -42,7 +42,7 @@ from negmerge_fast.streaming.worker import batches
 
 RESULTS = Path(__file__).parents[1] / "results" / "reads.jsonl"
 MODELS, THREADS = 8, 2
-LIMIT = "read and write"
+ROOFLINE = "read and write"
 # Python names it from 3.14 on; Linux has it from 5.14 on.
 POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
 ADVICE = {
@@ -63,19 +63,19 @@ def reads(plan: Plan) -> Iterator[Merged]:
 
     def merged(chunk: Extent) -> memoryview:
         first, *others = chunk.sources
-        buffers = lane.reserve([source.nbytes for source in chunk.sources])
-        if not reader.read_into(first.file, first.offset, buffers[0]):
+        reserved = buffers.reserve([source.nbytes for source in chunk.sources])
+        if not reader.read_into(first.file, first.offset, reserved[0]):
             for source in others:
                 reader.expect(source.file, source.offset, source.nbytes)
-        for source, buffer in zip(others, buffers[1:], strict=True):
+        for source, buffer in zip(others, reserved[1:], strict=True):
             reader.read_into(source.file, source.offset, buffer)
-        for batch, _ in batches(chunk, "cpu", *lane.addresses()):
+        for batch, _ in batches(chunk, "cpu", *buffers.addresses()):
             native.merge_cpu(batch, RULE, 1)
-        return buffers[0]
+        return reserved[0]
 
     with (
         Reader(versions) as reader,
-        WorkerBuffers(versions, api._MAX_CHUNK_BYTES, Timeline(kept=False)) as lane,
+        WorkerBuffers(versions, api._MAX_CHUNK_BYTES, Timeline(kept=False)) as buffers,
     ):
         yield merged
 
@@ -117,16 +117,16 @@ def _mapped(file: File) -> mmap.mmap:
 def _merge_apart(chunk: Extent, inputs: list[Any], out: Any) -> None:
     """Merge a piece into memory of its own: the engine's batches write where the base is."""
     addresses = [held.ctypes.data for held in inputs]
-    elsewhere = out.ctypes.data - addresses[0]
+    distance = out.ctypes.data - addresses[0]
     for batch, _ in batches(chunk, "cpu", addresses, inputs):
         segments = [
-            segment._replace(out=Operand(segment.base.address + elsewhere, batch.signature.result, out))
+            segment._replace(out=Operand(segment.base.address + distance, batch.signature.result, out))
             for segment in batch.segments
         ]
         native.merge_cpu(Batch("cpu", batch.signature, segments), RULE, 1)
 
 
-def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
+def run(plan: Plan, out: Path, candidate: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
     """Merge the files of a plan, which have one file each, on some threads."""
     coming, lock = chunks(plan.extents, api._MAX_CHUNK_BYTES), Lock()
 
@@ -134,26 +134,26 @@ def run(plan: Plan, out: Path, way: Callable[[Plan], AbstractContextManager[Merg
         with lock:
             return next(coming, None)
 
-    def work(_: int) -> None:
-        with way(plan) as merged:
+    def process_chunks(_: int) -> None:
+        with candidate(plan) as merged:
             while chunk := take():
                 os.pwrite(target, merged(chunk), chunk.sources[0].offset)
 
     target = os.open(out, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(work, range(THREADS)))
+            list(pool.map(process_chunks, range(THREADS)))
     finally:
         os.close(target)
 
 
-def limit(paths: list[Path], out: Path) -> None:
+def roofline(paths: list[Path], out: Path) -> None:
     read_files(paths, THREADS)
     chunk_bytes = bytes(256 << 10)
-    left = paths[0].stat().st_size
+    remaining = paths[0].stat().st_size
     with open(out, "r+b", buffering=0) as file:
-        while left:
-            left -= file.write(chunk_bytes[: min(left, len(chunk_bytes))])
+        while remaining:
+            remaining -= file.write(chunk_bytes[: min(remaining, len(chunk_bytes))])
 
 
 def measure(
@@ -163,27 +163,29 @@ def measure(
     merged, out = folder / "merged.safetensors", folder / "out.safetensors"
     usual = nm.merge_checkpoints(paths[0], paths[1:], merged, scale=SCALE, backend="torch")
     plan = api.prepare(paths[0], paths[1:], folder / "none.safetensors", scale=SCALE).plan
-    ways = {"positioned reads": partial(run, plan, out, reads)}
-    ways |= {name: partial(run, plan, out, partial(maps, advice=advice)) for name, advice in ADVICE.items()}
-    for name, way in ways.items():
+    candidates = {"positioned reads": partial(run, plan, out, reads)}
+    candidates |= {
+        name: partial(run, plan, out, partial(maps, advice=advice)) for name, advice in ADVICE.items()
+    }
+    for name, candidate in candidates.items():
         out.unlink(missing_ok=True)
-        way()
+        candidate()
         assert out.read_bytes() == merged.read_bytes(), f"{name}: not the reference's output"
     moved = usual.bytes_read + usual.bytes_written
     rows, said = [], []
     for state, before in (("warm", partial(read_files, paths, THREADS)), ("cold", partial(make_cold, paths))):
-        seconds = alternate({LIMIT: partial(limit, paths, out), **ways}, rounds, before)
-        limits = seconds.pop(LIMIT)
-        for way, taken in seconds.items():
+        seconds = alternate({ROOFLINE: partial(roofline, paths, out), **candidates}, rounds, before)
+        rooflines = seconds.pop(ROOFLINE)
+        for candidate, taken in seconds.items():
             rows.append({
-                "suite": "tune", "layout": "files", "way": way, "dtype": dtype, "n": MODELS, "numel": usual.elements,
+                "suite": "tune", "layout": "files", "way": candidate, "dtype": dtype, "n": MODELS, "numel": usual.elements,
                 "bytes": moved, "state": f"{state}, to tmpfs", "rounds": rounds, **percentiles(taken),
-                "GB/s": moved / statistics.median(taken) / 1e9, "limit": LIMIT,
-                "limit GB/s": moved / statistics.median(limits) / 1e9,
-                "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
+                "GB/s": moved / statistics.median(taken) / 1e9, "limit": ROOFLINE,
+                "limit GB/s": moved / statistics.median(rooflines) / 1e9,
+                "of_limit": statistics.median(a / b for a, b in zip(rooflines, taken, strict=True)),
             })  # fmt: skip
         best = min(rows[-len(seconds) :], key=lambda row: float(row["p50"]))
-        said.append(f"{dtype}, {state}: {best['way']}, {best['of_limit']:.2f} of {LIMIT}")
+        said.append(f"{dtype}, {state}: {best['way']}, {best['of_limit']:.2f} of {ROOFLINE}")
     for path in (merged, out):
         path.unlink()
     return rows, said

@@ -54,7 +54,7 @@ def main() -> None:
             merged.copy_(base)
             blocked(block, merged, models)
             assert torch.equal(merged, expected), f"{name}: the blocked result is not the formula's"
-        ways = {
+        candidates = {
             "memory read": partial(read_memory, [base, *models]),
             "eager formula": partial(eager, base, models),
             **{
@@ -63,14 +63,17 @@ def main() -> None:
             },
         }
         size = base.element_size() * given.numel / 1e9
-        moved = {way: (given.models + 1 if way == "memory read" else given.models + 2) * size for way in ways}
-        timed = {way: percentiles(s) for way, s in alternate(ways, given.rounds).items()}
-        limit = moved["memory read"] / timed["memory read"]["p50"]
-        for way, spread in timed.items():
-            speed = moved[way] / spread["p50"]
+        moved = {
+            candidate: (given.models + 1 if candidate == "memory read" else given.models + 2) * size
+            for candidate in candidates
+        }
+        timed = {candidate: percentiles(s) for candidate, s in alternate(candidates, given.rounds).items()}
+        roofline = moved["memory read"] / timed["memory read"]["p50"]
+        for candidate, spread in timed.items():
+            speed = moved[candidate] / spread["p50"]
             rows.append({
-                "way": way, "dtype": name, "n": given.models, "numel": given.numel, "state": "in memory",
-                **spread, "GB/s": speed, "of_limit": speed / limit,
+                "way": candidate, "dtype": name, "n": given.models, "numel": given.numel, "state": "in memory",
+                **spread, "GB/s": speed, "of_limit": speed / roofline,
             })  # fmt: skip
     record(given.results, rows)
 

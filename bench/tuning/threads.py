@@ -33,9 +33,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 SIZES = {dtype: kind.itemsize for dtype, kind in DTYPES.items()}
 
 # What a thread takes at once, at most: for batches long enough to be cut into such pieces.
-MOST = [1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18]
+MAX_AT_ONCE = [1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18]
 # And at least: for batches that would otherwise be cut into shorter ones.
-FEWEST = [1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14]
+MIN_AT_ONCE = [1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14]
 # As soon as there is a byte for each, as many threads as are asked for.
 EVERY_THREAD = "-DNEGMERGE_BYTES_PER_THREAD=1"
 
@@ -68,18 +68,18 @@ class Built:
         compile_with([escape, *flags, "-shared", "-Wl,-Bsymbolic", *sources, "-o", str(library)])
         self.function = ctypes.CDLL(str(library)).merge_times
 
-    def seconds(self, work: Work, threads: int, calls: int) -> list[float]:
+    def seconds(self, workload: Workload, threads: int, calls: int) -> list[float]:
         counts = np.zeros(2, np.int64)
         taken = np.empty(calls)
         self.function(
-            DTYPE_CODES[work.dtype], ctypes.c_int64(MODELS), ctypes.c_int64(len(work.tables)),
-            ctypes.c_void_p(work.tables.ctypes.data), threads, ctypes.c_int64(calls),
+            DTYPE_CODES[workload.dtype], ctypes.c_int64(MODELS), ctypes.c_int64(len(workload.tables)),
+            ctypes.c_void_p(workload.tables.ctypes.data), threads, ctypes.c_int64(calls),
             ctypes.c_void_p(counts.ctypes.data), ctypes.c_void_p(taken.ctypes.data),
         )  # fmt: skip
         return taken.tolist()
 
 
-class Work:
+class Workload:
     """So many copies of one batch of one segment: a base, MODELS fine-tuned versions, and an output of its own."""
 
     def __init__(self, dtype: str, numel: int, copies: int) -> None:
@@ -103,25 +103,25 @@ class Work:
         assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), "not the reference's bits"
 
 
-def timed(work: Work, ways: dict[str, tuple[Built, int]], rounds: int) -> list[dict[str, Any]]:
+def timed(workload: Workload, candidates: dict[str, tuple[Built, int]], rounds: int) -> list[dict[str, Any]]:
     """A row for each way: a library, and a number of threads. The ways take turns, several calls at a time."""
-    for built, threads in ways.values():
-        work.check(built, threads)
+    for built, threads in candidates.values():
+        workload.check(built, threads)
     # A turn takes about 2 ms, so that what was before it is soon forgotten.
-    first, *_ = ways.values()
-    usual = min(first[0].seconds(work, first[1], 3))
+    first, *_ = candidates.values()
+    usual = min(first[0].seconds(workload, first[1], 3))
     calls = max(1, min(round(0.002 / usual), 200))
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}
     for _ in range(rounds):
-        for way, (built, threads) in ways.items():
-            seconds[way] += built.seconds(work, threads, calls)
+        for candidate, (built, threads) in candidates.items():
+            seconds[candidate] += built.seconds(workload, threads, calls)
     rows = []
-    for way, taken in seconds.items():
+    for candidate, taken in seconds.items():
         spread = percentiles(taken)
         rows.append({
-            "suite": "tune", "layout": "one tensor", "way": way, "dtype": work.dtype, "n": MODELS, "numel": work.numel,
-            "bytes": work.bytes, "state": work.state, "rounds": len(taken), **spread,
-            "GB/s": work.bytes / spread["p50"] / 1e9,
+            "suite": "tune", "layout": "one tensor", "way": candidate, "dtype": workload.dtype, "n": MODELS, "numel": workload.numel,
+            "bytes": workload.bytes, "state": workload.state, "rounds": len(taken), **spread,
+            "GB/s": workload.bytes / spread["p50"] / 1e9,
         })  # fmt: skip
     return rows
 
@@ -136,10 +136,12 @@ def break_even(dtype: str, state: str, usual: Built, rounds: int) -> tuple[list[
     rows, pays = [], None
     for power in range(16, 25):
         numel = (1 << power) // (MODELS + 2) // SIZES[dtype] // 64 * 64
-        work = Work(dtype, numel, PAST_CACHE >> power if state == "in memory" else 1)
-        found = timed(work, {f"{n} thread{'s' * (n > 1)}": (usual, n) for n in sorted({1, 2, cores})}, rounds)
+        workload = Workload(dtype, numel, PAST_CACHE >> power if state == "in memory" else 1)
+        found = timed(
+            workload, {f"{n} thread{'s' * (n > 1)}": (usual, n) for n in sorted({1, 2, cores})}, rounds
+        )
         rows += found
-        pays = None if best(found[:2]) == "1 thread" else pays or work.bytes
+        pays = None if best(found[:2]) == "1 thread" else pays or workload.bytes
     if pays is None:
         return rows, f"{dtype}, {state}: a second thread does not pay up to 16 MiB"
     return (
@@ -148,13 +150,13 @@ def break_even(dtype: str, state: str, usual: Built, rounds: int) -> tuple[list[
     )
 
 
-def pieces(
+def partition_sizes(
     dtype: str, numel: int, libraries: dict[str, Built], rounds: int
 ) -> tuple[list[dict[str, Any]], str]:
     """One batch, cut into pieces of other lengths, on all processors."""
-    work = Work(dtype, numel, max(1, PAST_CACHE // ((MODELS + 2) * numel * SIZES[dtype])))
+    workload = Workload(dtype, numel, max(1, PAST_CACHE // ((MODELS + 2) * numel * SIZES[dtype])))
     cores = len(os.sched_getaffinity(0))
-    found = timed(work, {way: (built, cores) for way, built in libraries.items()}, rounds)
+    found = timed(workload, {candidate: (built, cores) for candidate, built in libraries.items()}, rounds)
     return found, f"{dtype}, {numel:,} elements: {best(found)}"
 
 
@@ -172,17 +174,19 @@ def main() -> None:
         folder = Path(name)
         build = partial(Built, folder, compile_loops(folder), EVERY_THREAD)
         usual = build()
-        most = {f"pieces of at most {size:,}": build(f"-DNEGMERGE_MOST_AT_ONCE={size}") for size in MOST}
-        fewest = {
-            f"pieces of at least {size:,}": build(f"-DNEGMERGE_FEWEST_AT_ONCE={size}") for size in FEWEST
+        longest = {
+            f"chunks of at most {size:,}": build(f"-DNEGMERGE_MOST_AT_ONCE={size}") for size in MAX_AT_ONCE
+        }
+        shortest = {
+            f"chunks of at least {size:,}": build(f"-DNEGMERGE_FEWEST_AT_ONCE={size}") for size in MIN_AT_ONCE
         }
         for dtype in DTYPES:
             for state in ("in memory", "in cache"):
                 found.append(break_even(dtype, state, usual, given.rounds))
             for numel in (1 << 15, 1 << 16, 1 << 17):
-                found.append(pieces(dtype, numel, fewest, given.rounds))
+                found.append(partition_sizes(dtype, numel, shortest, given.rounds))
             for numel in (given.largest // 4, given.largest):
-                found.append(pieces(dtype, numel, most, given.rounds))
+                found.append(partition_sizes(dtype, numel, longest, given.rounds))
     record(given.results, [row for rows, _ in found for row in rows])
     print("\n".join(line for _, line in found))
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from negmerge_fast.backends import native, registry, selftest
-from negmerge_fast.benchmark.bandwidth import Limit, device_copy, flush
+from negmerge_fast.benchmark.bandwidth import Roofline, device_copy, flush
 from negmerge_fast.benchmark.records import Row, device_name, record, speed
 from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timers import Clock, clock
-from negmerge_fast.benchmark.workload import RULE, Lacking, Work, hold, release
+from negmerge_fast.benchmark.workload import RULE, Lacking, Workload, release, shared_workload
 from negmerge_fast.core.batch import Batch, Merge, Signature
 from negmerge_fast.core.descriptors import pack_for_device, upload
 from negmerge_fast.core.dtypes import FLOAT_SIZES
@@ -95,19 +95,19 @@ class Built:
     def merge(self, batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
         """What native.merge_cuda does."""
         memory, tiles = pack_for_device(batch, self.tile)
-        there = upload(memory, batch.device)
+        on_device = upload(memory, batch.device)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
         result, dtypes, *others = native._signature(batch, rule)
         index = torch.device(batch.device).index or 0
         stream = torch.cuda.current_stream().cuda_stream
-        memories = there.data_ptr(), counts.data_ptr()
+        memories = on_device.data_ptr(), counts.data_ptr()
         why = self.function(result, dtypes, len(dtypes), *others, *memories, tiles, index, stream)
         if why:
             raise RuntimeError(why.decode())
         return counts
 
 
-def cuda_ways(device: str, folder: str) -> dict[str, Merge]:
+def cuda_candidates(device: str, folder: str) -> dict[str, Merge]:
     """The kernel with each choice of constants."""
     command = compiler(device)
 
@@ -116,10 +116,10 @@ def cuda_ways(device: str, folder: str) -> dict[str, Merge]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         built = pool.map(build, range(len(CUDA)), CUDA.values())
-        return {f"cuda, {way}": one.merge for way, one in zip(CUDA, built, strict=True)}
+        return {f"cuda, {candidate}": one.merge for candidate, one in zip(CUDA, built, strict=True)}
 
 
-def triton_ways(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]:
+def triton_candidates(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]:
     """The kernel with each of its candidates, the usual one first; and the candidates."""
     from negmerge_fast.kernels.launch import candidates
     from negmerge_fast.kernels.merge import launch_merge
@@ -131,74 +131,83 @@ def triton_ways(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]
     return {name: partial(launch_merge, launch=launch) for name, launch in launches.items()}, launches
 
 
-def turn(work: Work, batch: Batch, merge: Merge, limit: Limit, now: Clock) -> tuple[float, float, Any]:
+def time_round(
+    workload: Workload, batch: Batch, merge: Merge, roofline: Roofline, now: Clock
+) -> tuple[float, float, Any]:
     """Seconds of the limit and of a merge, and the merge's counts. Nothing waits before all of it is asked for."""
-    work.poison()
-    flush(work.device)  # meanwhile the host asks for what comes
+    workload.poison()
+    flush(workload.device)  # meanwhile the host asks for what comes
     began = now()
-    limit.run()
+    roofline.task()
     copied = now()
-    flush(work.device)
+    flush(workload.device)
     asked = now()
     counts = merge(batch, RULE)
     ended = now()
     return copied - began, ended - asked, counts
 
 
-def fault(work: Work, counts: Any) -> str | None:
+def fault(workload: Workload, counts: Any) -> str | None:
     """Why what a merge has left in the work's output gets no speed; None if all is the reference's."""
-    wrong, expected = work.compare(work.tensors(work.out))
+    wrong, expected = workload.compare(workload.tensors(workload.out))
     if wrong:
         return f"elements that differ from the reference's: {wrong:,}"
     return None if counts.tolist() == expected else "counts differ from the reference's"
 
 
-def measure(work: Work, ways: dict[str, Merge], rounds: int) -> list[Row]:
+def measure(workload: Workload, candidates: dict[str, Merge], rounds: int) -> list[Row]:
     """A row for each way that is right before its rounds and in the last of them."""
-    [batch] = work.batches(in_place=False)
-    limit, now = device_copy(work.device, work.bytes), clock(work.device)
-    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    [batch] = workload.batches(in_place=False)
+    roofline, now = device_copy(workload.device, workload.bytes), clock(workload.device)
+    taken: dict[str, list[tuple[float, float]]] = {candidate: [] for candidate in candidates}
 
-    def refuse(way: str, reason: str) -> None:
-        del taken[way]
-        print(f"{way}, {work.dtype}, n = {work.n}: no speed, {reason}", flush=True)
+    def refuse(candidate: str, reason: str) -> None:
+        del taken[candidate]
+        print(f"{candidate}, {workload.dtype}, n = {workload.n}: no speed, {reason}", flush=True)
 
-    for way, merge in ways.items():
-        if (reason := selftest.distrust(way, merge, work.device, batch.signature, RULE)) is None:
-            work.poison()
-            reason = fault(work, merge(batch, RULE))
+    for candidate, merge in candidates.items():
+        if (reason := selftest.distrust(candidate, merge, workload.device, batch.signature, RULE)) is None:
+            workload.poison()
+            reason = fault(workload, merge(batch, RULE))
         if reason is not None:
-            refuse(way, reason)
+            refuse(candidate, reason)
     for left in reversed(range(rounds)):
-        for way in list(taken):
-            copy, merging, counts = turn(work, batch, ways[way], limit, now)
-            taken[way].append((copy, merging))
-            if not left and (reason := fault(work, counts)) is not None:
-                refuse(way, reason)
-    return [row_of(work.row("tune", way), limit, *zip(*pairs, strict=True)) for way, pairs in taken.items()]
+        for candidate in list(taken):
+            copy, merging, counts = time_round(workload, batch, candidates[candidate], roofline, now)
+            taken[candidate].append((copy, merging))
+            if not left and (reason := fault(workload, counts)) is not None:
+                refuse(candidate, reason)
+    return [
+        row_of(workload.row("tune", candidate), roofline, *zip(*pairs, strict=True))
+        for candidate, pairs in taken.items()
+    ]
 
 
-def row_of(work: Row, limit: Limit, copies: tuple[float, ...], merges: tuple[float, ...]) -> Row:
-    limits = [limit.bytes / seconds / 1e9 for seconds in copies]
-    speeds = [work["bytes"] / seconds / 1e9 for seconds in merges]
-    of_limit = statistics.median(a / b for a, b in zip(speeds, limits, strict=True))
-    beside = {"limit": limit.name, "limit GB/s": statistics.median(limits), "of_limit": of_limit}
-    return {**speed(work, merges), **beside, "differing": 0}
+def row_of(workload: Row, roofline: Roofline, copies: tuple[float, ...], merges: tuple[float, ...]) -> Row:
+    rooflines = [roofline.bytes / seconds / 1e9 for seconds in copies]
+    speeds = [workload["bytes"] / seconds / 1e9 for seconds in merges]
+    of_limit = statistics.median(a / b for a, b in zip(speeds, rooflines, strict=True))
+    fields = {"limit": roofline.name, "limit GB/s": statistics.median(rooflines), "of_limit": of_limit}
+    return {**speed(workload, merges), **fields, "differing": 0}
 
 
 def winner(rows: list[Row], usual: str) -> tuple[str, str] | None:
     """Of the ways that were measured wherever others were, the one with the largest share of the limit, by the geometric mean
     of its rows; and a line that holds it against the usual one."""
-    shares: dict[str, list[float]] = {}
+    fractions: dict[str, list[float]] = {}
     for row in rows:
-        shares.setdefault(row["way"], []).append(row["of_limit"])
-    most = max(map(len, shares.values()), default=0)
-    found = {way: statistics.geometric_mean(each) for way, each in shares.items() if len(each) == most}
+        fractions.setdefault(row["way"], []).append(row["of_limit"])
+    max_rows = max(map(len, fractions.values()), default=0)
+    found = {
+        candidate: statistics.geometric_mean(each)
+        for candidate, each in fractions.items()
+        if len(each) == max_rows
+    }
     if not found:
         return None
-    best = max(found, key=lambda way: found[way])
-    beside = f"{found[usual]:.3f}" if usual in found else "no speed"
-    return best, f"{best}: {found[best]:.3f} of a device copy; {usual}: {beside}"
+    best = max(found, key=lambda candidate: found[candidate])
+    compared = f"{found[usual]:.3f}" if usual in found else "no speed"
+    return best, f"{best}: {found[best]:.3f} of a device copy; {usual}: {compared}"
 
 
 def tune(
@@ -210,15 +219,17 @@ def tune(
         rows: list[Row] = []
         launches: dict[str, Any] = {}
         for n in MODELS:
-            ways = dict(cuda)
+            candidates = dict(cuda)
             if triton:
-                candidates, launches = triton_ways(Signature(dtype, (dtype,) * n, False))
-                ways |= candidates
+                of_triton, launches = triton_candidates(Signature(dtype, (dtype,) * n, False))
+                candidates |= of_triton
             numel = max(4096, total // (n + 2) // size // 4096 * 4096)
             try:
                 # No name is given to the work: the next one would not fit beside it.
                 measured = measure(
-                    hold("one tensor", one_tensor(numel), dtype, n, device, rotate=False), ways, rounds
+                    shared_workload("one tensor", one_tensor(numel), dtype, n, device, rotate=False),
+                    candidates,
+                    rounds,
                 )
             except (Lacking, torch.cuda.OutOfMemoryError) as error:
                 print(f"{dtype}, n = {n}: {str(error).splitlines()[0]}")
@@ -254,12 +265,14 @@ def main() -> None:
     if (no_triton := registry.why_not("triton", given.device)) is not None:
         print(f"triton: {no_triton}")
     with tempfile.TemporaryDirectory() as folder:
-        ways: dict[str, Merge] = {}
+        candidates: dict[str, Merge] = {}
         try:
-            ways = cuda_ways(given.device, folder)
+            candidates = cuda_candidates(given.device, folder)
         except (OSError, RuntimeError) as error:
             print(f"cuda: {error}")
-        for line in tune(given.device, ways, no_triton is None, given.bytes, given.rounds, given.results):
+        for line in tune(
+            given.device, candidates, no_triton is None, given.bytes, given.rounds, given.results
+        ):
             print(line)
 
 

@@ -15,29 +15,29 @@ from .records import on_gpu
 
 # A copy shorter than this would show the launch, and fit a cache.
 _COPIED_BYTES = 512 << 20
-_STROKE = 256 << 10
+_CHUNK_BYTES = 256 << 10
 
 
-class Limit(NamedTuple):
+class Roofline(NamedTuple):
     """Something to run, and the bytes it reads and writes."""
 
     name: str
     bytes: int
-    run: Callable[[], object]
+    task: Callable[[], object]
 
 
-def memory_read(tensors: Sequence[torch.Tensor]) -> Limit:
+def memory_read(tensors: Sequence[torch.Tensor]) -> Roofline:
     """Every byte of these tensors once; their sizes are multiples of 8 bytes."""
 
-    def run() -> None:
+    def task() -> None:
         for tensor in tensors:
             tensor.view(torch.int64).sum()
 
-    return Limit("memory read", sum(t.nbytes for t in tensors), run)
+    return Roofline("memory read", sum(t.nbytes for t in tensors), task)
 
 
-def memory_copy(source: torch.Tensor, target: torch.Tensor, name: str = "memory copy") -> Limit:
-    return Limit(name, source.nbytes + target.nbytes, partial(target.copy_, source))
+def memory_copy(source: torch.Tensor, destination: torch.Tensor, name: str = "memory copy") -> Roofline:
+    return Roofline(name, source.nbytes + destination.nbytes, partial(destination.copy_, source))
 
 
 @cache
@@ -49,16 +49,16 @@ def _pair(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return source, torch.zeros_like(source)
 
 
-def device_copy(device: str, size: int = 0) -> Limit:
+def device_copy(device: str, size: int = 0) -> Roofline:
     """A copy within a device's memory that reads and writes about so many bytes together, and never few."""
-    source, target = _pair(device)
+    source, destination = _pair(device)
     times = max(1, round(size / (2 * source.nbytes)))
 
-    def run() -> None:
+    def task() -> None:
         for _ in range(times):
-            target.copy_(source)
+            destination.copy_(source)
 
-    return Limit("device copy", times * 2 * source.nbytes, run)
+    return Roofline("device copy", times * 2 * source.nbytes, task)
 
 
 def flush(device: str) -> None:
@@ -66,12 +66,12 @@ def flush(device: str) -> None:
     _pair(device)[0].view(torch.int64).sum()
 
 
-def host_to_device(device: str, pinned: bool, size: int) -> Limit:
+def host_to_device(device: str, pinned: bool, size: int) -> Roofline:
     """Bytes that cross."""
     source = torch.ones(size, dtype=torch.uint8, pin_memory=pinned)
-    target = torch.empty(size, dtype=torch.uint8, device=device)
+    destination = torch.empty(size, dtype=torch.uint8, device=device)
     name = "host to device, pinned" if pinned else "host to device, pageable"
-    return Limit(name, size, lambda: target.copy_(source, non_blocking=pinned))
+    return Roofline(name, size, lambda: destination.copy_(source, non_blocking=pinned))
 
 
 # By the kind of device.
@@ -81,7 +81,7 @@ IN_MEMORY = {
 }
 
 
-def in_memory(name: str, device: str, size: int) -> Limit:
+def in_memory(name: str, device: str, size: int) -> Roofline:
     """A limit by its name, of about so many bytes."""
     if name == "device copy":
         return device_copy(device, size)
@@ -91,9 +91,9 @@ def in_memory(name: str, device: str, size: int) -> Limit:
     return memory_read([source]) if name == "memory read" else memory_copy(source, torch.zeros_like(source))
 
 
-def file_read(paths: Sequence[Path], threads: int, name: str = "disk read") -> Limit:
+def file_read(paths: Sequence[Path], threads: int, name: str = "disk read") -> Roofline:
     """Every byte of these files once, by positioned reads of 256 KiB on several threads."""
-    return Limit(name, sum(path.stat().st_size for path in paths), partial(read_files, paths, threads))
+    return Roofline(name, sum(path.stat().st_size for path in paths), partial(read_files, paths, threads))
 
 
 def read_files(paths: Sequence[Path], threads: int) -> None:
@@ -101,15 +101,15 @@ def read_files(paths: Sequence[Path], threads: int) -> None:
     try:
         sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
         # From the front of all files, thread by thread: neighbours are read at about the same time.
-        strokes = [
+        chunks = [
             (descriptor, at)
             for descriptor, size in zip(descriptors, sizes, strict=True)
-            for at in range(0, size, _STROKE)
+            for at in range(0, size, _CHUNK_BYTES)
         ]
 
         def read(first: int) -> None:
-            buffer = bytearray(_STROKE)
-            for descriptor, at in strokes[first::threads]:
+            buffer = bytearray(_CHUNK_BYTES)
+            for descriptor, at in chunks[first::threads]:
                 os.preadv(descriptor, [buffer], at)
 
         with ThreadPoolExecutor(threads) as pool:
@@ -130,6 +130,6 @@ def make_cold(paths: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
-def of_merge(device: str, inputs: Sequence[torch.Tensor], size: int) -> Limit:
+def of_merge(device: str, inputs: Sequence[torch.Tensor], size: int) -> Roofline:
     """The limit of a merge: on a GPU a copy of as many bytes, on a CPU reading its own inputs."""
     return device_copy(device, size) if on_gpu(device) else memory_read(inputs)

@@ -16,7 +16,7 @@ from ..core.errors import InputError
 from ..tensors.api import merge_
 from .records import on_gpu
 from .timers import wait
-from .workload import RULE, SCALE, Lacking, Work, free_memory
+from .workload import RULE, SCALE, Lacking, Workload, free_memory
 
 IN_PLACE = ", in place"
 PUBLIC = "merge_"
@@ -32,36 +32,36 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Way:
-    """run: what is timed. before: what each run needs first. merged, counts: what a run has returned, as tensors and as
+class Candidate:
+    """task: what is timed. before: what each run needs first. merged, counts: what a run has returned, as tensors and as
     agreed and non-finite of each tensor; counts None: a peer, which may differ from the reference."""
 
     name: str
-    run: Callable[[], Any]
+    task: Callable[[], Any]
     merged: Callable[[Any], Tensors]
     counts: Callable[[Any], list[list[int]]] | None = None
     before: Callable[[], object] = nothing
 
 
-def backend(work: Work, name: str, in_place: bool = False) -> Way:
+def backend(workload: Workload, name: str, in_place: bool = False) -> Candidate:
     """One of our backends, called as the engine calls it: once for all tensors."""
-    batches = work.batches(in_place)
-    if reason := unusable(name, work.device):
+    batches = workload.batches(in_place)
+    if reason := unusable(name, workload.device):
         raise Lacking(reason)
     try:
-        _, merge = registry.choose(name, work.device, RULE, [batches[0].signature])
+        _, merge = registry.choose(name, workload.device, RULE, [batches[0].signature])
     except InputError as error:  # it was tried, and is wrong
         raise Refused(str(error)) from None
 
-    def run() -> list[Any]:
+    def task() -> list[Any]:
         return [merge(batch, RULE) for batch in batches]
 
-    return Way(
+    return Candidate(
         name + IN_PLACE * in_place,
-        run,
-        merged=lambda _: work.tensors(work.out),
+        task,
+        merged=lambda _: workload.tensors(workload.out),
         counts=lambda counted: [pair for counts in counted for pair in counts.tolist()],
-        before=(lambda: work.out.copy_(work.versions[0])) if in_place else nothing,
+        before=(lambda: workload.out.copy_(workload.versions[0])) if in_place else nothing,
     )
 
 
@@ -72,64 +72,64 @@ def unusable(name: str, device: str) -> str | None:
     return reason and f"backend {name} on {device}: {reason}"
 
 
-def public_call(work: Work) -> Way:
+def public_call(workload: Workload) -> Candidate:
     """merge_ on state dicts, with all it checks: what a user's call takes."""
-    per_copy = len(work.shapes)
+    per_copy = len(workload.shapes)
     versions = [
-        [dict(zip(work.shapes, tensors[i : i + per_copy], strict=True)) for i in range(0, len(tensors), per_copy)]
-        for tensors in map(work.tensors, (work.out, *work.versions[1:]))
+        [dict(zip(workload.shapes, tensors[i : i + per_copy], strict=True)) for i in range(0, len(tensors), per_copy)]
+        for tensors in map(workload.tensors, (workload.out, *workload.versions[1:]))
     ]  # fmt: skip
     copies = [(base, list(models)) for base, *models in zip(*versions, strict=True)]
 
-    def run() -> list[Any]:
+    def task() -> list[Any]:
         return [merge_(base, models, scale=SCALE) for base, models in copies]
 
-    return Way(
+    return Candidate(
         PUBLIC,
-        run,
-        merged=lambda _: work.tensors(work.out),
+        task,
+        merged=lambda _: workload.tensors(workload.out),
         counts=lambda done: [[t.agreed, t.nonfinite] for stats in done for t in stats.tensors.values()],
-        before=lambda: work.out.copy_(work.versions[0]),
+        before=lambda: workload.out.copy_(workload.versions[0]),
     )
 
 
-def least_rounds(name: str) -> int:
+def min_rounds(name: str) -> int:
     """What is slow, and no kernel of ours, has few."""
-    return 3 if name in (*PEERS, "torch") else 7
+    return 3 if name in (*BASELINES, "torch") else 7
 
 
-def way(work: Work, name: str) -> Way:
+def candidate(workload: Workload, name: str) -> Candidate:
     """What is timed under a name. Raises Lacking where it cannot be."""
-    if name in PEERS:
-        return peer(work, name)
+    if name in BASELINES:
+        return baseline(workload, name)
     if name == PUBLIC:
-        return public_call(work)
-    return backend(work, name.removesuffix(IN_PLACE), in_place=name.endswith(IN_PLACE))
+        return public_call(workload)
+    return backend(workload, name.removesuffix(IN_PLACE), in_place=name.endswith(IN_PLACE))
 
 
-def check(work: Work, way: Way) -> tuple[int, float]:
+def check(workload: Workload, candidate: Candidate) -> tuple[int, float]:
     """Run a way once; how many elements differ from the reference's, and the seconds, 0 where it may have compiled first.
 
     Raises Refused for one of ours.
     """
-    work.poison()
-    way.before()
-    wait(work.device)
+    workload.poison()
+    candidate.before()
+    wait(workload.device)
     began = time.perf_counter()
-    done = way.run()
-    wait(work.device)
+    done = candidate.task()
+    wait(workload.device)
     taken = time.perf_counter() - began
-    return judge(work, way, done), taken if way.name in _EAGER else 0.0
+    return judge(workload, candidate, done), taken if candidate.name in _EAGER else 0.0
 
 
-def judge(work: Work, way: Way, done: Any) -> int:
+def judge(workload: Workload, candidate: Candidate, done: Any) -> int:
     """How many elements of what a run has returned differ from the reference's; raises Refused for one of ours."""
-    wrong, counts = work.compare(way.merged(done))
-    if way.counts is not None and wrong:
+    wrong, counts = workload.compare(candidate.merged(done))
+    if candidate.counts is not None and wrong:
         what = "1 element differs" if wrong == 1 else f"{wrong:,} elements differ"
-        raise Refused(f"{way.name}: {what} from the reference's, no speed ({work})")
-    if way.counts is not None and way.counts(done) != counts:
-        raise Refused(f"{way.name}: counts differ from the reference's, no speed ({work})")
+        raise Refused(f"{candidate.name}: {what} from the reference's, no speed ({workload})")
+    if candidate.counts is not None and candidate.counts(done) != counts:
+        raise Refused(f"{candidate.name}: counts differ from the reference's, no speed ({workload})")
     return wrong
 
 
@@ -213,7 +213,7 @@ def _compiled(mode: str | None) -> Callable[..., Tensors]:
 
 
 # Each is made anew for a case.
-PEERS: dict[str, Callable[[], Callable[..., Tensors]]] = {
+BASELINES: dict[str, Callable[[], Callable[..., Tensors]]] = {
     "eager formula": lambda: partial(_each, eager),
     "torch._foreach formula": lambda: foreach,
     "dense two-step": lambda: partial(_each, two_step),
@@ -224,28 +224,28 @@ PEERS: dict[str, Callable[[], Callable[..., Tensors]]] = {
 _EAGER = ("eager formula", "torch._foreach formula", "dense two-step", "torch")
 
 
-def peer(work: Work, name: str) -> Way:
+def baseline(workload: Workload, name: str) -> Candidate:
     """A formula in plain PyTorch, on lists of tensors; it returns new ones."""
-    needed, free = _needed(work, name), free_memory(work.device)
+    needed, free = _peak_bytes(workload, name), free_memory(workload.device)
     if needed > 0.9 * free:  # a CPU's memory runs out by the end of the process
         raise Lacking(
-            f"{name} of {work}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free on {work.device}"
+            f"{name} of {workload}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free on {workload.device}"
         )
-    formula = PEERS[name]()
-    base, *models = map(work.tensors, work.versions)
-    return Way(name, partial(formula, base, models), merged=lambda done: done)
+    formula = BASELINES[name]()
+    base, *models = map(workload.tensors, workload.versions)
+    return Candidate(name, partial(formula, base, models), merged=lambda done: done)
 
 
-def _needed(work: Work, name: str) -> int:
+def _peak_bytes(workload: Workload, name: str) -> int:
     """Roughly the most that a peer allocates at a time, its result included."""
-    wide, result = max(4, work.size), len(work.out) * work.size
-    largest = max(map(math.prod, work.shapes.values()))
+    wide, result = max(4, workload.size), len(workload.out) * workload.size
+    largest = max(map(math.prod, workload.shapes.values()))
     if name == "torch._foreach formula":
-        return result + 6 * len(work.out) * wide
+        return result + 6 * len(workload.out) * wide
     if name.startswith("torch.compile"):
         # A CUDA graph has memory of its own for all inputs.
-        return result * (work.n + 2 if name.endswith("max-autotune") and on_gpu(work.device) else 1)
-    return result + largest * (2 * work.n * (wide + 1) + 4 * wide)
+        return result * (workload.n + 2 if name.endswith("max-autotune") and on_gpu(workload.device) else 1)
+    return result + largest * (2 * workload.n * (wide + 1) + 4 * wide)
 
 
 def failure(error: Exception) -> str:

@@ -13,11 +13,11 @@ from ..backends import registry
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from . import bandwidth
-from .candidates import PEERS, Refused, check, failure, least_rounds, nothing, unusable, way
+from .candidates import BASELINES, Refused, candidate, check, failure, min_rounds, nothing, unusable
 from .records import Row, append, line, on_gpu, table
 from .shapes import one_tensor
-from .timing import Trial, trial_of
-from .workload import Lacking, free_memory, hold, release
+from .timing import Timing, timing_of
+from .workload import Lacking, free_memory, release, shared_workload
 
 # All versions of one tensor together: past the caches, and a fraction of a second.
 BYTES = {"cpu": 400_000_000, "cuda": 1 << 30}
@@ -47,7 +47,7 @@ def run(
     missing = {reason: None for name in registry.NAMES if (reason := unusable(name, device))}
     names = [name for name in registry.NAMES if not unusable(name, device)]
     kind = "cuda" if on_gpu(device) else "cpu"
-    most = min(BYTES[kind], free_memory(device) // 4)
+    max_bytes = min(BYTES[kind], free_memory(device) // 4)
     cases: list[tuple[str, int, str]] = [("", 0, name) for name in bandwidth.IN_MEMORY[kind]]
     for dtype in FLOAT_SIZES:
         for n in MODELS:
@@ -59,9 +59,9 @@ def run(
             failed = None
             try:
                 row = (
-                    _of_work(device, dtype, n, name, most, progress)
+                    _time_candidate(device, dtype, n, name, max_bytes, progress)
                     if n
-                    else _of_limit(device, name, most, progress)
+                    else _time_roofline(device, name, max_bytes, progress)
                 )
                 rows.append(row)
                 if report is not None:
@@ -72,7 +72,7 @@ def run(
             except Refused as error:
                 refused.append(str(error))
             except Exception as error:
-                if name not in PEERS:
+                if name not in BASELINES:
                     raise
                 failed = f"{name}: {failure(error)}"
             if failed is not None:
@@ -81,7 +81,7 @@ def run(
     release()
     print(table(rows))
     for reason in missing:
-        print(f"left out: {reason}")
+        print(f"not measured: {reason}")
     if refused:
         raise RuntimeError("; ".join(refused))
     return rows
@@ -100,20 +100,26 @@ def _checked(device: str) -> str:
     return device
 
 
-def _of_limit(device: str, name: str, size: int, tick: Callable[[], None]) -> Row:
-    limit = bandwidth.in_memory(name, device, size)
-    row = {"suite": "limits", "way": name, "bytes": limit.bytes, "state": "in memory"}
-    trial = Trial(
-        limit.run, row, None, device, before=partial(bandwidth.flush, device) if on_gpu(device) else nothing
+def _time_roofline(device: str, name: str, size: int, on_progress: Callable[[], None]) -> Row:
+    roofline = bandwidth.in_memory(name, device, size)
+    row = {"suite": "limits", "way": name, "bytes": roofline.bytes, "state": "in memory"}
+    timing = Timing(
+        roofline.task,
+        row,
+        None,
+        device,
+        before=partial(bandwidth.flush, device) if on_gpu(device) else nothing,
     )
-    return trial.result(trial.measure(SECONDS, 7, tick=tick))
+    return timing.result(timing.measure(SECONDS, 7, on_progress=on_progress))
 
 
-def _of_work(device: str, dtype: str, n: int, name: str, size: int, tick: Callable[[], None]) -> Row:
+def _time_candidate(
+    device: str, dtype: str, n: int, name: str, size: int, on_progress: Callable[[], None]
+) -> Row:
     numel = max(4096, size // (n + 2) // FLOAT_SIZES[dtype] // 4096 * 4096)
-    work = hold("one tensor", one_tensor(numel), dtype, n, device)
-    chosen = way(work, name)
-    differing, taken = check(work, chosen)
-    trial = trial_of(work, chosen, "memory")
-    seconds = trial.measure(SECONDS, least_rounds(name), taken, tick)
-    return trial.result(seconds, work.copies, differing=differing)
+    workload = shared_workload("one tensor", one_tensor(numel), dtype, n, device)
+    chosen = candidate(workload, name)
+    differing, taken = check(workload, chosen)
+    timing = timing_of(workload, chosen, "memory")
+    seconds = timing.measure(SECONDS, min_rounds(name), taken, on_progress)
+    return timing.result(seconds, workload.copies, differing=differing)

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 # What a row is said to be of, beside the machine; None where it does not apply.
-WORK = ("suite", "layout", "way", "dtype", "n", "numel", "bytes", "state")
+WORKLOAD_FIELDS = ("suite", "layout", "way", "dtype", "n", "numel", "bytes", "state")
 
 
 def machine(device: str = "cpu") -> Row:
@@ -121,7 +121,7 @@ def speed(row: Row, seconds: Sequence[float]) -> Row:
     spread = percentiles(seconds)
     timed = {"rounds": len(seconds), **spread, "GB/s": row["bytes"] / spread["p50"] / 1e9}
     rest = {"limit": None, "limit GB/s": None, "of_limit": None, "differing": None}
-    return {**dict.fromkeys(WORK), **row, **timed, **rest}
+    return {**dict.fromkeys(WORKLOAD_FIELDS), **row, **timed, **rest}
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -155,15 +155,15 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         key = tuple(row[part] for part in ("device", "suite", "layout", "dtype", "state"))
         groups.setdefault(key if row["n"] else (row["device"], row["suite"]), []).append(row)
-    return "\n\n".join("\n  ".join(_group(members)) for members in groups.values())
+    return "\n\n".join("\n  ".join(_group(rows)) for rows in groups.values())
 
 
 def line(row: Row) -> str:
     """A row for those who wait: what was timed, and how fast."""
-    work = "" if not row["n"] else f"{row['layout']}, {row['dtype']}, n = {row['n']}, {row['numel']:,}: "
-    share = f", {row['of_limit']:.2f} of {row['limit']}" if row["of_limit"] else ""
-    state = f" {row['state']}" if row["state"] in ("cold", "warm") and work else ""
-    return f"{work}{row['way']}{state}: {_short(row['GB/s'])} GB/s{share}"
+    workload = "" if not row["n"] else f"{row['layout']}, {row['dtype']}, n = {row['n']}, {row['numel']:,}: "
+    fraction = f", {row['of_limit']:.2f} of {row['limit']}" if row["of_limit"] else ""
+    state = f" {row['state']}" if row["state"] in ("cold", "warm") and workload else ""
+    return f"{workload}{row['way']}{state}: {_short(row['GB/s'])} GB/s{fraction}"
 
 
 def _group(rows: list[Row]) -> list[str]:
@@ -175,14 +175,14 @@ def _group(rows: list[Row]) -> list[str]:
     title = f"{first['layout']}, {first['dtype']}, {first['state']}, on {first['device']}"
     cells, before = [], None
     for row in rows:
-        if (work := (row["n"], row["numel"])) != before:
+        if (workload := (row["n"], row["numel"])) != before:
             heading = f"n = {row['n']}, {row['numel']:,} elements"
             cells.append([heading, "ms (p20 … p80)", "GB/s", "limit", "share", "differing"])
-        before = work
-        limited = row["limit"] is not None
+        before = workload
+        with_roofline = row["limit"] is not None
         cells.append([
-            "  " + row["way"], _spread(row), _short(row["GB/s"]), _short(row["limit GB/s"]) if limited else "",
-            f"{row['of_limit']:.2f}" if limited else "", "" if row["differing"] is None else f"{row['differing']:,}",
+            "  " + row["way"], _spread(row), _short(row["GB/s"]), _short(row["limit GB/s"]) if with_roofline else "",
+            f"{row['of_limit']:.2f}" if with_roofline else "", "" if row["differing"] is None else f"{row['differing']:,}",
         ])  # fmt: skip
     return [title + (f"; limit: {first['limit']}" if first["limit"] else ""), *_aligned(cells)]
 

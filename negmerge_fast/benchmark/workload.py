@@ -34,7 +34,7 @@ class Lacking(Exception):
     """What this machine lacks for a case, in one line."""
 
 
-class Work:
+class Workload:
     """n fine-tuned versions of a base: each version one flat tensor, the model's tensors in a row, `copies` times over.
 
     rotate: as many copies as exceed the CPU's caches several times, so that each is cold when its turn comes again; on a
@@ -57,20 +57,22 @@ class Work:
             for copy in range(self.copies)
             for start, shape in zip(ends, shapes.values(), strict=False)
         ]
-        room = self.copies * int(ends[-1])
-        needed, free = (n + 2) * room * self.size + 6 * _COMPARED_BYTES, free_memory(device)
+        padded_numel = self.copies * int(ends[-1])
+        needed, free = (n + 2) * padded_numel * self.size + 6 * _COMPARED_BYTES, free_memory(device)
         if needed > 0.9 * free:
             raise Lacking(f"{self}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free on {device}")
-        self.versions = [torch.empty(room, dtype=pytorch.DTYPES[dtype], device=device) for _ in range(n + 1)]
+        self.versions = [
+            torch.empty(padded_numel, dtype=pytorch.DTYPES[dtype], device=device) for _ in range(n + 1)
+        ]
         self.out = torch.empty_like(self.versions[0])
         self._fill()
 
     def __str__(self) -> str:
         return f"{self.layout}, {self.dtype}, n = {self.n}"
 
-    def row(self, suite: str, way: str) -> Row:
+    def row(self, suite: str, candidate: str) -> Row:
         return {
-            "suite": suite, "layout": self.layout, "way": way, "dtype": self.dtype, "n": self.n, "numel": self.numel,
+            "suite": suite, "layout": self.layout, "way": candidate, "dtype": self.dtype, "n": self.n, "numel": self.numel,
             "bytes": self.bytes, "state": "in memory",
         }  # fmt: skip
 
@@ -82,12 +84,12 @@ class Work:
         generator = torch.Generator(self.device).manual_seed(0)
         # Drawn once; each piece is another stretch of it.
         drawn = torch.randn(block + _SHIFTS, generator=generator, dtype=wide, device=self.device)
-        pieces = 0
+        drawn_blocks = 0
 
         def noise(size: int) -> torch.Tensor:
-            nonlocal pieces
-            pieces += 1
-            at = pieces * 611_953 % _SHIFTS
+            nonlocal drawn_blocks
+            drawn_blocks += 1
+            at = drawn_blocks * 611_953 % _SHIFTS
             return drawn[at : at + size]
 
         for start in range(0, len(base), block):
@@ -121,14 +123,16 @@ class Work:
     def compare(self, merged: Sequence[torch.Tensor]) -> tuple[int, list[list[int]]]:
         """How many elements of the merged tensors have other bits than the reference's; and its counts, tensor by tensor."""
         segments = [segment for batch in self.batches(in_place=False) for segment in batch.segments]
-        most = min(_COMPARED_BYTES // self.size, len(self.out))
-        expected = torch.empty(most, dtype=self.out.dtype, device=self.device)
+        max_numel = min(_COMPARED_BYTES // self.size, len(self.out))
+        expected = torch.empty(max_numel, dtype=self.out.dtype, device=self.device)
         signature = Signature(self.dtype, (self.dtype,) * self.n, False)
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         counts = np.zeros((len(segments), 2), np.int64)
-        for pack in _packs([segment.numel for segment in segments], most):
+        for pack in _packs([segment.numel for segment in segments], max_numel):
             parts = [
-                _part(segments[row], start, numel, Operand(expected[at:].data_ptr(), self.dtype, expected))
+                _subsegment(
+                    segments[row], start, numel, Operand(expected[at:].data_ptr(), self.dtype, expected)
+                )
                 for row, start, numel, at in pack
             ]
             counted = pytorch.merge(Batch(self.device, signature, parts), RULE).tolist()
@@ -143,23 +147,23 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(_BITS[values.itemsize])
 
 
-def _packs(numels: list[int], most: int) -> Iterator[list[tuple[int, int, int, int]]]:
+def _packs(numels: list[int], max_numel: int) -> Iterator[list[tuple[int, int, int, int]]]:
     """Row, start, elements and place of runs of all rows, as many at a time as fit."""
     pack, at = [], 0
     for row, numel in enumerate(numels):
         start = 0
         while start < numel:
-            run = min(numel - start, most - at)
-            pack.append((row, start, run, at))
-            start, at = start + run, at + run
-            if at == most:
+            count = min(numel - start, max_numel - at)
+            pack.append((row, start, count, at))
+            start, at = start + count, at + count
+            if at == max_numel:
                 yield pack
                 pack, at = [], 0
     if pack:
         yield pack
 
 
-def _part(segment: Segment, start: int, numel: int, out: Operand) -> Segment:
+def _subsegment(segment: Segment, start: int, numel: int, out: Operand) -> Segment:
     def later(stream: Operand) -> Operand:
         return stream._replace(address=stream.address + start * FLOAT_SIZES[stream.dtype])
 
@@ -167,21 +171,23 @@ def _part(segment: Segment, start: int, numel: int, out: Operand) -> Segment:
     return Segment(numel, later(segment.base), [later(model) for model in segment.models], out)
 
 
-_held: dict[tuple[Any, ...], Work] = {}
+_current: dict[tuple[Any, ...], Workload] = {}
 
 
-def hold(layout: str, shapes: Shapes, dtype: str, n: int, device: str, rotate: bool = True) -> Work:
+def shared_workload(
+    layout: str, shapes: Shapes, dtype: str, n: int, device: str, rotate: bool = True
+) -> Workload:
     """The work of this description, for all ways on the same memory: what a machine reads per second is another in another."""
     key = layout, tuple(shapes.items()), dtype, n, device, rotate
-    if key not in _held:
+    if key not in _current:
         release()
-        _held[key] = Work(layout, shapes, dtype, n, device, rotate)
-    return _held[key]
+        _current[key] = Workload(layout, shapes, dtype, n, device, rotate)
+    return _current[key]
 
 
 def release() -> None:
     """Let go of the last work; a next one would not fit beside it."""
-    _held.clear()
+    _current.clear()
 
 
 def free_memory(device: str) -> int:

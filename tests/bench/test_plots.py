@@ -12,13 +12,13 @@ from benchmark_rows import ON_A_CPU, row, write
 
 def suite(path: Path) -> str:
     """Two devices, two types, and sizes, as the suite measures them."""
-    for device, ways in (
+    for device, names in (
         ("A CPU", ("cpu", "torch", "eager formula")),
         ("A GPU", ("cuda", "triton", "torch._foreach formula")),
     ):
         for dtype in ("F32", "BF16"):
             for n in (2, 8, 32):
-                write(path, *(row(0.1, 0.8, device=device, dtype=dtype, n=n, way=way) for way in ways))
+                write(path, *(row(0.1, 0.8, device=device, dtype=dtype, n=n, way=way) for way in names))
             sizes = [10**power for power in range(3, 9)]
             write(
                 path,

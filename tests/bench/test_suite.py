@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_rows import FOUND, MACHINE, WORK, rows_of
+from benchmark_rows import MACHINE, MEASURED, WORKLOAD, rows_of
 
 from negmerge_fast.backends import native
 
@@ -61,11 +61,11 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
     assert {(row["way"], row["dtype"]) for row in rows} == {
         ("cpu", "F32"), ("cpu, in place", "F32"), ("torch", "F32"), ("torch", "BF16"),
     }  # fmt: skip
-    for way in ("cpu", "cpu, in place"):
-        refused = f"{way}: 1 element differs from the reference's, no speed (one tensor, BF16, n = 2)"
+    for candidate in ("cpu", "cpu, in place"):
+        refused = f"{candidate}: 1 element differs from the reference's, no speed (one tensor, BF16, n = 2)"
         assert refused in done.stdout
     for row in rows:
-        assert set(row) == MACHINE | WORK | FOUND
+        assert set(row) == MACHINE | WORKLOAD | MEASURED
         assert (row["suite"], row["layout"], row["n"], row["state"]) == (
             "memory",
             "one tensor",
@@ -87,7 +87,7 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
         <= 100
     )
     if not torch.cuda.is_available():
-        assert "left out: no CUDA device: " in done.stdout
+        assert "not measured: no CUDA device: " in done.stdout
 
 
 def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
@@ -105,13 +105,19 @@ def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
 
 def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
     found = suite(tmp_path, "--collect-only").stdout.splitlines()
-    for way in ("cuda", "cuda_in_place", "triton", "torch.compile_max-autotune", "torch._foreach_formula"):
+    for candidate in (
+        "cuda",
+        "cuda_in_place",
+        "triton",
+        "torch.compile_max-autotune",
+        "torch._foreach_formula",
+    ):
         assert any(
             text.startswith("bench/test_memory.py")
             and "[gpu-one_tensor-BF16-8x" in text
-            and text.endswith(f"-{way}]")
+            and text.endswith(f"-{candidate}]")
             for text in found
-        ), way
+        ), candidate
     for case in (
         "test_layouts.py::test_layout[gpu-Llama_8B-BF16-n2-cuda]",
         "test_layouts.py::test_layout[gpu-2000_tensors-F32-n8-merge_]",

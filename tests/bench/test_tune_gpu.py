@@ -17,11 +17,11 @@ import torch
 
 from negmerge_fast.backends import pytorch, selftest
 from negmerge_fast.benchmark import records
-from negmerge_fast.benchmark.bandwidth import Limit
+from negmerge_fast.benchmark.bandwidth import Roofline
 from negmerge_fast.core.batch import Signature
 
 ROOT = Path(__file__).parents[2]
-WAYS = {"as built": [], "another": ["THREADS=128", "TILE=2048"]}
+CANDIDATES = {"as built": [], "another": ["THREADS=128", "TILE=2048"]}
 
 
 class FakeTime:
@@ -68,7 +68,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
         "c++",
     ]
     monkeypatch.setattr(tune_gpu, "compiler", lambda device: host)
-    monkeypatch.setattr(tune_gpu, "CUDA", WAYS)
+    monkeypatch.setattr(tune_gpu, "CUDA", CANDIDATES)
     monkeypatch.setattr(tune_gpu, "device_name", lambda device: "A GPU")
     monkeypatch.setattr(tune_gpu, "clock", lambda device: time.read)
     monkeypatch.setattr(tune_gpu, "flush", lambda device: time.spend("flush", 100.0))
@@ -76,7 +76,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
     monkeypatch.setattr(
         tune_gpu,
         "device_copy",
-        lambda device, size: Limit("device copy", 2 * size, lambda: time.spend("copy", 3.0)),
+        lambda device, size: Roofline("device copy", 2 * size, lambda: time.spend("copy", 3.0)),
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(
@@ -95,7 +95,7 @@ def test_the_fastest_way_that_is_right_wins(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    built, another = tune_gpu.cuda_ways("cpu", str(tmp_path)).values()
+    built, another = tune_gpu.cuda_candidates("cpu", str(tmp_path)).values()
 
     def spoilt(spoil: Any, after: int = 0) -> Any:
         """Wrong where it is timed, after so many calls there; not where it is tried on hostile numbers."""
@@ -126,7 +126,7 @@ def test_the_fastest_way_that_is_right_wins(
         return counted[key]
 
     monkeypatch.setattr(tune_gpu, "FLOAT_SIZES", {"F32": 4, "BF16": 2})
-    ways = {
+    candidates = {
         "cuda, as built": time.takes(built, 2.0),
         "cuda, another": time.takes(another, 1.0),
         "cuda, wrong": spoilt(off_by_one),
@@ -135,24 +135,27 @@ def test_the_fastest_way_that_is_right_wins(
         "cuda, wrong later": spoilt(off_by_one, after=2),
         "cuda, miscounting later": spoilt(miscount, after=3),
     }
-    said = tune_gpu.tune("cpu", ways, False, 1 << 21, 3, tmp_path / "tune_gpu.jsonl")
+    said = tune_gpu.tune("cpu", candidates, False, 1 << 21, 3, tmp_path / "tune_gpu.jsonl")
     timed = "".join(f"{what} " for what in time.done).split("flush clock copy clock flush clock merge clock ")
     printed = capsys.readouterr().out
     elements = "elements that differ from the reference's: "
-    for way, reason in {
+    for candidate, reason in {
         "wrong": elements + "1",
         "miscounting": "counts differ from the reference's",
         "idle later": elements,
         "wrong later": elements + "1",
         "miscounting later": "counts differ from the reference's",
     }.items():
-        assert printed.count(f"cuda, {way}, F32, n = 8: no speed, {reason}") == 1
+        assert printed.count(f"cuda, {candidate}, F32, n = 8: no speed, {reason}") == 1
     # Nothing of a round is apart: what else was done, was tried.
     assert len(timed) == 1 + 2 * 3 * 3 * 5 and not re.search("clock|flush|copy", "".join(timed))
     assert said[-1] == "all types: cuda, another: 1.500 of a device copy; cuda, as built: 0.750"
     rows = [json.loads(line) for line in (tmp_path / "tune_gpu.jsonl").read_text().splitlines()]
     assert {(row["way"], row["dtype"], row["n"]) for row in rows} == {
-        (f"cuda, {way}", dtype, n) for way in WAYS for dtype in ("F32", "BF16") for n in (2, 8, 32)
+        (f"cuda, {candidate}", dtype, n)
+        for candidate in CANDIDATES
+        for dtype in ("F32", "BF16")
+        for n in (2, 8, 32)
     }
     for row in rows:
         assert row["bytes"] == (row["n"] + 2) * row["numel"] * (4 if row["dtype"] == "F32" else 2)
@@ -182,13 +185,13 @@ def test_lines_for_triton_are_those_that_it_prints_itself(
     pytest.importorskip("triton")
     from negmerge_fast.kernels.launch import Launch, candidates
 
-    def ways(signature: Any) -> Any:
+    def triton_candidates(signature: Any) -> Any:
         usual, other, *_ = candidates(signature, True)
         names = {"triton, usual": usual, "triton, other": other}
         merges = time.takes(pytorch.merge, 4.0), time.takes(pytorch.merge, 3.0)
         return dict(zip(names, merges, strict=True)), names
 
-    monkeypatch.setattr(tune_gpu, "triton_ways", ways)
+    monkeypatch.setattr(tune_gpu, "triton_candidates", triton_candidates)
     monkeypatch.setattr(tune_gpu, "FLOAT_SIZES", {"F16": 2})
     said = tune_gpu.tune("cpu", {}, True, 1 << 20, 2, tmp_path / "rows.jsonl")
     found = eval("{" + said[-1] + "\n}", {"Launch": Launch})
@@ -203,9 +206,9 @@ def test_tritons_ways_are_its_candidates(monkeypatch: pytest.MonkeyPatch, tune_g
 
     monkeypatch.setattr(merge, "launch_merge", lambda batch, rule, launch: launch)
     signature = Signature("BF16", ("BF16",) * 8, False)
-    ways, launches = tune_gpu.triton_ways(signature)
+    candidates, launches = tune_gpu.triton_candidates(signature)
     assert list(launches.values()) == list(launch.candidates(signature, True))
-    assert {name: way(None, None) for name, way in ways.items()} == launches
+    assert {name: candidate(None, None) for name, candidate in candidates.items()} == launches
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -19,7 +19,7 @@ def test_a_device_copy_moves_as_much_as_the_work_but_never_little(monkeypatch: p
     try:
         assert bandwidth.device_copy("cpu", 10).bytes == 2 * 4000
         copy = bandwidth.device_copy("cpu", 20_000)
-        copy.run()
+        copy.task()
         assert copy.bytes == 16_000 and bandwidth._pair("cpu")[1].all()
         bandwidth.flush("cpu")  # reads
         assert bandwidth._pair("cpu")[0].all() and bandwidth._pair("cpu")[1].all()

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_rows import FOUND, MACHINE, WORK, rows_of
+from benchmark_rows import MACHINE, MEASURED, WORKLOAD, rows_of
 from command import Run, run  # noqa: F401
 
 from negmerge_fast.benchmark import quick, workload
-from negmerge_fast.benchmark.timing import Trial
+from negmerge_fast.benchmark.timing import Timing
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def test_negmerge_bench(run: Run, small: None, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     rows = rows_of(tmp_path / "rows.jsonl")
     assert {row["way"] for row in rows} >= {"memory read", "memory copy", "torch", "eager formula"}
-    assert all(set(row) == MACHINE | WORK | FOUND for row in rows)
-    assert "one tensor, BF16, in memory" in out and "left out: backend triton on cpu: is for GPUs" in out
+    assert all(set(row) == MACHINE | WORKLOAD | MEASURED for row in rows)
+    assert "one tensor, BF16, in memory" in out and "not measured: backend triton on cpu: is for GPUs" in out
     status, out, err = run("bench", "--device", "cuda:77")
     assert (status, out) == (2, "") and err.startswith("negmerge: device: 'cuda:77'") and err.count("\n") == 1
     status, out, err = run("bench", "--device", "cpu", "--report", "nowhere/rows.jsonl")
@@ -63,8 +63,8 @@ def test_negmerge_bench_is_interrupted_with_one_line(
 ) -> None:
     import signal
 
-    def interrupt(self: Trial) -> None:
+    def interrupt(self: Timing) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Trial, "run", interrupt)
+    monkeypatch.setattr(Timing, "run", interrupt)
     assert run("bench", "--device", "cpu", "--quiet") == (130, "", "negmerge: interrupted\n")

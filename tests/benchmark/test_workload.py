@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from negmerge_fast.benchmark import candidates, workload
+from negmerge_fast.benchmark import candidates
 from negmerge_fast.benchmark.shapes import LAYOUTS, one_tensor
-from negmerge_fast.benchmark.workload import Lacking, Work
+from negmerge_fast.benchmark.workload import Lacking, Workload
 
 
 def test_versions_agree_as_often_as_is_said() -> None:
-    work = Work("one tensor", one_tensor(1 << 18), "F32", 8, "cpu", rotate=False)
-    (_, ((agreed, nonfinite),)) = work.compare(work.tensors(work.out))
-    assert nonfinite == 0 and agreed / work.numel == pytest.approx(2 / 9, abs=0.01)
+    workload = Workload("one tensor", one_tensor(1 << 18), "F32", 8, "cpu", rotate=False)
+    (_, ((agreed, nonfinite),)) = workload.compare(workload.tensors(workload.out))
+    assert nonfinite == 0 and agreed / workload.numel == pytest.approx(2 / 9, abs=0.01)
 
 
 def test_what_does_not_fit_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workload, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr("negmerge_fast.benchmark.workload.free_memory", lambda device: 10**9)
     with pytest.raises(Lacking, match=r"Llama 8B, F32, n = 8: 322 GB needed, 1 GB free on cpu"):
-        Work("Llama 8B", LAYOUTS["Llama 8B"](), "F32", 8, "cpu")
-    work = Work("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
+        Workload("Llama 8B", LAYOUTS["Llama 8B"](), "F32", 8, "cpu")
+    workload = Workload("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
     monkeypatch.setattr(candidates, "free_memory", lambda device: 1000)
     with pytest.raises(Lacking, match=r"eager formula of one tensor, F32, n = 2: .* needed"):
-        candidates.way(work, "eager formula")
+        candidates.candidate(workload, "eager formula")
