@@ -1,4 +1,4 @@
-"""The cases of the suite: what is timed, on what, and how much of it."""
+"""Cases of the suite: which candidates are timed, on which workloads, and of which size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE = "one tensor"
 
 @dataclass(frozen=True)
 class Case:
-    """shapes: None where there is no work in memory. usual: whether it is run unless --all asks for everything."""
+    """A candidate on a workload. shapes: None for rooflines and files. usual: whether it is measured without --all."""
 
     suite: str
     device: str
@@ -45,10 +45,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a case is.
+    """The size of all cases.
 
-    bytes: of one tensor in all its versions, by device. small: elements of smaller ones. seconds: of a case's rounds, about.
-    shrink: what dimensions are divided by. file_elements: of one version in files. limit_bytes: what limits move. rotate: see Work.
+    Attributes:
+        bytes: Bytes of all versions of one tensor together, by device.
+        small: Elements of the smaller tensors.
+        seconds: How long the rounds of a case take, roughly.
+        shrink: The divisor of the dimensions of layouts.
+        file_elements: Elements of one version in files.
+        limit_bytes: Bytes that a roofline moves.
+        rotate: Whether a workload rotates over copies, see Workload.
     """
 
     bytes: dict[str, int]
@@ -64,7 +70,7 @@ SIZES = {
     "usual": Size(
         {GPU: 2 << 30, CPU: 400_000_000}, (4096, 65_536, 1 << 20, 1 << 22), 0.6, 1, 1 << 25, 512 << 20, True
     ),
-    # For the suite's own tests: no measurement.
+    # For tests of the suite. Its rows are no measurements.
     "tiny": Size({GPU: 1 << 20, CPU: 1 << 20}, (4096,), 0.0, 64, 1 << 14, 1 << 20, False),
 }
 
@@ -78,7 +84,7 @@ def rooflines() -> Iterator[Case]:
 
 
 def memory(size: Size) -> Iterator[Case]:
-    """One tensor: every backend, type, number of models and size, the work outermost; peers at n = 8."""
+    """One tensor: every backend, dtype, number of models and size, and baselines at n = 8. Cases of one workload come together."""
     for device, names in OURS.items():
         ours = [
             name + place for name in names for place in ("", IN_PLACE) if (name, place) != ("torch", IN_PLACE)
@@ -96,7 +102,7 @@ def memory(size: Size) -> Iterator[Case]:
                         yield replace(case, candidate=name, shapes=one_tensor(small))
 
 
-# Type and number of models that are usual, by device: what a machine of a usual size holds, and what takes seconds.
+# Usual dtypes and numbers of models, by layout and device: they fit a common machine and take seconds.
 _USUAL = {
     "2,000 tensors": {GPU: (("F32", 8), ("BF16", 8)), CPU: (("F32", 8), ("BF16", 8))},
     "2,000 large tensors": {GPU: (("BF16", 8),), CPU: ()},
@@ -121,8 +127,8 @@ def layouts(size: Size) -> Iterator[Case]:
                         long = candidate == "torch" and layout.startswith("Llama") and device == CPU
                         yield replace(case, candidate=candidate, usual=usual and not long)
                     for candidate in BASELINES:
-                        # Compiled for each shape, it gives up after eight of them; with max-autotune every call of a round
-                        # would be a CUDA graph of its own.
+                        # torch.compile compiles for each shape and gives up after eight; with max-autotune each call of a
+                        # round would be a CUDA graph of its own.
                         if candidate.endswith("max-autotune") or (candidate, layout) == (
                             "torch.compile",
                             "ViT-B/32",

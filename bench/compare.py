@@ -1,10 +1,10 @@
-"""Compares two runs, row by row, and says what is noise.
+"""Compares two runs row by row, and tells changes from noise.
 
     python bench/compare.py OLD NEW        each FILE.jsonl, FILE.jsonl@COMMIT or FILE.jsonl@DATE
 
-A file's run is its last one, unless a commit or the beginning of a date says which. The intervals from p20 to p80 of
-two runs that overlap are noise. Seconds say whether a way is faster; its share of the limit says whether that was the way:
-where the two disagree, it was the machine, and the limit moved.
+The run of a file is its last one, unless a commit or the beginning of a date selects another. A difference is noise if the intervals
+from p20 to p80 overlap. Seconds tell whether a candidate became faster. Its share of the limit tells whether the candidate changed or the
+machine: if the two disagree, the limit moved.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ Interval = tuple[float, float]
 
 
 def apart(old: Interval, new: Interval) -> int:
-    """1: all of new is above old; -1: below; 0: they overlap."""
+    """1 if all of new is above old, -1 if below, 0 if they overlap."""
     return (new[0] > old[1]) - (new[1] < old[0])
 
 
 def speeds(row: Row, at_p50: float = 1.0) -> Interval:
-    """From the slower rounds to the faster ones, in what the median round is so much of."""
+    """The interval of speeds from the slower rounds to the faster ones, where that of the median round is at_p50."""
     return at_p50 * row["p50"] / row["p80"], at_p50 * row["p50"] / row["p20"]
 
 
 def roofline_ratio(old: Row, new: Row) -> float | None:
-    """By how much the limit itself became faster."""
+    """The new roofline's speed divided by the old one's, None if a row has none."""
     before, after = roofline_of(old), roofline_of(new)
     fractions = old.get("of_limit") and new.get("of_limit")
     return after / before if fractions and before and after else None
 
 
 def is_roofline(row: Row) -> bool:
+    """Whether a row is the measurement of a roofline itself."""
     return row.get("suite") == "limits" or row["way"] == row.get("limit")
 
 
 def verdict(old: Row, new: Row) -> str:
+    """Whether a candidate became faster or slower, the limit moved, or the difference is noise."""
     seconds = apart(speeds(old, 1 / old["p50"]), speeds(new, 1 / new["p50"]))
     if is_roofline(new):
         return MOVED if seconds else NOISE
@@ -52,7 +54,7 @@ def verdict(old: Row, new: Row) -> str:
     fraction = apart(speeds(old, old["of_limit"]), speeds(new, new["of_limit"]))
     if seconds == fraction:
         return (NOISE, FASTER, SLOWER)[seconds]
-    # A limit that moved by less than the rounds of one run differ explains nothing.
+    # A roofline that changed by less than the rounds of one run vary explains no difference.
     scatter = max(row["p80"] / row["p20"] for row in (old, new))
     return MOVED if max(roofline, 1 / roofline) > scatter else NOISE
 
@@ -62,7 +64,7 @@ def cut(text: str, width: int) -> str:
 
 
 def table(pairs: list[tuple[Row, Row]]) -> list[str]:
-    """A heading for each device, suite, layout and state, and a line for each pair of rows."""
+    """Tables of pairs of rows, one for each device, suite, layout and state."""
     head = ["way", "dtype", "n", "numel", "old GB/s", "new GB/s", "ratio", "limit", "verdict"]
     cells = [head]
     for old, new in pairs:
@@ -95,7 +97,7 @@ def _heading(row: Row) -> str:
 
 
 def differences(old: list[Row], new: list[Row]) -> list[str]:
-    """What else is not the same in the two runs, a line for each."""
+    """What else differs between two runs, such as versions, in one line each."""
     lines = []
     for name in ("commit", "negmerge_fast", "torch", "triton", "python", "driver", "threads"):
         sides = [
@@ -108,7 +110,7 @@ def differences(old: list[Row], new: list[Row]) -> list[str]:
 
 
 def compare(old: list[Row], new: list[Row]) -> list[str]:
-    """The lines of the comparison."""
+    """The lines of a comparison."""
     before, after = by_key(old), by_key(new)
     common = [key for key in after if key in before]
     places = list(dict.fromkeys(_heading(row) for row in after.values()))

@@ -1,4 +1,4 @@
-"""The suite on pytest-benchmark: its options, how a case is timed and becomes a row, progress and tables."""
+"""The suite as a plug-in of pytest-benchmark: options, timing of cases, rows, progress and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "suite.jsonl"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
-    group.addoption("--all", action="store_true", help="every case, not the usual ones")
+    group.addoption("--all", action="store_true", help="measure all cases, not only the usual ones")
     group.addoption(
         "--size", choices=list(SIZES), default="usual", help="tiny: to test the suite, not the machine"
     )
@@ -37,13 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--size") == "tiny" and not config.getoption("--results"):
         raise pytest.UsageError("--size tiny: its rows are no measurements, give them a --results FILE")
     if os.environ.get("NEGMERGE_AUTOTUNE"):
-        raise pytest.UsageError("NEGMERGE_AUTOTUNE: rows would be of launch parameters that nobody else has")
+        raise pytest.UsageError(
+            "NEGMERGE_AUTOTUNE is set: launch parameters would not be those of other users"
+        )
     if not config.option.collectonly:
         results = Path(config.getoption("--results") or RESULTS)
         if not os.access(results if results.exists() else results.absolute().parent, os.W_OK):
             raise pytest.UsageError(f"{results}: cannot be written")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # of a refused result
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # after a wrong result
     config.pluginmanager.register(Suite(config), "negmerge-suite")
 
 
@@ -67,12 +69,12 @@ def _not_measured(case: Case, config: pytest.Config) -> Iterator[pytest.MarkDeco
         if not has_gpu:
             yield pytest.mark.skip(reason="no CUDA device")
     elif has_gpu and (case.baseline or case.suite == "layouts") and not config.getoption("--all"):
-        yield pytest.mark.skip(reason="the CPU's peers and layouts, beside a GPU (--all times them)")
+        yield pytest.mark.skip(reason="the CPU's baselines and layouts, beside a GPU (--all times them)")
 
 
 @pytest.fixture(scope="session")
 def build() -> Path:
-    """A folder of the project on its disk that git ignores: temporary directories may be in memory."""
+    """The build folder of the checkout, which is on a disk. Temporary directories may be in memory."""
     folder = Path(__file__).parents[1] / "build"
     folder.mkdir(exist_ok=True)
     return folder
@@ -85,7 +87,7 @@ def size(pytestconfig: pytest.Config) -> Size:
 
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> Path:
-    """Where rows are appended."""
+    """The file that rows are appended to."""
     return Path(pytestconfig.getoption("--results") or RESULTS)
 
 
@@ -94,7 +96,7 @@ Time = Callable[..., None]
 
 @pytest.fixture
 def time(benchmark: Any, size: Size, results: Path, record_property: Any) -> Iterator[Time]:
-    """Time a trial by pytest-benchmark and keep its row. least: rounds. taken: see Trial.rounds."""
+    """Measure a Timing with pytest-benchmark and append its row. min_rounds, taken: see Timing.rounds."""
     if not benchmark.enabled:
         pytest.skip("benchmarks are disabled")
 
@@ -111,7 +113,7 @@ def time(benchmark: Any, size: Size, results: Path, record_property: Any) -> Ite
 
 @pytest.fixture
 def time_merge(time: Time, size: Size) -> Time:
-    """Time a case's way on its work in memory, if its result is right."""
+    """Time the candidate of a case on its workload in memory, if its result is right."""
 
     def time_merge(case: Case) -> None:
         assert case.shapes is not None
@@ -130,7 +132,7 @@ def time_merge(time: Time, size: Size) -> Time:
             if not case.baseline:
                 raise
             failed = f"{case.candidate} of {case.layout}, {case.dtype}, n = {case.n}: {failure(error)}"
-        if failed is not None:  # and not before: the exception has hold of the work's memory
+        if failed is not None:  # here, where the exception no longer refers to the workload's memory
             gc.collect()
             pytest.skip(failed)
 
@@ -138,8 +140,8 @@ def time_merge(time: Time, size: Size) -> Time:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_held() -> Iterator[None]:
-    """Each file of the suite begins with all of the memory."""
+def free_workload() -> Iterator[None]:
+    """Free the workload before and after each file of the suite."""
     release()
     gc.collect()
     yield
@@ -147,12 +149,12 @@ def nothing_held() -> Iterator[None]:
 
 
 def pytest_benchmark_group_stats() -> list[Any]:
-    """None of pytest-benchmark's own tables."""
+    """Turn off pytest-benchmark's own tables."""
     return []
 
 
 class Suite:
-    """One line for each finished case, then the tables, then one line for each reason why cases are missing."""
+    """Output of the suite: a line for each case, then tables, then a line for each reason why cases were not measured."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -167,7 +169,7 @@ class Suite:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """The limits first."""
+        """Sort the files of the suite, rooflines first."""
         items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else -1)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:

@@ -29,15 +29,15 @@ def table(head: list[str], lines: Iterable[list[str]]) -> list[str]:
 
 
 def crossed(rows: list[Row], across: str, cell: Callable[[Row], str], corner: str) -> list[str]:
-    """A table with a line for each way and a column for each value of `across`, in the order they come."""
-    ways, columns = (list(dict.fromkeys(row[name] for row in rows)) for name in ("way", across))
+    """A table with a line for each candidate and a column for each value of `across`, in the order they come."""
+    candidates, columns = (list(dict.fromkeys(row[name] for row in rows)) for name in ("way", across))
     cells = {(row["way"], row[across]): cell(row) for row in rows}
     return table(
         [corner, *map(str, columns)],
         (
-            [f"**{way}**" if way.partition(",")[0] in OURS else way]
-            + [cells.get((way, column), "–") for column in columns]
-            for way in ways
+            [f"**{candidate}**" if candidate.partition(",")[0] in OURS else candidate]
+            + [cells.get((candidate, column), "–") for column in columns]
+            for candidate in candidates
         ),
     )
 
@@ -96,13 +96,13 @@ def of_tuner(rows: list[Row]) -> list[str]:
         ("triton", list(dict.fromkeys(row["dtype"] for row in rows))),
     ):
         for dtype in dtypes:
-            ways: dict[str, list[Row]] = {}
+            candidates: dict[str, list[Row]] = {}
             for row in rows:
                 if row["way"].startswith(kernel) and dtype in (None, row["dtype"]):
-                    ways.setdefault(row["way"], []).append(row)
-            most = max(map(len, ways.values()), default=0)
-            whole = [found for found in ways.values() if len(found) == most]
-            chosen += max(whole, key=_share, default=[])
+                    candidates.setdefault(row["way"], []).append(row)
+            max_rows = max(map(len, candidates.values()), default=0)
+            whole = [found for found in candidates.values() if len(found) == max_rows]
+            chosen += max(whole, key=_fraction, default=[])
     named = [{**row, "way": f"{row['way'].partition(',')[0]}, {row['dtype']}"} for row in chosen]
     limits = sorted(row["limit GB/s"] for row in chosen)
     return [
@@ -114,7 +114,7 @@ def of_tuner(rows: list[Row]) -> list[str]:
     ]
 
 
-def _share(rows: list[Row]) -> float:
+def _fraction(rows: list[Row]) -> float:
     return statistics.geometric_mean(row["of_limit"] for row in rows)
 
 
@@ -123,8 +123,8 @@ def _ratio(rows: list[Row]) -> str:
     found = {(row["way"], row["dtype"]): row["GB/s"] for row in rows}
     ratios = [
         f"{found['triton', dtype] / speed:.3g} ({dtype})"
-        for (way, dtype), speed in found.items()
-        if way == "cuda" and ("triton", dtype) in found
+        for (candidate, dtype), speed in found.items()
+        if candidate == "cuda" and ("triton", dtype) in found
     ]
     return f" `triton` ÷ cuda: {', '.join(ratios)}." if ratios else ""
 

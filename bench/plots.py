@@ -1,5 +1,6 @@
-"""Draws the latest run of each device: bandwidth by number of models, share of the limit by size, and where the time of a
-streamed merge goes. One PNG per plot and device.
+"""Draws the last run of each device: bandwidth by number of models, share of the limit by size, and a streamed merge's timeline.
+
+Each plot of each device is a PNG.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 HERE = Path(__file__).parent
 
-# Colours that colour-blind people tell apart (Okabe and Ito); each of our backends keeps its own.
+# Colours that colour-blind people can tell apart (Okabe and Ito). Each backend keeps its own.
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#777777",
 )  # fmt: skip
@@ -37,7 +38,7 @@ BASELINES = [(RED, "v"), (SKY, "D"), (GREY, "P"), ("#000000", "X"), ("#8c6d1f", 
 STAGES = {"read": BLUE, "copy in": SKY, "merge": ORANGE, "copy out": PURPLE, "write": GREEN}
 
 DTYPES = ("F32", "BF16", "F16", "F64")
-TIME_WINDOW_S = 0.04  # seconds of a timeline that are shown
+TIME_WINDOW_S = 0.04  # the part of a timeline that is shown
 
 
 def slug(text: str) -> str:
@@ -45,7 +46,7 @@ def slug(text: str) -> str:
 
 
 def marks(candidates: list[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line of each way: ours full, those of a peer hollow and dashed."""
+    """Colour, marker and line of each candidate: full lines for backends, dashed ones for the rest."""
     found = {}
     baselines = iter(BASELINES * len(candidates))
     for candidate in candidates:
@@ -56,7 +57,7 @@ def marks(candidates: list[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def one_tensor(rows: list[Row]) -> list[Row]:
-    """What both plots by size and number are of: one tensor in memory, without the limits themselves."""
+    """The rows that are plotted: one tensor in memory, without rooflines themselves."""
     return [
         row
         for row in rows
@@ -66,7 +67,7 @@ def one_tensor(rows: list[Row]) -> list[Row]:
 
 
 def panels(rows: list[Row], title: str) -> tuple[Any, dict[str, Any]]:
-    """A figure with a panel for each storage type, and the panels by type."""
+    """A figure with a panel for each dtype, and the panels by dtype."""
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     across = min(len(dtypes), 2)
     down = -(len(dtypes) // -across)
@@ -86,7 +87,7 @@ def panels(rows: list[Row], title: str) -> tuple[Any, dict[str, Any]]:
 
 
 def legend(figure: Any, axes: list[Any]) -> None:
-    """One for all panels, below them."""
+    """One legend for all panels, below them."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -107,13 +108,13 @@ def draw(axis: Any, candidates: list[str], points: dict[str, list[tuple[float, f
 
 
 def names(rows: list[Row]) -> list[str]:
-    """Ours first, in the order they were measured."""
+    """Candidates in the order in which they were measured, backends first."""
     found = list(dict.fromkeys(row["way"] for row in rows))
     return sorted(found, key=lambda candidate: candidate.partition(",")[0] not in OURS)
 
 
 def bandwidth(rows: list[Row], title: str) -> Any:
-    """GB/s against the number of models, each at its largest size; the limit of the same rounds is a line."""
+    """GB/s against the number of models, each at its largest size, with the roofline of the same rounds."""
     rows = one_tensor(rows)
     if not rows:
         return None
@@ -138,7 +139,7 @@ def bandwidth(rows: list[Row], title: str) -> Any:
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(n) for n in x])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_yscale("log")  # peers lie a factor of ten and more below
+        axis.set_yscale("log")  # baselines are slower by a factor of ten and more
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("n, fine-tuned models")
         axis.set_ylabel("GB/s, read and written")
@@ -147,7 +148,7 @@ def bandwidth(rows: list[Row], title: str) -> Any:
 
 
 def fraction(rows: list[Row], title: str) -> Any:
-    """Share of the limit against the bytes moved, of our backends, for the n that was measured at most sizes."""
+    """The backends' share of the limit against bytes moved, for the n that was measured at the most sizes."""
     rows = one_tensor(rows)
     sizes = {(row["n"], row["dtype"], row["numel"]) for row in rows}
     if not sizes:
@@ -175,7 +176,7 @@ def fraction(rows: list[Row], title: str) -> Any:
 
 
 def amount(value: float) -> str:
-    """1 MB, 100 GB."""
+    """Bytes in words, such as 1 MB or 100 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 999.5 or unit == "TB":
             break
@@ -184,10 +185,10 @@ def amount(value: float) -> str:
 
 
 def timeline(found: dict[str, Any], title: str) -> Any:
-    """What each worker does, in a window in the middle of a streamed merge, and the seconds of each stage in all."""
+    """What each worker did for a while in the middle of a streamed merge, and the total seconds of each stage."""
     spans = [(worker, stage, float(began), float(ended)) for worker, stage, began, ended in found["spans"]]
     start, end = min(span[2] for span in spans), max(span[3] for span in spans)
-    # Where strokes take long, from a disk perhaps, a window that shows some of them.
+    # A slow disk's chunks take long: the window is widened until it shows some of them.
     usual = statistics.median(ended - began for _, _, began, ended in spans)
     window = min(max(TIME_WINDOW_S, 20 * usual), end - start)
     left = start + (end - start - window) / 2

@@ -1,4 +1,4 @@
-"""Result files: append-only JSON lines of which a run, the rows of one commit and one device, is taken out."""
+"""Result files, read run by run. A run is the rows of one commit on one device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# What makes two rows of two runs the same measurement.
+# Rows of two runs are of the same measurement if these fields are equal.
 KEY = ("device", "suite", "layout", "way", "dtype", "n", "numel", "state")
 SPREAD = ("p20", "p50", "p80")
 
 
 class Unreadable(Exception):
-    """A file, a line or a run that cannot be had: one line."""
+    """A file, line or run that cannot be read, in one line."""
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file, in the order they were appended."""
+    """Read all rows of a file, in the order in which they were appended."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +47,12 @@ def _row(line: str, where: str) -> Row:
 
 
 def results_of(path: Path, which: str | None = None) -> list[Row]:
-    """The rows of one run: of a commit, or of all whose date begins so; else those of the last row's commit and device."""
+    """Read one run of a file.
+
+    Args:
+        path: A result file.
+        which: A commit, or the beginning of one or of a date. None is the last row's commit and device.
+    """
     rows = read(path)
     if not rows:
         raise Unreadable(f"{path}: no rows")
@@ -66,7 +71,7 @@ def results_of(path: Path, which: str | None = None) -> list[Row]:
 
 
 def named(text: str) -> list[Row]:
-    """The run that FILE, FILE@COMMIT or FILE@DATE names."""
+    """Read the run that FILE, FILE@COMMIT or FILE@DATE names."""
     if Path(text).exists() or "@" not in text:
         return results_of(Path(text))
     file, _, which = text.rpartition("@")
@@ -74,7 +79,7 @@ def named(text: str) -> list[Row]:
 
 
 def latest(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each device's last commit, those measured last of what was measured twice."""
+    """The last run of each device, without rows that were measured again later."""
     last = {row["device"]: _commit_and_device(row) for row in rows}
     return {
         device: list(by_key([row for row in rows if _commit_and_device(row) == of]).values())
@@ -83,7 +88,7 @@ def latest(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def by_key(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    """Of rows of the same measurement, the last one counts."""
+    """Rows by their measurement. The last row of a measurement replaces earlier ones."""
     return {tuple(row.get(name) for name in KEY): row for row in rows}
 
 
@@ -92,7 +97,7 @@ def _commit_and_device(row: Row) -> tuple[Any, ...]:
 
 
 def roofline_of(row: Row) -> float | None:
-    """GB/s of the limit, measured in the same rounds, where the row has one."""
+    """GB/s of a row's roofline, measured in the same rounds; None without one."""
     if (stated := row.get("limit GB/s")) is not None:
         return float(stated)
     speed, fraction = row.get("GB/s"), row.get("of_limit")

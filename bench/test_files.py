@@ -1,6 +1,6 @@
-"""Models in files, merged in less memory than they need, against reading and writing alone and against plain PyTorch.
+"""Merges of files in less memory than they need, beside plain PyTorch and beside reading and writing alone.
 
-Bytes counted: every input byte read once, every output byte written once. The limit does just that.
+The counted bytes are those of all inputs, read once, and of the output, written once. The roofline reads and writes as many.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from negmerge_fast.runtime.buffers import Timeline
 from negmerge_fast.streaming.api import prepare
 
 WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
-CHUNK = os.urandom(256 << 10)  # which no disk can compress
-# Far less than the models' sizes; through a GPU, what a lane for each thread needs.
+CHUNK = os.urandom(256 << 10)  # random, so that no disk can compress it
+# Far less than the models. Through a GPU each worker needs buffers on both sides.
 MEMORY_BUDGET = {CPU: "128MiB", GPU: "512MiB"}
 
 
 class Files:
-    """A base and its fine-tuned versions in directories, and what should come of merging them."""
+    """A base and its fine-tuned versions in directories, and the expected result of merging them."""
 
     def __init__(self, folder: Path, numel: int) -> None:
         shapes = {f"layers.{i}.weight": (numel // TENSORS,) for i in range(TENSORS)}
@@ -81,7 +81,7 @@ def files(build: Path, pytestconfig: pytest.Config) -> Iterator[Files]:
 def test_files(case: Case, files: Files, time: Callable[..., None], build: Path, results: Path) -> None:
     if case.candidate != PLAIN and (reason := unusable(case.candidate, case.device)):
         pytest.skip(reason)
-    # What is warm is written to memory, too; what is cold, to the disk.
+    # A warm case writes to memory, a cold one to the disk.
     place = Path("/dev/shm") if case.state == "warm" else build
     if not os.access(place, os.W_OK) or shutil.disk_usage(place).free < 2 * files.numel * 4:
         pytest.skip(f"files, {case.state}: no room in {place}")
@@ -131,7 +131,7 @@ def _merge(case: Case, paths: list[Path], out: Path, timeline: Timeline | None =
 
 
 def _draw(case: Case, merge: Callable[..., object], before: Callable[[], object], results: Path) -> None:
-    """Three more merges; of the fastest, the time that each worker took for what: timeline-WAY.json, for the plots."""
+    """Merge three more times, and write the timeline of the fastest merge's workers to timeline-CANDIDATE.json for the plots."""
     timelines = [Timeline() for _ in range(3)]
     for timeline in timelines:
         before()
@@ -143,7 +143,7 @@ def _draw(case: Case, merge: Callable[..., object], before: Callable[[], object]
 
 
 def _judge(case: Case, files: Files, out: Path, report: nm.Report | None) -> int:
-    """How many elements differ from the reference's; one of ours must have none."""
+    """Number of elements that differ from the reference. A backend of the package fails if there are any."""
     differing = files.differing(out)
     if report is not None and differing:
         pytest.fail(

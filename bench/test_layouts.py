@@ -1,4 +1,4 @@
-"""Whole models in memory: many small tensors in one call, and the shapes of real ones."""
+"""Whole models in memory: many small tensors in one call, and the shapes of real models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What no merge can be faster than, on this machine."""
+"""Rooflines of this machine: what no merge can exceed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_limit(case: Case, size: Size, time: Callable[..., None], build: Path) -
 
 
 def _roofline(case: Case, size: int, file: Path) -> tuple[Roofline, Callable[[], object]]:
-    """A limit, and what comes before each round."""
+    """The roofline of a case, and what is done before each round."""
     if case.candidate == "disk read":
-        chunk = os.urandom(1 << 20)  # which no disk can compress
+        chunk = os.urandom(1 << 20)  # random, so that no disk can compress it
         with open(file, "wb") as out:
             for _ in range(0, size, len(chunk)):
                 out.write(chunk)

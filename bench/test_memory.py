@@ -1,4 +1,4 @@
-"""One tensor in memory: every backend, type, number of models and size, and the peers on the same memory."""
+"""One tensor in memory: every backend, dtype, number of models and size, and baselines on the same memory."""
 
 from __future__ import annotations
 

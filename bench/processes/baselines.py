@@ -1,11 +1,11 @@
-"""Models in files merged by others: the plain formula in PyTorch, and mergekit's task_arithmetic and ties.
+"""Merges models in files with other tools: the formula in plain PyTorch, and mergekit's task_arithmetic and ties.
 
-A base and 8 fine-tuned versions of a small Llama, 4.8 GB of F32 in the page cache; outputs go to a tmpfs. Each way is a process
-of its own, timed whole, and they take turns. The formula's output and ours are compared first: both have the reference's bits.
-mergekit has no method like it; these two read as much, write as much and compute less (task_arithmetic) or about as much (ties).
-The limit reads every input byte once, 256 KiB at a time, and writes every output byte once. Bytes counted are just those.
+The models are a base and 8 fine-tuned versions of a small Llama, 4.8 GB of F32 in the page cache. Outputs go to a tmpfs. Each candidate
+is a process whose whole time is measured, and they take turns. The outputs of the formula and of this package are compared with the
+reference first, bit for bit. mergekit has no such method. Its two methods read and write as much, and compute less (task_arithmetic) or about
+as much (ties). The roofline reads every input byte once, 256 KiB at a time, and writes every output byte once. Those bytes are counted.
 
-mergekit needs an environment of its own, because it pins what it needs: --mergekit FOLDER says where one is or is to be made.
+mergekit pins its dependencies and needs an environment of its own. --mergekit FOLDER names one, which is made if it does not exist.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ METHODS = {"task_arithmetic": {}, "ties": {"density": 1.0}}
 
 
 class Case:
+    """Commands that merge models into a folder of outputs."""
+
     def __init__(self, models: list[Path], outs: Path, mergekit: Path | None) -> None:
         self.models, self.outs = models, outs
         self.files = [path for model in models for path in llamas.weights(model)]
@@ -56,7 +58,7 @@ class Case:
             }
 
     def prepare(self) -> None:
-        """No outputs, and all inputs in the page cache."""
+        """Remove all outputs, and read all inputs into the page cache."""
         shutil.rmtree(self.outs, ignore_errors=True)
         self.outs.mkdir()
         read_files(self.files, THREADS)
@@ -78,7 +80,7 @@ class Case:
 
     def mergekit(self, environment: Path, method: str) -> Ended:
         base, *models = map(str, self.models)
-        # JSON is YAML.
+        # JSON is valid YAML.
         recipe = {
             "merge_method": method, "base_model": base, "dtype": "float32",
             "models": [{"model": model, "parameters": {"weight": 1.0, **METHODS[method]}} for model in models],
@@ -93,7 +95,7 @@ class Case:
         return done
 
     def check(self) -> None:
-        """Each way once: ours and the formula have the reference's bits."""
+        """Run each candidate once, and compare this package's output and the formula's with the reference."""
         self.prepare()
         for candidate in self.candidates.values():
             candidate()
@@ -125,16 +127,16 @@ class Case:
 
 
 def _ratio(some: list[float], others: list[float]) -> float:
-    """The median over the rounds."""
+    """The median of quotients over the rounds."""
     return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
 def environment(folder: Path) -> Path:
-    """Where mergekit is, made if there is nothing. Raises Failed where it cannot be had."""
+    """The environment that has mergekit, made if it does not exist. Raises Failed if it cannot be made."""
     program = folder / "bin" / "mergekit-yaml"
     if not folder.exists():
         print(f"baselines: mergekit is installed into {folder}", flush=True)
-        # Without the constraint pip would take another torch, and gigabytes for GPUs.
+        # Without the constraints, pip would download another torch and gigabytes of CUDA libraries.
         constraint = ("-c", ROOT / "constraints.txt")
         try:
             process.done((sys.executable, "-m", "venv", folder))
@@ -159,13 +161,13 @@ def main() -> None:
         "--shrink", type=int, default=1, help="what dimensions are divided by: 1, 2, 4, … 32"
     )
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--folder", type=Path, default=Path.cwd(), help="where the models go")
-    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder for the models")
+    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a tmpfs for the outputs")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     model = llamas.Llama(given.layers, *MODEL[1:]).shrunk(given.shrink)
     if not os.access(given.tmpfs, os.W_OK):
-        sys.exit(f"baselines: {given.tmpfs} cannot be written; --tmpfs says where there is a tmpfs")
+        sys.exit(f"baselines: {given.tmpfs} cannot be written; name a tmpfs with --tmpfs")
     mergekit = None
     try:
         if given.without_mergekit:
@@ -174,7 +176,7 @@ def main() -> None:
             mergekit = environment(given.mergekit.absolute())
     except Failed as error:
         print(f"baselines: mergekit is not measured: {error}")
-    # All models are here.
+    # All models are local.
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         with (

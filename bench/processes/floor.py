@@ -1,7 +1,7 @@
-"""What no merge of files can be faster than: every byte of some models read once, and as many as the first has written and synced.
+"""Roofline of merges of files: reads every byte of some models once, and writes and syncs as many bytes as the first one has.
 
-A process of its own, which imports little, so that its time is that of the files. Each thread reads a stroke while the system
-fetches the next one for it, and the output is sent to the disk behind what was read.
+It is a process that imports little, so that its time is that of the files. Each thread reads a chunk while the system fetches
+its next one, and the output is written back to the disk meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from negmerge_fast.output.filesystem import allocate, start_writing_back
 
 
 class FileChunk(NamedTuple):
-    """to: where to write as much as is read, or nowhere."""
+    """A chunk to read, and the offset to write as many bytes to, None for the models after the first."""
 
     file: int
     at: int
@@ -25,7 +25,7 @@ class FileChunk(NamedTuple):
 
 
 def file_chunks(models: list[Path], size: int) -> Iterator[FileChunk]:
-    """All that is read, shard by shard, the models beside each other: what is merged is written soon after."""
+    """All chunks, shard by shard, and the same chunk of every model before the next, as a merge reads them."""
     shards = [sorted(model.glob("*.safetensors")) for model in models]
     written = 0
     for paths in zip(*shards, strict=True):
@@ -81,10 +81,12 @@ def run(models: list[Path], out: Path, size: int, threads: int, release: bool) -
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("out", type=Path, help="a file")
-    options.add_argument("models", type=Path, nargs="+", help="directories whose files are alike")
+    options.add_argument("models", type=Path, nargs="+", help="directories with the same files")
     options.add_argument("--chunk-bytes", type=int, default=4 << 20)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--release", action="store_true", help="give pages back once they are read")
+    options.add_argument(
+        "--release", action="store_true", help="evict pages from the page cache once they are read"
+    )
     given = options.parse_args()
     run(given.models, given.out, given.chunk_bytes, given.threads, given.release)
 

@@ -1,7 +1,4 @@
-"""Models in files merged as one writes it in PyTorch: all are loaded, the formula is applied to each tensor, the result is saved.
-
-A process of its own, beside `negmerge merge`.
-"""
+"""A baseline of `negmerge merge` in plain PyTorch: loads all models, applies the formula to each tensor and saves the result."""
 
 from __future__ import annotations
 

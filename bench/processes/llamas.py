@@ -1,4 +1,4 @@
-"""Llama models in directories: a base and its fine-tuned versions, written a shard at a time."""
+"""Makes Llama checkpoints, a base and its fine-tuned versions, and compares a merge of them with the reference."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from negmerge_fast.benchmark.shapes import Shapes, llama
 from negmerge_fast.benchmark.workload import SCALE
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 
-# What numbers are drawn for; tensors are other stretches of it, and longer ones repeat it.
+# How many numbers are drawn. Each tensor takes another part of them, and long ones repeat them.
 _DRAWN, _STEP = 1 << 24, 611_953
 
 
 class Llama(NamedTuple):
-    """heads: of which `keys` elements of all keys of one token are a fraction."""
+    """Sizes of a Llama. keys: elements of one token's keys of all heads."""
 
     layers: int
     hidden: int
@@ -35,7 +35,7 @@ class Llama(NamedTuple):
     dtype: str
 
     def shrunk(self, by: int) -> Llama:
-        """The same with dimensions divided by a power of two, up to 32."""
+        """The same Llama with its dimensions divided by a power of two, up to 32."""
         sizes = (self.hidden // by, self.inner // by, self.keys // by, self.heads, self.vocabulary // by)
         return Llama(self.layers, *sizes, self.dtype)
 
@@ -52,7 +52,7 @@ class Llama(NamedTuple):
         return self.numel * FLOAT_SIZES[self.dtype]
 
     def config(self) -> str:
-        """config.json, as transformers reads it."""
+        """The text of config.json, as transformers reads it."""
         return json.dumps({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
             "intermediate_size": self.inner, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
@@ -62,9 +62,17 @@ class Llama(NamedTuple):
 
 
 def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) -> list[Path]:
-    """A base and n versions that lean away from it, each in files of at most about so many bytes.
+    """Write a base and n fine-tuned versions of it into directories.
 
-    partial: all but every third tensor are the base's. Raises OSError where there is no room for them.
+    Args:
+        folder: Where the directories are made.
+        model: Sizes of the model.
+        n: The number of fine-tuned versions.
+        shard: Bytes of the largest file, roughly.
+        partial: Whether only every third tensor differs from the base's.
+
+    Raises:
+        OSError: If the disk has too little space.
     """
     needed, free = (n + 2) * model.bytes, shutil.disk_usage(folder).free
     if needed > free:
@@ -90,7 +98,7 @@ def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) 
 
 
 def _drawn(n: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Numbers of a base and of n versions, which agree on about 2 / (n + 1) of them."""
+    """Numbers of a base and n versions, which agree on about 2 / (n + 1) of them."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(_DRAWN, generator=generator).to(dtype)
     lean = torch.randn(_DRAWN, generator=generator)
@@ -122,11 +130,12 @@ def _shards(shapes: Shapes, max_numel: int) -> Iterator[list[str]]:
 
 
 def weights(model: Path) -> list[Path]:
+    """The files of a model's weights."""
     return sorted(model.glob("*.safetensors"))
 
 
 def differing(out: Path, base: Path, models: list[Path]) -> int:
-    """How many elements of a merged model have other bits than the reference's, a tensor at a time."""
+    """Number of elements of a merged model whose bits differ from the reference, computed tensor by tensor."""
     found, expected, *given = (_opened(path) for path in (out, base, *models))
     if found.keys() != expected.keys():
         raise OSError(f"{out}: other tensors than in {base}")

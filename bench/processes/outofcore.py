@@ -1,11 +1,11 @@
-"""Models that do not fit: a Llama of 1.1 billion parameters, sharded, and 8 fine-tuned versions, within 1 GiB, from a cold disk.
+"""Merges models larger than memory: a sharded Llama of 1.1 billion parameters and 8 fine-tuned versions, within 1 GiB, from a cold disk.
 
-`negmerge merge` against floor.py, which reads the same files and writes and syncs as much, in a control group alike. Each is a
-process of its own, timed whole; they take turns, and before each the files' pages are given back. Before there is a number, all
-elements are compared with the reference. Bytes counted: every input byte read once, every output byte written once.
+`negmerge merge` takes turns with floor.py, which reads the same files and writes and syncs as many bytes, in the same kind of control
+group. Each is a process whose whole time is measured, and the files are evicted from the page cache before each. All elements are compared
+with the reference before anything is timed. The counted bytes are those of all inputs, read once, and of the output, written once.
 
---partial   every third tensor was fine-tuned: with and without --skip-unchanged, and the share of the bytes that it reads
---ranks     two processes of torchrun with one thread each, against one with two threads
+--partial   only every third tensor was fine-tuned: with and without --skip-unchanged, and the fraction of the bytes that is read
+--ranks     two processes of torchrun with one thread each, beside one process with two threads
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TORCHRUN = (
 
 
 class Case:
-    """Models in a folder, and ways to merge them within a limit (None: there is none)."""
+    """Commands that merge models in a folder, within a memory limit unless it is None."""
 
     def __init__(self, folder: Path, models: list[Path], limit: int | None, budget: str) -> None:
         self.models, self.limit, self.budget = models, limit, budget
@@ -105,7 +105,7 @@ class Case:
             yield group
 
     def check(self, candidates: dict[str, Callable[[], Ended]]) -> None:
-        """The first way's output has the reference's bits, the others' its bytes."""
+        """Compare the first candidate's output with the reference, and the others' files with those of the first."""
         self.prepare()
         for candidate in candidates.values():
             candidate()
@@ -145,7 +145,7 @@ class Case:
         return max(peaks) / 1e6 if peaks else None
 
     def _told(self, candidate: str) -> dict[str, Any]:
-        """What the reports of a way say: seconds without the process around them, and what was read."""
+        """From the reports of a candidate: seconds without the process's start and end, and the fraction that was read."""
         if candidate not in self.reports:
             return {"own seconds": None, "read": None}
         reports = self.reports[candidate]
@@ -157,7 +157,7 @@ class Case:
 
 
 def candidates_of(given: argparse.Namespace, case: Case) -> dict[str, Callable[[], Ended]]:
-    """What takes turns with the floor: the first is compared with the reference, the others with the first."""
+    """The candidates that take turns with floor.py. The first is compared with the reference, the others with the first."""
     if given.partial:
         return {
             "negmerge": partial(case.merge, "negmerge", MERGE, "--threads", THREADS),
@@ -175,7 +175,7 @@ def candidates_of(given: argparse.Namespace, case: Case) -> dict[str, Callable[[
 
 
 def lacking(given: argparse.Namespace) -> str | None:
-    """Why a case cannot be measured here."""
+    """Why a case cannot be measured here; None if it can."""
     if given.ranks and not importlib.util.find_spec("negmerge_fast.runtime.distributed"):
         return "negmerge_fast has no ranks here"
     if given.partial and "--skip-unchanged" not in process.done((*MERGE, "--help")).said:
@@ -192,11 +192,11 @@ def main() -> None:
     options.add_argument(
         "--shrink", type=int, default=1, help="what dimensions are divided by: 1, 2, 4, … 32"
     )
-    options.add_argument("--shard", default="512MiB", help="the longest file")
+    options.add_argument("--shard", default="512MiB", help="size of the largest file")
     options.add_argument("--limit", default="1GiB", help="of the control group")
     options.add_argument("--budget", default="auto", help="--memory-budget of the merges")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk that is measured")
+    options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to measure")
     case_of = options.add_mutually_exclusive_group()
     case_of.add_argument("--partial", action="store_true")
     case_of.add_argument("--ranks", action="store_true")

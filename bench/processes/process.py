@@ -1,4 +1,4 @@
-"""A command as a process of its own, within a memory limit perhaps: how long it takes, and the most memory that it uses."""
+"""Runs commands as processes, within a memory limit if asked, and measures their time and peak memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from negmerge_fast.runtime.memory import control_groups
 
-# Of both kinds of control groups: the limit, and the most that was used.
+# Files of control groups, version 1 and 2: the limit, and the peak.
 _FILES = (("memory.limit_in_bytes", "memory.max_usage_in_bytes"), ("memory.max", "memory.peak"))
 
-# A small process between: what a process has of its parent's memory before it becomes another program counts as its own.
+# Run by a small process in between: before a child becomes another program, its parent's memory counts towards its peak.
 _TIMED = """
 import os, sys, time
 to = int(sys.argv[1])
@@ -33,7 +33,14 @@ os.write(to, " ".join(map(str, found)).encode())
 
 
 class Ended(NamedTuple):
-    """seconds: of the whole process. peak: bytes of the largest process of it, pages of mapped files included. said: all output."""
+    """A finished command.
+
+    Attributes:
+        status: Its exit status.
+        seconds: The time of the whole process.
+        peak: Resident bytes of its largest process, pages of mapped files included.
+        said: Its output.
+    """
 
     status: int
     seconds: float
@@ -42,7 +49,7 @@ class Ended(NamedTuple):
 
 
 class Failed(Exception):
-    """A command that was to be timed, and failed: one line."""
+    """A command that was to be timed and failed, in one line."""
 
 
 class Group:
@@ -52,12 +59,12 @@ class Group:
         self.folder, self._max_memory = folder, max_memory
 
     def holding(self, command: Sequence[object]) -> list[str]:
-        """The command, which first puts itself into the group."""
+        """A command line that enters the group before it runs a command."""
         enter = 'echo $$ > "$0" && exec "$@"'
         return ["sh", "-c", enter, str(self.folder / "cgroup.procs"), *map(str, command)]
 
     def peak(self) -> int | None:
-        """The most that was used, in bytes, pages of files included; None: the kernel does not tell."""
+        """Peak bytes of the group, pages of files included; None if the kernel does not tell."""
         try:
             return int((self.folder / self._max_memory).read_text())
         except OSError:
@@ -66,9 +73,10 @@ class Group:
 
 @contextmanager
 def limited(size: int) -> Iterator[Group]:
-    """A new group, in our own or in the nearest above it that can hold one, that may use so many bytes.
+    """A new group that may use so many bytes, below this process's group or the nearest parent that allows it.
 
-    Raises OSError where none can be made.
+    Raises:
+        OSError: If no group can be made.
     """
     group = _new()
     try:
@@ -95,7 +103,7 @@ def _new() -> Path:
 
 
 def _remove(group: Path) -> None:
-    for _ in range(50):  # its last process may still be on its way out
+    for _ in range(50):  # its last process may not have ended yet
         try:
             return group.rmdir()
         except OSError:
@@ -104,7 +112,7 @@ def _remove(group: Path) -> None:
 
 
 def why_not() -> str | None:
-    """Why no group can be made here; None if one can."""
+    """Why no control group can be made here; None if one can."""
     try:
         with limited(1 << 30):
             return None
@@ -113,7 +121,7 @@ def why_not() -> str | None:
 
 
 def ended(command: Sequence[object], group: Group | None = None, cwd: Path | None = None) -> Ended:
-    """Run a command to its end, in the group."""
+    """Run a command to its end, in a group if given."""
     arguments = group.holding(command) if group else list(map(str, command))
     reading, writing = os.pipe()
     with TemporaryFile() as said, open(reading) as told:
@@ -126,7 +134,7 @@ def ended(command: Sequence[object], group: Group | None = None, cwd: Path | Non
 
 
 def done(command: Sequence[object], group: Group | None = None) -> Ended:
-    """Run a command to its good end. Raises Failed, with the last that it said."""
+    """Run a command that has to succeed. Raises Failed with its last line of output if it does not."""
     found = ended(command, group)
     if found.status:
         last = (found.said.strip().splitlines() or ["it said nothing"])[-1]
@@ -137,9 +145,15 @@ def done(command: Sequence[object], group: Group | None = None) -> Ended:
 def alternate(
     candidates: Mapping[str, Callable[[], Ended]], rounds: int, before: Callable[[], object]
 ) -> dict[str, list[Ended]]:
-    """What each way's process took in each round. One round runs them all in turn, so that a drift of the machine hits all.
+    """Run candidates in turns, so that a drift of the machine affects all of them.
 
-    before: done before each, and not timed.
+    Args:
+        candidates: Functions that run a command, by name.
+        rounds: How often each is run.
+        before: Done before each run, and not timed.
+
+    Returns:
+        What each candidate took in each round.
     """
     found: dict[str, list[Ended]] = {name: [] for name in candidates}
     for number in range(rounds):

@@ -1,7 +1,7 @@
-"""How long the strokes of a streamed merge should be: the same files, read, merged and written in strokes of other lengths.
+"""Tunes the chunk size of a streamed merge: merges the same files in chunks of other sizes.
 
-The inputs are in the page cache, the output goes to a tmpfs; all lengths take turns. Bytes counted: every input byte read
-once, every output byte written once. The limit does just that, on one thread, 256 KiB at a time, in the same rounds.
+The inputs are in the page cache, the output goes to a tmpfs, and all sizes take turns. The counted bytes are those of all inputs, read
+once, and of the output, written once. The roofline reads and writes just those on one thread, 256 KiB at a time, in the same rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOFLINE = "read and write"
 
 
 def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Path]:
-    """Files of 16 tensors each: a base, and its fine-tuned versions."""
+    """Write a base and its fine-tuned versions as files of 16 tensors each."""
     generator = torch.Generator().manual_seed(0)
     paths = [folder / f"{dtype}-{k}.safetensors".removeprefix("torch.") for k in range(versions)]
     for path in paths:
@@ -41,7 +41,7 @@ def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Pa
 def merge(chunk_bytes: int, paths: list[Path], out: Path) -> None:
     usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk_bytes
     try:
-        # A budget that makes no stroke shorter.
+        # A budget so large that it shortens no chunk.
         nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9, memory_budget="1TiB")
     finally:
         api._MAX_CHUNK_BYTES = usual
@@ -63,7 +63,7 @@ def roofline(paths: list[Path], out: Path) -> None:
 def measure(
     dtype: str, n: int, numel: int, paths: list[Path], out: Path, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row for each length of a stroke."""
+    """A row for each size of a chunk."""
     candidates = {
         f"chunks of {chunk_bytes >> 10:,} KiB": partial(merge, chunk_bytes, paths, out)
         for chunk_bytes in CHUNK_BYTES
@@ -73,7 +73,7 @@ def measure(
         once()
         made.add(out.read_bytes())
         out.unlink()
-    assert len(made) == 1, "chunks of other lengths make other files"
+    assert len(made) == 1, "the size of chunks changes the output"
     del made
     clear = partial(out.unlink, missing_ok=True)
     seconds = alternate({ROOFLINE: partial(roofline, paths, out), **candidates}, rounds, clear)
@@ -94,13 +94,13 @@ def measure(
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--bytes", type=int, default=2 << 30, help="of all files together")
+    options.add_argument("--bytes", type=int, default=2 << 30, help="total size of all files")
     options.add_argument("--rounds", type=int, default=11)
-    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a tmpfs for the outputs")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if not given.tmpfs.is_dir():
-        print(f"chunk_sizes: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
+        print(f"chunk_sizes: no tmpfs at {given.tmpfs}; name one with --tmpfs")
         return
     most = 30
     rows, said = [], []

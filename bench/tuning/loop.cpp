@@ -1,6 +1,6 @@
-// Times one way to compile csrc/merge_loop.cpp against reading memory, on two threads. loop.py builds and runs it.
+// Times csrc/merge_loop.cpp, compiled with some constants, and reading memory, on two threads. loop.py builds and runs it.
 // Arguments: models, storage type (1 F32, 2 F16, 3 BF16), elements, bytes from one stream's page offset to the next's, rounds.
-// Prints a line for each round: seconds to read all inputs, to merge beside the base, and to merge in place.
+// Prints a line for each round: seconds to read all inputs, to merge out of place, and to merge in place.
 #include <algorithm>
 #include <atomic>
 #include <chrono>

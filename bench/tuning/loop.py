@@ -1,7 +1,7 @@
-"""How the CPU kernel's loop should be: other tiles and groups, with and without prefetching and stores past the cache.
+"""Tunes the loop of the CPU kernel: sizes of tiles and groups, prefetching, and stores past the cache.
 
-Each way is csrc/merge_loop.cpp compiled with other constants. One run of a way times, in each round, reading all inputs
-and then merging them, on two threads; runs of the ways alternate. Bytes counted: (n + 2) · numel · size.
+Each candidate is csrc/merge_loop.cpp compiled with other constants. A run of it times, in each round, reading all inputs and then
+merging them, on two threads. The candidates take turns. The counted bytes are (n + 2) · numel · size.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def described(rounds: dict[str, list[list[float]]], dtype: str, n: int, numel: i
     for candidate, lines in rounds.items():
         reading, out_of_place, in_place = ([line[i] for line in lines] for i in range(3))
         for place, seconds in (("", out_of_place), (", in place", in_place)):
-            # Each round has its own limit: the machine drifts.
+            # Each round has a roofline of its own, because the machine drifts.
             fractions = [
                 (n + 2) / (n + 1) * read / merge for read, merge in zip(reading, seconds, strict=True)
             ]

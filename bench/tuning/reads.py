@@ -1,11 +1,12 @@
-"""Positioned reads or memory maps: the inputs of a streamed merge, in its own strokes, had in one way or the other.
+"""Compares positioned reads with memory maps, for the inputs of a streamed merge.
 
-Two threads take the strokes of a base and 8 fine-tuned versions as they come. "positioned reads" has them as the engine does: read
-into memory that stays in the cache, and merged there. "maps" merges where the files are mapped, in pages that are asked for stroke by
-stroke, with MADV_WILLNEED (a thread then waits for each that has not come) or MADV_POPULATE_READ (it waits for all at once), and
-given back behind. The output goes to a tmpfs, whose pages are there already; the inputs are in the page cache (warm) or were put
-out of it (cold). All ways take turns and must make the reference's output. The limit reads every input byte once, 256 KiB at a time,
-on as many threads, and writes every output byte once. Bytes counted are just those.
+Two threads merge a base and 8 fine-tuned versions chunk by chunk. "positioned reads" reads each chunk into buffers that stay in the
+cache and merges it there, as streaming/ does. "maps" merges in the memory map. It asks for a chunk's pages with MADV_WILLNEED (a
+thread then waits for each missing page) or MADV_POPULATE_READ (it waits for all of them at once), and drops them afterwards.
+
+The output goes to existing pages of a tmpfs. The inputs are in the page cache (warm) or were evicted from it (cold). All candidates take
+turns and must make the reference's output. The roofline reads every input byte once, 256 KiB at a time, on as many threads, and writes every
+output byte once. Those bytes are counted.
 """
 
 from __future__ import annotations
@@ -51,14 +52,13 @@ ADVICE = {
     "maps, WILLNEED and POPULATE_READ": (mmap.MADV_WILLNEED, POPULATE_READ),
 }
 
-
-# What a piece becomes.
+# Merges a chunk, and returns its output.
 Merged = Callable[[Extent], memoryview]
 
 
 @contextmanager
 def reads(plan: Plan) -> Iterator[Merged]:
-    """As stream.py has them."""
+    """Reads chunks into buffers, as streaming/worker.py does."""
     versions = len(plan.models) + 1
 
     def merged(chunk: Extent) -> memoryview:
@@ -82,7 +82,7 @@ def reads(plan: Plan) -> Iterator[Merged]:
 
 @contextmanager
 def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
-    """Merged where the files are mapped, into memory that stays in the cache."""
+    """Merges chunks in the memory map, into a buffer that stays in the cache."""
     checkpoints = (plan.base, *plan.models)
     mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
     out = np.empty(api._MAX_CHUNK_BYTES, np.uint8)
@@ -115,7 +115,7 @@ def _mapped(file: File) -> mmap.mmap:
 
 
 def _merge_apart(chunk: Extent, inputs: list[Any], out: Any) -> None:
-    """Merge a piece into memory of its own: the engine's batches write where the base is."""
+    """Merge a chunk into separate memory. Batches of streaming/ would write over the base."""
     addresses = [held.ctypes.data for held in inputs]
     distance = out.ctypes.data - addresses[0]
     for batch, _ in batches(chunk, "cpu", addresses, inputs):
@@ -127,7 +127,7 @@ def _merge_apart(chunk: Extent, inputs: list[Any], out: Any) -> None:
 
 
 def run(plan: Plan, out: Path, candidate: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
-    """Merge the files of a plan, which have one file each, on some threads."""
+    """Merge a plan of models with one file each, on several threads."""
     coming, lock = chunks(plan.extents, api._MAX_CHUNK_BYTES), Lock()
 
     def take() -> Extent | None:
@@ -159,7 +159,7 @@ def roofline(paths: list[Path], out: Path) -> None:
 def measure(
     dtype: str, paths: list[Path], folder: Path, rounds: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each way, warm and cold, and what to say of them."""
+    """A row for each candidate, warm and cold, and lines that name the fastest."""
     merged, out = folder / "merged.safetensors", folder / "out.safetensors"
     usual = nm.merge_checkpoints(paths[0], paths[1:], merged, scale=SCALE, backend="torch")
     plan = api.prepare(paths[0], paths[1:], folder / "none.safetensors", scale=SCALE).plan
@@ -193,14 +193,14 @@ def measure(
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--bytes", type=int, default=2 << 30, help="of all files together")
+    options.add_argument("--bytes", type=int, default=2 << 30, help="total size of all files")
     options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk that is measured")
-    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where the outputs go")
+    options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to measure")
+    options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a tmpfs for the outputs")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if not given.tmpfs.is_dir():
-        print(f"reads: no tmpfs at {given.tmpfs}; --tmpfs says where there is one")
+        print(f"reads: no tmpfs at {given.tmpfs}; name one with --tmpfs")
         return
     if reason := native.why_not("cpu", "cpu"):
         print(f"reads: the compiled kernel {reason}")

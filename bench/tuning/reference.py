@@ -1,7 +1,7 @@
-"""The blocked reference against the eager formula, in memory, on this CPU; and how long a block should be.
+"""Tunes the block size of the PyTorch backend on a CPU, beside the eager formula.
 
-Bytes counted: (n + 2) · numel · size. The limit is reading memory once, measured in the same rounds. A speed is given
-only to a result that equals the formula's, bit for bit.
+The counted bytes are (n + 2) · numel · size. The roofline reads memory once, in the same rounds. A result gets a speed only if it equals
+the formula's bit for bit.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-// csrc/merge_cpu.cpp as a library of its own, for threads.py, which builds one for each choice of its constants and times
-// them on the same memory.
+// csrc/merge_cpu.cpp as a library. threads.py builds one for each choice of constants and times them on the same memory.
 #include <chrono>
 
 #include "../../csrc/merge_cpu.h"

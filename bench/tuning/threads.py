@@ -1,8 +1,8 @@
-"""How the CPU kernel shares a batch out: from how many bytes on a second thread pays, and how long a thread's pieces are.
+"""Tunes how the CPU kernel distributes a batch over threads: from how many bytes a second thread pays, and the size of chunks.
 
-Each choice is csrc/merge_cpu.cpp compiled with other constants. All of them are loaded into one process and take turns on the
-same memory. "in memory": the calls take turns on so many copies of the work that none is in a cache when its turn comes; "in
-cache": on one. Bytes counted: (n + 2) · numel · size. A way has a speed only where its result is the reference's.
+Each candidate is csrc/merge_cpu.cpp compiled with other constants. All of them are loaded into one process and take turns on the
+same memory. "in memory" rotates over so many copies of the batch that none is in a cache when its turn comes. "in cache" repeats one
+batch. The counted bytes are (n + 2) · numel · size. A candidate gets a speed only if its result is the reference's.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ MODELS = 8
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 SIZES = {dtype: kind.itemsize for dtype, kind in DTYPES.items()}
 
-# What a thread takes at once, at most: for batches long enough to be cut into such pieces.
+# The largest number of elements that a thread takes at once, for batches long enough to be cut into such chunks.
 MAX_AT_ONCE = [1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18]
-# And at least: for batches that would otherwise be cut into shorter ones.
+# The smallest number, for batches that would otherwise be cut into shorter chunks.
 MIN_AT_ONCE = [1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14]
-# As soon as there is a byte for each, as many threads as are asked for.
+# Uses all threads that are asked for, however small the batch is.
 EVERY_THREAD = "-DNEGMERGE_BYTES_PER_THREAD=1"
 
 
 def compile_loops(folder: Path) -> list[Path]:
-    """merge_loop.cpp for each instruction set, as CMakeLists.txt has it."""
+    """Compile merge_loop.cpp for each instruction set, as csrc/CMakeLists.txt does."""
     avx2 = ["avx2"] if os.uname().machine == "x86_64" else []
     commands, objects = [], []
     for name in ["baseline", *avx2]:
@@ -59,12 +59,12 @@ def compile_with(arguments: list[str]) -> None:
 
 
 class Built:
-    """merge_cpu.cpp with constants of its own."""
+    """merge_cpu.cpp, compiled with other constants."""
 
     def __init__(self, folder: Path, loops: list[Path], *flags: str) -> None:
         library = folder / f"{'-'.join(flags) or 'as built'}.so"
         sources = [str(HERE / "threads.cpp"), str(CSRC / "merge_cpu.cpp"), *map(str, loops)]
-        escape = "-fvisibility=default"  # of the one function; the rest stays the library's own
+        escape = "-fvisibility=default"  # of merge_times only; the rest stays hidden in the library
         compile_with([escape, *flags, "-shared", "-Wl,-Bsymbolic", *sources, "-o", str(library)])
         self.function = ctypes.CDLL(str(library)).merge_times
 
@@ -80,7 +80,7 @@ class Built:
 
 
 class Workload:
-    """So many copies of one batch of one segment: a base, MODELS fine-tuned versions, and an output of its own."""
+    """Copies of a batch of one segment: a base, MODELS fine-tuned versions, and an output."""
 
     def __init__(self, dtype: str, numel: int, copies: int) -> None:
         self.dtype, self.numel, self.copies = dtype, numel, copies
@@ -104,10 +104,10 @@ class Workload:
 
 
 def timed(workload: Workload, candidates: dict[str, tuple[Built, int]], rounds: int) -> list[dict[str, Any]]:
-    """A row for each way: a library, and a number of threads. The ways take turns, several calls at a time."""
+    """A row for each candidate: a library and a number of threads. They take turns of several calls."""
     for built, threads in candidates.values():
         workload.check(built, threads)
-    # A turn takes about 2 ms, so that what was before it is soon forgotten.
+    # A turn takes about 2 ms, so that what the previous one left in the caches hardly matters.
     first, *_ = candidates.values()
     usual = min(first[0].seconds(workload, first[1], 3))
     calls = max(1, min(round(0.002 / usual), 200))
@@ -131,7 +131,7 @@ def best(rows: list[dict[str, Any]]) -> str:
 
 
 def break_even(dtype: str, state: str, usual: Built, rounds: int) -> tuple[list[dict[str, Any]], str]:
-    """Batches of 64 KiB to 16 MiB on one thread, on two, and on one for each processor."""
+    """Time batches of 64 KiB to 16 MiB on one thread, on two, and on one for each processor."""
     cores = len(os.sched_getaffinity(0))
     rows, pays = [], None
     for power in range(16, 25):
@@ -153,7 +153,7 @@ def break_even(dtype: str, state: str, usual: Built, rounds: int) -> tuple[list[
 def partition_sizes(
     dtype: str, numel: int, libraries: dict[str, Built], rounds: int
 ) -> tuple[list[dict[str, Any]], str]:
-    """One batch, cut into pieces of other lengths, on all processors."""
+    """Time one batch cut into chunks of other sizes, on all processors."""
     workload = Workload(dtype, numel, max(1, PAST_CACHE // ((MODELS + 2) * numel * SIZES[dtype])))
     cores = len(os.sched_getaffinity(0))
     found = timed(workload, {candidate: (built, cores) for candidate, built in libraries.items()}, rounds)
@@ -167,7 +167,7 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
-        print("threads: one processor here, nothing to share out")
+        print("threads: only one processor here, nothing to distribute")
         return
     found = []
     with tempfile.TemporaryDirectory() as name:

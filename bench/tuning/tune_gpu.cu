@@ -1,9 +1,9 @@
-// The CUDA kernel as a library of its own, for tune_gpu.py, which builds one for each choice of its constants.
+// The CUDA kernel as a library. tune_gpu.py builds one for each choice of constants.
 #include "../../csrc/merge_cuda.cu"
 
 extern "C" std::int64_t tile() { return negmerge::kCudaTile; }
 
-// Launches a merge, as merge_cuda does; returns why it could not.
+// Launches a merge as merge_cuda does. Returns the error, or null.
 extern "C" const char* merge_launch(int result, const char* dtypes, std::int64_t models, bool task_vectors, double scale,
                                     std::int64_t required, std::int64_t segments, const std::int64_t* memory,
                                     std::int64_t* counts, std::int64_t tiles, int device, std::uint64_t stream) {

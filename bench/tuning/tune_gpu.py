@@ -1,9 +1,8 @@
-"""Launch parameters of the CUDA and of the Triton kernel, measured on a GPU.
+"""Tunes the launch parameters of the CUDA and the Triton kernel on a GPU.
 
-Each choice for CUDA is csrc/merge_cuda.cu compiled with other constants; those for Triton are the candidates of
-kernels/launch.py. All choices take turns on the same memory, by device events, each beside a device copy, the limit. A
-choice has a speed only where it gives the reference's bits and counts: on hostile numbers, on all that is timed, and still
-in its last round.
+Candidates for CUDA are csrc/merge_cuda.cu compiled with other constants. Candidates for Triton are those of kernels/launch.py. They take
+turns on the same memory, timed by device events, each beside a device copy, the roofline. A candidate gets a speed only if its bits and
+counts are the reference's: on hostile numbers, on the timed ones, and in its last round.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from negmerge_fast.core.rule import Rule
 SOURCE = Path(__file__).with_name("tune_gpu.cu")
 RESULTS = Path(__file__).parents[1] / "results" / "tune_gpu.jsonl"
 
-# Few, a group, and several.
+# Numbers of models: less than a group, one group, and several.
 MODELS = (2, 8, 32)
 
-# Each compiles for sm_90 without local memory, but for 4 blocks of 256 threads and blocks of 512.
+# For sm_90 all compile without local memory, except 4 blocks of 256 threads and blocks of 512.
 CUDA = {
     "as built": [],
     "1 wave of blocks": ["WAVES=1"],
@@ -59,9 +58,9 @@ CUDA = {
 
 
 def compiler(device: str) -> list[str]:
-    """The command that makes a library of SOURCE for a device: as csrc/CMakeLists.txt has it, for one architecture."""
+    """The command that compiles SOURCE for a device's architecture, as csrc/CMakeLists.txt does."""
     if torch.version.cuda is None:
-        raise RuntimeError("this torch is not one for CUDA")
+        raise RuntimeError("this torch is not built for CUDA")
     if not shutil.which(nvcc := os.environ.get("CUDACXX", "nvcc")):
         raise RuntimeError("no nvcc on PATH or in CUDACXX")
     major, minor = torch.cuda.get_device_capability(device)
@@ -72,7 +71,7 @@ def compiler(device: str) -> list[str]:
 
 
 class Built:
-    """The CUDA kernel with constants of its own."""
+    """The CUDA kernel, compiled with other constants."""
 
     def __init__(self, command: list[str], library: str, constants: Iterable[str]) -> None:
         flags = [f"-DNEGMERGE_CUDA_{constant}" for constant in constants]
@@ -93,7 +92,7 @@ class Built:
         self.function.restype = ctypes.c_char_p
 
     def merge(self, batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-        """What native.merge_cuda does."""
+        """Merge a batch as native.merge_cuda does."""
         memory, tiles = pack_for_device(batch, self.tile)
         on_device = upload(memory, batch.device)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
@@ -108,7 +107,7 @@ class Built:
 
 
 def cuda_candidates(device: str, folder: str) -> dict[str, Merge]:
-    """The kernel with each choice of constants."""
+    """The CUDA kernel with each choice of constants."""
     command = compiler(device)
 
     def build(number: int, constants: list[str]) -> Built:
@@ -120,7 +119,7 @@ def cuda_candidates(device: str, folder: str) -> dict[str, Merge]:
 
 
 def triton_candidates(signature: Signature) -> tuple[dict[str, Merge], dict[str, Any]]:
-    """The kernel with each of its candidates, the usual one first; and the candidates."""
+    """The Triton kernel with each candidate of kernels/launch.py, the default first; and their launch parameters."""
     from negmerge_fast.kernels.launch import candidates
     from negmerge_fast.kernels.merge import launch_merge
 
@@ -134,9 +133,9 @@ def triton_candidates(signature: Signature) -> tuple[dict[str, Merge], dict[str,
 def time_round(
     workload: Workload, batch: Batch, merge: Merge, roofline: Roofline, now: Clock
 ) -> tuple[float, float, Any]:
-    """Seconds of the limit and of a merge, and the merge's counts. Nothing waits before all of it is asked for."""
+    """Seconds of the roofline and of a merge, and the merge's counts. Everything is launched before anything waits."""
     workload.poison()
-    flush(workload.device)  # meanwhile the host asks for what comes
+    flush(workload.device)  # takes longer than the host's launches of what follows
     began = now()
     roofline.task()
     copied = now()
@@ -148,7 +147,7 @@ def time_round(
 
 
 def fault(workload: Workload, counts: Any) -> str | None:
-    """Why what a merge has left in the work's output gets no speed; None if all is the reference's."""
+    """Why the output of a merge gets no speed; None if it is the reference's."""
     wrong, expected = workload.compare(workload.tensors(workload.out))
     if wrong:
         return f"elements that differ from the reference's: {wrong:,}"
@@ -156,7 +155,7 @@ def fault(workload: Workload, counts: Any) -> str | None:
 
 
 def measure(workload: Workload, candidates: dict[str, Merge], rounds: int) -> list[Row]:
-    """A row for each way that is right before its rounds and in the last of them."""
+    """A row for each candidate that is right before its rounds and in the last one."""
     [batch] = workload.batches(in_place=False)
     roofline, now = device_copy(workload.device, workload.bytes), clock(workload.device)
     taken: dict[str, list[tuple[float, float]]] = {candidate: [] for candidate in candidates}
@@ -192,8 +191,10 @@ def row_of(workload: Row, roofline: Roofline, copies: tuple[float, ...], merges:
 
 
 def winner(rows: list[Row], usual: str) -> tuple[str, str] | None:
-    """Of the ways that were measured wherever others were, the one with the largest share of the limit, by the geometric mean
-    of its rows; and a line that holds it against the usual one."""
+    """The candidate with the largest geometric mean of the shares of the limit, and a line that compares it with the usual one.
+
+    Candidates without a row for some number of models cannot win.
+    """
     fractions: dict[str, list[float]] = {}
     for row in rows:
         fractions.setdefault(row["way"], []).append(row["of_limit"])
@@ -213,7 +214,7 @@ def winner(rows: list[Row], usual: str) -> tuple[str, str] | None:
 def tune(
     device: str, cuda: dict[str, Merge], triton: bool, total: int, rounds: int, results: Path
 ) -> list[str]:
-    """Measures, appends the rows, and returns the winners and the lines for kernels/launch.py."""
+    """Measure all candidates and append their rows. Returns lines: the winners, and entries for kernels/launch.py."""
     said, found, of_cuda = [], [], []
     for dtype, size in FLOAT_SIZES.items():
         rows: list[Row] = []
@@ -225,7 +226,7 @@ def tune(
                 candidates |= of_triton
             numel = max(4096, total // (n + 2) // size // 4096 * 4096)
             try:
-                # No name is given to the work: the next one would not fit beside it.
+                # No variable refers to the workload, because the next one may not fit beside it.
                 measured = measure(
                     shared_workload("one tensor", one_tensor(numel), dtype, n, device, rotate=False),
                     candidates,
@@ -254,7 +255,7 @@ def tune(
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", default="cuda:0")
-    options.add_argument("--bytes", type=int, default=1 << 30, help="read and written by a merge")
+    options.add_argument("--bytes", type=int, default=1 << 30, help="bytes that a merge reads and writes")
     options.add_argument("--rounds", type=int, default=30)
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()

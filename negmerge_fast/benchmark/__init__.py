@@ -1,13 +1,13 @@
-"""How a speed is measured, for `negmerge bench` and for the suite in bench/. Imports torch; nothing else imports this.
+"""Benchmarks: what `negmerge bench` and the suite in bench/ measure speed with. Imports torch.
 
-rows      the machine, a self-contained line for each result, and the table a person reads
-clock     what seconds are: of the CPU's clock, or between two events of a GPU
-layouts   the shapes of models
-work      a base and its fine-tuned versions on a device, and what the reference makes of them
-ways      what is timed: our backends, and their peers in plain PyTorch
-limits    what no merge can be faster than
-trial     one way beside its limit, round by round
-brief     what `negmerge bench` does
+records     result rows as JSON lines, the machine they were measured on, and their tables
+timers      clocks: the CPU's, and events on a GPU's stream
+shapes      tensor shapes of models
+workload    a base and its fine-tuned versions in memory, and their comparison with the reference
+candidates  the code that is timed: the package's backends, and baselines in plain PyTorch
+bandwidth   rooflines: speeds of memory, devices and disks that no merge can exceed
+timing      rounds of a candidate, each beside its roofline
+quick       the command `negmerge bench`
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""What no merge can be faster than: reading or copying memory, crossing to a device, reading a disk."""
+"""Rooflines: the bandwidth of memory, of the link to a device and of a disk.
+
+streaming/probes.py measures similar bandwidths for another purpose. A probe chooses a placement within a fraction of a second: it takes
+the best of a few short rounds, on buffers as small as a worker's. A roofline takes turns with a candidate in every round, on
+as many bytes, and its median is reported. One cannot stand in for the other, so they share no code.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,13 @@ import torch
 
 from .records import on_gpu
 
-# A copy shorter than this would show the launch, and fit a cache.
+# A shorter copy would fit into a cache, and its time would be that of the launch.
 _COPIED_BYTES = 512 << 20
 _CHUNK_BYTES = 256 << 10
 
 
 class Roofline(NamedTuple):
-    """Something to run, and the bytes it reads and writes."""
+    """A task whose bandwidth no merge can exceed, and the bytes that it reads and writes."""
 
     name: str
     bytes: int
@@ -27,7 +32,7 @@ class Roofline(NamedTuple):
 
 
 def memory_read(tensors: Sequence[torch.Tensor]) -> Roofline:
-    """Every byte of these tensors once; their sizes are multiples of 8 bytes."""
+    """Reads every byte of tensors once. Their sizes are multiples of 8 bytes."""
 
     def task() -> None:
         for tensor in tensors:
@@ -37,12 +42,13 @@ def memory_read(tensors: Sequence[torch.Tensor]) -> Roofline:
 
 
 def memory_copy(source: torch.Tensor, destination: torch.Tensor, name: str = "memory copy") -> Roofline:
+    """Copies one tensor to another."""
     return Roofline(name, source.nbytes + destination.nbytes, partial(destination.copy_, source))
 
 
 @cache
 def _pair(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory to copy from and to, each far larger than the device's caches."""
+    """A source and a destination of copies, each far larger than the device's caches."""
     caches = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     size = max(_COPIED_BYTES, 4 * caches)
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -50,7 +56,7 @@ def _pair(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def device_copy(device: str, size: int = 0) -> Roofline:
-    """A copy within a device's memory that reads and writes about so many bytes together, and never few."""
+    """Copies within a device's memory. About `size` bytes are read and written in all, at least those of one copy."""
     source, destination = _pair(device)
     times = max(1, round(size / (2 * source.nbytes)))
 
@@ -62,19 +68,19 @@ def device_copy(device: str, size: int = 0) -> Roofline:
 
 
 def flush(device: str) -> None:
-    """Read past all that the device's caches hold, and leave nothing in them that would have to be written back."""
+    """Evict everything from a device's caches by reading, so that nothing has to be written back later."""
     _pair(device)[0].view(torch.int64).sum()
 
 
 def host_to_device(device: str, pinned: bool, size: int) -> Roofline:
-    """Bytes that cross."""
+    """Copies `size` bytes from the host to a device."""
     source = torch.ones(size, dtype=torch.uint8, pin_memory=pinned)
     destination = torch.empty(size, dtype=torch.uint8, device=device)
     name = "host to device, pinned" if pinned else "host to device, pageable"
     return Roofline(name, size, lambda: destination.copy_(source, non_blocking=pinned))
 
 
-# By the kind of device.
+# Names of rooflines in memory, by kind of device.
 IN_MEMORY = {
     "cuda": ("device copy", "host to device, pinned", "host to device, pageable"),
     "cpu": ("memory read", "memory copy"),
@@ -82,7 +88,7 @@ IN_MEMORY = {
 
 
 def in_memory(name: str, device: str, size: int) -> Roofline:
-    """A limit by its name, of about so many bytes."""
+    """The roofline of a name in IN_MEMORY, of about `size` bytes."""
     if name == "device copy":
         return device_copy(device, size)
     if on_gpu(device):
@@ -92,15 +98,16 @@ def in_memory(name: str, device: str, size: int) -> Roofline:
 
 
 def file_read(paths: Sequence[Path], threads: int, name: str = "disk read") -> Roofline:
-    """Every byte of these files once, by positioned reads of 256 KiB on several threads."""
+    """Reads every byte of files once. See read_files."""
     return Roofline(name, sum(path.stat().st_size for path in paths), partial(read_files, paths, threads))
 
 
 def read_files(paths: Sequence[Path], threads: int) -> None:
+    """Read files by positioned reads of 256 KiB on several threads."""
     descriptors = [os.open(path, os.O_RDONLY) for path in paths]
     try:
         sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
-        # From the front of all files, thread by thread: neighbours are read at about the same time.
+        # Threads take chunks in turn, so that neighbours are read at about the same time.
         chunks = [
             (descriptor, at)
             for descriptor, size in zip(descriptors, sizes, strict=True)
@@ -120,16 +127,16 @@ def read_files(paths: Sequence[Path], threads: int) -> None:
 
 
 def make_cold(paths: Sequence[Path]) -> None:
-    """Give these files' pages back to the system: the disk is read next."""
+    """Evict files from the page cache, so that the next read comes from the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # a page that is not on the disk yet would stay
+            os.fsync(descriptor)  # dirty pages cannot be evicted
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def of_merge(device: str, inputs: Sequence[torch.Tensor], size: int) -> Roofline:
-    """The limit of a merge: on a GPU a copy of as many bytes, on a CPU reading its own inputs."""
+    """The roofline of a merge: on a GPU a copy of `size` bytes, on a CPU reading its inputs."""
     return device_copy(device, size) if on_gpu(device) else memory_read(inputs)

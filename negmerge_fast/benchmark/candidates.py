@@ -1,4 +1,4 @@
-"""What is timed on a work: our backends, the public call, and peers in plain PyTorch."""
+"""Code that is timed on a workload: the package's backends, its public call, and baselines in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,25 @@ Tensors = list[torch.Tensor]
 
 
 class Refused(Exception):
-    """A result of ours that is not the reference's: it gets no speed."""
+    """A candidate of the package that differs from the reference. It gets no speed."""
 
 
 def nothing() -> None:
-    """Of those that need it."""
+    """The default of steps that few candidates need."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """task: what is timed. before: what each run needs first. merged, counts: what a run has returned, as tensors and as
-    agreed and non-finite of each tensor; counts None: a peer, which may differ from the reference."""
+    """A task to time, and how to read its result.
+
+    Attributes:
+        name: The value of "way" in its rows.
+        task: What is timed.
+        merged: Returns the merged tensors, given the task's result.
+        counts: Returns agreed and non-finite elements of each tensor, given the task's result. None for a baseline, which may
+            differ from the reference.
+        before: Done before each run, and not timed.
+    """
 
     name: str
     task: Callable[[], Any]
@@ -44,13 +52,13 @@ class Candidate:
 
 
 def backend(workload: Workload, name: str, in_place: bool = False) -> Candidate:
-    """One of our backends, called as the engine calls it: once for all tensors."""
+    """A backend of the package, called once for all tensors, as merge_ calls it."""
     batches = workload.batches(in_place)
     if reason := unusable(name, workload.device):
         raise Lacking(reason)
     try:
         _, merge = registry.choose(name, workload.device, RULE, [batches[0].signature])
-    except InputError as error:  # it was tried, and is wrong
+    except InputError as error:  # it failed its self-test
         raise Refused(str(error)) from None
 
     def task() -> list[Any]:
@@ -66,14 +74,14 @@ def backend(workload: Workload, name: str, in_place: bool = False) -> Candidate:
 
 
 def unusable(name: str, device: str) -> str | None:
-    """Why a backend is not timed on a device."""
-    # Under Triton's interpreter it would be, for ever.
+    """Why a backend cannot be timed on a device; None if it can."""
+    # Triton's interpreter would take hours.
     reason = "is for GPUs" if (name, device) == ("triton", "cpu") else registry.why_not(name, device)
     return reason and f"backend {name} on {device}: {reason}"
 
 
 def public_call(workload: Workload) -> Candidate:
-    """merge_ on state dicts, with all it checks: what a user's call takes."""
+    """merge_ on state dicts, with all of its checks, as a user calls it."""
     per_copy = len(workload.shapes)
     versions = [
         [dict(zip(workload.shapes, tensors[i : i + per_copy], strict=True)) for i in range(0, len(tensors), per_copy)]
@@ -94,12 +102,17 @@ def public_call(workload: Workload) -> Candidate:
 
 
 def min_rounds(name: str) -> int:
-    """What is slow, and no kernel of ours, has few."""
+    """The number of rounds of a candidate at least: few for baselines and plain PyTorch, which are slow."""
     return 3 if name in (*BASELINES, "torch") else 7
 
 
 def candidate(workload: Workload, name: str) -> Candidate:
-    """What is timed under a name. Raises Lacking where it cannot be."""
+    """The candidate of a name.
+
+    Raises:
+        Lacking: If it cannot be timed on this machine.
+        Refused: If a backend failed its self-test.
+    """
     if name in BASELINES:
         return baseline(workload, name)
     if name == PUBLIC:
@@ -108,9 +121,13 @@ def candidate(workload: Workload, name: str) -> Candidate:
 
 
 def check(workload: Workload, candidate: Candidate) -> tuple[int, float]:
-    """Run a way once; how many elements differ from the reference's, and the seconds, 0 where it may have compiled first.
+    """Run a candidate once on poisoned memory, and compare its result with the reference.
 
-    Raises Refused for one of ours.
+    Returns:
+        The number of differing elements, and seconds; 0 seconds if the run may have included a compilation.
+
+    Raises:
+        Refused: If the candidate is one of the package and differs.
     """
     workload.poison()
     candidate.before()
@@ -123,7 +140,7 @@ def check(workload: Workload, candidate: Candidate) -> tuple[int, float]:
 
 
 def judge(workload: Workload, candidate: Candidate, done: Any) -> int:
-    """How many elements of what a run has returned differ from the reference's; raises Refused for one of ours."""
+    """Number of elements that differ from the reference. Raises Refused if the candidate is one of the package."""
     wrong, counts = workload.compare(candidate.merged(done))
     if candidate.counts is not None and wrong:
         what = "1 element differs" if wrong == 1 else f"{wrong:,} elements differ"
@@ -138,7 +155,7 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def eager(base: torch.Tensor, models: Tensors) -> torch.Tensor:
-    """The formula as one writes it."""
+    """The formula as a user would write it."""
     wide = _wide(base)
     b = base.to(wide)
     d = torch.stack([x.to(wide) - b for x in models])
@@ -146,13 +163,13 @@ def eager(base: torch.Tensor, models: Tensors) -> torch.Tensor:
     total = torch.zeros_like(d[0])
     for difference in d:
         total = total + difference
-    # A tensor, and on the device: a GPU would multiply by a number's reciprocal.
+    # Given a number instead of a tensor on the device, torch multiplies by its reciprocal on a GPU.
     mean = total / torch.full((), float(len(models)), dtype=wide, device=base.device)
     return torch.where(agree, (b + SCALE * -mean).to(base.dtype), base)
 
 
 def two_step(base: torch.Tensor, models: Tensors) -> torch.Tensor:
-    """All versions in one dense tensor first, then reductions along it."""
+    """The formula on all versions stacked into one dense tensor, as reductions along it."""
     wide = _wide(base)
     b = base.to(wide)
     d = torch.stack(models).to(wide) - b
@@ -162,7 +179,7 @@ def two_step(base: torch.Tensor, models: Tensors) -> torch.Tensor:
 
 
 def foreach(base: Tensors, models: Sequence[Tensors]) -> Tensors:
-    """The formula in operations on lists of tensors, which have no comparisons: agree is a number, 0 or 1."""
+    """The formula in torch._foreach operations. They have no comparisons, so agreement is computed as a number, 0 or 1."""
     wide = _wide(base[0])
 
     def widened(tensors: Tensors) -> Tensors:
@@ -212,7 +229,7 @@ def _compiled(mode: str | None) -> Callable[..., Tensors]:
     return partial(_each, torch.compile(eager, dynamic=False, mode=mode))
 
 
-# Each is made anew for a case.
+# Factories, called once for each case, so that torch.compile starts afresh.
 BASELINES: dict[str, Callable[[], Callable[..., Tensors]]] = {
     "eager formula": lambda: partial(_each, eager),
     "torch._foreach formula": lambda: foreach,
@@ -225,9 +242,9 @@ _EAGER = ("eager formula", "torch._foreach formula", "dense two-step", "torch")
 
 
 def baseline(workload: Workload, name: str) -> Candidate:
-    """A formula in plain PyTorch, on lists of tensors; it returns new ones."""
+    """A formula in plain PyTorch, on lists of tensors. It returns new tensors."""
     needed, free = _peak_bytes(workload, name), free_memory(workload.device)
-    if needed > 0.9 * free:  # a CPU's memory runs out by the end of the process
+    if needed > 0.9 * free:  # on a CPU, running out of memory would end the process
         raise Lacking(
             f"{name} of {workload}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free on {workload.device}"
         )
@@ -237,7 +254,7 @@ def baseline(workload: Workload, name: str) -> Candidate:
 
 
 def _peak_bytes(workload: Workload, name: str) -> int:
-    """Roughly the most that a peer allocates at a time, its result included."""
+    """Roughly the peak of what a baseline allocates, its result included."""
     wide, result = max(4, workload.size), len(workload.out) * workload.size
     largest = max(map(math.prod, workload.shapes.values()))
     if name == "torch._foreach formula":
@@ -249,7 +266,7 @@ def _peak_bytes(workload: Workload, name: str) -> int:
 
 
 def failure(error: Exception) -> str:
-    """Why a peer has no speed."""
+    """Why a baseline has no speed, in one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
         words in text.lower() for words in ("not enough memory", "out of memory", "outofmemory")

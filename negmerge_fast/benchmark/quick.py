@@ -1,4 +1,4 @@
-"""What `negmerge bench` does: limits, every backend on one tensor of each type, and plain PyTorch beside them."""
+"""The command `negmerge bench`: rooflines, every backend on one tensor of each dtype, and plain PyTorch beside them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .shapes import one_tensor
 from .timing import Timing, timing_of
 from .workload import Lacking, free_memory, release, shared_workload
 
-# All versions of one tensor together: past the caches, and a fraction of a second.
+# Bytes of all versions of the tensor together: more than the caches hold, and merged in a fraction of a second.
 BYTES = {"cpu": 400_000_000, "cuda": 1 << 30}
 MODELS = (2, 8, 32)
-# One type and number of models shows what the formula takes.
+# Baselines, by dtype and number of models. One case is enough to compare with.
 COMPARED = {("F32", 8): ("eager formula", "torch.compile")}
 SECONDS = 2.0
 
@@ -33,9 +33,17 @@ def run(
     progress: Callable[[], None] = nothing,
     quiet: bool = False,
 ) -> list[Row]:
-    """Measure, print the table and return its rows.
+    """Measure, print the tables and return their rows.
 
-    report: a file that each row is appended to as it is found. progress: called every moment; it may raise to stop.
+    Args:
+        device: "cpu" or a CUDA device. "auto" takes the first GPU, if there is one.
+        report: A file to append each row to as soon as it is measured.
+        progress: Called between rounds. It may raise to stop.
+        quiet: Whether to show no progress bar.
+
+    Raises:
+        InputError: If the device or the report's directory does not exist.
+        RuntimeError: If a backend differs from the reference, after all others were measured.
     """
     from tqdm import tqdm
 
@@ -52,7 +60,7 @@ def run(
     for dtype in FLOAT_SIZES:
         for n in MODELS:
             cases += [(dtype, n, name) for name in (*names, *COMPARED.get((dtype, n), ()))]
-    # disable=None: no bar where standard error is not a terminal.
+    # disable=None shows no bar unless standard error is a terminal.
     with tqdm(cases, desc="bench", unit="case", leave=False, disable=True if quiet else None) as bar:
         for dtype, n, name in bar:
             progress()
@@ -77,7 +85,7 @@ def run(
                 failed = f"{name}: {failure(error)}"
             if failed is not None:
                 missing[failed] = None
-                gc.collect()  # of what the exception had hold of
+                gc.collect()  # the exception referred to the workload's memory
     release()
     print(table(rows))
     for reason in missing:

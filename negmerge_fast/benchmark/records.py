@@ -1,4 +1,4 @@
-"""Result rows: self-contained JSON lines, and the table a person reads."""
+"""Result rows: self-contained JSON lines, and tables of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .._version import __version__
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
-# What a row is said to be of, beside the machine; None where it does not apply.
+# Fields that say what was measured, None where one does not apply.
 WORKLOAD_FIELDS = ("suite", "layout", "way", "dtype", "n", "numel", "bytes", "state")
 
 
 def machine(device: str = "cpu") -> Row:
-    """Where and with what a row was measured."""
+    """The fields of a row that say when, where and with what versions it was measured."""
     return {
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -41,7 +41,7 @@ def machine(device: str = "cpu") -> Row:
 
 
 def on_gpu(device: str) -> bool:
-    return torch.device(device).type == "cuda"  # torch's word for AMD's, too
+    return torch.device(device).type == "cuda"  # torch calls AMD's GPUs "cuda", too
 
 
 @cache
@@ -57,10 +57,10 @@ def device_name(device: str) -> str:
 
 @cache
 def _driver(device: str) -> str | None:
-    """The version of a GPU's driver, as its vendor's program or the kernel tells it."""
+    """The version of a GPU's driver, from nvidia-smi or the kernel."""
     if not on_gpu(device):
         return None
-    asked = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    asked = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if asked:
         return asked.splitlines()[0].strip()
     for module in ("amdgpu", "nvidia"):
@@ -81,25 +81,28 @@ def _triton() -> str | None:
 
 @cache
 def _commit() -> str | None:
-    """The commit that is measured; rows that a benchmark has just appended, also to the README, are no change to it.
+    """The commit of the checkout, None for an installed package. It ends in "-dirty" if tracked files were changed.
 
-    None: not in a checkout.
+    The files that benchmarks write, result files and the page of docs/, do not count.
     """
     project = ROOT / "pyproject.toml"
     if not project.is_file() or 'name = "negmerge_fast"' not in project.read_text(encoding="utf-8"):
         return None
     git = ("git", "-C", str(ROOT))
-    top, head = _said(*git, "rev-parse", "--show-toplevel"), _said(*git, "rev-parse", "--short", "HEAD")
+    top, head = (
+        _output_of(*git, "rev-parse", "--show-toplevel"),
+        _output_of(*git, "rev-parse", "--short", "HEAD"),
+    )
     if not top or not head or Path(top).resolve() != ROOT.resolve():
         return None
-    changed = _said(
-        *git, "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md"
+    changed = _output_of(
+        *git, "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!docs/benchmarks.md"
     )
     return head + ("-dirty" if changed else "")
 
 
-def _said(*command: str) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+def _output_of(*command: str) -> str | None:
+    """The output of a program, None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -108,6 +111,7 @@ def _said(*command: str) -> str | None:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The median of seconds, and the 20th and 80th percentiles."""
     ordered = sorted(seconds)
     return {
         "p20": ordered[len(ordered) // 5],
@@ -117,7 +121,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def speed(row: Row, seconds: Sequence[float]) -> Row:
-    """The row with what the rounds give; row: its work, with the bytes that count."""
+    """The row of a measurement: the fields of its workload, and the seconds of its rounds as percentiles and GB/s."""
     spread = percentiles(seconds)
     timed = {"rounds": len(seconds), **spread, "GB/s": row["bytes"] / spread["p50"] / 1e9}
     rest = {"limit": None, "limit GB/s": None, "of_limit": None, "differing": None}
@@ -125,7 +129,7 @@ def speed(row: Row, seconds: Sequence[float]) -> Row:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a result file, each in one go: what is interrupted keeps what it has."""
+    """Append rows to a result file, one by one, so that an interrupted run keeps what it has measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as out:
         for row in rows:
@@ -134,7 +138,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def record(path: Path, rows: Sequence[Row], device: str = "cpu", also: Sequence[str] = ()) -> None:
-    """Append the rows to a result file and print them as a table. also: what it shows beside the usual."""
+    """Append rows of a script to a result file and print them as a table. also: further fields that the table shows."""
     append(path, ({**machine(device), "suite": "tune", **row} for row in rows))
     shown = ("way", "dtype", "n", "numel", "state", "p50", "GB/s", "of_limit", *also)
     texts = [
@@ -150,7 +154,7 @@ def record(path: Path, rows: Sequence[Row], device: str = "cpu", also: Sequence[
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows in groups of one suite, layout, type and state, in lines of at most 100 characters."""
+    """Tables of rows, one for each suite, layout, dtype and state, in lines of at most 100 characters."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[part] for part in ("device", "suite", "layout", "dtype", "state"))
@@ -159,7 +163,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    """A row for those who wait: what was timed, and how fast."""
+    """One line about a row, for progress: the candidate and its speed."""
     workload = "" if not row["n"] else f"{row['layout']}, {row['dtype']}, n = {row['n']}, {row['numel']:,}: "
     fraction = f", {row['of_limit']:.2f} of {row['limit']}" if row["of_limit"] else ""
     state = f" {row['state']}" if row["state"] in ("cold", "warm") and workload else ""
@@ -193,12 +197,12 @@ def _spread(row: Row) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits, and no more places than they need."""
+    """A number with three significant digits."""
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:
-    """Lines in columns, to the right but for the first."""
+    """Lines of cells in columns. The first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""The shapes of models' tensors, written out from their architectures."""
+"""Tensor shapes of models, written out from their architectures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def many_tensors(count: int, numel: int) -> Shapes:
 
 
 def vit_b_32() -> Shapes:
-    """The paper's ViT-B/32: CLIP's image tower and all else of CLIP but its text transformer; 113,448,705 elements."""
+    """The paper's ViT-B/32: CLIP without the layers of its text transformer; 113,448,705 elements."""
     width, joint = 768, 512
     shapes: Shapes = {
         "positional_embedding": (77, joint),
@@ -50,7 +50,7 @@ def vit_b_32() -> Shapes:
 
 
 def llama(layers: int, hidden: int, inner: int, keys: int, tied: bool, vocabulary: int = 128256) -> Shapes:
-    """A Llama 3. keys: elements of all keys of one token. tied: the output's embedding is the input's."""
+    """A Llama 3. keys: elements of one token's keys of all heads. tied: output and input share one embedding."""
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
         layer = f"model.layers.{i}"

@@ -1,4 +1,4 @@
-"""Clocks whose readings are subtracted from each other: seconds of the CPU's, or events on a GPU."""
+"""Clocks: the CPU's, and events on a GPU's stream. The difference of two readings is seconds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Clock = Callable[[], Any]
 
 
 class Moment:
-    """A point in the work of a device's current stream.
+    """An event on a device's current stream.
 
-    Making one waits for nothing, so that nothing lies between what is timed and its ends. later - earlier waits, and is
-    the seconds between them.
+    Recording one does not wait, so that the host adds nothing to what is timed. `later - earlier` waits for both and
+    returns the seconds between them.
     """
 
     __slots__ = ("event",)
@@ -32,7 +32,7 @@ class Moment:
 
 
 def clock(device: str) -> Clock:
-    """Time as the device sees it: what the host does while the device is busy with something else is free."""
+    """A clock of the device: what the host does while the device is busy takes no time."""
     if not on_gpu(device):
         return time.perf_counter
 
@@ -43,7 +43,7 @@ def clock(device: str) -> Clock:
 
 
 def wall(device: str) -> Clock:
-    """Time as a caller sees it who waits for the device."""
+    """A clock of the host that waits for the device, as a caller does."""
 
     def now() -> float:
         wait(device)
@@ -53,5 +53,6 @@ def wall(device: str) -> Clock:
 
 
 def wait(device: str) -> None:
+    """Wait until a device has done all that was launched on it."""
     if on_gpu(device):
         torch.cuda.synchronize(device)

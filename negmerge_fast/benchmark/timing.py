@@ -1,4 +1,4 @@
-"""One way beside its limit: in each round first the limit, then the way, so that a drift of the machine hits both."""
+"""Rounds of a candidate, each beside its roofline, so that a drift of the machine affects both."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_ROUNDS = 50
 
 
 def rest(device: str) -> None:
-    """Time for a CPU's threads to stop waiting, busily, for more of what came before.
+    """Sleep until a CPU's threads have stopped spinning after the previous task.
 
-    No more than that: after 20 ms two threads often begin on one processor, and reading memory takes twice as long.
+    Longer would do harm: after 20 ms two threads often start on one processor, and reading memory takes twice as long.
     """
     if not on_gpu(device):
         time.sleep(0.005)
@@ -31,9 +31,15 @@ def alternate(
     rounds: int,
     before: Callable[[], object] = lambda: time.sleep(0.02),
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each round. One round runs them all in turn, so that a drift of the machine hits all.
+    """Time candidates in turns, so that a drift of the machine affects all of them.
 
-    before: done before each, and not timed; threads of the way before must have stopped waiting for more work, busily.
+    Args:
+        candidates: Tasks by name.
+        rounds: How often each is run.
+        before: Done before each run, and not timed. By default a pause in which the threads of the previous run stop spinning.
+
+    Returns:
+        The seconds of each candidate in each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
@@ -46,10 +52,18 @@ def alternate(
 
 
 class Timing:
-    """setup() and run() are a round; only run() is timed, between two readings of `now`.
+    """The rounds of one task. A round is setup(), which runs the roofline, and then run(), the only part that is timed.
 
-    before: what setup does first. between: what it does after the limit. verify: is given what the last round returned, and
-    raises where that is wrong: what was right once may not stay so. row: the work, with the bytes that count.
+    Args:
+        task: What run() runs.
+        row: The fields of the row that say what is measured, with the bytes that count.
+        roofline: Run and timed by setup(), if there is one.
+        device: Where the task runs.
+        now: The clock of run(), that of the device by default.
+        before: Done by setup() before the roofline.
+        between: Done by setup() after the roofline.
+        verify: Given the result of the last round, raises if it is wrong: a task that was right once may not stay so.
+        roofline_clock: The clock of the roofline, that of the device by default.
     """
 
     def __init__(
@@ -65,7 +79,7 @@ class Timing:
         self._result: Any = None
 
     def setup(self) -> None:
-        self._result = None  # the last round's result; to free it is not timed
+        self._result = None  # freed here, so that freeing it is not timed
         self._before()
         if self._roofline is not None:
             began = self._roofline_now()
@@ -77,9 +91,9 @@ class Timing:
         self._result = self._task()
 
     def rounds(self, seconds: float, min_rounds: int, taken: float = 0.0) -> int:
-        """How many rounds take about so many seconds, by one that is not counted.
+        """The number of rounds that take about so many seconds, estimated by a round that is not counted.
 
-        taken: by a run before. Where that was too long, it was the one that is not counted.
+        taken: seconds of an earlier run. If they exceed `seconds`, that run replaces the uncounted round.
         """
         if taken > seconds:
             return min_rounds
@@ -92,7 +106,7 @@ class Timing:
         return max(min_rounds, min(_MAX_ROUNDS, int(seconds / taken)))
 
     def result(self, seconds: Sequence[float], copies: int = 1, **more: Any) -> Row:
-        """The row of all rounds; seconds: of each round, in which so many copies of the work were done."""
+        """The row of all rounds. seconds: of each round, which merged so many copies of the workload."""
         self._verify(self._result)
         self._result = None
         row = speed({**machine(self._device), **self._row}, [s / copies for s in seconds])
@@ -107,7 +121,7 @@ class Timing:
     def measure(
         self, seconds: float, min_rounds: int, taken: float = 0.0, on_progress: Callable[[], None] = nothing
     ) -> list[float]:
-        """All rounds, without pytest-benchmark. tick: called between them; it may raise to stop."""
+        """Run all rounds, without pytest-benchmark. on_progress: called before each round; it may raise to stop."""
         timed = []
         for _ in range(self.rounds(seconds, min_rounds, taken)):
             on_progress()
@@ -119,7 +133,7 @@ class Timing:
 
 
 def timing_of(workload: Workload, candidate: Candidate, suite: str, as_called: bool = False) -> Timing:
-    """A way on a work in memory. as_called: time as a caller sees it who waits for the device."""
+    """The timing of a candidate on a workload in memory. as_called: by the clock of a caller that waits for the device."""
     inputs = [workload.out, *workload.versions[1:]] if candidate.before is not nothing else workload.versions
     before: Callable[[], object] = candidate.before
     between: Callable[[], object] = partial(rest, workload.device)
@@ -137,11 +151,11 @@ def timing_of(workload: Workload, candidate: Candidate, suite: str, as_called: b
 
 def _prepare(candidate: Candidate, device: str) -> None:
     candidate.before()
-    flush(device)  # meanwhile the host asks for the limit
+    flush(device)  # takes longer than the host's launch of the roofline
 
 
 def _hide_launch(candidate: Candidate, device: str) -> Callable[[], None]:
-    """Flush the caches for as long as the host takes to ask for the way's work: the device never waits for the host."""
+    """A task that flushes the caches for as long as the host takes to launch the candidate, so that the device never waits."""
     now = clock(device)
     flush(device)
     began = now()
@@ -153,7 +167,7 @@ def _hide_launch(candidate: Candidate, device: str) -> Callable[[], None]:
     candidate.task()
     of_host = time.perf_counter() - asked
     wait(device)
-    # Where a way waits for the device itself, there is nothing to hide.
+    # The limit is for candidates that wait for the device themselves, where flushes hide nothing.
     times = 1 + min(int(1.5 * of_host / of_flush), 200)
 
     def hide() -> None:

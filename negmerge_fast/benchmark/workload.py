@@ -1,4 +1,4 @@
-"""A base and its fine-tuned versions on a device, as backends and as formulas take them, and the reference's opinion."""
+"""A base and its fine-tuned versions in memory, as backends and formulas take them, and their comparison with the reference."""
 
 from __future__ import annotations
 
@@ -22,23 +22,34 @@ SCALE = 0.9
 RULE = Rule(SCALE)
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
-# Each tensor starts at a multiple of it, as the allocators of GPUs would have it.
+# Bytes that each tensor is aligned to, as the allocators of GPUs do.
 _ALIGNED = 512
-# What is made, and what is compared, at a time.
+# Elements that are drawn at a time, bytes that are compared at a time, and offsets into what was drawn.
 _BLOCK = 1 << 22
 _COMPARED_BYTES = 1 << 26
 _SHIFTS = 1 << 20
 
 
 class Lacking(Exception):
-    """What this machine lacks for a case, in one line."""
+    """What this machine lacks to measure a case, in one line."""
 
 
 class Workload:
-    """n fine-tuned versions of a base: each version one flat tensor, the model's tensors in a row, `copies` times over.
+    """A base and n fine-tuned versions, each one flat tensor that holds the model's tensors one after another.
 
-    rotate: as many copies as exceed the CPU's caches several times, so that each is cold when its turn comes again; on a
-    GPU there is one, and the caches are flushed. By construction the n versions agree on 2 / (n + 1) of the elements.
+    The n versions agree on 2 / (n + 1) of the elements by construction.
+
+    Args:
+        layout: A name for the shapes.
+        shapes: The shapes of the model's tensors.
+        dtype: The dtype of all versions.
+        n: The number of fine-tuned versions.
+        device: Where they are.
+        rotate: Whether to make as many copies as exceed the CPU's caches several times, so that each has left the caches when
+            its turn comes again. On a GPU there is one copy, and the caches are flushed.
+
+    Raises:
+        Lacking: If they do not fit into memory.
     """
 
     def __init__(
@@ -71,18 +82,19 @@ class Workload:
         return f"{self.layout}, {self.dtype}, n = {self.n}"
 
     def row(self, suite: str, candidate: str) -> Row:
+        """The fields of a row that say what is measured."""
         return {
             "suite": suite, "layout": self.layout, "way": candidate, "dtype": self.dtype, "n": self.n, "numel": self.numel,
             "bytes": self.bytes, "state": "in memory",
         }  # fmt: skip
 
     def _fill(self) -> None:
-        """A base, and versions that lean away from it with noise as large as what they lean by."""
+        """Draw a base, a direction, and versions that are the base plus the direction plus noise as large as it."""
         wide = torch.float64 if self.dtype == "F64" else torch.float32
         base, *models = self.versions
         block = min(_BLOCK, len(base))
         generator = torch.Generator(self.device).manual_seed(0)
-        # Drawn once; each piece is another stretch of it.
+        # Drawn once. Each block takes another part of it.
         drawn = torch.randn(block + _SHIFTS, generator=generator, dtype=wide, device=self.device)
         drawn_blocks = 0
 
@@ -100,11 +112,11 @@ class Workload:
                 model[start : start + size].copy_((lean + noise(size)).mul_(0.1).add_(stored))
 
     def tensors(self, version: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of a version, of all copies in turn: views."""
+        """Views of a version's tensors, copy after copy."""
         return [version[start : start + math.prod(shape)].view(shape) for start, shape in self.spans]
 
     def batches(self, in_place: bool) -> list[Batch]:
-        """One for each copy. In place is on `out`, which is to hold the base."""
+        """A batch for each copy. If in_place, the base is `out`, which has to be filled with it."""
         versions = [self.out, *self.versions[1:]] if in_place else self.versions
         base, *models, out = [
             [Operand(tensor.data_ptr(), self.dtype, tensor) for tensor in self.tensors(version)]
@@ -118,10 +130,15 @@ class Workload:
         return [Batch(self.device, signature, segments[i : i + each]) for i in range(0, len(segments), each)]
 
     def poison(self) -> None:
+        """Fill the output, so that what a candidate does not write differs from the reference."""
         self.out.view(torch.uint8).fill_(0xA5)
 
     def compare(self, merged: Sequence[torch.Tensor]) -> tuple[int, list[list[int]]]:
-        """How many elements of the merged tensors have other bits than the reference's; and its counts, tensor by tensor."""
+        """Compare merged tensors with the reference.
+
+        Returns:
+            The number of elements whose bits differ, and the reference's counts, tensor by tensor.
+        """
         segments = [segment for batch in self.batches(in_place=False) for segment in batch.segments]
         max_numel = min(_COMPARED_BYTES // self.size, len(self.out))
         expected = torch.empty(max_numel, dtype=self.out.dtype, device=self.device)
@@ -148,7 +165,7 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _packs(numels: list[int], max_numel: int) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Row, start, elements and place of runs of all rows, as many at a time as fit."""
+    """Split rows into packs of at most max_numel elements: row, start, number of elements, and position in the pack."""
     pack, at = [], 0
     for row, numel in enumerate(numels):
         start = 0
@@ -177,7 +194,7 @@ _current: dict[tuple[Any, ...], Workload] = {}
 def shared_workload(
     layout: str, shapes: Shapes, dtype: str, n: int, device: str, rotate: bool = True
 ) -> Workload:
-    """The work of this description, for all ways on the same memory: what a machine reads per second is another in another."""
+    """The workload of this description. All candidates share its memory, because bandwidth differs between allocations."""
     key = layout, tuple(shapes.items()), dtype, n, device, rotate
     if key not in _current:
         release()
@@ -186,12 +203,12 @@ def shared_workload(
 
 
 def release() -> None:
-    """Let go of the last work; a next one would not fit beside it."""
+    """Free the current workload, since the next one may not fit beside it."""
     _current.clear()
 
 
 def free_memory(device: str) -> int:
-    """Bytes that could still be allocated."""
+    """Bytes that can still be allocated on a device."""
     if on_gpu(device):
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
@@ -199,7 +216,7 @@ def free_memory(device: str) -> int:
 
 
 def last_level_cache() -> int:
-    """Bytes of the CPU's largest caches, all together; 32 MiB where the system does not say."""
+    """Total bytes of the CPU's last-level caches; 32 MiB if the system does not tell."""
     caches: dict[tuple[int, str], int] = {}
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
         try:

@@ -24,19 +24,19 @@ BENCH = Path(__file__).parents[2] / "bench"
         (row(1.0, None), row(0.8, None), "faster"),
         (row(1.0, None), row(1.25, None), "slower"),
         (row(1.0, 0.5, spread=0.2), row(0.8, 0.625, spread=0.2), "noise"),
-        # Slower, and no smaller a share: all of the machine is.
+        # Slower, with the same share of the limit: the machine is slower.
         (row(1.0, 0.5), row(1.5, 0.5), "the limit moved"),
-        # As fast as it was, where the machine is faster.
+        # As fast as before, on a faster machine.
         (row(1.0, 0.5), row(1.0, 0.4), "the limit moved"),
-        # Faster, but by less than the machine.
+        # Faster, but less so than the machine.
         (row(1.0, 0.5), row(0.8, 0.4), "the limit moved"),
-        # Both moved, the way by more.
+        # Both changed, the candidate by more.
         (row(1.0, 0.5), row(0.5, 0.8), "faster"),
-        # The intervals of one just overlap, and the limit moved by less than rounds differ.
+        # The intervals of the shares just overlap, and the limit changed by less than the rounds vary.
         (row(1.0, 0.5), row(1.05, 0.49), "noise"),
         (row(1.0, None, suite="limits"), row(1.5, None, suite="limits"), "the limit moved"),
         (row(1.0, None, suite="limits"), row(1.01, None, suite="limits"), "noise"),
-        # Rows from before a limit's speed was written down.
+        # Rows that do not have the limit's speed.
         (row(1.0, 0.5, **{"limit GB/s": None}), row(1.5, 0.5, **{"limit GB/s": None}), "the limit moved"),
     ],
 )
@@ -45,7 +45,7 @@ def test_verdicts(old: dict[str, Any], new: dict[str, Any], expected: str) -> No
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "torch.compile max-autotune, and whatever else a way may be called"
+    name = "torch.compile max-autotune, and whatever else a candidate may be called"
     old = write(
         tmp_path / "old.jsonl",
         row(1.0), row(2.0, way=name, numel=8_030_261_248), row(way="gone"), row(9.9, layout="Llama 1B"),
@@ -60,14 +60,14 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch: 2.4 -> 2.5 and 2.4" in lines
     assert "A CPU, memory, one tensor, in memory" in lines and "A CPU, memory, Llama 1B, in memory" in lines
     assert any(line.split()[-4:] == ["20", "2.00", "1.00", "faster"] for line in lines)
-    assert printed.count("noise") == 3  # what was measured twice counts once, as it was last
+    assert printed.count("noise") == 3  # of what was measured twice, the last row counts
     assert lines[-2:] == [
         "3 rows in both: 1 faster, 2 noise",
         "1 rows only in the old run, 0 only in the new one",
     ]
 
 
-def test_one_run_of_a_file_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_selected_by_commit_or_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = {"commit": "0000002-dirty", "date": "2026-02-03T04:05:06+00:00"}
     file = write(tmp_path / "suite@home.jsonl", row(1.0), row(1.0, way="torch"), row(0.5, 1.0, **later))
     write(Path(file), row(0.4, 1.0, device="A GPU", commit="0000003"))
@@ -97,7 +97,7 @@ def test_one_run_of_a_file_of_many(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
     ],
 )
-def test_what_cannot_be_read_is_one_line(
+def test_unreadable_files_are_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
 ) -> None:
     good = write(tmp_path / "good.jsonl", row())

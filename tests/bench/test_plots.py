@@ -11,7 +11,7 @@ from benchmark_rows import ON_A_CPU, row, write
 
 
 def suite(path: Path) -> str:
-    """Two devices, two types, and sizes, as the suite measures them."""
+    """Write rows of two devices and two dtypes, as the suite measures them."""
     for device, names in (
         ("A CPU", ("cpu", "torch", "eager formula")),
         ("A GPU", ("cuda", "triton", "torch._foreach formula")),
@@ -55,7 +55,7 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_every_way_is_in_the_legend(tmp_path: Path) -> None:
+def test_every_candidate_is_in_the_legend(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from plots import bandwidth, latest, read
 
@@ -66,7 +66,7 @@ def test_every_way_is_in_the_legend(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_if_there_is_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     from plots import main
 

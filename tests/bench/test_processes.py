@@ -32,7 +32,7 @@ def test_the_models_are_llamas(script: Callable[[str], Any], tmp_path: Path) -> 
     assert script("outofcore").MODEL.numel == 1_100_048_384
 
 
-def test_of_a_partial_fine_tuning_every_third_tensor_differs(
+def test_a_partial_fine_tuning_changes_every_third_tensor(
     script: Callable[[str], Any], tmp_path: Path
 ) -> None:
     llamas = script("llamas")
@@ -74,7 +74,7 @@ def test_out_of_core(run: Run, script: Callable[[str], Any]) -> None:
         ("--ranks", "negmerge, 2 ranks", 1, "negmerge_fast has no ranks here"),
     ],
 )
-def test_out_of_core_in_other_ways(
+def test_out_of_core_with_skipping_and_ranks(
     run: Run, capsys: pytest.CaptureFixture[str], option: str, second: str, most_read: float, missing: str
 ) -> None:
     rows = run("outofcore", *SMALL, "--models", "8", "--rounds", "1", "--limit", "1GiB", option)

@@ -15,7 +15,7 @@ from negmerge_fast.backends import native
 
 ROOT = Path(__file__).parents[2]
 
-# Of every BF16 merge on the CPU the last element is wrong, by one bit.
+# A plug-in that makes the last element of every BF16 merge on the CPU wrong by one bit.
 PLANTED = """
 from negmerge_fast.backends import native
 right = native.merge_cpu
@@ -53,7 +53,7 @@ def suite(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(native.why_not("cpu", "cpu") is not None, reason="no CPU kernel")
 def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED)
-    # Where there is a GPU, its cases are run, and are right.
+    # The cases of a GPU, if there is one, would be right.
     which = "not gpu and " if torch.cuda.is_available() else ""
     done = suite(tmp_path, "-p", "planted", "-k", which + "one_tensor and (F32-2x or -BF16-2x)")
     assert done.returncode == 1, done.stdout + done.stderr

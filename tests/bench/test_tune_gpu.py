@@ -1,4 +1,4 @@
-"""Tuning for a GPU, without one: the CUDA kernel's source compiled for the host, and a clock that likes one of the ways."""
+"""Tuning for a GPU without a GPU: the CUDA kernel compiled for the host, and a clock on which one candidate is the fastest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CANDIDATES = {"as built": [], "another": ["THREADS=128", "TILE=2048"]}
 
 
 class FakeTime:
-    """A device's time, which only work takes, and all that was asked for in turn. flush: longer than anything timed."""
+    """A device's clock that only tasks advance, and the tasks in their order. A flush takes longer than anything timed."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -72,7 +72,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
     monkeypatch.setattr(tune_gpu, "device_name", lambda device: "A GPU")
     monkeypatch.setattr(tune_gpu, "clock", lambda device: time.read)
     monkeypatch.setattr(tune_gpu, "flush", lambda device: time.spend("flush", 100.0))
-    # Twice the bytes of a merge in three seconds: as many in 1.5.
+    # Twice the bytes of a merge in 3 s, so that the roofline of a merge is 1.5 s.
     monkeypatch.setattr(
         tune_gpu,
         "device_copy",
@@ -88,7 +88,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
 @pytest.mark.slow
-def test_the_fastest_way_that_is_right_wins(
+def test_the_fastest_right_candidate_wins(
     tune_gpu: Any,
     time: FakeTime,
     tmp_path: Path,
@@ -98,7 +98,7 @@ def test_the_fastest_way_that_is_right_wins(
     built, another = tune_gpu.cuda_candidates("cpu", str(tmp_path)).values()
 
     def spoilt(spoil: Any, after: int = 0) -> Any:
-        """Wrong where it is timed, after so many calls there; not where it is tried on hostile numbers."""
+        """A merge that is wrong after so many calls on the timed workload, but passes the self-test."""
         calls: Counter[Any] = Counter()
 
         def merge(batch: Any, rule: Any, threads: Any = None) -> Any:
@@ -120,7 +120,7 @@ def test_the_fastest_way_that_is_right_wins(
     counted: dict[Any, Any] = {}
 
     def idle(batch: Any, rule: Any, threads: Any = None) -> Any:
-        """Works once, and leaves what the way before it has written."""
+        """Merges once. Later it leaves what the previous candidate has written."""
         if (key := (batch.signature, batch.segments[0].numel)) not in counted or len(batch.segments) > 1:
             counted[key] = another(batch, rule)
         return counted[key]
@@ -147,7 +147,7 @@ def test_the_fastest_way_that_is_right_wins(
         "miscounting later": "counts differ from the reference's",
     }.items():
         assert printed.count(f"cuda, {candidate}, F32, n = 8: no speed, {reason}") == 1
-    # Nothing of a round is apart: what else was done, was tried.
+    # Nothing lies between the steps of a round. Other merges belong to checks.
     assert len(timed) == 1 + 2 * 3 * 3 * 5 and not re.search("clock|flush|copy", "".join(timed))
     assert said[-1] == "all types: cuda, another: 1.500 of a device copy; cuda, as built: 0.750"
     rows = [json.loads(line) for line in (tmp_path / "tune_gpu.jsonl").read_text().splitlines()]
@@ -164,7 +164,7 @@ def test_the_fastest_way_that_is_right_wins(
         assert (row["suite"], row["device"], row["differing"], row["rounds"]) == ("tune", "A GPU", 0, 3)
 
 
-def test_a_way_that_fails_on_hostile_numbers_is_not_timed(
+def test_a_candidate_that_fails_its_selftest_is_not_timed(
     tune_gpu: Any, time: FakeTime, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def wrong(batch: Any, rule: Any, threads: Any = None) -> Any:
@@ -179,7 +179,7 @@ def test_a_way_that_fails_on_hostile_numbers_is_not_timed(
     assert "clock" not in time.done and not results.exists()
 
 
-def test_lines_for_triton_are_those_that_it_prints_itself(
+def test_lines_for_triton_can_be_pasted_into_its_launch_module(
     tune_gpu: Any, time: FakeTime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
@@ -200,7 +200,9 @@ def test_lines_for_triton_are_those_that_it_prints_itself(
     assert said[0] == "F16: triton, other: 0.500 of a device copy; triton, usual: 0.375"
 
 
-def test_tritons_ways_are_its_candidates(monkeypatch: pytest.MonkeyPatch, tune_gpu: Any) -> None:
+def test_candidates_for_triton_are_those_of_its_launch_module(
+    monkeypatch: pytest.MonkeyPatch, tune_gpu: Any
+) -> None:
     pytest.importorskip("triton")
     from negmerge_fast.kernels import launch, merge
 
@@ -211,7 +213,7 @@ def test_tritons_ways_are_its_candidates(monkeypatch: pytest.MonkeyPatch, tune_g
     assert {name: candidate(None, None) for name, candidate in candidates.items()} == launches
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_a_message_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A GPU's stream and events, made up."""
+"""A made-up GPU: its stream and events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 
 class FakeEvent:
-    """An event of a stream on which time passes by one with each record; done once it was waited for."""
+    """An event of a stream whose time advances by one with each event. It is done once it was waited for."""
 
     now = 0
 
@@ -24,7 +24,7 @@ class FakeEvent:
         self.done = True
 
     def elapsed_time(self, later: FakeEvent) -> float:
-        assert later.done  # which the earlier one is before it
+        assert later.done  # so the earlier one is, too
         return 1000.0 * (later.at - self.at)
 
 

@@ -1,4 +1,4 @@
-"""What no merge can be faster than."""
+"""Rooflines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from negmerge_fast.benchmark import bandwidth
 
 
-def test_a_device_copy_moves_as_much_as_the_work_but_never_little(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_copy_moves_about_the_bytes_of_the_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000)
     )

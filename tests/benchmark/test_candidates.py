@@ -1,4 +1,4 @@
-"""What is timed: our backends and formulas in plain PyTorch; and that a wrong result is found."""
+"""Candidates and baselines compute the formula, and a wrong result is found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_baselines_compute_the_formula(dtype: str, name: str) -> None:
     shapes = {"a": (7, 11), "b": (), "c": (5000,)}
     workload = Workload("three tensors", shapes, dtype, 3, "cpu", rotate=False)
     differing, _ = candidates.check(workload, candidates.candidate(workload, name))
-    # A sum in another order may be another number.
+    # Summation in another order may round to another number.
     assert differing == 0 or (name == "dense two-step" and differing < 0.5 * workload.numel)
 
 
@@ -44,7 +44,7 @@ def test_a_candidate_on_copies_that_take_turns(name: str, monkeypatch: pytest.Mo
     assert row["bytes"] == 4 * 578 * 2 and row["rounds"] == 2
 
 
-def test_one_wrong_element_anywhere_or_one_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wrong_element_or_count_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("negmerge_fast.benchmark.workload._COMPARED_BYTES", 1000)
     workload = Workload("two tensors", {"a": (300,), "b": (41, 17)}, "F32", 3, "cpu", rotate=False)
     chosen = candidates.candidate(workload, "torch")

@@ -11,7 +11,7 @@ from negmerge_fast.benchmark import append, machine, table
 from negmerge_fast.benchmark.records import line
 
 
-def test_where_a_row_was_measured(tmp_path: Path) -> None:
+def test_a_row_says_where_it_was_measured(tmp_path: Path) -> None:
     found = machine("cpu")
     assert set(found) == MACHINE and found["driver"] is None and found["torch"] == torch.__version__
     append(tmp_path / "new" / "rows.jsonl", [found])

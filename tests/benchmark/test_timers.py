@@ -1,4 +1,4 @@
-"""Events on a GPU as a clock, on a made-up one."""
+"""Events as a clock, on a made-up GPU."""
 
 from __future__ import annotations
 

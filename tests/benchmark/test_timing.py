@@ -1,4 +1,4 @@
-"""How a candidate is timed beside what no merge can be faster than. No speed is asserted."""
+"""Rounds of a candidate beside its roofline. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_kernel_that_is_right_only_once_gets_no_speed() -> None:
         timed.result(timed.measure(0, 2))
 
 
-def test_nothing_waits_between_limit_and_work_on_a_gpu(
+def test_nothing_waits_between_roofline_and_task_on_a_gpu(
     fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("negmerge_fast.benchmark.timing.machine", lambda device: {})
@@ -54,7 +54,7 @@ def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(
     fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    seconds = iter(range(0, 1000, 10))  # each look at the host's clock is ten seconds later
+    seconds = iter(range(0, 1000, 10))  # each reading of the host's clock is ten seconds later
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     monkeypatch.setattr(timing, "flush", flushed.append)
     monkeypatch.setattr(
@@ -66,11 +66,11 @@ def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(
     made = timing_of(workload, chosen, "memory")
     assert len(flushed) == 2 and fake_gpu == ["cuda:1", "cuda:1"]
     made.setup()
-    # A flush takes a second of the fake stream's time, and asking ten of the host's; one more is for the limit.
+    # A flush takes one second of the fake stream, a launch ten of the host; one more flush precedes the roofline.
     assert flushed == (2 + 1 + 16) * ["cuda:1"] and len(fake_gpu) == 2
 
 
-def test_ways_take_turns_in_each_round() -> None:
+def test_candidates_take_turns_in_each_round() -> None:
     done: list[str] = []
     tasks = {name: (lambda name=name: done.append(name)) for name in ("a", "b")}
     seconds = alternate(tasks, 3, before=lambda: done.append("before"))

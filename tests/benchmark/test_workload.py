@@ -1,4 +1,4 @@
-"""The models that are made up to be merged."""
+"""Made-up models that are merged."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from negmerge_fast.benchmark.shapes import LAYOUTS, one_tensor
 from negmerge_fast.benchmark.workload import Lacking, Workload
 
 
-def test_versions_agree_as_often_as_is_said() -> None:
+def test_versions_agree_on_the_documented_fraction() -> None:
     workload = Workload("one tensor", one_tensor(1 << 18), "F32", 8, "cpu", rotate=False)
     (_, ((agreed, nonfinite),)) = workload.compare(workload.tensors(workload.out))
     assert nonfinite == 0 and agreed / workload.numel == pytest.approx(2 / 9, abs=0.01)
 
 
-def test_what_does_not_fit_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workload_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("negmerge_fast.benchmark.workload.free_memory", lambda device: 10**9)
     with pytest.raises(Lacking, match=r"Llama 8B, F32, n = 8: 322 GB needed, 1 GB free on cpu"):
         Workload("Llama 8B", LAYOUTS["Llama 8B"](), "F32", 8, "cpu")

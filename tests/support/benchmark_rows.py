@@ -14,12 +14,17 @@ ON_A_CPU = {"commit": "0000001", "date": "2026-01-02T03:04:05+00:00", "device": 
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Read a result file."""
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-def row(p50: float = 1.0, share: float | None = 0.5, spread: float = 0.02, **others: Any) -> dict[str, Any]:
-    """One of a merge of 10 GB in p50 seconds, at a share of a limit."""
-    limit = {"of_limit": share, "limit": "memory read", "limit GB/s": 10 / p50 / share} if share else {}
+def row(
+    p50: float = 1.0, fraction: float | None = 0.5, spread: float = 0.02, **others: Any
+) -> dict[str, Any]:
+    """A row of a merge of 10 GB in p50 seconds, which is a fraction of the limit."""
+    limit = (
+        {"of_limit": fraction, "limit": "memory read", "limit GB/s": 10 / p50 / fraction} if fraction else {}
+    )
     return {
         **ON_A_CPU, "suite": "memory", "layout": "one tensor", "way": "cpu", "dtype": "F32", "n": 8, "numel": 250_000_000,
         "bytes": 10_000_000_000, "state": "in memory", "rounds": 7, "p20": p50 * (1 - spread), "p50": p50,
@@ -28,6 +33,7 @@ def row(p50: float = 1.0, share: float | None = 0.5, spread: float = 0.02, **oth
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
+    """Append rows to a result file, and return its path."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(each) + "\n" for each in rows)
     return str(path)
