@@ -27,7 +27,7 @@ import process
 from process import Ended, Failed
 
 from negmerge_fast.benchmark.bandwidth import read_files
-from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.records import percentiles, record, roofline_fields
 from negmerge_fast.benchmark.workload import SCALE
 
 ROOT = Path(__file__).parents[2]
@@ -116,19 +116,14 @@ class Case:
                 "suite": "peers", "layout": "Llama 134M in files", "way": candidate, "dtype": model.dtype,
                 "n": len(self.models) - 1, "numel": model.numel, "bytes": moved, "state": "warm, to tmpfs",
                 "rounds": rounds, **percentiles(taken), "GB/s": moved / statistics.median(taken) / 1e9,
-                "limit": ROOFLINE, "limit GB/s": moved / statistics.median(seconds[ROOFLINE]) / 1e9,
-                "of_limit": _ratio(seconds[ROOFLINE], taken), "times ours": _ratio(taken, seconds[OURS]),
+                **roofline_fields(ROOFLINE, [moved / s for s in seconds[ROOFLINE]], [moved / s for s in taken]),
+                "times ours": statistics.median(a / b for a, b in zip(taken, seconds[OURS], strict=True)),
                 "own seconds": statistics.median(self.own_seconds) if candidate == OURS else None,
                 "peak MB": max(done.peak for done in found[candidate]) / 1e6,
                 "differing": 0 if candidate in (OURS, PLAIN) else None,
             }
             for candidate, taken in seconds.items()
         ]  # fmt: skip
-
-
-def _ratio(some: list[float], others: list[float]) -> float:
-    """The median of quotients over the rounds."""
-    return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
 def environment(folder: Path) -> Path:

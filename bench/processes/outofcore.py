@@ -29,7 +29,7 @@ import process
 from process import Ended
 
 from negmerge_fast.benchmark.bandwidth import make_cold
-from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.records import percentiles, record, roofline_fields
 from negmerge_fast.benchmark.workload import SCALE
 from negmerge_fast.runtime.memory import parse_size
 
@@ -124,15 +124,14 @@ class Case:
     ) -> list[dict[str, Any]]:
         self.check(candidates)
         found = process.alternate({ROOFLINE: self.floor, **candidates}, rounds, self.prepare)
-        limits = [done.seconds for done in found[ROOFLINE]]
+        rooflines = [done.seconds for done in found[ROOFLINE]]
         within = "no limit" if self.limit is None else f"within {self.limit:,} bytes"
         return [
             {
                 "suite": "out of core", "layout": "Llama in sharded files", "way": candidate, "dtype": model.dtype,
                 "n": len(self.models) - 1, "numel": model.numel, "bytes": self.moved, "state": f"cold, {within}",
                 "rounds": rounds, **percentiles(taken), "GB/s": self.moved / statistics.median(taken) / 1e9,
-                "limit": ROOFLINE, "limit GB/s": self.moved / statistics.median(limits) / 1e9,
-                "of_limit": statistics.median(a / b for a, b in zip(limits, taken, strict=True)),
+                **roofline_fields(ROOFLINE, [self.moved / s for s in rooflines], [self.moved / s for s in taken]),
                 "budget": self.budget, "peak MB": max(done.peak for done in of_candidate) / 1e6,
                 "group's peak MB": self._peak(candidate), **self._told(candidate),
             }

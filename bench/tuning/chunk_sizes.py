@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
-from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.records import percentiles, record, roofline_fields
 from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.streaming import api
 
@@ -86,8 +85,7 @@ def measure(
         rows.append({
             "suite": "tune", "layout": "files", "way": candidate, "dtype": dtype, "n": n, "numel": numel, "bytes": moved,
             "state": "warm, to tmpfs", "rounds": rounds, **spread, "GB/s": moved / spread["p50"] / 1e9,
-            "limit": ROOFLINE, "limit GB/s": moved / statistics.median(rooflines) / 1e9,
-            "of_limit": statistics.median(a / b for a, b in zip(rooflines, taken, strict=True)),
+            **roofline_fields(ROOFLINE, [moved / s for s in rooflines], [moved / s for s in taken]),
         })  # fmt: skip
     return rows
 

@@ -30,7 +30,7 @@ from chunk_sizes import DTYPES, make
 import negmerge_fast as nm
 from negmerge_fast.backends import native
 from negmerge_fast.benchmark.bandwidth import make_cold, read_files
-from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.benchmark.records import percentiles, record, roofline_fields
 from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.benchmark.workload import RULE, SCALE
 from negmerge_fast.checkpoints.reader import File, Reader
@@ -180,9 +180,8 @@ def measure(
             rows.append({
                 "suite": "tune", "layout": "files", "way": candidate, "dtype": dtype, "n": MODELS, "numel": usual.elements,
                 "bytes": moved, "state": f"{state}, to tmpfs", "rounds": rounds, **percentiles(taken),
-                "GB/s": moved / statistics.median(taken) / 1e9, "limit": ROOFLINE,
-                "limit GB/s": moved / statistics.median(rooflines) / 1e9,
-                "of_limit": statistics.median(a / b for a, b in zip(rooflines, taken, strict=True)),
+                "GB/s": moved / statistics.median(taken) / 1e9,
+                **roofline_fields(ROOFLINE, [moved / s for s in rooflines], [moved / s for s in taken]),
             })  # fmt: skip
         best = min(rows[-len(seconds) :], key=lambda row: float(row["p50"]))
         said.append(f"{dtype}, {state}: {best['way']}, {best['of_limit']:.2f} of {ROOFLINE}")

@@ -24,7 +24,7 @@ import torch
 
 from negmerge_fast.backends import native, registry, selftest
 from negmerge_fast.benchmark.bandwidth import Roofline, device_copy, flush
-from negmerge_fast.benchmark.records import Row, device_name, record, speed
+from negmerge_fast.benchmark.records import Row, device_name, record, roofline_fields, speed
 from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timers import Clock, clock
 from negmerge_fast.benchmark.workload import RULE, Lacking, Workload, release, shared_workload
@@ -183,11 +183,13 @@ def measure(workload: Workload, candidates: dict[str, Merge], rounds: int) -> li
 
 
 def row_of(workload: Row, roofline: Roofline, copies: tuple[float, ...], merges: tuple[float, ...]) -> Row:
-    rooflines = [roofline.bytes / seconds / 1e9 for seconds in copies]
-    speeds = [workload["bytes"] / seconds / 1e9 for seconds in merges]
-    of_limit = statistics.median(a / b for a, b in zip(speeds, rooflines, strict=True))
-    fields = {"limit": roofline.name, "limit GB/s": statistics.median(rooflines), "of_limit": of_limit}
-    return {**speed(workload, merges), **fields, "differing": 0}
+    rooflines = [roofline.bytes / seconds for seconds in copies]
+    speeds = [workload["bytes"] / seconds for seconds in merges]
+    return {
+        **speed(workload, merges),
+        **roofline_fields(roofline.name, rooflines, speeds),
+        "differing": 0,
+    }
 
 
 def winner(rows: list[Row], usual: str) -> tuple[str, str] | None:

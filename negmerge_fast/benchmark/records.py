@@ -128,6 +128,16 @@ def speed(row: Row, seconds: Sequence[float]) -> Row:
     return {**dict.fromkeys(WORKLOAD_FIELDS), **row, **timed, **rest}
 
 
+def roofline_fields(name: str, rooflines: Sequence[float], speeds: Sequence[float]) -> Row:
+    """The fields of a row that compare speeds with those of a roofline, round by round, both in bytes per second."""
+    fractions = [speed / roofline for speed, roofline in zip(speeds, rooflines, strict=True)]
+    return {
+        "limit": name,
+        "limit GB/s": statistics.median(rooflines) / 1e9,
+        "of_limit": statistics.median(fractions),
+    }
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Append rows to a result file, one by one, so that an interrupted run keeps what it has measured."""
     path.parent.mkdir(parents=True, exist_ok=True)

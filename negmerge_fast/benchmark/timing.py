@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 from .bandwidth import Roofline, flush, of_merge
 from .candidates import Candidate, judge, nothing
-from .records import Row, machine, on_gpu, speed
+from .records import Row, machine, on_gpu, roofline_fields, speed
 from .timers import Clock, clock, wait, wall
 from .workload import Workload
 
@@ -111,11 +110,10 @@ class Timing:
         self._result = None
         row = speed({**machine(self._device), **self._row}, [s / copies for s in seconds])
         if self._roofline is not None:
-            rooflines = [self._roofline.bytes / (ended - began) / 1e9 for began, ended in self._rooflines]
-            speeds = [row["bytes"] * copies / s / 1e9 for s in seconds]
-            fractions = [speed / roofline for speed, roofline in zip(speeds, rooflines, strict=True)]
-            row["limit"] = self._roofline.name
-            row["limit GB/s"], row["of_limit"] = statistics.median(rooflines), statistics.median(fractions)
+            rooflines = [self._roofline.bytes / (ended - began) for began, ended in self._rooflines]
+            row |= roofline_fields(
+                self._roofline.name, rooflines, [row["bytes"] * copies / s for s in seconds]
+            )
         return {**row, **more}
 
     def measure(
