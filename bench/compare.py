@@ -2,9 +2,9 @@
 
     python bench/compare.py OLD NEW        each FILE.jsonl, FILE.jsonl@COMMIT or FILE.jsonl@DATE
 
-The run of a file is its last one, unless a commit or the beginning of a date selects another. A difference is noise if the intervals
-from p20 to p80 overlap. Seconds tell whether a candidate became faster. Its share of the limit tells whether the candidate changed or the
-machine: if the two disagree, the limit moved.
+The run of a file is its last one, unless a commit or the beginning of a date selects another. A difference is noise
+if the intervals from p20 to p80 overlap. Seconds tell whether a candidate became faster. Its share of the limit tells
+whether the candidate changed or the machine: if the two disagree, the limit moved.
 """
 
 from __future__ import annotations

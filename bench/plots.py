@@ -1,4 +1,5 @@
-"""Draws the last run of each device: bandwidth by number of models, share of the limit by size, and a streamed merge's timeline.
+"""Draws the last run of each device: bandwidth by number of models, share of the limit by size, and a streamed merge's
+timeline.
 
 Each plot of each device is a PNG.
 """

@@ -1,6 +1,7 @@
 """Merges of files in less memory than they need, beside plain PyTorch and beside reading and writing alone.
 
-The counted bytes are those of all inputs, read once, and of the output, written once. The roofline reads and writes as many.
+The counted bytes are those of all inputs, read once, and of the output, written once. The roofline reads and writes
+as many.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Merges models in files with other tools: the formula in plain PyTorch, and mergekit's task_arithmetic and ties.
 
-The models are a base and 8 fine-tuned versions of a small Llama, 4.8 GB of F32 in the page cache. Outputs go to a tmpfs. Each candidate
-is a process whose whole time is measured, and they take turns. The outputs of the formula and of this package are compared with the
-reference first, bit for bit. mergekit has no such method. Its two methods read and write as much, and compute less (task_arithmetic) or about
-as much (ties). The roofline reads every input byte once, 256 KiB at a time, and writes every output byte once. Those bytes are counted.
+The models are a base and 8 fine-tuned versions of a small Llama, 4.8 GB of F32 in the page cache. Outputs go to a
+tmpfs. Each candidate is a process whose whole time is measured, and they take turns. The outputs of the formula and
+of this package are compared with the reference first, bit for bit. mergekit has no such method. Its two methods read
+and write as much, and compute less (task_arithmetic) or about as much (ties). The roofline reads every input byte
+once, 256 KiB at a time, and writes every output byte once. Those bytes are counted.
 
-mergekit pins its dependencies and needs an environment of its own. --mergekit FOLDER names one, which is made if it does not exist.
+mergekit pins its dependencies and needs an environment of its own. --mergekit FOLDER names one, which is made if it
+does not exist.
 """
 
 from __future__ import annotations

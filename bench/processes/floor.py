@@ -1,7 +1,7 @@
 """Roofline of merges of files: reads every byte of some models once, and writes and syncs as many bytes as the first one has.
 
-It is a process that imports little, so that its time is that of the files. Each thread reads a chunk while the system fetches
-its next one, and the output is written back to the disk meanwhile.
+It is a process that imports little, so that its time is that of the files. Each thread reads a chunk while the system
+fetches its next one, and the output is written back to the disk meanwhile.
 """
 
 from __future__ import annotations

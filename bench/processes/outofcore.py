@@ -1,8 +1,9 @@
-"""Merges models larger than memory: a sharded Llama of 1.1 billion parameters and 8 fine-tuned versions, within 1 GiB, from a cold disk.
+"""Merges models larger than memory: a sharded Llama and 8 fine-tuned versions, within 1 GiB, from a cold disk.
 
-`negmerge merge` takes turns with floor.py, which reads the same files and writes and syncs as many bytes, in the same kind of control
-group. Each is a process whose whole time is measured, and the files are evicted from the page cache before each. All elements are compared
-with the reference before anything is timed. The counted bytes are those of all inputs, read once, and of the output, written once.
+`negmerge merge` takes turns with floor.py, which reads the same files and writes and syncs as many bytes, in the same
+kind of control group. Each is a process whose whole time is measured, and the files are evicted from the page cache
+before each. All elements are compared with the reference before anything is timed. The counted bytes are those of all
+inputs, read once, and of the output, written once.
 
 --partial   only every third tensor was fine-tuned: with and without --skip-unchanged, and the fraction of the bytes that is read
 --ranks     two processes of torchrun with one thread each, beside one process with two threads

@@ -1,7 +1,8 @@
 """Tunes the chunk size of a streamed merge: merges the same files in chunks of other sizes.
 
-The inputs are in the page cache, the output goes to a tmpfs, and all sizes take turns. The counted bytes are those of all inputs, read
-once, and of the output, written once. The roofline reads and writes just those on one thread, 256 KiB at a time, in the same rounds.
+The inputs are in the page cache, the output goes to a tmpfs, and all sizes take turns. The counted bytes are those of
+all inputs, read once, and of the output, written once. The roofline reads and writes just those on one thread, 256
+KiB at a time, in the same rounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tunes the loop of the CPU kernel: sizes of tiles and groups, prefetching, and stores past the cache.
 
-Each candidate is csrc/merge_loop.cpp compiled with other constants. A run of it times, in each round, reading all inputs and then
-merging them, on two threads. The candidates take turns. The counted bytes are (n + 2) · numel · size.
+Each candidate is csrc/merge_loop.cpp compiled with other constants. A run of it times, in each round, reading all
+inputs and then merging them, on two threads. The candidates take turns. The counted bytes are (n + 2) · numel · size.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Compares positioned reads with memory maps, for the inputs of a streamed merge.
 
-Two threads merge a base and 8 fine-tuned versions chunk by chunk. "positioned reads" reads each chunk into buffers that stay in the
-cache and merges it there, as streaming/ does. "maps" merges in the memory map. It asks for a chunk's pages with MADV_WILLNEED (a
-thread then waits for each missing page) or MADV_POPULATE_READ (it waits for all of them at once), and drops them afterwards.
+Two threads merge a base and 8 fine-tuned versions chunk by chunk. "positioned reads" reads each chunk into buffers
+that stay in the cache and merges it there, as streaming/ does. "maps" merges in the memory map. It asks for a chunk's
+pages with MADV_WILLNEED (a thread then waits for each missing page) or MADV_POPULATE_READ (it waits for all of them
+at once), and drops them afterwards.
 
-The output goes to existing pages of a tmpfs. The inputs are in the page cache (warm) or were evicted from it (cold). All candidates take
-turns and must make the reference's output. The roofline reads every input byte once, 256 KiB at a time, on as many threads, and writes every
-output byte once. Those bytes are counted.
+The output goes to existing pages of a tmpfs. The inputs are in the page cache (warm) or were evicted from it (cold).
+All candidates take turns and must make the reference's output. The roofline reads every input byte once, 256 KiB at a
+time, on as many threads, and writes every output byte once. Those bytes are counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tunes the block size of the PyTorch backend on a CPU, beside the eager formula.
 
-The counted bytes are (n + 2) · numel · size. The roofline reads memory once, in the same rounds. A result gets a speed only if it equals
-the formula's bit for bit.
+The counted bytes are (n + 2) · numel · size. The roofline reads memory once, in the same rounds. A result gets a
+speed only if it equals the formula's bit for bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Tunes how the CPU kernel distributes a batch over threads: from how many bytes a second thread pays, and the size of chunks.
 
-Each candidate is csrc/merge_cpu.cpp compiled with other constants. All of them are loaded into one process and take turns on the
-same memory. "in memory" rotates over so many copies of the batch that none is in a cache when its turn comes. "in cache" repeats one
-batch. The counted bytes are (n + 2) · numel · size. A candidate gets a speed only if its result is the reference's.
+Each candidate is csrc/merge_cpu.cpp compiled with other constants. All of them are loaded into one process and take
+turns on the same memory. "in memory" rotates over so many copies of the batch that none is in a cache when its turn
+comes. "in cache" repeats one batch. The counted bytes are (n + 2) · numel · size. A candidate gets a speed only if
+its result is the reference's.
 """
 
 from __future__ import annotations

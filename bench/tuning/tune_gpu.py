@@ -1,8 +1,9 @@
 """Tunes the launch parameters of the CUDA and the Triton kernel on a GPU.
 
-Candidates for CUDA are csrc/merge_cuda.cu compiled with other constants. Candidates for Triton are those of kernels/launch.py. They take
-turns on the same memory, timed by device events, each beside a device copy, the roofline. A candidate gets a speed only if its bits and
-counts are the reference's: on hostile numbers, on the timed ones, and in its last round.
+Candidates for CUDA are csrc/merge_cuda.cu compiled with other constants. Candidates for Triton are those of
+kernels/launch.py. They take turns on the same memory, timed by device events, each beside a device copy, the
+roofline. A candidate gets a speed only if its bits and counts are the reference's: on hostile numbers, on the timed
+ones, and in its last round.
 """
 
 from __future__ import annotations
