@@ -379,7 +379,7 @@ def test_a_table_travels_in_launches(device: str) -> None:
 def test_cuda_graph(device: str, backend: str) -> None:
     base, models = family(device)
     finetuned, written = flat(models), [t.clone() for t in base]
-    stream = torch.cuda.Operand(device)
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # loads and allocates what the capture must find
         merge(base, finetuned, 0.5, backend=backend)
