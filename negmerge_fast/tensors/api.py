@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 import numpy as np
 import torch
 
-from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.stats import Stats
 from .arrays import SupportsDLPack
+from .call import SINGLE, Array, Call, ExtraState, Model, not_mergeable
 from .flatten import Item
 from .graph import merge_in_graph, merge_in_graph_
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack  # of typing since Python 3.11
-from .call import _SINGLE, Array, Model, _Call, _ExtraState, _is_single, _models
 
 # What comes back as it came in; a Parameter as a Tensor.
 _Same = TypeVar("_Same", torch.Tensor, np.ndarray[Any, Any])
@@ -94,16 +92,13 @@ def merge(
     if torch.compiler.is_compiling():
         return merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
-    job = _Call(base, finetuned, "finetuned", inputs, nonfinite, backend)
-    items = [item._replace(out=job.empty_like(item.name, item.versions[0])) for item in job.items]
-    stats = job.run(items, rule)
-    job.refuse_nonfinite(items, rule, stats)
-    merged: dict[str, Any] = {item.name: item.out for item in items}
-    for name, value in job.untouched.items():
-        is_extra = isinstance(value, _ExtraState)
-        merged[name] = value.value if is_extra else job.empty_like(name, value).copy_(value)
-    result = job.like_base(merged)
-    return result[_SINGLE] if _is_single(base) else result
+    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend)
+    items = [item._replace(out=call.empty_like(item.name, item.versions[0])) for item in call.items]
+    merged = call.run(items, rule)
+    for name, value in call.untouched.items():
+        is_extra = isinstance(value, ExtraState)
+        merged[name] = value.value if is_extra else call.empty_like(name, value).copy_(value)
+    return call.like_base(merged)
 
 
 def merge_(
@@ -129,7 +124,7 @@ def merge_(
     if torch.compiler.is_compiling():
         return merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule = Rule(scale, min_agreement)
-    return _Call(base, finetuned, "finetuned", inputs, nonfinite, backend, in_place=True).run_in_place(rule)
+    return Call(base, finetuned, "finetuned", inputs, nonfinite, backend, in_place=True).run_in_place(rule)
 
 
 def negate_(
@@ -146,8 +141,7 @@ def negate_(
     tensors may be missing. One multiplication and one addition, rounded each, in float32 (float64 for fp64).
     """
     rule = Rule(scale)
-    job = _Call(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True)
-    return job.run_in_place(rule)
+    return Call(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True).run_in_place(rule)
 
 
 @overload
@@ -176,24 +170,16 @@ def merge_task_vectors(
     Arrays are taken, and given back where task_vectors[0] has them, as by merge. Raises as merge does.
     """
     rule = Rule(-1.0, min_agreement)
-    models = _models(task_vectors, "task_vectors")
-    job = _Call(
-        models[0], models, "task_vectors", "task_vectors", nonfinite, backend, reference="task_vectors[0]"
-    )
-    if _is_single(models[0]) and not job.items:
-        raise InputError(
-            f"task_vectors[0]: {job.untouched[_SINGLE].dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
-        )
+    call = Call(None, task_vectors, "task_vectors", "task_vectors", nonfinite, backend)
+    if call.is_single and not call.items:
+        raise not_mergeable("task_vectors[0]", call.untouched[SINGLE].dtype)
     items = []
-    for item in job.items:
+    for item in call.items:
         vectors = item.versions[1:]
         widest = vectors[0].dtype
         for vector in vectors:
             widest = torch.promote_types(widest, vector.dtype)
-        out = job.empty_like(item.name, vectors[0], widest)
+        out = call.empty_like(item.name, vectors[0], widest)
         segment = item.segment and item.segment._replace(base=None)
         items.append(Item(item.name, [None, *vectors], segment, out))
-    stats = job.run(items, rule)
-    job.refuse_nonfinite(items, rule, stats)
-    result = job.like_base({item.name: item.out for item in items})
-    return result[_SINGLE] if _is_single(models[0]) else result
+    return call.like_base(call.run(items, rule))

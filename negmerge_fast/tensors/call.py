@@ -1,15 +1,19 @@
-"""One call of merge: tensors paired by name and checked."""
+"""One call of a merge: models listed and named, tensors paired and checked, items merged in batches.
+
+The functions of api.py, the operators of ops.py and the traced path of graph.py all use what is here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from ..backends import registry
+from ..core.batch import Counts
+from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, require_choice
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
@@ -20,193 +24,40 @@ from .aliasing import plainly_apart, refuse_shared_memory, tied
 from .arrays import SupportsDLPack, as_tensor, is_array
 from .flatten import FLOATS, Item, batches, flat_item, plain, signatures, specs
 
-if TYPE_CHECKING:
-    pass  # of typing since Python 3.11
-
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
 Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | torch.nn.Module"
-
+# Names a tensor in an error: of the base (None) or of a model (its number from 0).
+Label: TypeAlias = Callable[["int | None", str], str]
 
 # The name of the one tensor of a model that is just a tensor.
-_SINGLE = ""
+SINGLE = ""
 
 
-class _ExtraState(NamedTuple):
+class ExtraState(NamedTuple):
     """What a module says of itself beside its tensors: the base's, untouched, whatever it is."""
 
     value: Any
 
 
-class _Call:
-    """One call: the tensors paired by name and checked, and how to run and describe them."""
-
-    @without_gc()
-    def __init__(
-        self,
-        base: Model,
-        finetuned: Sequence[Model],
-        label: str,
-        inputs: Inputs,
-        nonfinite: NonFinite,
-        backend: str,
-        reference: str = "base",
-        in_place: bool = False,
-    ) -> None:
-        require_choice("inputs", inputs, ("finetuned", "task_vectors"))
-        require_choice("nonfinite", nonfinite, ("keep-base", "error"))
-
-        def where(k: int | None, name: str) -> str:
-            model = reference if k is None else label if label == "tau" else f"{label}[{k}]"
-            return model if name == _SINGLE else f"{model}[{name!r}]"
-
-        self.where, self.task_vectors, self.in_place = where, inputs == "task_vectors", in_place
-        self.nonfinite, self.backend = nonfinite, backend
-        named = [_named(base, where(None, _SINGLE))]
-        models = _models(finetuned, label)
-        for k, model in enumerate(models):
-            if _is_single(model) != _is_single(base):
-                raise TypeError(
-                    f"{where(k, _SINGLE)}: {type(model).__name__}, but {reference} is {type(base).__name__}"
-                )
-        named += [_named(model, where(k, _SINGLE)) for k, model in enumerate(models)]
-        self._pair(named, reference)
-        if not self.items:
-            registry.choose(backend, "cpu")  # refuses what there is not
-
-    def _pair(self, named: list[dict[str, Any]], reference: str) -> None:
-        self.names = list(named[0])
-        # As a rule these are all, and nothing is left for the closer look that follows.
-        flat = {name: item for name in self.names if (item := flat_item(name, named))}
-        self.arrays: set[str] = set()
-        self.dtensors: dict[str, Any] = {}
-        self.made: dict[str, Any] = {}
-        if len(flat) < len(self.names) and self._view(named, flat, reference):
-            flat = {name: item for name in self.names if (item := flat.get(name) or flat_item(name, named))}
-        base, *models = rest = [
-            _checked({n: v for n, v in model.items() if n not in flat}, partial(self.where, k))
-            for k, model in zip([None, *range(len(named) - 1)], named, strict=True)
-        ]
-        problems = mismatches(
-            specs(base), [specs(m) for m in models], self.where, self.task_vectors, reference
-        ) or list(_other_devices(base, models, self.where))
-        if problems:
-            raise InputError("; ".join(problems))
-        items = {
-            name: flat.get(name) or Item(name, [m[name] for m in rest])
-            for name in self.names
-            if name in flat or _is_float(base[name])
-        }
-        self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
-        self._refuse_ties_across_placements(named[0])
-        self.items = [item for name, item in items.items() if name not in self.tied]
-        self.untouched = {name: value for name, value in base.items() if name not in items}
-
-    @torch.no_grad()  # DTensors give what they hold as it is, not a view for autograd
-    def _view(self, named: list[dict[str, Any]], flat: Mapping[str, Item], reference: str) -> bool:
-        """Put tensors in the place of arrays and DTensors, among the names that are not flat; whether there were any."""
-        rest = [{n: v for n, v in m.items() if n not in flat and not _is_extra_state(n)} for m in named]
-        base, *models = rest
-        if problems := list(dtensor.mismatches(base, models, self.where, reference)):
-            raise InputError("; ".join(problems))
-        found = False
-        for k, model in enumerate(rest):
-            for name, value in model.items():
-                where = self.where(k - 1 if k else None, name)
-                if dtensor.is_dtensor(value):
-                    if k == 0:
-                        self.dtensors[name] = value
-                    named[k][name] = dtensor.local_shard(value, where)
-                elif is_array(value):
-                    if k == 0 and isinstance(value, np.ndarray):
-                        self.arrays.add(name)
-                    named[k][name] = as_tensor(value, where, written=self.in_place and k == 0)
-                else:
-                    continue
-                found = True
-        return found
-
-    def _refuse_ties_across_placements(self, base: Mapping[str, Any]) -> None:
-        for name, owner in self.tied.items() if self.dtensors else ():
-            if problem := dtensor.difference(*[self.dtensors.get(n, base[n]) for n in (owner, name)]):
-                tie = f"{self.where(None, owner)}, whose memory it has"
-                raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
-
-    def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Memory for a result like the base's tensor of that name; of a DTensor, this rank's shard of a new one."""
-        if name not in self.dtensors:
-            return torch.empty_like(tensor, dtype=dtype)
-        self.made[name] = torch.empty_like(self.dtensors[name], dtype=dtype)
-        return dtensor.local_shard(self.made[name], self.where(None, name))
-
-    def like_base(self, merged: Mapping[str, Any]) -> dict[str, Any]:
-        """The results under the base's names, tied ones again, as arrays of numpy and DTensors where the base's are."""
-        owners = {name: owner for name in self.names if (owner := self.tied.get(name, name)) in merged}
-        arrays = {owner: merged[owner].numpy() for name, owner in owners.items() if name in self.arrays}
-        made = {**merged, **self.made}
-        return {name: arrays[owner] if name in self.arrays else made[owner] for name, owner in owners.items()}
-
-    def run(self, items: list[Item], rule: Rule) -> Stats:
-        stats = Stats()
-        # For all devices first: nothing is written if one of them has no such backend.
-        merges = {
-            str(device): registry.choose(
-                self.backend, str(device), rule, signatures(items, device, self.task_vectors)
-            )[1]
-            for device in {item.versions[1].device for item in items}
-        }
-        for batch, names, finish in batches(items, self.task_vectors):
-            counts = merges[batch.device](batch, rule)
-            stats.add([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts)
-            finish()
-            del batch, finish  # and with them the copies of scattered tensors, before the next are made
-        return stats
-
-    def run_in_place(self, rule: Rule) -> Stats:
-        # They are the base's, untouched: a view of the weights as integers would not be.
-        integers = {n: t for n, t in self.untouched.items() if isinstance(t, torch.Tensor)}
-        flat = [item.segment for item in self.items if item.segment]
-        if len(flat) < len(self.items) or not plainly_apart(flat, integers.values()):
-            refuse_shared_memory(self._uses(integers))
-        if self.nonfinite == "error":
-            self.refuse_nonfinite(self.items, rule, self.run(self.items, rule))
-        # Autograd must notice what is written through addresses, too; of a DTensor, it counts both.
-        dtensor_floats = [t for name, t in self.dtensors.items() if name not in self.untouched]
-        for tensor in [item.versions[0] for item in self.items] + dtensor_floats:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
-        items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
-        with without_interrupts():
-            return self.run(items, rule)
-
-    def _uses(self, integers: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool, str]]:
-        """Every tensor that a merge in place uses, whether it is written, and what to call it."""
-        for item in self.items:
-            for k, tensor in enumerate(item.versions):
-                yield tensor, k == 0, self.where(k - 1 if k else None, item.name)
-        for name, tensor in integers.items():
-            yield tensor, False, self.where(None, name)
-
-    def refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
-        if self.nonfinite == "keep-base":
-            return
-        # All ranks raise, or none: a model must not be merged on some of them only.
-        if not dtensor.on_any_rank(self.dtensors.values(), stats.nonfinite > 0):
-            return
-        for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
-            if found := registry.first_nonfinite(batch, rule):
-                row, index, version, value = found
-                place = self.where(None if isinstance(version, str) else version, names[row])
-                what = "the result is not finite" if version == "result" else f"{value}"
-                order = "memory order of this rank's shard" if names[row] in self.dtensors else "memory order"
-                raise InputError(f"{place}: element {index} in {order}: {what}, expected finite numbers")
-        raise InputError(
-            "an element on another rank is not finite (the error there names it), expected finite numbers"
-        )
+def is_single(model: object, arrays: bool = True) -> bool:
+    """Whether a model is one tensor, or one array."""
+    return isinstance(model, torch.Tensor) or (
+        arrays and not isinstance(model, (Mapping, torch.nn.Module)) and is_array(model)
+    )
 
 
-def _models(models: Sequence[Model], label: str) -> list[Model]:
+def is_extra_state(name: str) -> bool:
+    return str(name).endswith("_extra_state")
+
+
+def require_options(inputs: str, nonfinite: str) -> None:
+    require_choice("inputs", inputs, ("finetuned", "task_vectors"))
+    require_choice("nonfinite", nonfinite, ("keep-base", "error"))
+
+
+def list_models(models: Any, label: str, arrays: bool = True) -> list[Any]:
     if (
-        _is_single(models)
+        is_single(models, arrays)
         or isinstance(models, (Mapping, torch.nn.Module))
         or not isinstance(models, Iterable)
     ):
@@ -216,50 +67,271 @@ def _models(models: Sequence[Model], label: str) -> list[Model]:
     return listed
 
 
-def _is_single(model: object) -> bool:
-    """Whether a model is one tensor, or one array."""
-    return isinstance(model, torch.Tensor) or (
-        not isinstance(model, (Mapping, torch.nn.Module)) and is_array(model)
-    )
+def label_of(models: str, reference: str = "base") -> Label:
+    """How errors name the tensors of a call; models: the argument that lists them, or "tau" for a single one."""
+
+    def where(k: int | None, name: str) -> str:
+        model = reference if k is None else models if models == "tau" else f"{models}[{k}]"
+        return model if name == SINGLE else f"{model}[{name!r}]"
+
+    return where
 
 
-def _named(model: Model, where: str) -> dict[str, Any]:
-    if _is_single(model):
-        return {_SINGLE: model}
+def name_tensors(base: Any, models: list[Any], where: Label, arrays: bool = True) -> list[dict[str, Any]]:
+    """The tensors of the base and of each model, by name."""
+    named = [_named(base, where(None, SINGLE), arrays)]
+    for k, model in enumerate(models):
+        if is_single(model, arrays) != is_single(base, arrays):
+            found, expected = type(model).__name__, type(base).__name__
+            raise TypeError(f"{where(k, SINGLE)}: {found}, but {where(None, SINGLE)} is {expected}")
+    return named + [_named(model, where(k, SINGLE), arrays) for k, model in enumerate(models)]
+
+
+def _named(model: Any, where: str, arrays: bool) -> dict[str, Any]:
+    if is_single(model, arrays):
+        return {SINGLE: model}
     if isinstance(model, torch.nn.Module):
         return dict(model.state_dict())
     if isinstance(model, Mapping):
         return dict(model.items())
-    raise TypeError(
-        f"{where}: {type(model).__name__}, expected a tensor, an array, a mapping of these or a module"
-    )
+    kinds = "a tensor, an array, a mapping of these" if arrays else "a tensor, a mapping of tensors"
+    raise TypeError(f"{where}: {type(model).__name__}, expected {kinds} or a module")
 
 
-def _checked(named: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
+def flat_items(named: list[dict[str, Any]]) -> dict[str, Item]:
+    """The names whose tensors are merged where they are; most of all, as a rule, and they need no other check."""
+    return {name: item for name in named[0] if (item := flat_item(name, named))}
+
+
+def pair(
+    named: list[dict[str, Any]], flat: Mapping[str, Item], where: Label, task_vectors: bool, reference: str
+) -> tuple[dict[str, Item], dict[str, Any]]:
+    """Items of all floating-point tensors, in the order of the base; and what else the base has.
+
+    Raises InputError or TypeError for tensors that cannot be merged or do not fit each other.
+    """
+    base, *models = rest = [
+        _checked({n: v for n, v in model.items() if n not in flat}, k - 1 if k else None, where)
+        for k, model in enumerate(named)
+    ]
+    if problems := misfits(base, models, where, task_vectors, reference):
+        raise InputError("; ".join(problems))
+    items = {
+        name: flat.get(name) or Item(name, [m[name] for m in rest])
+        for name in named[0]
+        if name in flat or _is_float(base[name])
+    }
+    return items, {name: value for name, value in base.items() if name not in items}
+
+
+def _checked(named: dict[str, Any], k: int | None, where: Label) -> dict[str, Any]:
     """The tensors, detached; a module's extra state is kept as it is."""
     checked: dict[str, Any] = {}
     for name, value in named.items():
-        if _is_extra_state(name):
-            checked[name] = _ExtraState(value)
+        if is_extra_state(name):
+            checked[name] = ExtraState(value)
         elif isinstance(value, torch.Tensor):
-            checked[name] = plain(value, where(name))
+            checked[name] = plain(value, where(k, name))
         else:
-            raise TypeError(f"{where(name)}: {type(value).__name__}, expected a tensor or an array")
+            raise TypeError(f"{where(k, name)}: {type(value).__name__}, expected a tensor or an array")
     return checked
-
-
-def _is_extra_state(name: str) -> bool:
-    return str(name).endswith("_extra_state")
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in FLOATS
 
 
-def _other_devices(
-    base: dict[str, Any], models: list[dict[str, Any]], where: Callable[[int | None, str], str]
-) -> Iterator[str]:
-    for k, model in enumerate(models):
-        for name, tensor in base.items():
-            if _is_float(tensor) and model[name].device != tensor.device:
-                yield f"{where(k, name)}: on {model[name].device}, expected {tensor.device} like {where(None, name)}"
+def not_mergeable(where: str, dtype: object) -> InputError:
+    return InputError(
+        f"{where}: {dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
+    )
+
+
+def misfits(
+    base: dict[str, Any], models: list[dict[str, Any]], where: Label, task_vectors: bool, reference: str
+) -> list[str]:
+    """What keeps models from being merged into the base: names, dtypes and shapes, else devices."""
+    return mismatches(specs(base), [specs(m) for m in models], where, task_vectors, reference) or [
+        f"{where(k, name)}: {problem}"
+        for k, model in enumerate(models)
+        for name, tensor in base.items()
+        if _is_float(tensor) and (problem := other_device(model[name], tensor, where(None, name)))
+    ]
+
+
+def other_device(tensor: torch.Tensor, like: torch.Tensor, label: str) -> str | None:
+    return (
+        None if tensor.device == like.device else f"on {tensor.device}, expected {like.device} like {label}"
+    )
+
+
+def refuse_aliasing(items: Sequence[Item], unwritten: Mapping[str, torch.Tensor], where: Label) -> None:
+    """Raise InputError if memory of a base, which a merge in place writes, is used twice.
+
+    unwritten: the base's tensors that are not merged. A view of the weights as integers would be written, too.
+    """
+    flat = [item.segment for item in items if item.segment]
+    if len(flat) < len(items) or not plainly_apart(flat, unwritten.values()):
+        refuse_shared_memory(_uses(items, unwritten, where))
+
+
+def _uses(
+    items: Sequence[Item], unwritten: Mapping[str, torch.Tensor], where: Label
+) -> Iterator[tuple[torch.Tensor, bool, str]]:
+    """Every tensor that a merge in place uses, whether it is written, and what to call it."""
+    for item in items:
+        for k, tensor in enumerate(item.versions):
+            yield tensor, k == 0, where(k - 1 if k else None, item.name)
+    for name, tensor in unwritten.items():
+        yield tensor, False, where(None, name)
+
+
+def run(
+    items: list[Item], rule: Rule, task_vectors: bool, backend: str
+) -> list[tuple[list[tuple[str, int]], Counts]]:
+    """Merge items in batches. Returns, for each batch, the name and length of each of its segments, and its counts."""
+    # For all devices first: nothing is written if one of them has no such backend.
+    merges = {
+        str(device): registry.choose(backend, str(device), rule, signatures(items, device, task_vectors))[1]
+        for device in {item.versions[1].device for item in items}
+    }
+    results = []
+    for batch, names, finish in batches(items, task_vectors):
+        counts = merges[batch.device](batch, rule)
+        results.append(([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts))
+        finish()
+        del batch, finish  # and with them the copies of scattered tensors, before the next are made
+    return results
+
+
+def stats_of(results: Iterable[tuple[list[tuple[str, int]], Counts]]) -> Stats:
+    stats = Stats()
+    for segments, counts in results:
+        stats.add(segments, counts)
+    return stats
+
+
+class Call:
+    """One call on models of any kind: their tensors paired and checked, and how to run and return them.
+
+    base: None for a call that has none; the first of the models says then what is returned.
+    """
+
+    @without_gc()
+    def __init__(
+        self,
+        base: Model | None,
+        models: Sequence[Model],
+        label: str,
+        inputs: Inputs,
+        nonfinite: NonFinite,
+        backend: str,
+        in_place: bool = False,
+    ) -> None:
+        require_options(inputs, nonfinite)
+        listed = list_models(models, label)
+        reference = f"{label}[0]" if base is None else "base"
+        base = listed[0] if base is None else base
+        self.where, self.is_single = label_of(label, reference), is_single(base)
+        self.task_vectors, self.nonfinite, self.backend = inputs == "task_vectors", nonfinite, backend
+        named = name_tensors(base, listed, self.where)
+        self.names = list(named[0])
+        self._arrays: set[str] = set()
+        self._dtensors: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}
+        flat = flat_items(named)
+        if len(flat) < len(self.names) and self._view(named, flat, reference, in_place):
+            flat = {name: item for name in self.names if (item := flat.get(name) or flat_item(name, named))}
+        items, self.untouched = pair(named, flat, self.where, self.task_vectors, reference)
+        self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
+        self._refuse_ties_across_placements(named[0])
+        self.items = [item for name, item in items.items() if name not in self.tied]
+        if not self.items:
+            registry.choose(backend, "cpu")  # refuses a backend that does not exist
+
+    @torch.no_grad()  # DTensors give what they hold as it is, not a view for autograd
+    def _view(
+        self, named: list[dict[str, Any]], flat: Mapping[str, Item], reference: str, in_place: bool
+    ) -> bool:
+        """Replace arrays and DTensors by tensors, among the names that are not flat. Returns whether there were any."""
+        rest = [{n: v for n, v in m.items() if n not in flat and not is_extra_state(n)} for m in named]
+        base, *models = rest
+        if problems := list(dtensor.mismatches(base, models, self.where, reference)):
+            raise InputError("; ".join(problems))
+        found = False
+        for k, model in enumerate(rest):
+            for name, value in model.items():
+                where = self.where(k - 1 if k else None, name)
+                if dtensor.is_dtensor(value):
+                    if k == 0:
+                        self._dtensors[name] = value
+                    named[k][name] = dtensor.local_shard(value, where)
+                elif is_array(value):
+                    if k == 0 and isinstance(value, np.ndarray):
+                        self._arrays.add(name)
+                    named[k][name] = as_tensor(value, where, written=in_place and k == 0)
+                else:
+                    continue
+                found = True
+        return found
+
+    def _refuse_ties_across_placements(self, base: Mapping[str, Any]) -> None:
+        for name, owner in self.tied.items() if self._dtensors else ():
+            if problem := dtensor.difference(*[self._dtensors.get(n, base[n]) for n in (owner, name)]):
+                tie = f"{self.where(None, owner)}, whose memory it has"
+                raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
+
+    def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory for a result like the base's tensor of that name; of a DTensor, this rank's shard of a new one."""
+        if name not in self._dtensors:
+            return torch.empty_like(tensor, dtype=dtype)
+        self._made[name] = torch.empty_like(self._dtensors[name], dtype=dtype)
+        return dtensor.local_shard(self._made[name], self.where(None, name))
+
+    def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
+        """Merge items into their outputs. Returns these by name."""
+        self._refuse_nonfinite(items, rule, stats_of(run(items, rule, self.task_vectors, self.backend)))
+        return {item.name: item.out for item in items}
+
+    def run_in_place(self, rule: Rule) -> Stats:
+        unwritten = {n: t for n, t in self.untouched.items() if isinstance(t, torch.Tensor)}
+        refuse_aliasing(self.items, unwritten, self.where)
+        if self.nonfinite == "error":
+            self.run(self.items, rule)
+        # Autograd must notice what is written through addresses, too; of a DTensor, it counts both.
+        dtensor_floats = [t for name, t in self._dtensors.items() if name not in self.untouched]
+        for tensor in [item.versions[0] for item in self.items] + dtensor_floats:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+        items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
+        with without_interrupts():
+            return stats_of(run(items, rule, self.task_vectors, self.backend))
+
+    def like_base(self, merged: Mapping[str, Any]) -> Any:
+        """The results as the base is: under its names, tied ones again, as arrays of numpy and DTensors where it has them."""
+        owners = {name: owner for name in self.names if (owner := self.tied.get(name, name)) in merged}
+        arrays = {owner: merged[owner].numpy() for name, owner in owners.items() if name in self._arrays}
+        made = {**merged, **self._made}
+        result = {
+            name: arrays[owner] if name in self._arrays else made[owner] for name, owner in owners.items()
+        }
+        return result[SINGLE] if self.is_single else result
+
+    def _refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
+        if self.nonfinite == "keep-base":
+            return
+        # All ranks raise, or none: a model must not be merged on some of them only.
+        if not dtensor.on_any_rank(self._dtensors.values(), stats.nonfinite > 0):
+            return
+        for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
+            if found := registry.first_nonfinite(batch, rule):
+                row, index, version, value = found
+                where = self.where(None if isinstance(version, str) else version, names[row])
+                what = "the result is not finite" if version == "result" else f"{value}"
+                order = (
+                    "memory order of this rank's shard" if names[row] in self._dtensors else "memory order"
+                )
+                raise InputError(f"{where}: element {index} in {order}: {what}, expected finite numbers")
+        raise InputError(
+            "an element on another rank is not finite (the error there names it), expected finite numbers"
+        )

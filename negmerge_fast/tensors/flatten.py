@@ -74,6 +74,12 @@ def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
     return Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
 
 
+def require_dense(tensor: torch.Tensor, where: str) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{where}: {kind} tensor, expected a dense one")
+
+
 def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
     """The tensor, detached and without its subclass.
 
@@ -87,9 +93,7 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
         raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
     # What a subclass makes of these questions does not matter: its numbers are where a tensor's are.
     with torch._C.DisableTorchFunctionSubclass():
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
-            raise TypeError(f"{where}: {kind} tensor, expected a dense one")
+        require_dense(tensor, where)
         if tensor.is_meta:
             raise InputError(f"{where}: a meta tensor holds no data, expected one that does")
         try:

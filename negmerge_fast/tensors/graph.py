@@ -1,21 +1,23 @@
-"""merge and merge_ while a graph is traced."""
+"""merge and merge_ while a graph is traced.
+
+The functions are traced line by line and see neither addresses nor numbers: memory that is shared is not looked for.
+The compiler reports what is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError, require_choice
+from ..core.errors import InputError
 from ..core.schema import mismatches
 from ..core.stats import Stats
 from . import ops  # noqa: F401  registers torch.ops.negmerge
+from .call import SINGLE, Label, is_extra_state, label_of, list_models, name_tensors, require_options
 from .flatten import specs
-
-# tensors.merge and merge_ while a graph is traced. What follows is traced with them, line by line, and sees neither
-# addresses nor numbers: memory that is shared is not looked for, and what is refused is reported by the compiler.
 
 
 def merge_in_graph(
@@ -27,8 +29,8 @@ def merge_in_graph(
     nonfinite: str,
     backend: str,
 ) -> Any:
-    """tensors.merge for a graph; tied weights become tensors of their own."""
-    named, models, floats = _for_graph(base, finetuned, inputs, nonfinite)
+    """merge for a graph; tied weights become tensors of their own."""
+    named, models, floats = _pair(base, finetuned, inputs, nonfinite)
     merged = dict(named)
     if floats:
         tensors, _ = torch.ops.negmerge.merge(
@@ -43,7 +45,7 @@ def merge_in_graph(
     for name, value in named.items():
         if name not in floats and isinstance(value, torch.Tensor):
             merged[name] = value.clone()
-    return merged[""] if isinstance(base, torch.Tensor) else merged
+    return merged[SINGLE] if isinstance(base, torch.Tensor) else merged
 
 
 def merge_in_graph_(
@@ -55,8 +57,8 @@ def merge_in_graph_(
     nonfinite: str,
     backend: str,
 ) -> Stats:
-    """tensors.merge_ for a graph. The numbers of what it returns are for after the graph."""
-    named, models, floats = _for_graph(base, finetuned, inputs, nonfinite)
+    """merge_ for a graph. The numbers of the result can be read after the graph."""
+    named, models, floats = _pair(base, finetuned, inputs, nonfinite)
     stats = Stats()
     if floats:
         counts = torch.ops.negmerge.merge_(
@@ -71,51 +73,27 @@ def merge_in_graph_(
     return stats
 
 
-def _for_graph(
+def _pair(
     base: Any, finetuned: Sequence[Any], inputs: str, nonfinite: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """The base and the models by name, checked but for devices, and the names of what is merged."""
-    require_choice("inputs", inputs, ("finetuned", "task_vectors"))
-    require_choice("nonfinite", nonfinite, ("keep-base", "error"))
+    """The base and the models by name, and the names of what is merged. The operators check devices."""
+    require_options(inputs, nonfinite)
     if nonfinite == "error":
         raise InputError("nonfinite: 'error', expected 'keep-base' in a graph, which looks at no numbers")
-    if isinstance(finetuned, (torch.Tensor, Mapping, torch.nn.Module)):
-        raise TypeError(f"finetuned: {type(finetuned).__name__}, expected a list of models")
-    if not (listed := list(finetuned)):
-        raise InputError("finetuned: no models, expected at least one")
-
-    def where(k: int | None, name: str) -> str:
-        model = "base" if k is None else f"finetuned[{k}]"
-        return f"{model}[{name!r}]" if name else model
-
-    for k, model in enumerate(listed):
-        if isinstance(model, torch.Tensor) != isinstance(base, torch.Tensor):
-            raise TypeError(f"{where(k, '')}: {type(model).__name__}, but base is {type(base).__name__}")
+    where = label_of("finetuned")
+    listed = list_models(finetuned, "finetuned", arrays=False)
     named, *models = [
-        _named(model, where(k, ""))
-        for k, model in zip([None, *range(len(listed))], [base, *listed], strict=True)
+        _detached(model, k - 1 if k else None, where)
+        for k, model in enumerate(name_tensors(base, listed, where, arrays=False))
     ]
-    of_base, *of_models = [specs(model) for model in (named, *models)]
-    if problems := mismatches(of_base, of_models, where, inputs == "task_vectors"):
+    base_specs, *model_specs = [specs(model) for model in (named, *models)]
+    if problems := mismatches(base_specs, model_specs, where, inputs == "task_vectors"):
         raise InputError("; ".join(problems))
-    return named, models, [name for name, spec in of_base.items() if spec.dtype in FLOAT_SIZES]
+    return named, models, [name for name, spec in base_specs.items() if spec.dtype in FLOAT_SIZES]
 
 
-def _named(model: Any, where: str) -> dict[str, Any]:
-    if isinstance(model, torch.Tensor):
-        return {"": model.detach()}
-    if isinstance(model, torch.nn.Module):
-        model = model.state_dict()
-    if not isinstance(model, Mapping):
-        raise TypeError(
-            f"{where}: {type(model).__name__}, expected a tensor, a mapping of tensors or a module"
-        )
-    named: dict[str, Any] = {}
-    for name, value in model.items():
-        if isinstance(value, torch.Tensor):
-            named[name] = value.detach()
-        elif name.endswith("_extra_state"):  # what a module says of itself, untouched
-            named[name] = value
-        else:
-            raise TypeError(f"{where}[{name!r}]: {type(value).__name__}, expected a tensor")
-    return named
+def _detached(named: dict[str, Any], k: int | None, where: Label) -> dict[str, Any]:
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor) and not is_extra_state(name):
+            raise TypeError(f"{where(k, name)}: {type(value).__name__}, expected a tensor")
+    return {n: value.detach() if isinstance(value, torch.Tensor) else value for n, value in named.items()}

@@ -17,17 +17,16 @@ as under torch.no_grad. Ctrl-C is not held up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from ..backends import registry
-from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
-from .aliasing import plainly_apart, refuse_shared_memory
-from .flatten import FLOATS, SPELLED, Item, batches, flat_item, plain, signatures
+from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run
+from .flatten import FLOATS, SPELLED, Item, require_dense
 
 _ARGUMENTS = (
     'Tensor[] finetuned, float scale, float min_agreement=1.0, bool task_vectors=False, str backend="auto"'
@@ -45,11 +44,10 @@ def merge(
     task_vectors: bool = False,
     backend: str = "auto",
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    models = _models(base, finetuned, scale, min_agreement, backend)
-    items = _items(base, models)
+    items = _paired(_named(base, finetuned, scale, min_agreement, backend))
     merged = [torch.empty_like(tensor) for tensor in base]
     items = [item._replace(out=out) for item, out in zip(items, merged, strict=True)]
-    return merged, _run(items, Rule(scale, min_agreement), task_vectors, backend)
+    return merged, _counts(items, Rule(scale, min_agreement), task_vectors, backend)
 
 
 @torch.library.custom_op(
@@ -63,13 +61,10 @@ def merge_(
     task_vectors: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    models = _models(base, finetuned, scale, min_agreement, backend)
-    items = _items(base, models)
-    flat = [item.segment for item in items if item.segment]
-    if len(flat) < len(items) or not plainly_apart(flat, ()):
-        refuse_shared_memory(_uses(items))
+    items = _paired(_named(base, finetuned, scale, min_agreement, backend))
+    refuse_aliasing(items, {}, _where)
     items = [item._replace(out=item.versions[0]) for item in items]
-    return _run(items, Rule(scale, min_agreement), task_vectors, backend)
+    return _counts(items, Rule(scale, min_agreement), task_vectors, backend)
 
 
 @merge.register_fake
@@ -81,7 +76,7 @@ def _(
     task_vectors: bool = False,
     backend: str = "auto",
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    _models(base, finetuned, scale, min_agreement, backend)
+    _require_mergeable(_named(base, finetuned, scale, min_agreement, backend))
     return [torch.empty_like(tensor) for tensor in base], _no_counts(base)
 
 
@@ -94,7 +89,7 @@ def _(
     task_vectors: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    _models(base, finetuned, scale, min_agreement, backend)
+    _require_mergeable(_named(base, finetuned, scale, min_agreement, backend))
     return _no_counts(base)
 
 
@@ -150,14 +145,18 @@ def _no_counts(base: list[torch.Tensor]) -> torch.Tensor:
     return torch.empty(len(base), 2, dtype=torch.int64, device=base[0].device)
 
 
-def _models(
+def _where(k: int | None, name: str) -> str:
+    return f"base[{name}]" if k is None else f"finetuned[{k}][{name}]"
+
+
+def _named(
     base: list[torch.Tensor],
     finetuned: list[torch.Tensor],
     scale: float,
     min_agreement: float,
     backend: str,
-) -> list[list[torch.Tensor]]:
-    """The models, each a list like base, after everything that can be checked without memory: for real and fake."""
+) -> list[dict[str, torch.Tensor]]:
+    """The base and the models, each tensor named by its position in base."""
     Rule(scale, min_agreement)
     require_choice("backend", backend, ("auto", *registry.NAMES))
     if not base:
@@ -168,70 +167,47 @@ def _models(
         raise InputError(
             f"finetuned: {len(finetuned)} tensors, expected a multiple of the {len(base)} of base, all of a model after another"
         )
-    models = [finetuned[first : first + len(base)] for first in range(0, len(finetuned), len(base))]
-    for i, tensor in enumerate(base):
-        _require_mergeable(tensor, f"base[{i}]")
-        if tensor.device != base[0].device:
-            raise InputError(f"base[{i}]: on {tensor.device}, expected {base[0].device} like base[0]")
-        for k, model in enumerate(models):
-            where = f"finetuned[{k}][{i}]"
-            _require_mergeable(model[i], where)
-            if model[i].shape != tensor.shape:
-                found, expected = tuple(model[i].shape), tuple(tensor.shape)
-                raise InputError(f"{where}: shape {found}, expected {expected} like base[{i}]")
-            if model[i].device != tensor.device:
-                raise InputError(f"{where}: on {model[i].device}, expected {tensor.device} like base[{i}]")
-    return models
-
-
-def _require_mergeable(tensor: torch.Tensor, where: str) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{where}: {kind} tensor, expected a dense one")
-    if tensor.dtype not in FLOATS:
-        found = SPELLED.get(tensor.dtype, tensor.dtype)
-        raise InputError(
-            f"{where}: {found}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
-        )
-
-
-def _items(base: list[torch.Tensor], models: list[list[torch.Tensor]]) -> list[Item]:
-    """All versions of each tensor; its name is its place in base."""
     names = [str(i) for i in range(len(base))]
-    named = [dict(zip(names, model, strict=True)) for model in (base, *models)]
-    return [flat_item(name, named) or _scattered(name, [model[name] for model in named]) for name in names]
+    models = [finetuned[first : first + len(base)] for first in range(0, len(finetuned), len(base))]
+    return [dict(zip(names, model, strict=True)) for model in (base, *models)]
 
 
-def _scattered(name: str, versions: list[torch.Tensor]) -> Item:
-    places = _places(name, len(versions))
-    return Item(name, [plain(tensor, where) for tensor, where in zip(versions, places, strict=True)])
+def _paired(named: list[dict[str, torch.Tensor]]) -> list[Item]:
+    flat = flat_items(named)
+    _require_mergeable(named, flat)
+    items, _ = pair(named, flat, _where, task_vectors=False, reference="base")
+    return list(items.values())
 
 
-def _places(name: str, versions: int) -> list[str]:
-    return [f"base[{name}]", *(f"finetuned[{k}][{name}]" for k in range(versions - 1))]
+def _require_mergeable(named: list[dict[str, torch.Tensor]], flat: Collection[str] = ()) -> None:
+    """Check what needs no memory, so that fake tensors are refused in the same words; flat ones fit each other."""
+    base, *models = named
+    to_check = [name for name in base if name not in flat]
+    for name in to_check:
+        for k, model in enumerate(named):
+            _require_float(model[name], _where(k - 1 if k else None, name))
+    for name, tensor in base.items():
+        if problem := other_device(tensor, base["0"], _where(None, "0")):
+            raise InputError(f"{_where(None, name)}: {problem}")
+    for name in to_check:
+        versions = [{name: model[name]} for model in models]
+        if problems := misfits({name: base[name]}, versions, _where, False, _where(None, name)):
+            raise InputError(problems[0])
 
 
-def _uses(items: list[Item]) -> Iterator[tuple[torch.Tensor, bool, str]]:
-    """Every tensor that a merge in place uses, whether it is written, and what to call it."""
-    for item in items:
-        for k, where in enumerate(_places(item.name, len(item.versions))):
-            yield item.versions[k], k == 0, where
+def _require_float(tensor: torch.Tensor, where: str) -> None:
+    require_dense(tensor, where)
+    if tensor.dtype not in FLOATS:
+        raise not_mergeable(where, SPELLED.get(tensor.dtype, tensor.dtype))
 
 
-def _run(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> torch.Tensor:
-    """Merge all items, of one device, and return their counts in their order."""
-    device = items[0].versions[0].device
-    # For all that will be asked for, so that nothing is written if a part of it cannot be done.
-    _, merge_batch = registry.choose(backend, str(device), rule, signatures(items, device, task_vectors))
+def _counts(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> torch.Tensor:
+    """Merge items of one device. Returns their counts in their order, not waited for."""
     rows: dict[str, torch.Tensor] = {}
-    for batch, names, finish in batches(items, task_vectors):
-        counts = merge_batch(batch, rule)
-        if not isinstance(counts, torch.Tensor):
-            counts = torch.from_numpy(counts)
-        finish()
-        if len(names) == len(items):  # one batch is in order
+    for segments, found in run(items, rule, task_vectors, backend):
+        counts = found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
+        if len(segments) == len(items):  # one batch is in order
             return counts
-        rows.update(zip(names, counts.unbind(), strict=True))
-        del batch, finish  # and with them the copies of scattered tensors, before the next are made
+        rows.update(zip([name for name, _ in segments], counts.unbind(), strict=True))
     # Not by an index, which would have to be copied to the device.
     return torch.stack([rows[item.name] for item in items])
