@@ -1,4 +1,4 @@
-"""DTensors on 2 and on 4 ranks, against the plain merge of the full tensors; sharded_ranks.py holds the cases."""
+"""DTensors on 2 and on 4 ranks, against the plain merge of the full tensors; dtensor_ranks.py holds the cases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import sharded_ranks as ranks
+import dtensor_ranks as ranks
 
 pytestmark = pytest.mark.processes
 

@@ -1,4 +1,4 @@
-"""What is true of DTensors on every rank; test_dtensor.py starts it as a program: sharded_ranks.py FOLDER.
+"""What is true of DTensors on every rank; test_dtensor.py starts it as a program: dtensor_ranks.py FOLDER.
 
 Each rank of a group of 2 and of one of 4 runs all cases, and writes which failed to FOLDER. Shards are cut without
 communication, so that a case that fails on one rank keeps no other waiting.
