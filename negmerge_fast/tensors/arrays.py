@@ -64,17 +64,17 @@ class _Unlocked:
 
 def _of_dlpack(array: Any, where: str, written: bool) -> torch.Tensor:
     kind = type(array).__name__
-    seen = _Inspected(array)
+    inspected = _Inspected(array)
     try:
-        view = torch.utils.dlpack.from_dlpack(seen)
-    except _BackwardsError:
+        view = torch.utils.dlpack.from_dlpack(inspected)
+    except _NegativeStrideError:
         raise InputError(f"{where}: {kind} with a negative stride, {_EXPECTED}") from None
     except Exception as error:  # whatever another library raises
         said = " ".join(str(error).split())
         raise InputError(f"{where}: {kind}: {said}, {_EXPECTED}") from error
-    if seen.copied:
+    if inspected.copied:
         raise InputError(f"{where}: {kind} that gives a copy, {_EXPECTED}")
-    if written and view.is_floating_point() and not seen.writable:
+    if written and view.is_floating_point() and not inspected.writable:
         raise InputError(
             f"{where}: {kind} that is read-only, or does not say otherwise by DLPack 1.0, "
             "expected one that can be written in place, or torch.from_dlpack of it"
@@ -82,7 +82,7 @@ def _of_dlpack(array: Any, where: str, written: bool) -> torch.Tensor:
     return view
 
 
-class _BackwardsError(Exception):
+class _NegativeStrideError(Exception):
     """A negative stride: torch would end the process."""
 
 
@@ -101,14 +101,14 @@ class _Inspected:
 
     def __dlpack__(self, **options: Any) -> Any:
         # As it was asked: torch asks again, for less, if that is a TypeError.
-        self._look(capsule := self._array.__dlpack__(**options))
+        self._inspect_capsule(capsule := self._array.__dlpack__(**options))
         if "max_version" not in options:
             # An older torch, which takes no newer capsule. We look at one and give it up.
             with suppress(TypeError, BufferError):
-                self._look(self._array.__dlpack__(**options, max_version=(1, 0)))
+                self._inspect_capsule(self._array.__dlpack__(**options, max_version=(1, 0)))
         return capsule
 
-    def _look(self, capsule: Any) -> None:
+    def _inspect_capsule(self, capsule: Any) -> None:
         if _is_valid(capsule, b"dltensor_versioned"):
             new = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
             self.writable, self.copied = not new.flags & 1, bool(new.flags & 2)
@@ -116,7 +116,7 @@ class _Inspected:
         else:
             strided = _Strided.from_address(_pointer(capsule, b"dltensor"))
         if strided.strides and any(strided.strides[i] < 0 for i in range(strided.ndim)):
-            raise _BackwardsError
+            raise _NegativeStrideError
 
 
 class _Strided(ctypes.Structure):

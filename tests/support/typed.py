@@ -30,19 +30,19 @@ def check() -> None:
     tensor = torch.ones(3)
     array: Floats = np.ones(3, np.float32)
     parameter = torch.nn.Parameter(torch.ones(3))
-    module, foreign = torch.nn.Linear(2, 2), ByDLPack(tensor)
+    module, by_dlpack = torch.nn.Linear(2, 2), ByDLPack(tensor)
     mixed: dict[str, torch.Tensor | Floats] = {"a": torch.ones(3), "b": array}
 
     of_tensor: torch.Tensor = nm.merge(tensor, [tensor, array], scale=0.9)
     of_parameter: torch.Tensor = nm.merge(parameter, [parameter], scale=1, min_agreement=0.8, backend="torch")
     of_array: Floats = nm.merge(array, [array, tensor], scale=0.9, nonfinite="error")
-    of_foreign: torch.Tensor = nm.merge(foreign, [foreign], scale=0.9, inputs="task_vectors")
+    of_dlpack: torch.Tensor = nm.merge(by_dlpack, [by_dlpack], scale=0.9, inputs="task_vectors")
     of_module: dict[str, torch.Tensor] = nm.merge(module, [module, module.state_dict()], scale=0.9)
     of_state: dict[str, torch.Tensor] = nm.merge(OrderedDict(module.state_dict()), [module], scale=0.9)
     of_parameters: dict[str, torch.Tensor] = nm.merge({"w": parameter}, [{"w": array}], scale=0.9)
     of_arrays: dict[str, Floats] = nm.merge({"w": array}, [{"w": tensor}], scale=0.9)
     of_mixed: dict[str, Any] = nm.merge(mixed, [mixed], scale=0.9)
-    assert type(of_tensor) is type(of_parameter) is type(of_foreign) is torch.Tensor
+    assert type(of_tensor) is type(of_parameter) is type(of_dlpack) is torch.Tensor
     assert type(of_array) is type(of_arrays["w"]) is type(of_mixed["b"]) is np.ndarray
     assert type(of_parameters["w"]) is type(of_mixed["a"]) is torch.Tensor
     assert type(of_module) is type(of_state) is dict and of_module.keys() == of_state.keys()

@@ -24,7 +24,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-class Foreign:
+class ByDLPack:
     """An array that is known by DLPack only."""
 
     def __init__(self, held: Any, old: bool = False) -> None:
@@ -33,7 +33,7 @@ class Foreign:
     def __dlpack__(self, **options: Any) -> Any:
         if self.old and options.pop("max_version", None):
             raise TypeError("max_version")
-        if isinstance(self.held, torch.Tensor):  # newer ones alone take max_version
+        if isinstance(self.held, torch.Tensor):  # only newer versions of torch take max_version
             options = {} if self.old else options
         return self.held.__dlpack__(**options)
 
@@ -92,7 +92,7 @@ def test_models_of_arrays_integers_and_tensors(mixed: bool) -> None:
     if mixed:
         models[0]["b"] = torch.from_numpy(b[0].copy())
         models[1] = {n: torch.from_numpy(t) for n, t in models[1].items()}
-        models[2]["a"] = Foreign(a[2])
+        models[2]["a"] = ByDLPack(a[2])
     merged = nm.merge(models[0], models[1:], scale=0.9)
     assert list(merged) == ["a", "b", "n", "flags"]
     assert all(type(merged[n]) is (type(t) if n == "b" else np.ndarray) for n, t in models[0].items())
@@ -163,19 +163,21 @@ def test_task_vectors_of_arrays() -> None:
 @pytest.mark.parametrize("old", [False, True])
 def test_dlpack(old: bool) -> None:
     held = arrays(6, 5)
-    foreign = [Foreign(a, old) for a in held]
-    merged = nm.merge(foreign[0], foreign[1:], scale=0.9)
+    by_dlpack = [ByDLPack(a, old) for a in held]
+    merged = nm.merge(by_dlpack[0], by_dlpack[1:], scale=0.9)
     assert type(merged) is torch.Tensor and same_bits(merged, expected(held))
-    named = nm.merge({"w": foreign[0]}, [{"w": f} for f in foreign[1:]], scale=0.9)
+    named = nm.merge({"w": by_dlpack[0]}, [{"w": f} for f in by_dlpack[1:]], scale=0.9)
     assert same_bits(named["w"], merged)
-    integers = {"n": Foreign(np.arange(3), old)}
+    integers = {"n": ByDLPack(np.arange(3), old)}
     assert type(nm.merge(integers, [integers], scale=0.9)["n"]) is torch.Tensor
     nm.merge_(integers, [integers], scale=0.9)  # reads it only
     if old or not speaks_dlpack_1():
-        with pytest.raises(nm.InputError, match="base: Foreign that is read-only, or does not say otherwise"):
-            nm.merge_(foreign[0], foreign[1:], scale=0.9)
+        with pytest.raises(
+            nm.InputError, match="base: ByDLPack that is read-only, or does not say otherwise"
+        ):
+            nm.merge_(by_dlpack[0], by_dlpack[1:], scale=0.9)
     else:
-        nm.merge_(foreign[0], foreign[1:], scale=0.9)
+        nm.merge_(by_dlpack[0], by_dlpack[1:], scale=0.9)
         assert same_bits(torch.from_numpy(held[0]), merged)
 
 
@@ -195,11 +197,11 @@ def test_an_older_torch_that_asks_for_no_version(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not speaks_dlpack_1(), reason="numpy's DLPack has no flags before 2.1")
 def test_dlpack_flags_are_heeded() -> None:
     base, *finetuned = arrays(6)
-    nm.merge(Foreign(read_only(base)), finetuned, scale=0.9)
-    with pytest.raises(nm.InputError, match="base: Foreign that is read-only"):
-        nm.merge_(Foreign(base), finetuned, scale=0.9)
+    nm.merge(ByDLPack(read_only(base)), finetuned, scale=0.9)
+    with pytest.raises(nm.InputError, match="base: ByDLPack that is read-only"):
+        nm.merge_(ByDLPack(base), finetuned, scale=0.9)
 
-    class Copies(Foreign):
+    class Copies(ByDLPack):
         def __dlpack__(self, **options: Any) -> Any:
             return self.held.__dlpack__(**{**options, "max_version": (1, 0), "copy": True})
 
@@ -230,25 +232,25 @@ NO_VIEW: dict[str, tuple[Callable[[], Any], str]] = {
     "a scalar": (lambda: np.float32(3), "float32, (expected a tensor|but base is ndarray)"),
     "a number": (lambda: 3.0, "float, (expected a tensor|but base is ndarray)"),
     "a list": (lambda: [1.0, 2.0, 3.0], "list, (expected a tensor|but base is ndarray)"),
-    "backwards by DLPack": (lambda: Foreign(np.ones(3)[::-1]), "Foreign with a negative stride"),
-    "the same, old": (lambda: Foreign(np.ones(3)[::-1], old=True), "Foreign with a negative stride"),
-    "no DLPack for it": (lambda: Foreign(np.ones(3, ">f4")), f"Foreign: .*, {VIEWED}"),
-    "with a gradient": (lambda: Foreign(torch.ones(3, requires_grad=True)), f"Foreign: .*, {VIEWED}"),
+    "backwards by DLPack": (lambda: ByDLPack(np.ones(3)[::-1]), "ByDLPack with a negative stride"),
+    "the same, old": (lambda: ByDLPack(np.ones(3)[::-1], old=True), "ByDLPack with a negative stride"),
+    "no DLPack for it": (lambda: ByDLPack(np.ones(3, ">f4")), f"ByDLPack: .*, {VIEWED}"),
+    "with a gradient": (lambda: ByDLPack(torch.ones(3, requires_grad=True)), f"ByDLPack: .*, {VIEWED}"),
 }
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("case", NO_VIEW)
-def test_what_torch_cannot_view_is_refused_by_name(case: str, alone: bool) -> None:
+def test_what_torch_cannot_view_is_refused_by_name(case: str, single: bool) -> None:
     make, message = NO_VIEW[case]
     good, other = np.ones(3, np.float32), np.full(3, 2, np.float32)
     for function in (nm.merge, nm.merge_):
         for which in range(3):
             versions: list[Any] = [good, other, other]
             versions[which] = make()
-            where = ["base", r"finetuned\[0\]", r"finetuned\[1\]"][which] + ("" if alone else r"\['w'\]")
-            models = versions if alone else [{"first": good, "w": v} for v in versions]
-            if not alone:
+            where = ["base", r"finetuned\[0\]", r"finetuned\[1\]"][which] + ("" if single else r"\['w'\]")
+            models = versions if single else [{"first": good, "w": v} for v in versions]
+            if not single:
                 models[0] = {**models[0], "first": good.copy()}
             with pytest.raises((nm.InputError, TypeError), match=f"^{where}: {message}"):
                 function(models[0], models[1:], scale=1.0)
@@ -272,7 +274,7 @@ def test_nothing_is_written_before_all_is_seen() -> None:
 
 
 def test_memory_lives_as_long_as_it_is_used() -> None:
-    merged = nm.merge(np.ones(10_000), [np.full(10_000, 2.0), Foreign(np.full(10_000, 3.0))], scale=1.0)
+    merged = nm.merge(np.ones(10_000), [np.full(10_000, 2.0), ByDLPack(np.full(10_000, 3.0))], scale=1.0)
     assert (merged == -0.5).all() and ctypes.c_double.from_address(merged.ctypes.data).value == -0.5
 
 

@@ -23,7 +23,7 @@ class Labelled(torch.Tensor):
         raise AssertionError("asked")
 
 
-class Elsewhere(torch.Tensor):
+class Wrapper(torch.Tensor):
     """With __torch_dispatch__, as DTensor: its numbers are elsewhere."""
 
     @staticmethod
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "mkldnn": (lambda t: t.to_mkldnn(), "torch._mkldnn tensor, expected a dense one"),
     "meta": (lambda t: t.to("meta"), "a meta tensor holds no data"),
     "fake": (fake, "FakeTensor, expected a plain torch.Tensor"),
-    "elsewhere": (Elsewhere, "Elsewhere, expected a plain torch.Tensor"),
+    "wrapper subclass": (Wrapper, "Wrapper, expected a plain torch.Tensor"),
     "lazy": (lambda t: torch.nn.UninitializedParameter(), "not initialized yet, expected"),
     "lazy buffer": (lambda t: torch.nn.UninitializedBuffer(), "not initialized yet, expected"),
     "zeros without memory": (lambda t: torch._efficientzerotensor(t.shape), OUTSIDE),
