@@ -23,8 +23,8 @@ def tied(paired: dict[str, list[torch.Tensor]], where: Callable[[int | None, str
         if not tensor.numel() or (earlier := first.setdefault(_memory(tensor), name)) == name:
             continue
         found[name] = earlier
-        for k, (here, there) in enumerate(zip(models, paired[earlier][1:], strict=True)):
-            if _memory(here) != _memory(there) and not _same_bits(here, there):
+        for k, (current, tied_to) in enumerate(zip(models, paired[earlier][1:], strict=True)):
+            if _memory(current) != _memory(tied_to) and not _same_bits(current, tied_to):
                 raise InputError(
                     f"{where(k, name)}: differs from {earlier!r}, expected equal: {where(None, name)} is tied to it"
                 )
@@ -47,13 +47,13 @@ def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -
     """
     if not segments:
         return True
-    streams: list[Any] = [s for _, base, models, _ in segments for s in (base, *models)]
-    starts = np.array([s.address for s in streams], np.uint64).reshape(len(segments), -1)
-    sizes = np.array([FLOAT_SIZES[s.dtype] for s in streams], np.uint64).reshape(starts.shape)
+    operands: list[Any] = [s for _, base, models, _ in segments for s in (base, *models)]
+    starts = np.array([s.address for s in operands], np.uint64).reshape(len(segments), -1)
+    sizes = np.array([FLOAT_SIZES[s.dtype] for s in operands], np.uint64).reshape(starts.shape)
     ends = starts + sizes * np.array([[s.numel] for s in segments], np.uint64)
-    beside = np.array([_span(t) for t in others if t.numel()], np.uint64).reshape(-1, 2)
-    read_starts = np.concatenate([starts[:, 1:].ravel(), beside[:, 0]])
-    read_ends = np.concatenate([ends[:, 1:].ravel(), beside[:, 1]])
+    other_spans = np.array([_span(t) for t in others if t.numel()], np.uint64).reshape(-1, 2)
+    read_starts = np.concatenate([starts[:, 1:].ravel(), other_spans[:, 0]])
+    read_ends = np.concatenate([ends[:, 1:].ravel(), other_spans[:, 1]])
 
     # Of spans that lie apart, both columns have the same order.
     starts, ends = np.sort(starts[:, 0]), np.sort(ends[:, 0])

@@ -48,8 +48,8 @@ def difference(base: Any, model: Any) -> str | None:
     # Equal ranks are enough: meshes are unequal, too, when made in different threads or with other names.
     if model.device_mesh != base.device_mesh and _ranks(model) != _ranks(base):
         return f"on ranks {_ranks(model)}, expected {_ranks(base)}"
-    here, there = model.to_local().shape, base.to_local().shape
-    return None if here == there else f"a shard of shape {tuple(here)}, expected {tuple(there)}"
+    found, expected = model.to_local().shape, base.to_local().shape
+    return None if found == expected else f"a shard of shape {tuple(found)}, expected {tuple(expected)}"
 
 
 def _ranks(tensor: Any) -> str:
