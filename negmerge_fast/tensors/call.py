@@ -22,7 +22,7 @@ from ..runtime.interrupts import without_gc, without_interrupts
 from . import dtensor
 from .aliasing import plainly_apart, refuse_shared_memory, tied
 from .arrays import SupportsDLPack, as_tensor, is_array
-from .flatten import FLOATS, Item, batches, flat_item, plain, signatures, specs
+from .flatten import FLOAT_NAMES, Item, batches, flat_item, plain, signatures, specs
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
 Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | torch.nn.Module"
@@ -138,7 +138,7 @@ def _checked(named: dict[str, Any], k: int | None, where: Label) -> dict[str, An
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in FLOATS
+    return isinstance(value, torch.Tensor) and value.dtype in FLOAT_NAMES
 
 
 def not_mergeable(where: str, dtype: object) -> InputError:
@@ -186,7 +186,7 @@ def _uses(
         yield tensor, False, where(None, name)
 
 
-def run(
+def run_batches(
     items: list[Item], rule: Rule, task_vectors: bool, backend: str
 ) -> list[tuple[list[tuple[str, int]], Counts]]:
     """Merge items in batches. Returns, for each batch, the name and length of each of its segments, and its counts."""
@@ -290,7 +290,9 @@ class Call:
 
     def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
         """Merge items into their outputs. Returns these by name."""
-        self._refuse_nonfinite(items, rule, stats_of(run(items, rule, self.task_vectors, self.backend)))
+        self._refuse_nonfinite(
+            items, rule, stats_of(run_batches(items, rule, self.task_vectors, self.backend))
+        )
         return {item.name: item.out for item in items}
 
     def run_in_place(self, rule: Rule) -> Stats:
@@ -305,7 +307,7 @@ class Call:
                 torch.autograd.graph.increment_version(tensor)
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with without_interrupts():
-            return stats_of(run(items, rule, self.task_vectors, self.backend))
+            return stats_of(run_batches(items, rule, self.task_vectors, self.backend))
 
     def like_base(self, merged: Mapping[str, Any]) -> Any:
         """The results as the base is: under its names, tied ones again, as arrays of numpy and DTensors where it has them."""

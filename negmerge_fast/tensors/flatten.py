@@ -7,18 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends.pytorch import DTYPES
 from ..core.batch import Batch, Operand, Segment, Signature
-from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.schema import TensorSpec
 
-SPELLED = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+FLOAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = FLOAT_NAMES | {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
     torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
 }  # fmt: skip
-
-FLOATS = {dtype: spelled for dtype, spelled in SPELLED.items() if spelled in FLOAT_SIZES}
 # Nothing else at first sight: a subclass may hold its numbers elsewhere.
 _STRIDED = torch.strided
 _PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
@@ -46,32 +44,32 @@ def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
     """
     if str(name).endswith("_extra_state"):
         return None
-    streams: list[Operand] = []
+    operands: list[Operand] = []
     shape = device = None
     try:
         for model in models:
             tensor: Any = model.get(name)
             if type(tensor) not in _PLAIN or tensor.layout is not _STRIDED:
                 return None
-            dtype = FLOATS.get(tensor.dtype)
+            dtype = FLOAT_NAMES.get(tensor.dtype)
             if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
                 return None
-            place = tensor.is_cpu or tensor.device  # the former is had sooner
+            location = tensor.is_cpu or tensor.device  # the former is had sooner
             if shape is None:
-                shape, device = tensor.shape, place
-            elif tensor.shape != shape or place != device:
+                shape, device = tensor.shape, location
+            elif tensor.shape != shape or location != device:
                 return None
             if tensor.requires_grad:
                 tensor = tensor.detach()
-            # What Stream(...) does, less a call of a Python function: a tenth of it all.
+            # What Operand(...) does, less a call of a Python function: a tenth of it all.
             if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
                 return None
-            streams.append(tuple.__new__(Operand, (address, dtype, tensor)))
+            operands.append(tuple.__new__(Operand, (address, dtype, tensor)))
     except RuntimeError:  # of a nested tensor, which has no shape
         return None
     if tensor.is_meta:
         return None
-    return Item(name, [s.owner for s in streams], Segment(tensor.numel(), streams[0], streams[1:], None))
+    return Item(name, [s.owner for s in operands], Segment(tensor.numel(), operands[0], operands[1:], None))
 
 
 def require_dense(tensor: torch.Tensor, where: str) -> None:
@@ -103,18 +101,18 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
         except (RuntimeError, NotImplementedError):
             raise TypeError(f"{where}: {_NO_MEMORY}") from None
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        behind = (tensor.storage_offset() + last + 1) * tensor.element_size()
-        if tensor.numel() and behind > held:
-            raise InputError(f"{where}: its memory has been freed, or cut, expected {behind:,} bytes")
+        end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.numel() and end > held:
+            raise InputError(f"{where}: its memory has been freed, or cut, expected {end:,} bytes")
         if tensor.numel() and not has_address:
             raise TypeError(f"{where}: {_NO_MEMORY}")
         return detached
 
 
 def specs(named: dict[str, Any]) -> dict[str, TensorSpec]:
-    """Types and shapes of a model's tensors, for layout.mismatches."""
+    """Types and shapes of a model's tensors, for schema.mismatches."""
     return {
-        name: TensorSpec(SPELLED.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        name: TensorSpec(DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape))
         for name, t in named.items()
         if isinstance(t, torch.Tensor)
     }
@@ -126,7 +124,9 @@ def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> I
         if item.versions[1].device == device:
             written = item.versions[0] if item.out is None else item.out
             yield Signature(
-                FLOATS[written.dtype], tuple([FLOATS[m.dtype] for m in item.versions[1:]]), task_vectors
+                FLOAT_NAMES[written.dtype],
+                tuple([FLOAT_NAMES[m.dtype] for m in item.versions[1:]]),
+                task_vectors,
             )
 
 
@@ -135,7 +135,7 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
     groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}
     scattered = []
     for item in items:
-        if segment := _where_it_is(item):
+        if segment := _segment_in_place(item):
             key = item.versions[1].device, _signature(segment, task_vectors)
             groups.setdefault(key, []).append((item.name, segment))
         else:
@@ -156,15 +156,15 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
         del copies, versions, segment
         yield batch, [item.name], finish
         del batch, finish, merged
-    for (device, signature), members in groups.items():
-        yield Batch(str(device), signature, [s for _, s in members]), [n for n, _ in members], lambda: None
+    for (device, signature), segments in groups.items():
+        yield Batch(str(device), signature, [s for _, s in segments]), [n for n, _ in segments], lambda: None
 
 
-def _where_it_is(item: Item) -> Segment | None:
+def _segment_in_place(item: Item) -> Segment | None:
     """The segment that reads and writes the tensors themselves, if they are flat in the order of the first one's strides."""
     if item.segment:
         numel, base, models, _ = item.segment
-        return Segment(numel, base, models, base if item.out is item.versions[0] else _stream(item.out))
+        return Segment(numel, base, models, base if item.out is item.versions[0] else _operand(item.out))
     tensors = _in_memory_order([*item.versions, item.out])
     if all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors):
         return _segment(tensors)
@@ -177,7 +177,7 @@ def _signature(segment: Segment, task_vectors: bool) -> Signature:
 
 
 def _segment(contiguous: list[Any]) -> Segment:
-    base, *models, out = map(_stream, contiguous)
+    base, *models, out = map(_operand, contiguous)
     return Segment(contiguous[1].numel(), base, [m for m in models if m], out)
 
 
@@ -188,7 +188,7 @@ def _in_memory_order(tensors: list[Any]) -> list[Any]:
     return [None if t is None else t.permute(order) for t in tensors]
 
 
-def _stream(contiguous: torch.Tensor | None) -> Operand | None:
+def _operand(contiguous: torch.Tensor | None) -> Operand | None:
     if contiguous is None:
         return None
     try:
@@ -197,4 +197,4 @@ def _stream(contiguous: torch.Tensor | None) -> Operand | None:
         address = 0
     if not address and contiguous.numel():  # one that was made just now: the others have been looked at
         raise TypeError(f"the result: {_NO_MEMORY}")
-    return Operand(address, SPELLED[contiguous.dtype], contiguous)
+    return Operand(address, DTYPE_NAMES[contiguous.dtype], contiguous)

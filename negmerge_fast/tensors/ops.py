@@ -25,8 +25,8 @@ import torch
 from ..backends import registry
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
-from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run
-from .flatten import FLOATS, SPELLED, Item, require_dense
+from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
+from .flatten import DTYPE_NAMES, FLOAT_NAMES, Item, require_dense
 
 _ARGUMENTS = (
     'Tensor[] finetuned, float scale, float min_agreement=1.0, bool task_vectors=False, str backend="auto"'
@@ -106,8 +106,8 @@ def _backward(ctx: Any, gradients: list[torch.Tensor | None], _: Any) -> tuple[A
         for v, g in zip(versions, gradients, strict=True)
     ]
     of_models = [per_tensor[k] for k in range(1, len(versions[0])) for per_tensor in found]
-    others = len(ctx.needs_input_grad) - 2  # torch leaves out arguments that have their defaults
-    return [per_tensor[0] for per_tensor in found], of_models, *[None] * others
+    other_arguments = len(ctx.needs_input_grad) - 2  # torch leaves out arguments that have their defaults
+    return [per_tensor[0] for per_tensor in found], of_models, *[None] * other_arguments
 
 
 def _gradients(
@@ -123,17 +123,17 @@ def _gradients(
     b, g = base.to(wide), gradient.to(wide)
     differences = [x.to(wide) if task_vectors else x.to(wide) - b for x in models]
     required = Rule(1.0, min_agreement).required(len(models))
-    above = sum((d > 0).to(torch.int32) for d in differences) >= required
-    below = sum((d < 0).to(torch.int32) for d in differences) >= required
-    chosen = [((d > 0) & above) | ((d < 0) & below) for d in differences]
+    positive = sum((d > 0).to(torch.int32) for d in differences) >= required
+    negative = sum((d < 0).to(torch.int32) for d in differences) >= required
+    chosen = [((d > 0) & positive) | ((d < 0) & negative) for d in differences]
     number = torch.stack(chosen).sum(0).clamp(min=1)  # where none is chosen, nothing is handed on
     mean = torch.stack([d.where(c, 0.0) for d, c in zip(differences, chosen, strict=True)]).sum(0) / number
     finite = b.isfinite() & (b - scale * mean).to(base.dtype).isfinite()
     for d in differences:
         finite = finite & d.isfinite()
-    agree = (above | below) & finite
-    share = torch.where(agree, -scale * g / number, 0.0)
-    of_models = [torch.where(c, share, 0.0).to(x.dtype) for c, x in zip(chosen, models, strict=True)]
+    agree = (positive | negative) & finite
+    per_model = torch.where(agree, -scale * g / number, 0.0)
+    of_models = [torch.where(c, per_model, 0.0).to(x.dtype) for c, x in zip(chosen, models, strict=True)]
     of_base = g if task_vectors else torch.where(agree, g + scale * g, g)
     return [of_base.to(base.dtype), *of_models]
 
@@ -197,14 +197,14 @@ def _require_mergeable(named: list[dict[str, torch.Tensor]], flat: Collection[st
 
 def _require_float(tensor: torch.Tensor, where: str) -> None:
     require_dense(tensor, where)
-    if tensor.dtype not in FLOATS:
-        raise not_mergeable(where, SPELLED.get(tensor.dtype, tensor.dtype))
+    if tensor.dtype not in FLOAT_NAMES:
+        raise not_mergeable(where, DTYPE_NAMES.get(tensor.dtype, tensor.dtype))
 
 
 def _counts(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> torch.Tensor:
     """Merge items of one device. Returns their counts in their order, not waited for."""
     rows: dict[str, torch.Tensor] = {}
-    for segments, found in run(items, rule, task_vectors, backend):
+    for segments, found in run_batches(items, rule, task_vectors, backend):
         counts = found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
         if len(segments) == len(items):  # one batch is in order
             return counts

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import dtensor_ranks as ranks
+import pytest
 
 pytestmark = pytest.mark.processes
 
