@@ -28,12 +28,12 @@ from .streaming.api import merge_checkpoints
 from .tensors.api import merge
 
 FORGET = (5, 6, 7, 8, 9)
-# The paper's own rule: the retained accuracy may fall to this share of the original's, no further.
+# The paper's own rule: the retained accuracy may fall to this fraction of the original's, no further.
 KEPT = 0.95
 _PICTURE = "forgetting.png"
 _MERGED = {"model.safetensors", "config.json", "negmerge.json"}
 
-Tick = Callable[[], None]
+OnProgress = Callable[[], None]
 Flat = torch.Tensor
 
 
@@ -43,7 +43,7 @@ class Settings:
 
     models: int = 24
     base_epochs: int = 40
-    longest: int = 10  # epochs of the longest fine-tuning
+    max_epochs: int = 10  # epochs of the longest fine-tuning
     grid: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(121))
 
 
@@ -71,7 +71,7 @@ def run(
     seeds: int = 1,
     output: Path | None = None,
     report: Path | None = None,
-    progress: Tick | None = None,
+    progress: OnProgress | None = None,
     quiet: bool = False,
     settings: Settings | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def run(
     began = time.perf_counter()
     settings = settings or Settings()
     output = Path("negmerge-demo") if output is None else output
-    _check_places(output, report, seeds)
+    _check_paths(output, report, seeds)
     _require_extras()
     from tqdm import tqdm
 
@@ -118,7 +118,7 @@ def run(
     return result
 
 
-def _check_places(output: Path, report: Path | None, seeds: int) -> None:
+def _check_paths(output: Path, report: Path | None, seeds: int) -> None:
     if seeds < 1:
         raise InputError(f"seeds: {seeds}, expected at least 1")
     if output.exists() and not output.is_dir():
@@ -140,9 +140,9 @@ def _check_places(output: Path, report: Path | None, seeds: int) -> None:
             raise InputError(f"{folder}: not a directory, expected a place for a seed's models")
         # The merge at the end would refuse these too, but only after all the training.
         merged = folder / "merged"
-        strangers = {path.name for path in merged.iterdir()} - _MERGED if merged.is_dir() else set()
-        if strangers:
-            raise InputError(f"{merged / min(strangers)}: not negmerge's, so {merged} is not replaced")
+        unknown_files = {path.name for path in merged.iterdir()} - _MERGED if merged.is_dir() else set()
+        if unknown_files:
+            raise InputError(f"{merged / min(unknown_files)}: not negmerge's, so {merged} is not replaced")
 
 
 def _require_extras() -> None:
@@ -192,9 +192,9 @@ class Training:
     noise: float = 0.0
 
 
-def _varied(k: int, longest: int) -> Training:
+def _varied(k: int, max_epochs: int) -> Training:
     """The hyperparameters of the k-th fine-tuned model: every combination comes before one comes twice."""
-    rates, epochs, decays = (3e-4, 5e-4, 1e-3), (longest // 2, longest), (0.0, 0.01)
+    rates, epochs, decays = (3e-4, 5e-4, 1e-3), (max_epochs // 2, max_epochs), (0.0, 0.01)
     return Training(
         epochs=epochs[k // 3 % 2],
         rate=rates[k % 3],
@@ -204,11 +204,11 @@ def _varied(k: int, longest: int) -> Training:
     )
 
 
-def _train(network: nn.Module, data: Split, how: Training, seed: int, tick: Tick) -> None:
+def _train(network: nn.Module, data: Split, how: Training, seed: int, on_progress: OnProgress) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=how.rate, weight_decay=how.decay)
     for _ in range(how.epochs):
-        tick()
+        on_progress()
         for batch in torch.split(torch.randperm(len(data.digits), generator=generator), 64):
             images = data.images[batch]
             if how.shift:
@@ -237,12 +237,12 @@ def _flatten(state: dict[str, torch.Tensor]) -> Flat:
 class _Judge:
     """Scores flat weights on one split."""
 
-    def __init__(self, network: nn.Module, data: Split, tick: Tick) -> None:
-        self.network, self.tick = network, tick
+    def __init__(self, network: nn.Module, data: Split, on_progress: OnProgress) -> None:
+        self.network, self.on_progress = network, on_progress
         self.data, self.to_forget = data, torch.isin(data.digits, torch.tensor(FORGET))
 
     def __call__(self, weights: Flat) -> Score:
-        self.tick()
+        self.on_progress()
         with torch.no_grad():
             nn.utils.vector_to_parameters(weights, self.network.parameters())
             right = self.network(self.data.images).argmax(1) == self.data.digits
@@ -261,11 +261,11 @@ def choose_scale(grid: Iterable[float], scores: Iterable[Score], original: Score
     return min(allowed)[2]  # λ = 0 is in the grid, and is always allowed
 
 
-def ties(vectors: torch.Tensor, share: float = 0.2) -> Flat:
+def ties(vectors: torch.Tensor, fraction: float = 0.2) -> Flat:
     """TIES (arXiv 2306.01708): trim each task vector to its largest elements, elect a sign, average those that have it."""
-    kept = math.ceil(share * vectors.shape[1])
-    least = vectors.abs().topk(kept, dim=1).values[:, -1:]
-    trimmed = torch.where(vectors.abs() >= least, vectors, 0.0)
+    kept = math.ceil(fraction * vectors.shape[1])
+    threshold = vectors.abs().topk(kept, dim=1).values[:, -1:]
+    trimmed = torch.where(vectors.abs() >= threshold, vectors, 0.0)
     fitting = trimmed * trimmed.sum(0).sign() > 0
     return torch.where(fitting, trimmed, 0.0).sum(0) / fitting.sum(0).clamp(min=1)
 
@@ -299,30 +299,30 @@ def _methods(finetuned: list[Flat], base: Flat) -> dict[str, list[Callable[[floa
 
 
 def _run_seed(
-    seed: int, folder: Path, settings: Settings, tick: Tick, step: Callable[[], object]
+    seed: int, folder: Path, settings: Settings, on_progress: OnProgress, step: Callable[[], object]
 ) -> tuple[list[dict[str, Any]], dict[str, list[Score]]]:
     data = _load(seed)
     forget, retain = data["train"].only(FORGET), data["train"].only(set(range(10)) - set(FORGET))
     trained = Training(settings.base_epochs, 1e-3)
     network = _network(seed)
-    _train(network, data["train"], trained, seed, tick)
+    _train(network, data["train"], trained, seed, on_progress)
     base_dir = _save(network, folder / "base")
     original = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     base = _flatten(original)
     step()
     retrained = _network(seed)
-    _train(retrained, retain, trained, seed, tick)
+    _train(retrained, retain, trained, seed, on_progress)
     _save(retrained, folder / "retrained")
     step()
     finetuned, dirs = [], []
     for k in range(settings.models):
         network.load_state_dict(original)
-        _train(network, forget, _varied(k, settings.longest), 1000 * seed + k, tick)
+        _train(network, forget, _varied(k, settings.max_epochs), 1000 * seed + k, on_progress)
         dirs.append(_save(network, folder / f"finetuned-{k:02d}"))
         finetuned.append(_flatten(network.state_dict()))
         step()
 
-    on_validation, on_test = (_Judge(network, data[part], tick) for part in ("validation", "test"))
+    on_validation, on_test = (_Judge(network, data[part], on_progress) for part in ("validation", "test"))
     rows = []
 
     def add(method: str, weights: Flat, scale: float | None = None, ratio: float | None = None) -> None:

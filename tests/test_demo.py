@@ -30,19 +30,19 @@ def test_the_search_takes_the_lowest_forget_accuracy_that_keeps_95_percent() -> 
     assert demo.choose_scale([0, 1], [original, Score(0.0, 0.1)], original) == 0
 
 
-def test_rivals_on_vectors_worked_by_hand() -> None:
+def test_baselines_on_vectors_worked_by_hand() -> None:
     vectors = torch.tensor([[4.0, -1.0, 0.0, 3.0, 0.1], [2.0, 5.0, 0.0, -4.0, 0.2]])
     assert demo.magmax(vectors).tolist() == [4.0, 5.0, 0.0, -4.0, pytest.approx(0.2)]
     # Two of five kept in each: [4, 0, 0, 3, 0] and [0, 5, 0, -4, 0]; the fourth's elected sign is the minus.
-    assert demo.ties(vectors, share=0.4).tolist() == [4.0, 5.0, 0.0, -4.0, 0.0]
+    assert demo.ties(vectors, fraction=0.4).tolist() == [4.0, 5.0, 0.0, -4.0, 0.0]
     assert demo.conflicting(vectors).tolist() == [0.0, 2.0, 0.0, -0.5, 0.0]
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(models=3, base_epochs=3, longest=2, grid=(0.0, 0.5, 1.0))
-    ticks: list[int] = []
+    settings = Settings(models=3, base_epochs=3, max_epochs=2, grid=(0.0, 0.5, 1.0))
+    calls: list[int] = []
     report = tmp_path / "out" / "report.json"
-    result = demo.run(1, tmp_path / "out", report, lambda: ticks.append(1), quiet=True, settings=settings)
+    result = demo.run(1, tmp_path / "out", report, lambda: calls.append(1), quiet=True, settings=settings)
     printed = capsys.readouterr().out
     assert all(len(line) <= 100 for line in printed.splitlines()[:-1])
     assert json.loads(report.read_text()) == result
@@ -50,7 +50,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert methods[:2] == ["original", "retrained"] and methods[-1] == "NegMerge" and len(methods) == 8
     assert all(method in printed for method in methods)
     assert "of one seed" in printed and "±" not in printed
-    assert len(ticks) > 20
+    assert len(calls) > 20
     assert (tmp_path / "out" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
 
     seed = tmp_path / "out" / "seed-0"
