@@ -1,7 +1,7 @@
-"""merge, merge_, merge_task_vectors and negate_ on tensors, arrays, mappings of these and modules.
+"""Merging of models in memory: merge, merge_, merge_task_vectors and negate_ on tensors, arrays, mappings and modules.
 
-Models become named tensors, the versions of one name a segment of flat memory, and all segments of one device and
-signature a batch: one call of a backend. Everything is checked before the first write.
+Models become named tensors. The versions of one name become a segment of flat memory. All segments of one device and
+signature become a batch, which is one call of a backend. Everything is checked before the first write.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .graph import merge_in_graph, merge_in_graph_
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack  # of typing since Python 3.11
 
-# What comes back as it came in; a Parameter as a Tensor.
+# Types that are returned as they were passed; a Parameter is returned as a Tensor.
 _Same = TypeVar("_Same", torch.Tensor, np.ndarray[Any, Any])
 
 
 class _Options(TypedDict, total=False):
-    """Keywords of merge_task_vectors; for type checkers only, as the next."""
+    """Keywords of merge_task_vectors, for type checkers."""
 
     min_agreement: float
     nonfinite: NonFinite
@@ -35,7 +35,7 @@ class _Options(TypedDict, total=False):
 
 
 class _Scaled(_Options, total=False):
-    """Keywords of merge."""
+    """Keywords of merge, for type checkers."""
 
     scale: Required[float]
     inputs: Inputs
@@ -67,27 +67,43 @@ def merge(
     nonfinite: NonFinite = "keep-base",
     backend: str = "auto",
 ) -> Any:
-    """The base, negated by the consensus of its fine-tuned versions (NegMerge, arXiv 2410.05583, section 4).
+    """Merge fine-tuned versions into a base model by negation of their consensus (NegMerge).
 
-        d_k = x_k - b;   agree = all d_k > 0 or all d_k < 0;   out = b - scale · mean(d)  if agree,  else b
+    For one element, with base weight b, fine-tuned weights x_1 … x_n and scale λ (arXiv 2410.05583, section 4):
 
-    base: a tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device; fp64, fp32, fp16
-        and bf16 are merged; integer and bool tensors are the base's, untouched. Wherever a tensor may be, so may an
-        array of numpy, or of any library that speaks DLPack, if torch can view it without a copy; or a DTensor.
-    finetuned: one or more of the same kind, with the same names, shapes and devices; floating-point types may differ.
-    scale: λ. min_agreement: the share of the models, in (0.5, 1], that must agree on the sign; 1 is the paper's.
-    inputs: whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
-    nonfinite: an element with a NaN or an infinity in any version, or in the result, keeps the base's bits
-        ("keep-base") or is an "error".
+        d_k   = x_k - b
+        agree = all d_k > 0  or  all d_k < 0
+        out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
-    Returns what base is, in memory of its own: a tensor, or a dict of tensors (of a module, its state dict), plain ones
-    of torch; for arrays of numpy, arrays; for DTensors, DTensors that lie as the base's do. Tied weights stay tied. Raises
-    InputError (a ValueError) or TypeError naming model and tensor.
+    DTensors are merged shard by shard, each rank its own, without communication. All versions of a name must have equal
+    placements, Shard or Replicate, on the same ranks. Only with nonfinite="error" do the ranks exchange whether anything was
+    found (one number for each dimension of the mesh), so that all of them raise or none; then all have to call. A mistake
+    that only one rank can see, such as shared memory, is refused by that rank alone.
 
-    Of DTensors each rank merges its own shards, without communication: all versions of a name must have equal
-    placements, Shard or Replicate, on the same ranks. Only with nonfinite="error" do these ranks tell each other
-    whether anything was found (one number per dimension of the mesh), so that all of them raise or none; they all
-    have to call. Other mistakes that one rank alone can see, such as shared memory, it alone refuses.
+    Args:
+        base: A tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device. fp64, fp32, fp16
+            and bf16 are merged; integer and bool tensors are copied. NumPy arrays, arrays of any library with DLPack
+            and DTensors may stand wherever a tensor may, if torch can view them without a copy.
+        finetuned: One or more models of the same kind, with the same names, shapes and devices. Floating-point dtypes
+            may differ. One list, even for one model.
+        scale: λ, any finite number. The paper searches 0 … 1.
+        min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign. 1 is the paper's.
+        inputs: Whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
+        nonfinite: An element with a NaN or an infinity in any version or in the result keeps the base's bits
+            ("keep-base") or raises ("error").
+        backend: "auto", or one of "cuda", "triton", "cpu" and "torch". "auto" takes the compiled kernel of the device,
+            else Triton on a GPU, else plain PyTorch. All give the same bits.
+
+    Returns:
+        What base is, in memory of its own: a tensor or array, or a dict of them. For a module, its state dict as plain
+            tensors. Dtypes, shapes, devices and DTensor placements are those of base; tied weights stay tied.
+
+    Raises:
+        InputError: If versions differ in names, shapes or devices, memory cannot be viewed, an option is out of range, a
+            named backend cannot run here, or an element is non-finite with nonfinite="error". It is a ValueError, and
+            names the model and the tensor.
+        TypeError: If an argument is of the wrong kind, or a tensor is not a dense one with memory of its own.
+        RuntimeError: If the device fails.
     """
     if torch.compiler.is_compiling():
         return merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
@@ -111,15 +127,31 @@ def merge_(
     nonfinite: NonFinite = "keep-base",
     backend: str = "auto",
 ) -> Stats:
-    """merge, in place on base; the arguments are merge's. Tied weights are updated once (in a graph they are not looked for).
+    """Merge fine-tuned versions into a base model, in place.
 
-    Nothing is written if anything is refused: fine-tuned versions that share memory with base included, and with
-    nonfinite="error" any non-finite element (which costs a second reading of everything). Ctrl-C waits until all is
-    written; only memory that is missing for the flat copy of a scattered tensor can stop it on the way. Arrays are
-    written where they are; read-only ones, which DLPack before 1.0 can't tell from others, are refused.
+    The rule and the arguments are those of merge. Everything is checked before the first write. Ctrl-C waits until all is
+    written; only memory that is missing for the flat copy of a scattered tensor can stop the call on the way. In a graph of
+    torch.compile, tied weights and shared memory are not looked for.
 
-    Returns what was counted, per tensor and in all: elements, agreed, nonfinite, consensus_ratio. Of DTensors, what this
-    rank holds was counted; where each element is on one rank, as in FSDP, sums over the ranks are the model's.
+    Args:
+        base: As of merge; it is written. Tied weights are updated once. Arrays are written where they are; read-only ones,
+            which DLPack before 1.0 cannot tell from others, are refused.
+        finetuned: As of merge. Versions that share memory with base are refused.
+        scale: λ, any finite number.
+        min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
+        inputs: Whether finetuned holds "finetuned" weights or "task_vectors".
+        nonfinite: "keep-base", or "error". With "error" nothing is written if any element is non-finite, which costs
+            a second reading of everything.
+        backend: As of merge.
+
+    Returns:
+        Counts for each tensor and in all: elements, agreed, nonfinite, consensus_ratio. They stay on the device until
+            one is read. Of DTensors they are what this rank holds; where each element is on one rank, as in FSDP, the
+            sums over the ranks are the model's.
+
+    Raises:
+        InputError: As merge; also if a version shares memory with base. Nothing was written.
+        TypeError: If an argument is of the wrong kind.
     """
     if torch.compiler.is_compiling():
         return merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
@@ -135,10 +167,24 @@ def negate_(
     nonfinite: NonFinite = "keep-base",
     backend: str = "auto",
 ) -> Stats:
-    """base -= scale · tau, in place, where tau is not zero: task negation (arXiv 2212.04089) with any task vector.
+    """Subtract a scaled task vector from a model, in place: base -= scale · tau.
 
-    base, nonfinite and the result are those of merge_; tau is one model of the same kind, whose integer and bool
-    tensors may be missing. One multiplication and one addition, rounded each, in float32 (float64 for fp64).
+    This is task negation (arXiv 2212.04089) with any task vector. One multiplication and one addition, each rounded, in
+    float32 (float64 if either is fp64). Elements where tau is zero keep their bits.
+
+    Args:
+        base: A tensor, mapping or module, as of merge_; it is written.
+        tau: One task vector of the same kind. Its integer and bool tensors may be missing.
+        scale: λ, any finite number.
+        nonfinite: As of merge_.
+        backend: As of merge.
+
+    Returns:
+        Counts as of merge_; agreed counts the elements where tau is not zero.
+
+    Raises:
+        InputError: As merge_.
+        TypeError: If an argument is of the wrong kind.
     """
     rule = Rule(scale)
     return Call(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True).run_in_place(rule)
@@ -163,11 +209,24 @@ def merge_task_vectors(
     nonfinite: NonFinite = "keep-base",
     backend: str = "auto",
 ) -> Any:
-    """The consensus mean of task vectors, dense: their mean where all signs agree, 0 elsewhere (arXiv 2410.05583, eq. 3).
+    """Compute the consensus mean of task vectors, dense (arXiv 2410.05583, equation 3).
 
-    task_vectors: one or more tensors, mappings or modules with the same names, shapes and devices. The result has the
-    widest of their types, per tensor; integer and bool tensors are left out; non-finite elements are 0 or an error.
-    Arrays are taken, and given back where task_vectors[0] has them, as by merge. Raises as merge does.
+    An element is the mean of the task vectors where all their signs agree, and 0 elsewhere.
+
+    Args:
+        task_vectors: One or more tensors, mappings or modules with the same names, shapes and devices. Arrays are taken as
+            by merge.
+        min_agreement: The fraction of the task vectors, in (0.5, 1], that must have the same sign.
+        nonfinite: Non-finite elements are 0 ("keep-base") or raise ("error").
+        backend: As of merge.
+
+    Returns:
+        What task_vectors[0] is: a tensor, an array or a dict, with the widest dtype of each tensor's versions. Integer and
+            bool tensors are left out.
+
+    Raises:
+        InputError: As merge; also for a single tensor that is not of a floating-point type.
+        TypeError: If an argument is of the wrong kind.
     """
     rule = Rule(-1.0, min_agreement)
     call = Call(None, task_vectors, "task_vectors", "task_vectors", nonfinite, backend)

@@ -1,18 +1,8 @@
-"""The rule as operators of torch, for graphs: torch.compile, torch.export, CUDA graphs. Importing this registers them.
+"""The rule as operators of torch, for torch.compile, torch.export and CUDA graphs. Importing the module registers them.
 
-    torch.ops.negmerge.merge(base, finetuned, scale, min_agreement=1.0, task_vectors=False, backend="auto")
-        -> (merged, counts)
-    torch.ops.negmerge.merge_(base, finetuned, scale, min_agreement=1.0, task_vectors=False, backend="auto")
-        -> counts
-
-base: one or more dense tensors on one device, fp64, fp32, fp16 or bf16, of any shapes and strides. finetuned: those of the
-first model in the order of base, then the second's, and so on. merged: like base, with the strides of torch.empty_like.
-counts: int64[len(base), 2] on that device, agreed and non-finite elements, for which nobody has waited.
-
-A non-finite element keeps the base's bits. A mistake is an InputError or a TypeError naming model and tensor, the same
-where a graph is traced as where it runs; but only there is it seen that memory is shared (merge_), or has been freed.
-merge has a gradient, which takes for constant what agrees, in backward mode only (torch.func.jvp sees zeros); merge_ writes
-as under torch.no_grad. Ctrl-C is not held up.
+The operators are torch.ops.negmerge.merge and torch.ops.negmerge.merge_. A mistake raises InputError or TypeError and
+names model and tensor, both where a graph is traced and where it runs. Shared memory (merge_) and freed memory are
+found only where it runs. Ctrl-C is not held up.
 """
 
 from __future__ import annotations
@@ -44,6 +34,27 @@ def merge(
     task_vectors: bool = False,
     backend: str = "auto",
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Merge lists of tensors: torch.ops.negmerge.merge.
+
+    The operator has a gradient, in backward mode only (torch.func.jvp sees zeros). The gradient takes for constant which
+    elements agree.
+
+    Args:
+        base: One or more dense tensors on one device: fp64, fp32, fp16 or bf16, any shapes and strides.
+        finetuned: The tensors of the first model in the order of base, then those of the second, and so on.
+        scale: λ, any finite number.
+        min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
+        task_vectors: Whether finetuned holds differences and not weights.
+        backend: "auto", "cuda", "triton", "cpu" or "torch".
+
+    Returns:
+        merged, tensors like base with the strides of torch.empty_like; and counts, int64[len(base), 2] on the same device:
+            agreed and non-finite elements of each tensor, not waited for. A non-finite element keeps the base's bits.
+
+    Raises:
+        InputError: If tensors do not fit each other or an option is out of range.
+        TypeError: If an argument is of the wrong kind.
+    """
     items = _paired(_named(base, finetuned, scale, min_agreement, backend))
     merged = [torch.empty_like(tensor) for tensor in base]
     items = [item._replace(out=out) for item, out in zip(items, merged, strict=True)]
@@ -61,6 +72,25 @@ def merge_(
     task_vectors: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
+    """Merge lists of tensors in place: torch.ops.negmerge.merge_.
+
+    It writes to base as under torch.no_grad. The arguments are those of merge.
+
+    Args:
+        base: As of merge; written.
+        finetuned: As of merge.
+        scale: As of merge.
+        min_agreement: As of merge.
+        task_vectors: As of merge.
+        backend: As of merge.
+
+    Returns:
+        counts, int64[len(base), 2] on the device of base: agreed and non-finite elements of each tensor.
+
+    Raises:
+        InputError: As merge; also if memory is shared with base.
+        TypeError: If an argument is of the wrong kind.
+    """
     items = _paired(_named(base, finetuned, scale, min_agreement, backend))
     refuse_aliasing(items, {}, _where)
     items = [item._replace(out=item.versions[0]) for item in items]
