@@ -1,4 +1,4 @@
-"""Which tensors share memory with which: what is written in place must be written once, and read by nobody else."""
+"""Aliasing: tied weights, and tensors that share memory with what a merge in place writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.errors import InputError
 
 
 def tied(paired: dict[str, list[torch.Tensor]], where: Callable[[int | None, str], str]) -> dict[str, str]:
-    """Names whose memory has an earlier name already, and that name. The models must hold equal values for both."""
+    """Tied weights: names whose memory an earlier name has, and that name. Models must have equal values for both."""
     if len({versions[0].data_ptr() for versions in paired.values()}) == len(paired):
         return {}
     first: dict[tuple[Any, ...], str] = {}
@@ -32,7 +32,7 @@ def tied(paired: dict[str, list[torch.Tensor]], where: Callable[[int | None, str
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
+    # as_strided, not view(-1), which keeps the stride of a dimension of size 1, and that may be any number.
     as_bytes = [
         t.resolve_neg().contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (left, right)
     ]
@@ -40,10 +40,10 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -> bool:
-    """Whether the first and last addresses alone show what refuse_shared_memory looks for to be absent.
+    """Whether the first and last addresses alone prove that no memory is shared with what is written.
 
-    segments: their bases are written, their models are read, as the others are. Devices are not told apart: where
-    addresses of two happen to meet, the exact search decides.
+    The bases of segments are written; their models and the others are read. Devices are not distinguished: where
+    addresses of two devices meet by chance, the exact search of refuse_shared_memory decides.
     """
     if not segments:
         return True
@@ -55,17 +55,17 @@ def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -
     read_starts = np.concatenate([starts[:, 1:].ravel(), other_spans[:, 0]])
     read_ends = np.concatenate([ends[:, 1:].ravel(), other_spans[:, 1]])
 
-    # Of spans that lie apart, both columns have the same order.
+    # The starts and the ends of disjoint spans have the same order.
     starts, ends = np.sort(starts[:, 0]), np.sort(ends[:, 0])
     if (ends[:-1] > starts[1:]).any():
         return False
-    # The first written span that ends behind the start of what is read must not start before its end.
+    # The first written span that ends after the start of a read span must not start before the end of that.
     following = np.searchsorted(ends, read_starts, side="right")
     return bool((read_ends <= np.append(starts, read_ends.max(initial=0))[following]).all())
 
 
 def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None:
-    """Raise InputError if an element that is written is used twice; uses: tensor, whether it is written, its name."""
+    """Raise InputError if an element that is written is used twice. A use is a tensor, whether it is written, its label."""
     spans = []
     read: set[tuple[Any, ...]] = set()
     for tensor, written, label in uses:
@@ -88,12 +88,12 @@ def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor is and how it is read there: equal for tensors that are one."""
+    """A key of a tensor's memory and of how it is read: equal for tensors that are the same."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The address of a tensor's first byte, and the one behind its last."""
+    """The address of a tensor's first byte, and the address after its last."""
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
@@ -109,7 +109,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 class _Addresses:
-    """The addresses of a tensor as an array that numpy can reason about, and that nobody reads."""
+    """The addresses of a tensor as an array for NumPy's search. Nobody reads the elements."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         size = tensor.element_size()
@@ -123,7 +123,7 @@ class _Addresses:
 
 
 def _shares_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
-    # Steps of an exact search that usually takes a few; Any because numpy's stubs know 0 and -1 only.
+    # The exact search usually takes a few steps. Any, because NumPy's stubs know 0 and -1 only.
     bound: Any = 100_000
     try:
         return np.shares_memory(np.asarray(_Addresses(left)), np.asarray(_Addresses(right)), max_work=bound)

@@ -76,9 +76,9 @@ def merge(
         out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
     DTensors are merged shard by shard, each rank its own, without communication. All versions of a name must have equal
-    placements, Shard or Replicate, on the same ranks. Only with nonfinite="error" do the ranks exchange whether anything was
-    found (one number for each dimension of the mesh), so that all of them raise or none; then all have to call. A mistake
-    that only one rank can see, such as shared memory, is refused by that rank alone.
+    placements, Shard or Replicate, on the same ranks. Only with nonfinite="error" do the ranks exchange whether anything
+    was found (one number for each dimension of the mesh), so that all of them raise or none; then all have to call. A
+    mistake that only one rank can see, such as shared memory, is refused by that rank alone.
 
     Args:
         base: A tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device. fp64, fp32, fp16
@@ -87,7 +87,8 @@ def merge(
         finetuned: One or more models of the same kind, with the same names, shapes and devices. Floating-point dtypes
             may differ. One list, even for one model.
         scale: λ, any finite number. The paper searches 0 … 1.
-        min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign. 1 is the paper's.
+        min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign. The paper
+            has 1.
         inputs: Whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
         nonfinite: An element with a NaN or an infinity in any version or in the result keeps the base's bits
             ("keep-base") or raises ("error").
@@ -129,13 +130,13 @@ def merge_(
 ) -> Stats:
     """Merge fine-tuned versions into a base model, in place.
 
-    The rule and the arguments are those of merge. Everything is checked before the first write. Ctrl-C waits until all is
-    written; only memory that is missing for the flat copy of a scattered tensor can stop the call on the way. In a graph of
-    torch.compile, tied weights and shared memory are not looked for.
+    The rule and the arguments are those of merge. Everything is checked before the first write. Ctrl-C waits until all
+    is written; only memory that is missing for the flat copy of a scattered tensor can stop the call on the way. In a
+    graph of torch.compile, tied weights and shared memory are not looked for.
 
     Args:
-        base: As of merge; it is written. Tied weights are updated once. Arrays are written where they are; read-only ones,
-            which DLPack before 1.0 cannot tell from others, are refused.
+        base: As of merge; it is written. Tied weights are updated once. Arrays are written where they are; read-only
+            ones, which DLPack before 1.0 cannot tell from others, are refused.
         finetuned: As of merge. Versions that share memory with base are refused.
         scale: λ, any finite number.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
@@ -214,15 +215,15 @@ def merge_task_vectors(
     An element is the mean of the task vectors where all their signs agree, and 0 elsewhere.
 
     Args:
-        task_vectors: One or more tensors, mappings or modules with the same names, shapes and devices. Arrays are taken as
-            by merge.
+        task_vectors: One or more tensors, mappings or modules with the same names, shapes and devices. Arrays are
+            taken as by merge.
         min_agreement: The fraction of the task vectors, in (0.5, 1], that must have the same sign.
         nonfinite: Non-finite elements are 0 ("keep-base") or raise ("error").
         backend: As of merge.
 
     Returns:
-        What task_vectors[0] is: a tensor, an array or a dict, with the widest dtype of each tensor's versions. Integer and
-            bool tensors are left out.
+        What task_vectors[0] is: a tensor, an array or a dict, with the widest dtype of each tensor's versions. It has
+            no integer and bool tensors.
 
     Raises:
         InputError: As merge; also for a single tensor that is not of a floating-point type.

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as torch tensors: views of the caller's memory, never copies."""
+"""Arrays of NumPy and of libraries with DLPack as torch tensors: views of the caller's memory, never copies."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _EXPECTED = "expected one that torch can view without a copy"
 
 
 class SupportsDLPack(Protocol):
-    """An array that other libraries may view: of cupy, jax and others."""
+    """An array that other libraries can view by DLPack: of CuPy, JAX and others."""
 
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 
 def is_array(value: object) -> bool:
-    """Whether it is one that as_tensor takes, and not a tensor."""
+    """Whether a value is an array that as_tensor takes, and not a tensor."""
     return not isinstance(value, torch.Tensor) and (
         isinstance(value, np.ndarray)
         or (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"))
@@ -30,10 +30,16 @@ def is_array(value: object) -> bool:
 
 
 def as_tensor(array: Any, where: str, written: bool) -> torch.Tensor:
-    """An array as a tensor on its memory, whatever its type.
+    """An array of any dtype as a tensor on the same memory.
 
-    where: what to call it. written: it is one that is written, if of a floating-point type. Raises TypeError or
-    InputError for what torch can't view as it is, and for what is written and must not be.
+    Args:
+        array: The array.
+        where: Its label in errors.
+        written: Whether it will be written, if its dtype is a floating-point one.
+
+    Raises:
+        InputError: If torch cannot view the array as it is, or it is read-only and will be written.
+        TypeError: If it has a mask.
     """
     if isinstance(array, np.ndarray):
         return _of_numpy(array, where, written)
@@ -47,14 +53,14 @@ def _of_numpy(array: np.ndarray[Any, Any], where: str, written: bool) -> torch.T
         raise InputError(f"{where}: read-only numpy array, expected one that can be written in place")
     try:
         return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
-    except (TypeError, ValueError):  # torch's words: other bytes first, a type it does not have, strides
+    except (TypeError, ValueError):  # byte order, dtype or strides that torch does not have
         strides = f", strides {array.strides}" if array.dtype.isnative and array.dtype.kind in "biufc" else ""
     found = f"numpy array of dtype {array.dtype}{strides}"
     raise InputError(f"{where}: {found}, {_EXPECTED}")
 
 
 class _Unlocked:
-    """A read-only array that numpy takes for a writable one: it is read only, and torch would warn of it."""
+    """A read-only array that NumPy takes for a writable one. torch would warn otherwise; nobody writes to it."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self._array = array  # keeps the memory
@@ -69,7 +75,7 @@ def _of_dlpack(array: Any, where: str, written: bool) -> torch.Tensor:
         view = torch.utils.dlpack.from_dlpack(inspected)
     except _NegativeStrideError:
         raise InputError(f"{where}: {kind} with a negative stride, {_EXPECTED}") from None
-    except Exception as error:  # whatever another library raises
+    except Exception as error:  # another library may raise anything
         said = " ".join(str(error).split())
         raise InputError(f"{where}: {kind}: {said}, {_EXPECTED}") from error
     if inspected.copied:
@@ -83,13 +89,15 @@ def _of_dlpack(array: Any, where: str, written: bool) -> torch.Tensor:
 
 
 class _NegativeStrideError(Exception):
-    """A negative stride: torch would end the process."""
+    """A negative stride, for which torch would end the process."""
 
 
 class _Inspected:
-    """An array on its way to torch, whose capsules are looked at: torch reads neither flags nor signs.
+    """An array whose DLPack capsules are inspected on the way to torch, which reads neither flags nor signs of strides.
 
-    copied: it is no view. writable: it says so; arrays from before DLPack 1.0 say nothing.
+    Attributes:
+        copied: The capsule holds a copy.
+        writable: The capsule says that it may be written. Before DLPack 1.0 there is no flag for it.
     """
 
     def __init__(self, array: Any) -> None:
@@ -100,10 +108,10 @@ class _Inspected:
         return self._array.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
-        # As it was asked: torch asks again, for less, if that is a TypeError.
+        # A TypeError is passed on: torch then asks again with fewer arguments.
         self._inspect_capsule(capsule := self._array.__dlpack__(**options))
         if "max_version" not in options:
-            # An older torch, which takes no newer capsule. We look at one and give it up.
+            # An older torch takes no versioned capsule. One is made only to inspect its flags.
             with suppress(TypeError, BufferError):
                 self._inspect_capsule(self._array.__dlpack__(**options, max_version=(1, 0)))
         return capsule

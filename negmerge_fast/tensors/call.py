@@ -1,6 +1,6 @@
-"""One call of a merge: models listed and named, tensors paired and checked, items merged in batches.
+"""One call of a merge: models are listed and named, tensors paired and checked, items merged in batches.
 
-The functions of api.py, the operators of ops.py and the traced path of graph.py all use what is here.
+api.py, ops.py and graph.py all build on these functions, so that a mistake has one message everywhere.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .flatten import FLOAT_NAMES, Item, batches, flat_item, plain, signatures, s
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
 Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | torch.nn.Module"
-# Names a tensor in an error: of the base (None) or of a model (its number from 0).
+# Labels a tensor in errors, given the model's number from 0 (None for the base) and the tensor's name.
 Label: TypeAlias = Callable[["int | None", str], str]
 
-# The name of the one tensor of a model that is just a tensor.
+# The name of the tensor of a model that is a single tensor.
 SINGLE = ""
 
 
 class ExtraState(NamedTuple):
-    """What a module says of itself beside its tensors: the base's, untouched, whatever it is."""
+    """A module's extra state, of any type: the base's is returned unchanged."""
 
     value: Any
 
@@ -47,15 +47,18 @@ def is_single(model: object, arrays: bool = True) -> bool:
 
 
 def is_extra_state(name: str) -> bool:
+    """Whether a name of a state dict is that of a module's extra state."""
     return str(name).endswith("_extra_state")
 
 
 def require_options(inputs: str, nonfinite: str) -> None:
+    """Check the options that are choices of words."""
     require_choice("inputs", inputs, ("finetuned", "task_vectors"))
     require_choice("nonfinite", nonfinite, ("keep-base", "error"))
 
 
 def list_models(models: Any, label: str, arrays: bool = True) -> list[Any]:
+    """A list of one or more models, from any iterable but a single model."""
     if (
         is_single(models, arrays)
         or isinstance(models, (Mapping, torch.nn.Module))
@@ -68,7 +71,7 @@ def list_models(models: Any, label: str, arrays: bool = True) -> list[Any]:
 
 
 def label_of(models: str, reference: str = "base") -> Label:
-    """How errors name the tensors of a call; models: the argument that lists them, or "tau" for a single one."""
+    """Labels for the tensors of a call. models is the name of the argument that lists them; "tau" is a single model."""
 
     def where(k: int | None, name: str) -> str:
         model = reference if k is None else models if models == "tau" else f"{models}[{k}]"
@@ -78,7 +81,7 @@ def label_of(models: str, reference: str = "base") -> Label:
 
 
 def name_tensors(base: Any, models: list[Any], where: Label, arrays: bool = True) -> list[dict[str, Any]]:
-    """The tensors of the base and of each model, by name."""
+    """The tensors of the base and of each model, by name. All must be single tensors, or none."""
     named = [_named(base, where(None, SINGLE), arrays)]
     for k, model in enumerate(models):
         if is_single(model, arrays) != is_single(base, arrays):
@@ -99,16 +102,21 @@ def _named(model: Any, where: str, arrays: bool) -> dict[str, Any]:
 
 
 def flat_items(named: list[dict[str, Any]]) -> dict[str, Item]:
-    """The names whose tensors are merged where they are; most of all, as a rule, and they need no other check."""
+    """Items of the names whose tensors can be merged where they are. They need no further check."""
     return {name: item for name in named[0] if (item := flat_item(name, named))}
 
 
 def pair(
     named: list[dict[str, Any]], flat: Mapping[str, Item], where: Label, task_vectors: bool, reference: str
 ) -> tuple[dict[str, Item], dict[str, Any]]:
-    """Items of all floating-point tensors, in the order of the base; and what else the base has.
+    """Pair the tensors by name, and check those that are not flat.
 
-    Raises InputError or TypeError for tensors that cannot be merged or do not fit each other.
+    Returns:
+        The items of all floating-point tensors, in the order of the base; and everything else that the base has.
+
+    Raises:
+        InputError: If tensors do not fit each other.
+        TypeError: If a value is no dense tensor.
     """
     base, *models = rest = [
         _checked({n: v for n, v in model.items() if n not in flat}, k - 1 if k else None, where)
@@ -125,7 +133,7 @@ def pair(
 
 
 def _checked(named: dict[str, Any], k: int | None, where: Label) -> dict[str, Any]:
-    """The tensors, detached; a module's extra state is kept as it is."""
+    """The tensors of a model, detached; extra state is wrapped."""
     checked: dict[str, Any] = {}
     for name, value in named.items():
         if is_extra_state(name):
@@ -142,6 +150,7 @@ def _is_float(value: Any) -> bool:
 
 
 def not_mergeable(where: str, dtype: object) -> InputError:
+    """The error for a tensor that is not of a floating-point type."""
     return InputError(
         f"{where}: {dtype}, expected a floating-point type to merge, of {', '.join(FLOAT_SIZES)}"
     )
@@ -150,7 +159,7 @@ def not_mergeable(where: str, dtype: object) -> InputError:
 def misfits(
     base: dict[str, Any], models: list[dict[str, Any]], where: Label, task_vectors: bool, reference: str
 ) -> list[str]:
-    """What keeps models from being merged into the base: names, dtypes and shapes, else devices."""
+    """Differences that keep models from being merged into the base: in names, dtypes and shapes, else in devices."""
     return mismatches(specs(base), [specs(m) for m in models], where, task_vectors, reference) or [
         f"{where(k, name)}: {problem}"
         for k, model in enumerate(models)
@@ -160,15 +169,16 @@ def misfits(
 
 
 def other_device(tensor: torch.Tensor, like: torch.Tensor, label: str) -> str | None:
+    """The difference between the devices of two tensors, as errors tell it."""
     return (
         None if tensor.device == like.device else f"on {tensor.device}, expected {like.device} like {label}"
     )
 
 
 def refuse_aliasing(items: Sequence[Item], unwritten: Mapping[str, torch.Tensor], where: Label) -> None:
-    """Raise InputError if memory of a base, which a merge in place writes, is used twice.
+    """Raise InputError if a merge in place would write an element that it also uses elsewhere.
 
-    unwritten: the base's tensors that are not merged. A view of the weights as integers would be written, too.
+    unwritten holds the base's integer tensors: they could be views of its weights, and would change with them.
     """
     flat = [item.segment for item in items if item.segment]
     if len(flat) < len(items) or not plainly_apart(flat, unwritten.values()):
@@ -178,7 +188,7 @@ def refuse_aliasing(items: Sequence[Item], unwritten: Mapping[str, torch.Tensor]
 def _uses(
     items: Sequence[Item], unwritten: Mapping[str, torch.Tensor], where: Label
 ) -> Iterator[tuple[torch.Tensor, bool, str]]:
-    """Every tensor that a merge in place uses, whether it is written, and what to call it."""
+    """Every tensor that a merge in place uses, whether it is written, and its label."""
     for item in items:
         for k, tensor in enumerate(item.versions):
             yield tensor, k == 0, where(k - 1 if k else None, item.name)
@@ -189,8 +199,8 @@ def _uses(
 def run_batches(
     items: list[Item], rule: Rule, task_vectors: bool, backend: str
 ) -> list[tuple[list[tuple[str, int]], Counts]]:
-    """Merge items in batches. Returns, for each batch, the name and length of each of its segments, and its counts."""
-    # For all devices first: nothing is written if one of them has no such backend.
+    """Merge items in batches. Returns the counts of each batch with the names and lengths of its segments."""
+    # Backends are chosen for all devices first: nothing is written if one of the devices has none.
     merges = {
         str(device): registry.choose(backend, str(device), rule, signatures(items, device, task_vectors))[1]
         for device in {item.versions[1].device for item in items}
@@ -200,11 +210,12 @@ def run_batches(
         counts = merges[batch.device](batch, rule)
         results.append(([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts))
         finish()
-        del batch, finish  # and with them the copies of scattered tensors, before the next are made
+        del batch, finish  # frees the copies of a scattered tensor before the next are made
     return results
 
 
 def stats_of(results: Iterable[tuple[list[tuple[str, int]], Counts]]) -> Stats:
+    """The statistics of what run_batches returned."""
     stats = Stats()
     for segments, counts in results:
         stats.add(segments, counts)
@@ -212,9 +223,9 @@ def stats_of(results: Iterable[tuple[list[tuple[str, int]], Counts]]) -> Stats:
 
 
 class Call:
-    """One call on models of any kind: their tensors paired and checked, and how to run and return them.
+    """One call on models of any kind: their tensors, paired and checked.
 
-    base: None for a call that has none; the first of the models says then what is returned.
+    Without a base (None), results are like the first of the models.
     """
 
     @without_gc()
@@ -249,11 +260,11 @@ class Call:
         if not self.items:
             registry.choose(backend, "cpu")  # refuses a backend that does not exist
 
-    @torch.no_grad()  # DTensors give what they hold as it is, not a view for autograd
+    @torch.no_grad()  # or DTensors would give their shards as views for autograd
     def _view(
         self, named: list[dict[str, Any]], flat: Mapping[str, Item], reference: str, in_place: bool
     ) -> bool:
-        """Replace arrays and DTensors by tensors, among the names that are not flat. Returns whether there were any."""
+        """Replace arrays and DTensors by tensors on their memory. Returns whether there were any."""
         rest = [{n: v for n, v in m.items() if n not in flat and not is_extra_state(n)} for m in named]
         base, *models = rest
         if problems := list(dtensor.mismatches(base, models, self.where, reference)):
@@ -276,31 +287,33 @@ class Call:
         return found
 
     def _refuse_ties_across_placements(self, base: Mapping[str, Any]) -> None:
+        """Raise InputError if tied weights are DTensors with different placements: one update would not fit both."""
         for name, owner in self.tied.items() if self._dtensors else ():
             if problem := dtensor.difference(*[self._dtensors.get(n, base[n]) for n in (owner, name)]):
                 tie = f"{self.where(None, owner)}, whose memory it has"
                 raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
 
     def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Memory for a result like the base's tensor of that name; of a DTensor, this rank's shard of a new one."""
+        """Memory for a result like a tensor of the base. For a DTensor it is this rank's shard of a new DTensor."""
         if name not in self._dtensors:
             return torch.empty_like(tensor, dtype=dtype)
         self._made[name] = torch.empty_like(self._dtensors[name], dtype=dtype)
         return dtensor.local_shard(self._made[name], self.where(None, name))
 
     def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
-        """Merge items into their outputs. Returns these by name."""
+        """Merge items into their outputs, and return the outputs by name."""
         self._refuse_nonfinite(
             items, rule, stats_of(run_batches(items, rule, self.task_vectors, self.backend))
         )
         return {item.name: item.out for item in items}
 
     def run_in_place(self, rule: Rule) -> Stats:
+        """Merge all items into the base."""
         unwritten = {n: t for n, t in self.untouched.items() if isinstance(t, torch.Tensor)}
         refuse_aliasing(self.items, unwritten, self.where)
         if self.nonfinite == "error":
             self.run(self.items, rule)
-        # Autograd must notice what is written through addresses, too; of a DTensor, it counts both.
+        # Autograd must notice writes through addresses. It has a version each for a DTensor and for its shard.
         dtensor_floats = [t for name, t in self._dtensors.items() if name not in self.untouched]
         for tensor in [item.versions[0] for item in self.items] + dtensor_floats:
             if not tensor.is_inference():
@@ -310,7 +323,7 @@ class Call:
             return stats_of(run_batches(items, rule, self.task_vectors, self.backend))
 
     def like_base(self, merged: Mapping[str, Any]) -> Any:
-        """The results as the base is: under its names, tied ones again, as arrays of numpy and DTensors where it has them."""
+        """Results of the base's kind: under its names, tied where it is, with NumPy arrays and DTensors where it has them."""
         owners = {name: owner for name in self.names if (owner := self.tied.get(name, name)) in merged}
         arrays = {owner: merged[owner].numpy() for name, owner in owners.items() if name in self._arrays}
         made = {**merged, **self._made}
@@ -320,9 +333,10 @@ class Call:
         return result[SINGLE] if self.is_single else result
 
     def _refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
+        """Raise InputError for the first non-finite element, if the call is not to keep the base there."""
         if self.nonfinite == "keep-base":
             return
-        # All ranks raise, or none: a model must not be merged on some of them only.
+        # All ranks raise or none: a model must not be merged on some of them only.
         if not dtensor.on_any_rank(self._dtensors.values(), stats.nonfinite > 0):
             return
         for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():

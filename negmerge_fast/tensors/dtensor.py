@@ -1,4 +1,4 @@
-"""DTensors: how they lie on their ranks, of which each merges what it holds; torch.distributed is never imported for it."""
+"""DTensors: their placements on ranks, and the shard that each rank merges. torch.distributed is never imported here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..core.errors import InputError
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether it is a DTensor: there is none where the module that makes them was not imported."""
-    # The second is where it was before torch 2.5.
+    """Whether a value is a DTensor. Where the module that defines them was not imported there is none."""
+    # The second module had it before torch 2.5.
     modules = map(sys.modules.get, ("torch.distributed.tensor", "torch.distributed._tensor"))
     return any(type(value) is getattr(module, "DTensor", None) for module in modules)
 
@@ -24,7 +24,7 @@ def mismatches(
     where: Callable[[int | None, str], str],
     reference: str,
 ) -> Iterator[str]:
-    """Where a model's tensor does not lie on the ranks as the base's does, one phrase each."""
+    """Differences between placements of the models' tensors and of the base's, one phrase each."""
     for k, model in enumerate(models):
         for name, tensor in base.items():
             if name in model and (problem := difference(tensor, model[name])):
@@ -32,9 +32,9 @@ def mismatches(
 
 
 def difference(base: Any, model: Any) -> str | None:
-    """What is found and expected, where two tensors don't lie alike on the ranks.
+    """The difference between the placements of two tensors: what is found and what is expected.
 
-    All but the last is the same on every rank, so that all refuse it.
+    Every rank finds the same difference, and refuses it, except for the last one: shards of different shapes.
     """
     if not is_dtensor(base):
         return "DTensor, expected none" if is_dtensor(model) else None
@@ -42,10 +42,10 @@ def difference(base: Any, model: Any) -> str | None:
         return f"{type(model).__name__}, expected a DTensor"
     if model.shape != base.shape:
         return f"shape {tuple(model.shape)}, expected {tuple(base.shape)}"
-    # Not compared as such: some versions of torch call a _StridedShard equal to a Shard.
+    # Compared as text: some versions of torch call a _StridedShard equal to a Shard.
     if str(model.placements) != str(base.placements):
         return f"placements {model.placements}, expected {base.placements}"
-    # Equal ranks are enough: meshes are unequal, too, when made in different threads or with other names.
+    # Equal ranks are enough: meshes made in different threads or with other names are unequal, too.
     if model.device_mesh != base.device_mesh and _ranks(model) != _ranks(base):
         return f"on ranks {_ranks(model)}, expected {_ranks(base)}"
     found, expected = model.to_local().shape, base.to_local().shape
@@ -57,10 +57,7 @@ def _ranks(tensor: Any) -> str:
 
 
 def local_shard(tensor: Any, where: str) -> torch.Tensor:
-    """What this rank holds of a DTensor, on the same memory.
-
-    where: what to call it. Raises InputError if the ranks hold summands of the elements.
-    """
+    """This rank's shard of a DTensor, on the same memory. Raises InputError if the ranks hold partial sums."""
     if any(placement.is_partial() for placement in tensor.placements):
         raise InputError(f"{where}: placements {tensor.placements}, expected Shard or Replicate")
     held: torch.Tensor = tensor.to_local()
@@ -68,12 +65,12 @@ def local_shard(tensor: Any, where: str) -> torch.Tensor:
 
 
 def on_any_rank(tensors: Iterable[Any], found: bool) -> bool:
-    """Whether something was found on any rank that shares one of these DTensors; they all have to ask.
+    """Whether something was found on any rank that has a shard of these DTensors; all of these ranks have to call.
 
-    Nothing else in the package communicates: one number per dimension of each mesh.
+    One number is exchanged for each dimension of each mesh. Nothing else in tensors/ communicates.
     """
     for mesh in {_ranks(tensor): tensor.device_mesh for tensor in tensors}.values():
-        if mesh.get_coordinate() is None:  # this rank is not of it
+        if mesh.get_coordinate() is None:  # this rank is not in the mesh
             continue
         flag = torch.tensor(int(found), device=mesh.device_type)
         for dimension in range(mesh.ndim):

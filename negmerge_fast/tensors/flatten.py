@@ -1,4 +1,4 @@
-"""Tensors as flat memory: the segments and batches of their versions, without copies wherever they are dense."""
+"""Flattening: tensors as segments and batches of flat memory, without copies where they are dense."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DTYPE_NAMES = FLOAT_NAMES | {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
     torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
 }  # fmt: skip
-# Nothing else at first sight: a subclass may hold its numbers elsewhere.
 _STRIDED = torch.strided
+# Types that are known to have their numbers in their own memory. Subclasses are checked one by one.
 _PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
 _NO_MEMORY = (
     "a tensor without memory, as inside torch.func.vmap or grad, expected one with: merge outside of these"
@@ -26,9 +26,13 @@ _NO_MEMORY = (
 
 
 class Item(NamedTuple):
-    """All versions of one tensor: the base (None: zeros), the models'; out None: count only.
+    """All versions of one tensor.
 
-    segment: theirs, without out, if they were seen to be flat.
+    Attributes:
+        name: The tensor's name.
+        versions: The base's tensor (None stands for zeros), then those of the models.
+        segment: The segment of the versions, without out, if they are known to be flat.
+        out: The tensor to write. With None, elements are only counted.
     """
 
     name: str
@@ -38,9 +42,9 @@ class Item(NamedTuple):
 
 
 def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
-    """The tensors of a name with their segment, if all are plain, contiguous, of one shape and on one device.
+    """The item of a name, if its tensors are plain, contiguous, of one shape and on one device.
 
-    This is most of what a merge of many small tensors costs: each is visited once, and no view of it is made.
+    Most of the time of a merge of many small tensors is spent here, so each is visited once and no view is made.
     """
     if str(name).endswith("_extra_state"):
         return None
@@ -54,18 +58,18 @@ def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
             dtype = FLOAT_NAMES.get(tensor.dtype)
             if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
                 return None
-            location = tensor.is_cpu or tensor.device  # the former is had sooner
+            location = tensor.is_cpu or tensor.device  # is_cpu is faster
             if shape is None:
                 shape, device = tensor.shape, location
             elif tensor.shape != shape or location != device:
                 return None
             if tensor.requires_grad:
                 tensor = tensor.detach()
-            # What Operand(...) does, less a call of a Python function: a tenth of it all.
             if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
                 return None
+            # As Operand(...), without the call of a Python function: this saves a tenth of the time.
             operands.append(tuple.__new__(Operand, (address, dtype, tensor)))
-    except RuntimeError:  # of a nested tensor, which has no shape
+    except RuntimeError:  # a nested tensor has no shape
         return None
     if tensor.is_meta:
         return None
@@ -73,23 +77,21 @@ def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
 
 
 def require_dense(tensor: torch.Tensor, where: str) -> None:
+    """Raise TypeError for a sparse, quantized or nested tensor."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{where}: {kind} tensor, expected a dense one")
 
 
 def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """The tensor, detached and without its subclass.
-
-    Raises TypeError or InputError if its numbers are not in its memory.
-    """
+    """The tensor, detached and without its subclass. Raises TypeError or InputError if its numbers are not in its memory."""
     if torch.nn.parameter.is_lazy(tensor):
         raise InputError(
             f"{where}: not initialized yet, expected a tensor with a shape (call the lazy module once)"
         )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not tensor.is_nested:
         raise TypeError(f"{where}: {type(tensor).__name__}, expected a plain torch.Tensor")
-    # What a subclass makes of these questions does not matter: its numbers are where a tensor's are.
+    # A subclass without __torch_dispatch__ has its numbers where a tensor has them, whatever its methods say.
     with torch._C.DisableTorchFunctionSubclass():
         require_dense(tensor, where)
         if tensor.is_meta:
@@ -110,7 +112,7 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def specs(named: dict[str, Any]) -> dict[str, TensorSpec]:
-    """Types and shapes of a model's tensors, for schema.mismatches."""
+    """dtypes and shapes of a model's tensors, for schema.mismatches."""
     return {
         name: TensorSpec(DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape))
         for name, t in named.items()
@@ -119,7 +121,7 @@ def specs(named: dict[str, Any]) -> dict[str, TensorSpec]:
 
 
 def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> Iterator[Signature]:
-    """Those of the batches on one device, before there are batches; each may come more than once."""
+    """Signatures of the batches on one device, before the batches are made. Each may come more than once."""
     for item in items:
         if item.versions[1].device == device:
             written = item.versions[0] if item.out is None else item.out
@@ -131,7 +133,7 @@ def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> I
 
 
 def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
-    """Batches, the names of their segments, and what to do when one is merged."""
+    """Batches, the names of their segments, and a function to call once the batch is merged."""
     groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}
     scattered = []
     for item in items:
@@ -140,7 +142,7 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
             groups.setdefault(key, []).append((item.name, segment))
         else:
             scattered.append(item)
-    # First, and one at a time: their flat copies are extra memory, which may not be there.
+    # Scattered tensors come first and one at a time: memory for their flat copies may be missing.
     for item in scattered:
         *versions, out = _in_memory_order([*item.versions, item.out])
         copies = [None if t is None else t.resolve_neg().contiguous() for t in versions]
@@ -161,7 +163,7 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
 
 
 def _segment_in_place(item: Item) -> Segment | None:
-    """The segment that reads and writes the tensors themselves, if they are flat in the order of the first one's strides."""
+    """A segment on the tensors' own memory, if they are flat in the order of the first one's strides."""
     if item.segment:
         numel, base, models, _ = item.segment
         return Segment(numel, base, models, base if item.out is item.versions[0] else _operand(item.out))
@@ -182,7 +184,7 @@ def _segment(contiguous: list[Any]) -> Segment:
 
 
 def _in_memory_order(tensors: list[Any]) -> list[Any]:
-    """The tensors with their dimensions in the order of the first one's strides: flat wherever it is dense."""
+    """The tensors with their dimensions in the order of the first one's strides, which makes dense ones flat."""
     first = next(t for t in tensors if t is not None)
     order = sorted(range(first.dim()), key=lambda i: -first.stride(i))
     return [None if t is None else t.permute(order) for t in tensors]
@@ -195,6 +197,6 @@ def _operand(contiguous: torch.Tensor | None) -> Operand | None:
         address = contiguous.data_ptr()
     except RuntimeError:
         address = 0
-    if not address and contiguous.numel():  # one that was made just now: the others have been looked at
+    if not address and contiguous.numel():  # only a result made in this call: the versions were checked
         raise TypeError(f"the result: {_NO_MEMORY}")
     return Operand(address, DTYPE_NAMES[contiguous.dtype], contiguous)

@@ -1,7 +1,7 @@
-"""merge and merge_ while a graph is traced.
+"""merge and merge_ while torch.compile or torch.export traces a graph.
 
-The functions are traced line by line and see neither addresses nor numbers: memory that is shared is not looked for.
-The compiler reports what is refused.
+These functions are traced line by line. They see neither addresses nor values, so they do not look for shared memory.
+Their errors are reported by the compiler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def merge_in_graph(
     nonfinite: str,
     backend: str,
 ) -> Any:
-    """merge for a graph; tied weights become tensors of their own."""
+    """merge in a graph. Tied weights become separate tensors."""
     named, models, floats = _pair(base, finetuned, inputs, nonfinite)
     merged = dict(named)
     if floats:
@@ -57,7 +57,7 @@ def merge_in_graph_(
     nonfinite: str,
     backend: str,
 ) -> Stats:
-    """merge_ for a graph. The numbers of the result can be read after the graph."""
+    """merge_ in a graph. The numbers of the result can be read only after the graph has run."""
     named, models, floats = _pair(base, finetuned, inputs, nonfinite)
     stats = Stats()
     if floats:
@@ -76,7 +76,7 @@ def merge_in_graph_(
 def _pair(
     base: Any, finetuned: Sequence[Any], inputs: str, nonfinite: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """The base and the models by name, and the names of what is merged. The operators check devices."""
+    """The base and the models by name, and the names of the tensors to merge. The operators check devices."""
     require_options(inputs, nonfinite)
     if nonfinite == "error":
         raise InputError("nonfinite: 'error', expected 'keep-base' in a graph, which looks at no numbers")
@@ -93,6 +93,7 @@ def _pair(
 
 
 def _detached(named: dict[str, Any], k: int | None, where: Label) -> dict[str, Any]:
+    """The tensors of a model, detached; extra state as it is."""
     for name, value in named.items():
         if not isinstance(value, torch.Tensor) and not is_extra_state(name):
             raise TypeError(f"{where(k, name)}: {type(value).__name__}, expected a tensor")

@@ -36,8 +36,8 @@ def merge(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Merge lists of tensors: torch.ops.negmerge.merge.
 
-    The operator has a gradient, in backward mode only (torch.func.jvp sees zeros). The gradient takes for constant which
-    elements agree.
+    The operator has a gradient, in backward mode only (torch.func.jvp sees zeros). The gradient treats the set of agreeing
+    elements as constant.
 
     Args:
         base: One or more dense tensors on one device: fp64, fp32, fp16 or bf16, any shapes and strides.
@@ -147,7 +147,7 @@ def _gradients(
     min_agreement: float,
     task_vectors: bool,
 ) -> list[torch.Tensor]:
-    """What an element of out = b - scale · mean(d) hands to b and to each x_k; where it is the base's, all goes to b."""
+    """Gradients of out = b - scale · mean(d) for b and each x_k. Where the rule keeps the base, all of it goes to b."""
     base, *models = versions
     wide = torch.float64 if torch.float64 in [t.dtype for t in versions] else torch.float32
     b, g = base.to(wide), gradient.to(wide)
@@ -156,7 +156,7 @@ def _gradients(
     positive = sum((d > 0).to(torch.int32) for d in differences) >= required
     negative = sum((d < 0).to(torch.int32) for d in differences) >= required
     chosen = [((d > 0) & positive) | ((d < 0) & negative) for d in differences]
-    number = torch.stack(chosen).sum(0).clamp(min=1)  # where none is chosen, nothing is handed on
+    number = torch.stack(chosen).sum(0).clamp(min=1)  # where no model is chosen, the gradient is 0
     mean = torch.stack([d.where(c, 0.0) for d, c in zip(differences, chosen, strict=True)]).sum(0) / number
     finite = b.isfinite() & (b - scale * mean).to(base.dtype).isfinite()
     for d in differences:
@@ -210,7 +210,7 @@ def _paired(named: list[dict[str, torch.Tensor]]) -> list[Item]:
 
 
 def _require_mergeable(named: list[dict[str, torch.Tensor]], flat: Collection[str] = ()) -> None:
-    """Check what needs no memory, so that fake tensors are refused in the same words; flat ones fit each other."""
+    """Check everything that needs no memory, for real and fake tensors alike. Flat tensors are known to fit."""
     base, *models = named
     to_check = [name for name in base if name not in flat]
     for name in to_check:
@@ -232,12 +232,12 @@ def _require_float(tensor: torch.Tensor, where: str) -> None:
 
 
 def _counts(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> torch.Tensor:
-    """Merge items of one device. Returns their counts in their order, not waited for."""
+    """Merge items of one device. Returns their counts, in the order of the items, without waiting for the device."""
     rows: dict[str, torch.Tensor] = {}
     for segments, found in run_batches(items, rule, task_vectors, backend):
         counts = found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
-        if len(segments) == len(items):  # one batch is in order
+        if len(segments) == len(items):  # a single batch has the order of the items
             return counts
         rows.update(zip([name for name, _ in segments], counts.unbind(), strict=True))
-    # Not by an index, which would have to be copied to the device.
+    # Rows are stacked: an index would have to be copied to the device.
     return torch.stack([rows[item.name] for item in items])
