@@ -1,9 +1,9 @@
-"""The demonstration: a small network learns ten digits from real data, and forgets five of them by NegMerge.
+"""Demonstration: a small network learns ten digits from real data and forgets five of them by NegMerge.
 
-Per seed: a convolutional network is trained on all digits of scikit-learn's handwritten set, then fine-tuned many times
-on the digits to forget, each time with other hyperparameters. Every model is a checkpoint directory, merged by the
-same engine as `negmerge merge`. λ is searched on validation data by the paper's rule, for NegMerge and its rivals
-alike; the table is of test data.
+For each seed, a convolutional network is trained on all digits of scikit-learn's handwritten set. It is then fine-tuned
+many times on the digits to forget, each time with other hyperparameters. Every model is saved as a checkpoint
+directory, and merged by the same engine as `negmerge merge`. λ is searched on validation data by the paper's rule, for
+NegMerge and its baselines alike. The table shows test data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .streaming.api import merge_checkpoints
 from .tensors.api import merge
 
 FORGET = (5, 6, 7, 8, 9)
-# The paper's own rule: the retained accuracy may fall to this fraction of the original's, no further.
+# The paper's rule for λ: the retained accuracy may fall to this fraction of the original's, no further.
 KEPT = 0.95
 _PICTURE = "forgetting.png"
 _MERGED = {"model.safetensors", "config.json", "negmerge.json"}
@@ -39,7 +39,7 @@ Flat = torch.Tensor
 
 @dataclass(frozen=True)
 class Settings:
-    """How much work a seed is."""
+    """Sizes of the experiment of one seed."""
 
     models: int = 24
     base_epochs: int = 40
@@ -61,7 +61,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies, 0 … 1."""
+    """Accuracies, in 0 … 1, on the digits to forget and on those to retain."""
 
     forget: float
     retain: float
@@ -75,10 +75,21 @@ def run(
     quiet: bool = False,
     settings: Settings | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration, print its table, and return what the report holds.
+    """Run the demonstration, print its table, and return its report.
 
-    output: where checkpoints and picture go (./negmerge-demo). report: a JSON file. progress: called every moment; it
-    may raise to stop.
+    Args:
+        seeds: The number of seeds. Each trains its own models.
+        output: The directory for checkpoints and the picture (./negmerge-demo).
+        report: The path of a JSON file for the report.
+        progress: Called often. It may raise to stop.
+        quiet: Whether to show no progress bar.
+        settings: Sizes of the experiment.
+
+    Returns:
+        The report: a row for each method and seed, and a summary for each method.
+
+    Raises:
+        InputError: If a path cannot be written to, or scikit-learn or matplotlib is missing.
     """
     began = time.perf_counter()
     settings = settings or Settings()
@@ -89,7 +100,7 @@ def run(
 
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, list[Score]]] = []
-    # One for each model that is trained, and one for each method's search.
+    # One step for each model that is trained, and one for the search of each method.
     steps = seeds * (settings.models + 2 + len(_methods([], torch.zeros(0))))
     with tqdm(total=steps, desc="demo", unit="step", leave=False, disable=True if quiet else None) as bar:
         for seed in range(seeds):
@@ -138,7 +149,7 @@ def _check_paths(output: Path, report: Path | None, seeds: int) -> None:
     for folder in (output / f"seed-{seed}" for seed in range(seeds)):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a directory, expected a place for a seed's models")
-        # The merge at the end would refuse these too, but only after all the training.
+        # The merge at the end would refuse these files too, but only after all the training.
         merged = folder / "merged"
         unknown_files = {path.name for path in merged.iterdir()} - _MERGED if merged.is_dir() else set()
         if unknown_files:
@@ -156,7 +167,7 @@ def _require_extras() -> None:
 
 
 def _load(seed: int) -> dict[str, Split]:
-    """The digits, dealt out to training, validation and test."""
+    """The digits, split into training, validation and test data."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -183,7 +194,7 @@ def _network(seed: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Training:
-    """Hyperparameters. shift: whether images are moved by up to a pixel; noise: its standard deviation."""
+    """Hyperparameters. shift moves images by up to a pixel; noise is the standard deviation of added noise."""
 
     epochs: int
     rate: float
@@ -192,8 +203,8 @@ class Training:
     noise: float = 0.0
 
 
-def _varied(k: int, max_epochs: int) -> Training:
-    """The hyperparameters of the k-th fine-tuned model: every combination comes before one comes twice."""
+def _hyperparameters(k: int, max_epochs: int) -> Training:
+    """Hyperparameters of the k-th fine-tuned model. All combinations are used once before one is used again."""
     rates, epochs, decays = (3e-4, 5e-4, 1e-3), (max_epochs // 2, max_epochs), (0.0, 0.01)
     return Training(
         epochs=epochs[k // 3 % 2],
@@ -204,18 +215,18 @@ def _varied(k: int, max_epochs: int) -> Training:
     )
 
 
-def _train(network: nn.Module, data: Split, how: Training, seed: int, on_progress: OnProgress) -> None:
+def _train(network: nn.Module, data: Split, training: Training, seed: int, on_progress: OnProgress) -> None:
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=how.rate, weight_decay=how.decay)
-    for _ in range(how.epochs):
+    optimiser = torch.optim.AdamW(network.parameters(), lr=training.rate, weight_decay=training.decay)
+    for _ in range(training.epochs):
         on_progress()
         for batch in torch.split(torch.randperm(len(data.digits), generator=generator), 64):
             images = data.images[batch]
-            if how.shift:
+            if training.shift:
                 rows, columns = torch.randint(-1, 2, (2,), generator=generator).tolist()
                 images = images.roll((rows, columns), (2, 3))
-            if how.noise:
-                images = images + how.noise * torch.randn(images.shape, generator=generator)
+            if training.noise:
+                images = images + training.noise * torch.randn(images.shape, generator=generator)
             optimiser.zero_grad()
             functional.cross_entropy(network(images), data.digits[batch]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -234,7 +245,7 @@ def _flatten(state: dict[str, torch.Tensor]) -> Flat:
     return torch.cat([tensor.reshape(-1) for tensor in state.values()])
 
 
-class _Judge:
+class _Evaluator:
     """Scores flat weights on one split."""
 
     def __init__(self, network: nn.Module, data: Split, on_progress: OnProgress) -> None:
@@ -252,17 +263,17 @@ class _Judge:
 
 
 def choose_scale(grid: Iterable[float], scores: Iterable[Score], original: Score) -> float:
-    """The paper's rule: of the λ that keep 95 % of the original's retained accuracy, the one that forgets most."""
+    """Choose λ by the paper's rule: of those that keep 95 % of the original's retained accuracy, the one that forgets most."""
     allowed = [
         (score.forget, -score.retain, scale)
         for scale, score in zip(grid, scores, strict=True)
         if score.retain >= KEPT * original.retain
     ]
-    return min(allowed)[2]  # λ = 0 is in the grid, and is always allowed
+    return min(allowed)[2]  # λ = 0 is in the grid and always allowed
 
 
 def ties(vectors: torch.Tensor, fraction: float = 0.2) -> Flat:
-    """TIES (arXiv 2306.01708): trim each task vector to its largest elements, elect a sign, average those that have it."""
+    """TIES (arXiv 2306.01708): trim each task vector to its largest elements, elect signs, average what has them."""
     kept = math.ceil(fraction * vectors.shape[1])
     threshold = vectors.abs().topk(kept, dim=1).values[:, -1:]
     trimmed = torch.where(vectors.abs() >= threshold, vectors, 0.0)
@@ -271,18 +282,18 @@ def ties(vectors: torch.Tensor, fraction: float = 0.2) -> Flat:
 
 
 def magmax(vectors: torch.Tensor) -> Flat:
-    """MagMax (arXiv 2407.06322): of each element, the one of the largest magnitude."""
+    """MagMax (arXiv 2407.06322): take each element from the task vector where its magnitude is largest."""
     return vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0]
 
 
 def conflicting(vectors: torch.Tensor) -> Flat:
-    """The mean of the elements that NegMerge leaves out."""
+    """The mean of the elements that NegMerge does not change."""
     agree = (vectors > 0).all(0) | (vectors < 0).all(0)
     return torch.where(agree, 0.0, vectors.mean(0))
 
 
 def _methods(finetuned: list[Flat], base: Flat) -> dict[str, list[Callable[[float], Flat]]]:
-    """For each method its candidates: functions from λ to merged weights."""
+    """Candidates of each method: functions from λ to merged weights."""
 
     def negated(direction: Callable[[torch.Tensor], Flat]) -> Callable[[float], Flat]:
         tau = direction(torch.stack([f - base for f in finetuned])) if finetuned else base
@@ -317,12 +328,12 @@ def _run_seed(
     finetuned, dirs = [], []
     for k in range(settings.models):
         network.load_state_dict(original)
-        _train(network, forget, _varied(k, settings.max_epochs), 1000 * seed + k, on_progress)
+        _train(network, forget, _hyperparameters(k, settings.max_epochs), 1000 * seed + k, on_progress)
         dirs.append(_save(network, folder / f"finetuned-{k:02d}"))
         finetuned.append(_flatten(network.state_dict()))
         step()
 
-    on_validation, on_test = (_Judge(network, data[part], on_progress) for part in ("validation", "test"))
+    on_validation, on_test = (_Evaluator(network, data[part], on_progress) for part in ("validation", "test"))
     rows = []
 
     def add(method: str, weights: Flat, scale: float | None = None, ratio: float | None = None) -> None:
@@ -366,7 +377,7 @@ def _merge_files(base: Path, dirs: list[Path], out: Path, scale: float, expected
 
 
 def _summarise(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation over the seeds of what a method has."""
+    """Mean and standard deviation of a method's results over the seeds."""
     summary: dict[str, Any] = {"method": method}
     for key in ("forget", "retain", "consensus_ratio", "lambda"):
         values = [row[key] for row in rows if row["method"] == method and row[key] is not None]
@@ -402,10 +413,10 @@ def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str
 
 
 def _draw(curves: list[dict[str, list[Score]]], path: Path) -> None:
-    """One curve for each method, along λ, averaged over the seeds."""
+    """Draw one curve for each method, along λ, averaged over the seeds."""
     from matplotlib.figure import Figure
 
-    # Not pyplot: it keeps figures and a backend for the whole process.
+    # pyplot would keep figures and a backend for the whole process.
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for method in curves[0]:

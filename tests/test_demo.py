@@ -1,4 +1,4 @@
-"""The demonstration, made small; and its rivals and its search on numbers worked by hand."""
+"""The demonstration with small sizes; its baselines and its search on numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_several_seeds_have_a_deviation() -> None:
     ("output", "report", "message"),
     [("file", None, "file: not a directory"), ("no/out", None, "no: no such directory"), ("out", "no/r.json", "no: no such directory")],
 )  # fmt: skip
-def test_bad_places_are_refused_before_any_training(
+def test_bad_paths_are_refused_before_any_training(
     tmp_path: Path, output: str, report: str | None, message: str
 ) -> None:
     (tmp_path / "file").touch()
