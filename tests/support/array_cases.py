@@ -1,4 +1,4 @@
-"""Arrays of other libraries, and what a merge of them gives."""
+"""NumPy arrays for tests, and the expected merge of them."""
 
 from __future__ import annotations
 

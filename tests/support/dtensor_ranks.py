@@ -1,4 +1,4 @@
-"""What is true of DTensors on every rank; test_dtensor.py starts it as a program: dtensor_ranks.py FOLDER.
+"""Cases of DTensors that every rank runs. test_dtensor.py starts this as a program: dtensor_ranks.py FOLDER.
 
 Each rank of a group of 2 and of one of 4 runs all cases, and writes which failed to FOLDER. Shards are cut without
 communication, so that a case that fails on one rank keeps no other waiting.
@@ -22,7 +22,7 @@ from plain import plain_merge, same_bits
 
 import negmerge_fast as nm
 
-SECONDS = 60  # a rank that waits for longer is ended
+SECONDS = 60  # a rank that takes longer is killed
 WORLDS = (2, 4)
 CASES: dict[str, Callable[[int], None]] = {}
 
@@ -32,14 +32,14 @@ def case(function: Callable[[int], None]) -> Callable[[int], None]:
     return function
 
 
-def lay(full: torch.Tensor, mesh: Any, *placements: Any) -> Any:
-    """A copy of a tensor, of which this rank keeps its part."""
+def distribute(full: torch.Tensor, mesh: Any, *placements: Any) -> Any:
+    """A DTensor with a copy of a tensor's values, of which this rank keeps its shard."""
     everywhere = DTensor.from_local(full.clone(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=placements)
 
 
 def versions(*shape: int, dtype: torch.dtype = torch.float32, n: int = 3) -> list[torch.Tensor]:
-    """A base, and n models that agree on about half of its elements; the same on all ranks."""
+    """A base and n models that agree on about half of its elements, the same on all ranks."""
     random = torch.Generator().manual_seed(sum(shape))
     base = torch.randn(shape, generator=random)
     return [base.to(dtype)] + [
@@ -57,11 +57,11 @@ def layouts(world: int) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def holds(tensor: Any, full: torch.Tensor, like: Any) -> None:
-    """That a DTensor is this rank's part of a tensor, and lies as another does."""
+    """Check that a DTensor has this rank's shard of a tensor, and the placements of another DTensor."""
     assert type(tensor) is DTensor and not tensor.requires_grad
     assert (tensor.placements, tensor.device_mesh) == (like.placements, like.device_mesh)
     assert (tensor.shape, tensor.stride()) == (like.shape, like.stride())
-    assert same_bits(tensor.to_local(), lay(full, like.device_mesh, *like.placements).to_local())
+    assert same_bits(tensor.to_local(), distribute(full, like.device_mesh, *like.placements).to_local())
 
 
 @contextmanager
@@ -82,10 +82,10 @@ def refused(message: str) -> Iterator[None]:
 
 
 @case
-def merged_wherever_they_lie(world: int) -> None:
-    """All layouts and storage types at once; more ranks than rows, too, and nothing at all."""
+def any_placement(world: int) -> None:
+    """All layouts and dtypes at once, also with more ranks than rows, and with empty tensors."""
     full: dict[str, list[torch.Tensor]] = {}
-    laid: dict[str, list[Any]] = {}
+    distributed: dict[str, list[Any]] = {}
     types = [
         (torch.float32,) * 2,
         (torch.bfloat16,) * 2,
@@ -98,8 +98,8 @@ def merged_wherever_they_lie(world: int) -> None:
                 base, *models = versions(*shape, dtype=of_models)
                 name = f"{shape} {of_base} {i}"
                 full[name] = [base.to(of_base), *models]
-                laid[name] = [lay(t, mesh, *placements) for t in full[name]]
-    base, *models = ({name: held[k] for name, held in laid.items()} for k in range(4))
+                distributed[name] = [distribute(t, mesh, *placements) for t in full[name]]
+    base, *models = ({name: held[k] for name, held in distributed.items()} for k in range(4))
     addresses = [t.to_local().data_ptr() for t in base.values()]
     with communicating():
         merged = nm.merge(base, models, scale=0.9)
@@ -116,9 +116,9 @@ def merged_wherever_they_lie(world: int) -> None:
 
 @case
 def counts_add_up(world: int) -> None:
-    """Over the ranks, where each element is on one."""
+    """Sums of counts over the ranks are the model's, where each element is on one rank."""
     full = versions(7, 5)
-    base, *models = (lay(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
+    base, *models = (distribute(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
     stats = nm.merge_(base, models, scale=0.9)
     counts = torch.tensor([stats.elements, stats.agreed, stats.nonfinite])
     dist.all_reduce(counts)
@@ -130,21 +130,21 @@ def task_vectors(world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     base, *full = versions(7, 5, dtype=torch.bfloat16)
     full[1] = full[1].float()
-    taus = [lay(t, mesh, Shard(0)) for t in full]
+    taus = [distribute(t, mesh, Shard(0)) for t in full]
     zeros = torch.zeros(7, 5)
     with communicating():
         mean = nm.merge_task_vectors(taus)
-        holds(mean, plain_merge(zeros, full, -1.0, task_vectors=True)[0], lay(zeros, mesh, Shard(0)))
-        nm.merge_(laid := lay(base, mesh, Shard(0)), taus, scale=0.9, inputs="task_vectors")
-        holds(laid, plain_merge(base, full, 0.9, task_vectors=True)[0], laid)
-        nm.negate_(laid := lay(base, mesh, Shard(0)), mean, scale=0.9)
+        holds(mean, plain_merge(zeros, full, -1.0, task_vectors=True)[0], distribute(zeros, mesh, Shard(0)))
+        nm.merge_(distributed := distribute(base, mesh, Shard(0)), taus, scale=0.9, inputs="task_vectors")
+        holds(distributed, plain_merge(base, full, 0.9, task_vectors=True)[0], distributed)
+        nm.negate_(distributed := distribute(base, mesh, Shard(0)), mean, scale=0.9)
         tau = plain_merge(zeros, full, -1.0, task_vectors=True)[0]
-        holds(laid, plain_merge(base, [tau], 0.9, task_vectors=True)[0], laid)
+        holds(distributed, plain_merge(base, [tau], 0.9, task_vectors=True)[0], distributed)
 
 
 @case
 def beside_others(world: int) -> None:
-    """A mapping of DTensors, plain tensors, arrays and integers: each comes back as it came in."""
+    """A mapping of DTensors, plain tensors, arrays and integers: each is returned as its own kind."""
     mesh = init_device_mesh("cpu", (world,))
     full = versions(7, 5)
     whole, counter = plain_merge(full[0], full[1:], 0.9)[0], torch.arange(14).view(7, 2)
@@ -153,10 +153,10 @@ def beside_others(world: int) -> None:
         return {
             "plain": t.clone(),
             "array": t.numpy().copy(),
-            "sharded": lay(t, mesh, Shard(0)),
-            "strided": lay(t.mT, mesh, Shard(0)),
-            "parameter": torch.nn.Parameter(lay(t, mesh, Shard(1))),
-            "counter": lay(counter + k, mesh, Shard(0)),
+            "sharded": distribute(t, mesh, Shard(0)),
+            "strided": distribute(t.mT, mesh, Shard(0)),
+            "parameter": torch.nn.Parameter(distribute(t, mesh, Shard(1))),
+            "counter": distribute(counter + k, mesh, Shard(0)),
         }
 
     base, *models = (model(t, k) for k, t in enumerate(full))
@@ -175,11 +175,11 @@ def beside_others(world: int) -> None:
 
 @case
 def scattered_shards(world: int) -> None:
-    """Shards whose elements don't lie together: every second column of wider ones."""
+    """Shards that are not contiguous: every second column of wider ones."""
     mesh, full = init_device_mesh("cpu", (world,)), versions(8, 6)
 
     def spread(t: torch.Tensor) -> Any:
-        here = lay(t, mesh, Shard(0)).to_local()
+        here = distribute(t, mesh, Shard(0)).to_local()
         wide = torch.zeros(here.shape[0], 12)[:, ::2].copy_(here)
         return DTensor.from_local(wide, mesh, [Shard(0)], run_check=False)
 
@@ -195,7 +195,7 @@ def scattered_shards(world: int) -> None:
 def tied(world: int) -> None:
     mesh, full = init_device_mesh("cpu", (world,)), versions(8, 4)
     whole = plain_merge(full[0], full[1:], 0.9)[0]
-    base, *models = ({"embed": (t := lay(f, mesh, Shard(0))), "head": t.detach()} for f in full)
+    base, *models = ({"embed": (t := distribute(f, mesh, Shard(0))), "head": t.detach()} for f in full)
     merged = nm.merge(base, models, scale=0.9)
     assert merged["head"] is merged["embed"]
     assert list(nm.merge_(base, models, scale=0.9).tensors) == ["embed"]
@@ -213,7 +213,7 @@ def tied(world: int) -> None:
 def seen_by_autograd(world: int) -> None:
     mesh, full = init_device_mesh("cpu", (world,)), versions(8, 4)
     for of_local in (False, True):
-        base, *models = (lay(t, mesh, Shard(0)) for t in full)
+        base, *models = (distribute(t, mesh, Shard(0)) for t in full)
         saved = base.to_local() if of_local else base
         result = (saved * saved.detach().clone().requires_grad_()).sum()
         nm.merge_(base, models, scale=0.9)
@@ -229,7 +229,7 @@ def seen_by_autograd(world: int) -> None:
 def in_inference_mode(world: int) -> None:
     mesh, full = init_device_mesh("cpu", (world,)), versions(7, 4)
     with torch.inference_mode():
-        base, *models = (lay(t, mesh, Shard(0)) for t in full)
+        base, *models = (distribute(t, mesh, Shard(0)) for t in full)
         holds(nm.merge(base, models, scale=0.9), plain_merge(full[0], full[1:], 0.9)[0], base)
     assert base.is_inference()
     nm.merge_(base, models, scale=0.9)
@@ -238,15 +238,15 @@ def in_inference_mode(world: int) -> None:
 
 
 @case
-def lies_otherwise(world: int) -> None:
-    """By name, on every rank, before anything is written."""
+def different_placements(world: int) -> None:
+    """They are refused by name, on every rank, before anything is written."""
     line = init_device_mesh("cpu", (world,))
     ranks = list(range(world))
     backwards = DeviceMesh("cpu", ranks[::-1])
     full = versions(world + 1, 4)
-    good = lay(full[0], line, Shard(0))
-    taller = lay(torch.ones(world + 2, 4), line, Shard(0))
-    turned, moved = lay(full[1], line, Shard(1)), lay(full[1], backwards, Shard(0))
+    good = distribute(full[0], line, Shard(0))
+    taller = distribute(torch.ones(world + 2, 4), line, Shard(0))
+    turned, moved = distribute(full[1], line, Shard(1)), distribute(full[1], backwards, Shard(0))
     summands = DTensor.from_local(torch.ones(2, 4), line, [Partial()], run_check=False)
     one, two = (
         DTensor.from_local(torch.ones(rows, 4), line, [Shard(0)], shape=(world, 4), stride=(4, 1))
@@ -282,7 +282,7 @@ def equal_ranks_are_enough(world: int) -> None:
     full = versions(7, 4)
     names = [None, ("x",), ("y",), None]
     base, *models = (
-        lay(t, init_device_mesh("cpu", (world,), mesh_dim_names=n), Shard(0))
+        distribute(t, init_device_mesh("cpu", (world,), mesh_dim_names=n), Shard(0))
         for t, n in zip(full, names, strict=True)
     )
     assert models[0].device_mesh != models[1].device_mesh
@@ -293,7 +293,7 @@ def equal_ranks_are_enough(world: int) -> None:
 @case
 def shared_memory(world: int) -> None:
     full = versions(8, 4)
-    base, *models = (lay(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
+    base, *models = (distribute(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
     with refused("finetuned[0]['w']: shares memory with base['w'], which is written in place"):
         nm.merge_({"w": base}, [{"w": base}], scale=0.9)
     with refused("finetuned[0]['v']: shares memory with base['w'], which is written in place"):
@@ -303,15 +303,15 @@ def shared_memory(world: int) -> None:
 
 @case
 def not_finite_on_one_rank(world: int) -> None:
-    """Kept and counted without communication; as an error, one of all ranks, before any has written."""
+    """Kept and counted without communication. As an error, all ranks raise before any has written."""
     layout = list(layouts(world))
     full = [t.clone() for t in versions(8, 12)]
     full[2][-1, -1] = torch.inf
     for mesh, placements in layout:
-        base, *models = (lay(t, mesh, *placements) for t in full)
+        base, *models = (distribute(t, mesh, *placements) for t in full)
         with communicating():
-            stats = nm.merge_(lay(full[0], mesh, *placements), models, scale=0.9)
-        assert stats.nonfinite == (lay(full[2], mesh, *placements).to_local().isinf().sum())
+            stats = nm.merge_(distribute(full[0], mesh, *placements), models, scale=0.9)
+        assert stats.nonfinite == (distribute(full[2], mesh, *placements).to_local().isinf().sum())
         last = base.to_local().numel() - 1
         message = (
             f"finetuned[1]['w']: element {last} in memory order of this rank's shard: inf, expected finite numbers"
@@ -329,9 +329,9 @@ def not_finite_on_one_rank(world: int) -> None:
 
 @case
 def some_ranks_only(world: int) -> None:
-    """A mesh of two ranks; the others hold nothing and are not asked."""
+    """A mesh of two ranks. The other ranks hold nothing and do not communicate."""
     mesh, full = DeviceMesh("cpu", [0, 1]), versions(7, 4)
-    base, *models = (lay(t, mesh, Shard(0)) for t in full)
+    base, *models = (distribute(t, mesh, Shard(0)) for t in full)
     for nonfinite in ("keep-base", "error"):
         merged = nm.merge(base, models, scale=0.9, nonfinite=nonfinite)
         assert type(merged) is DTensor and merged.device_mesh == mesh and merged.shape == (7, 4)
@@ -351,7 +351,7 @@ def network(seed: int) -> torch.nn.Sequential:
 
 @case
 def fully_sharded(world: int) -> None:
-    """FSDP2, in one and in two dimensions, over tensor parallelism too: whole modules, before and after a step."""
+    """Whole modules with FSDP2, in one and two dimensions and over tensor parallelism, before and after a step."""
     whole_rows = ColwiseParallel(output_layouts=Replicate())
     meshes = [init_device_mesh("cpu", (world,))]
     if world == 4:
@@ -379,7 +379,7 @@ def fully_sharded(world: int) -> None:
             for name, value in whole.items():
                 assert type(result[name]) is type(state[name])
                 if isinstance(state[name], DTensor):
-                    # Not cut as by lay: FSDP cuts what tensor parallelism has cut.
+                    # Not cut as by distribute: FSDP cuts what tensor parallelism has cut.
                     assert same_bits(result[name].full_tensor(), value), name
                     assert result[name].placements == state[name].placements
                 else:
@@ -396,8 +396,8 @@ def fully_sharded(world: int) -> None:
 
 @case
 def not_by_the_operators(world: int) -> None:
-    """Nor, so, in a graph: torch's own words, which name the operator."""
-    base, model = (lay(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in versions(8, 4, n=1))
+    """The operators refuse DTensors with torch's own error, which names the operator; graphs, too."""
+    base, model = (distribute(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in versions(8, 4, n=1))
     for operator in (torch.ops.negmerge.merge, torch.ops.negmerge.merge_):
         try:
             operator([base], [model], 0.9)
@@ -408,7 +408,7 @@ def not_by_the_operators(world: int) -> None:
 
 
 def without_distributed() -> None:
-    """That what needs the longer look, and is no DTensor, doesn't import what makes DTensors."""
+    """Check that a merge of tensors that are not flat does not import the module of DTensors."""
     full = versions(7, 5)
     base, *models = (t.mT.contiguous().mT for t in full)
     assert same_bits(nm.merge(base, models, scale=0.9), plain_merge(full[0], full[1:], 0.9)[0])
@@ -432,7 +432,7 @@ def run_all(rank: int, world: int, folder: Path) -> None:
 if __name__ == "__main__":
     without_distributed()
 
-    # The ranks are forks of this process: all is imported once.
+    # The ranks are forks of this process, so that modules are imported only once.
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,4 +1,4 @@
-"""What a type checker must make of the calls: mypy reads this file, and test_arrays.py runs it."""
+"""Calls with the types that a type checker must infer. mypy reads this file, and test_arrays.py runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class ByDLPack:
-    """An array that is known by its protocol only."""
+    """An array that has the DLPack protocol only."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -64,7 +64,7 @@ def mixed_tau() -> dict[str, torch.Tensor | Floats]:
 
 
 def refused() -> int:
-    """Never called."""
+    """Calls that a type checker must refuse. Never called."""
     nm.merge(torch.ones(3), [torch.ones(3)])  # type: ignore[call-overload]  # no scale
     nm.merge(torch.ones(3), [torch.ones(3)], scale="1")  # type: ignore[call-overload]
     nm.merge(3, [torch.ones(3)], scale=1)  # type: ignore[call-overload]

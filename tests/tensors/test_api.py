@@ -1,4 +1,4 @@
-"""merge, merge_, merge_task_vectors and negate_ on what other projects hold: tensors, state dicts, modules."""
+"""merge, merge_, merge_task_vectors and negate_ on tensors, state dicts and modules."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_strides(view: Any, which: str) -> None:
     assert same_bits(in_place, plain)
 
 
-def test_a_view_is_all_that_is_written() -> None:
+def test_merge_into_a_view_writes_nothing_else() -> None:
     tensors = versions(6, 8)
     whole = tensors[0].clone()
     nm.merge_(whole[:, 2:5], [t[:, 2:5] for t in tensors[1:]], scale=0.9)
@@ -110,7 +110,7 @@ def test_tied_weights_are_updated_once_and_stay_tied() -> None:
         nm.merge(model, others, scale=0.9)
 
 
-def test_names_may_differ_in_type() -> None:
+def test_tensors_of_a_model_may_differ_in_dtype() -> None:
     a, b = versions(10), versions(10, dtype=torch.bfloat16)
     merged = nm.merge(
         {"a": a[0], "b": b[0]}, [{"a": x, "b": y} for x, y in zip(a[1:], b[1:], strict=True)], scale=0.9
@@ -165,7 +165,7 @@ class WithExtraState(torch.nn.Linear):
         pass
 
 
-def test_extra_state_is_the_bases() -> None:
+def test_extra_state_is_taken_from_the_base() -> None:
     base, *finetuned = (WithExtraState(3, 2) for _ in range(3))
     assert nm.merge(base, finetuned, scale=0.9)["_extra_state"].tolist() == [7, 7, 7]
     assert nm.merge_(base, finetuned, scale=0.9).elements == 8
@@ -179,7 +179,7 @@ def test_views_with_the_negative_bit() -> None:
     assert same_bits(nm.merge(views[0], views[1:], scale=0.9), plain)
     nm.merge_(views[0], views[1:], scale=0.9)
     assert same_bits(views[0].resolve_neg(), plain)
-    # The same memory, but not the same numbers.
+    # Two views of the same memory with different values.
     z = torch.complex(torch.zeros(3), torch.ones(3))
     two = {"a": z.imag, "b": z.conj().imag}
     with pytest.raises(nm.InputError, match="shares memory"):
@@ -202,7 +202,7 @@ def test_copies_of_scattered_tensors_are_made_one_at_a_time() -> None:
     base, *models = [{str(i): torch.full((300, 200), float(k)).T for i in range(5)} for k in range(4)]
     models = [{n: t.contiguous() for n, t in m.items()} for m in models]
     peak = peak_allocated(lambda: nm.merge_(base, models, scale=0.9, backend="cpu"))
-    assert 4 * size <= peak < 5 * size  # of one tensor: three copies and the result
+    assert 4 * size <= peak < 5 * size  # three copies and the result of one tensor
 
 
 def test_merge_task_vectors_takes_the_widest_type() -> None:
@@ -223,7 +223,7 @@ def test_parameters_and_inference_tensors() -> None:
     assert not merged.requires_grad and not merged.is_inference()
 
 
-def test_in_place_is_noticed_by_autograd() -> None:
+def test_autograd_notices_a_merge_in_place() -> None:
     weight = torch.ones(3, requires_grad=True)
     loss = (weight * weight).sum()
     nm.merge_(weight, [torch.full((3,), 2.0)], scale=1.0)
@@ -301,14 +301,14 @@ def test_shared_memory_is_refused_in_place_only() -> None:
             [{"a": t, "raw": t.view(torch.int32)} for t in finetuned],
             scale=0.9,
         )
-    # Columns of one matrix interleave, but share no element.
+    # Columns of one matrix are interleaved, but share no element.
     columns = base.clone()
     nm.merge_(columns[:, 0], [columns[:, 1], columns[:, 2]], scale=0.9)
     assert same_bits(columns[:, 1:], base[:, 1:])
     assert same_bits(nm.merge(base, [base, base], scale=0.9), base)
 
 
-def test_nothing_is_half_updated() -> None:
+def test_nothing_is_written_if_a_later_tensor_is_refused() -> None:
     a, b = versions(50), versions(60)
     model = {"a": a[0].clone(), "b": b[0].clone()}
     finetuned = [{"a": x, "b": y} for x, y in zip(a[1:], b[1:], strict=True)]
@@ -345,7 +345,7 @@ def test_the_order_of_names_changes_no_bit() -> None:
 
 
 def test_tensors_of_all_kinds_in_one_model() -> None:
-    """Those that are flat as they are, those that are not, and one dimension whose stride says nothing."""
+    """Flat ones, scattered ones, and one with a dimension of size 1, whose stride is arbitrary."""
     odd = torch.empty(7).as_strided((1, 2), (5, 1))
     shapes = {"flat": torch.empty(3, 4), "scattered": torch.empty(3, 8)[:, ::2], "dense": torch.empty(4, 3).T}
     shapes |= {"scalar": torch.empty(()), "odd": odd, "none": torch.empty(0), "one": odd[:, :1][0]}
@@ -368,7 +368,7 @@ def test_a_model_of_integers_only() -> None:
     assert base["n"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, that these kinds of tensor are on their way out
+@pytest.mark.filterwarnings("ignore")  # torch deprecates some of these kinds of tensor
 def test_problems_are_found_among_tensors_that_fit() -> None:
     good = {f"t{i}": torch.ones(4) for i in range(5)}
     other = {name: tensor + 1 for name, tensor in good.items()}
@@ -392,8 +392,8 @@ def test_neighbours_in_one_memory_are_apart() -> None:
     assert all(same_bits(models[0][str(i)], expected([m[i] for m in memory])) for i in range(3))
 
 
-def test_ctrl_c_comes_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never half-updated: two batches, and the signal at the first."""
+def test_ctrl_c_waits_until_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes during the first of two batches."""
     made = {"single": versions(50), "half": [t.half() for t in versions(50)]}
     base, *finetuned = [{name: tensors[k].clone() for name, tensors in made.items()} for k in range(4)]
     merge_cpu, calls = native.merge_cpu, []
@@ -413,7 +413,7 @@ def test_ctrl_c_comes_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_memory_that_was_freed_or_cut_is_refused() -> None:
-    """As fully sharded training leaves it between uses."""
+    """Fully sharded training leaves such tensors between uses."""
     for kept in (0, 64):
         for which in (0, 1):
             held = [t.T for t in versions(40, 50)] if kept else versions(40, 50)

@@ -1,4 +1,4 @@
-"""Arrays of other libraries: merged where torch can view them, or refused by name."""
+"""Arrays of NumPy and by DLPack: merged if torch can view them, else refused by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
 
 
 class ByDLPack:
-    """An array that is known by DLPack only."""
+    """An array that has the DLPack protocol only."""
 
     def __init__(self, held: Any, old: bool = False) -> None:
         self.held, self.old = held, old
@@ -74,7 +74,7 @@ def test_numpy_arrays(view: str, dtype: Any) -> None:
     assert same_bits(torch.from_numpy(np.array(held[0])), plain)
 
 
-def test_numpy_views_write_to_the_callers_memory_alone() -> None:
+def test_merge_into_a_numpy_view_writes_nothing_else() -> None:
     base, *finetuned = arrays(6, 8)
     whole, hoped = base.copy(), base.copy()
     hoped[:, 2:5] = expected([base, *finetuned])[:, 2:5]
@@ -182,7 +182,7 @@ def test_dlpack(old: bool) -> None:
 
 
 def test_an_older_torch_that_asks_for_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets a capsule that it can read; whether the array may be written is asked on the side."""
+    """It gets a capsule that it can read. A second capsule tells whether the array may be written."""
 
     def view(array: Any) -> torch.Tensor:
         capsule = array.__dlpack__()
@@ -195,7 +195,7 @@ def test_an_older_torch_that_asks_for_no_version(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not speaks_dlpack_1(), reason="numpy's DLPack has no flags before 2.1")
-def test_dlpack_flags_are_heeded() -> None:
+def test_dlpack_flags_are_respected() -> None:
     base, *finetuned = arrays(6)
     nm.merge(ByDLPack(read_only(base)), finetuned, scale=0.9)
     with pytest.raises(nm.InputError, match="base: ByDLPack that is read-only"):
@@ -241,7 +241,7 @@ NO_VIEW: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("case", NO_VIEW)
-def test_what_torch_cannot_view_is_refused_by_name(case: str, single: bool) -> None:
+def test_arrays_that_torch_cannot_view_are_refused_by_name(case: str, single: bool) -> None:
     make, message = NO_VIEW[case]
     good, other = np.ones(3, np.float32), np.full(3, 2, np.float32)
     for function in (nm.merge, nm.merge_):
@@ -257,7 +257,7 @@ def test_what_torch_cannot_view_is_refused_by_name(case: str, single: bool) -> N
             assert (good == 1).all() and (other == 2).all()
 
 
-def test_nothing_is_written_before_all_is_seen() -> None:
+def test_nothing_is_written_before_all_is_checked() -> None:
     held = arrays(6)
     base = {"a": held[0].copy(), "b": read_only(held[0].copy())}
     with pytest.raises(nm.InputError, match=r"base\['b'\]: read-only numpy array"):
@@ -273,13 +273,10 @@ def test_nothing_is_written_before_all_is_seen() -> None:
         nm.merge({"w": held[0]}, [held[1]], scale=0.9)
 
 
-def test_memory_lives_as_long_as_it_is_used() -> None:
+def test_memory_lives_as_long_as_the_result() -> None:
     merged = nm.merge(np.ones(10_000), [np.full(10_000, 2.0), ByDLPack(np.full(10_000, 3.0))], scale=1.0)
     assert (merged == -0.5).all() and ctypes.c_double.from_address(merged.ctypes.data).value == -0.5
 
 
-def test_a_type_checker_sees_what_is_so() -> None:
+def test_runtime_types_are_those_of_the_type_checker() -> None:
     typed.check()
-
-
-# Every kind of tensor.

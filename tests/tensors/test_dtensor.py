@@ -1,4 +1,4 @@
-"""DTensors on 2 and on 4 ranks, against the plain merge of the full tensors; dtensor_ranks.py holds the cases."""
+"""DTensors on 2 and on 4 ranks against the plain merge of the full tensors. The cases are in dtensor_ranks.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ pytestmark = pytest.mark.processes
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, ranks.__file__, str(folder)]
-    here = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # whatever the machine's name stands for
-    done = subprocess.run(command, capture_output=True, text=True, env=here, timeout=2 * ranks.SECONDS + 60)
+    environment = os.environ | {
+        "GLOO_SOCKET_IFNAME": "lo"
+    }  # the address of the machine's name may be unreachable
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=2 * ranks.SECONDS + 60
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -29,5 +33,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_on_every_rank(case: str, world: int, folder: Path) -> None:
     for rank in range(world):
         outcome = folder / f"{world}-{rank}.json"
-        assert outcome.exists(), f"rank {rank} of {world} has not come to its end"
+        assert outcome.exists(), f"rank {rank} of {world} did not finish"
         assert case not in (failed := json.loads(outcome.read_text())), f"rank {rank}: {failed[case]}"

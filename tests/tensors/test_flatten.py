@@ -1,4 +1,4 @@
-"""Every kind of tensor that torch has: merged as it should be, or refused by name."""
+"""Every kind of tensor that torch has: merged with the right bits, or refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import negmerge_fast as nm
 
 
 class Labelled(torch.Tensor):
-    """Without __torch_dispatch__: its numbers are where a tensor's are, whatever its functions do."""
+    """A subclass without __torch_dispatch__: its numbers are in its memory, whatever its methods do."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -24,7 +24,7 @@ class Labelled(torch.Tensor):
 
 
 class Wrapper(torch.Tensor):
-    """With __torch_dispatch__, as DTensor: its numbers are elsewhere."""
+    """A subclass with __torch_dispatch__, as DTensor: its numbers are not in its memory."""
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Any:
@@ -56,13 +56,13 @@ def fake(t: torch.Tensor) -> torch.Tensor:
 
 
 def imaginary(t: torch.Tensor) -> torch.Tensor:
-    """Of a conjugate: the memory holds it negated."""
+    """The imaginary part of a conjugate, whose memory holds the negated values."""
     view = torch.complex(torch.zeros(t.shape), -t).conj().imag
     assert view.is_neg()
     return view
 
 
-# A kind made of a plain tensor of shape (2, 3, 4, 4); merged as that, unless there are words of refusal.
+# Functions that make a tensor of a kind from a plain one of shape (2, 3, 4, 4). It is merged as the plain one is.
 MERGED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "as it is": torch.clone,
     "requires grad": lambda t: t.clone().requires_grad_(),
@@ -141,7 +141,7 @@ def test_kinds_that_are_merged(kind: str, which: str) -> None:
     assert same_bits(named["plain"], plain) and same_bits(numbers(named["w"]), plain)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, that some kinds are on their way out, or not complete
+@pytest.mark.filterwarnings("ignore")  # torch deprecates some kinds, and calls some incomplete
 @pytest.mark.parametrize("kind", REFUSED)
 def test_kinds_that_are_refused(kind: str) -> None:
     make, message = REFUSED[kind]
@@ -186,7 +186,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("function", [nm.merge, nm.merge_])
 def test_inside_torch_func(transform: str, function: Any) -> None:
-    """What is transformed has no memory of its own, nor has what torch makes there; never a crash."""
+    """Transformed tensors have no memory, nor do tensors made inside. They are refused without a crash."""
     outer = {"w": torch.ones(3)}
 
     def inner(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The operators of torch: the same bits as everywhere, seen through every transformation that graphs put them through."""
+"""The operators of torch: the same bits as the functions, in eager mode and in graphs of every kind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Tensors = list[torch.Tensor]
 
 
 def family(device: str = "cpu", n: int = 3, seed: int = 0) -> tuple[Tensors, list[Tensors]]:
-    """Three tensors of three signatures, one of them empty and one in channels_last, with hostile values; n models."""
+    """A base and n models of three tensors with hostile values: three signatures, one empty, one in channels_last."""
     kinds = [(F32, [BF16], (240,)), (F16, [F32, F16], (2, 3, 4, 5)), (F64, [F64], (0, 4))]
     base: Tensors = []
     models: list[Tensors] = [[] for _ in range(n)]
@@ -81,7 +81,7 @@ def test_same_bits_as_the_rule(device: str, backend: str, rule: tuple[float, flo
 
 def test_counts_of_many_tensors_come_in_their_order() -> None:
     base = [torch.zeros(2 * i + 1, dtype=(F32, F16)[i % 2]) for i in range(6)]
-    base[4] = torch.zeros(18)[::2]  # a copy is made of it, and it goes first
+    base[4] = torch.zeros(18)[::2]  # scattered, so it is copied and merged first
     assert merge(base, [torch.ones_like(t) for t in base], 0.5)[1].tolist() == [
         [2 * i + 1, 0] for i in range(6)
     ]
@@ -95,7 +95,7 @@ def test_counts_of_many_tensors_come_in_their_order() -> None:
 @pytest.mark.parametrize(
     "kind", ["f64", "f32", "f16", "bf16", "mixed", "one model", "scattered", "requires grad", "majority", "task vectors"]
 )  # fmt: skip
-def test_torch_finds_nothing_wrong(device: str, kind: str) -> None:
+def test_opcheck_passes(device: str, kind: str) -> None:
     dtype = {"f64": F64, "f16": F16, "bf16": BF16}.get(kind, F32)
     base, models = family(device, n=1 if kind == "one model" else 3)
     if kind != "mixed":
@@ -105,7 +105,7 @@ def test_torch_finds_nothing_wrong(device: str, kind: str) -> None:
         models[0][0] = torch.ones(24, 20, dtype=dtype, device=device)[::2]
         models[2][0] = torch.ones((), dtype=dtype, device=device).expand(12, 20)
     grad = kind == "requires grad"
-    for model in (base, *models):  # opcheck compares with allclose, for which a NaN is unlike itself
+    for model in (base, *models):  # opcheck compares with allclose, where NaN is not equal to NaN
         model[:] = [t.nan_to_num(0.5, 0.25, -0.25).clamp(-9, 9).requires_grad_(grad) for t in model]
     rule = {"majority": (0.5, 0.6), "task vectors": (0.5, 1.0, True)}.get(kind, (0.5,))
     torch.library.opcheck(merge.default, (base, flat(models), *rule))
@@ -114,7 +114,7 @@ def test_torch_finds_nothing_wrong(device: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [(0.3, 1.0, False), (0.3, 0.6, False), (0.3, 1.0, True), (0.3, 0.6, True)])
-def test_gradient_is_that_of_the_rule(rule: tuple[float, float, bool]) -> None:
+def test_gradient_matches_finite_differences(rule: tuple[float, float, bool]) -> None:
     inputs = [torch.randn(shape, dtype=F64).requires_grad_() for _ in range(4) for shape in ((20,), (3, 4))]
     assert torch.autograd.gradcheck(lambda *t: tuple(merge(t[:2], t[2:], *rule)[0]), inputs)
 
@@ -127,7 +127,7 @@ def test_gradient_goes_to_the_base_where_the_rule_keeps_it() -> None:
     assert model.grad is not None and model.grad.tolist() == [-0.5, 0.0, 0.0, 0.0]
 
 
-def test_merge_in_place_tells_autograd() -> None:
+def test_autograd_notices_a_merge_in_place() -> None:
     weight = torch.nn.Parameter(torch.zeros(4))
     product = weight * weight
     merge_([weight], [torch.ones(4)], 0.5)
@@ -161,7 +161,7 @@ MODE = FakeTensorMode()
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("world", [meta, fake])
-def test_without_data_there_are_shapes(world: Callable[[Tensors], Tensors], device: str) -> None:
+def test_shapes_without_data(world: Callable[[Tensors], Tensors], device: str) -> None:
     base, models = family(device)
     merged, counts = merge(world(base), world(flat(models)), 0.5)
     expected, expected_counts = merge(base, flat(models), 0.5)
@@ -190,7 +190,7 @@ ones = torch.ones
         ([ones(2)], [ones(2)], (0.5, 1.0, False, "gpu"), "backend: 'gpu', expected one of auto, cuda, triton, cpu, torch"),
     ],
 )  # fmt: skip
-def test_refused_in_the_same_words_with_and_without_data(
+def test_errors_are_the_same_with_and_without_data(
     world: Callable[[Tensors], Tensors],
     operator: Any,
     base: Tensors,
@@ -221,7 +221,7 @@ def test_refused_layouts_and_devices(operator: Any) -> None:
         operator([ones(2)], [ones(2)], 0.5, backend="cuda")
 
 
-def test_memory_that_is_shared_in_place_is_refused() -> None:
+def test_shared_memory_is_refused_in_place() -> None:
     memory = torch.zeros(8)
     for base, finetuned, message in (
         ([memory, memory[4:]], [ones(8), ones(4)], r"base\[1\]: shares memory with base\[0\]"),
@@ -245,7 +245,7 @@ def in_graph_(base: Tensors, finetuned: Tensors, scale: float) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> None:
+def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
@@ -368,8 +368,8 @@ def test_refused_while_a_graph_is_traced(finetuned: Any, keywords: Any, message:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_table_travels_in_launches(device: str) -> None:
-    """As a CUDA graph's has to: every bit of an address."""
+def test_descriptors_are_uploaded_in_launches(device: str) -> None:
+    """A CUDA graph needs it. Every bit of an address arrives."""
     numbers = np.array([0, 1, -1, 2**31, 2**53 + 1, 2**62 + 3, -(2**63), 0x7F62_3399_39A0] * 40)
     assert upload_in_launches(numbers, torch.device(device)).tolist() == numbers.tolist()
 
@@ -381,7 +381,7 @@ def test_cuda_graph(device: str, backend: str) -> None:
     finetuned, written = flat(models), [t.clone() for t in base]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # loads and allocates what the capture must find
+    with torch.cuda.stream(stream):  # loads modules and allocates memory before the capture
         merge(base, finetuned, 0.5, backend=backend)
         merge_([t.clone() for t in base], finetuned, 0.5, backend=backend)
     torch.cuda.current_stream(device).wait_stream(stream)
