@@ -21,10 +21,10 @@ struct Batch {
   double scale;            // λ
   std::int64_t required;   // how many models must agree on the sign of an element
   std::int64_t segments;
-  const std::int64_t* table;  // [segments, 3 + n]: elements, then the addresses of base, out, x_1 … x_n; base 0: zeros, out 0: count only
+  const std::int64_t* descriptors;  // [segments, 3 + n]: elements, then the addresses of base, out, x_1 … x_n; base 0: zeros, out 0: count only
   std::int64_t* counts;       // [segments, 2]: agreed and non-finite are added
 
-  NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return table + segment * (3 + n); }
+  NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return descriptors + segment * (3 + n); }
 };
 
 NEGMERGE_INLINE bool is_double(const Batch& batch) {

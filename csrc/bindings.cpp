@@ -14,7 +14,7 @@ namespace negmerge {
 namespace {
 
 Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
-               std::int64_t segments, std::uintptr_t table, std::uintptr_t counts) {
+               std::int64_t segments, std::uintptr_t descriptors, std::uintptr_t counts) {
   for (const char dtype : dtypes + static_cast<char>(result))
     if (dtype < kF64 || dtype > kBF16) throw std::invalid_argument("no such storage type");
   if (dtypes.empty()) throw std::invalid_argument("no models");
@@ -26,7 +26,7 @@ Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double 
   batch.scale = scale;
   batch.required = required;
   batch.segments = segments;
-  batch.table = reinterpret_cast<const std::int64_t*>(table);
+  batch.descriptors = reinterpret_cast<const std::int64_t*>(descriptors);
   batch.counts = reinterpret_cast<std::int64_t*>(counts);
   return batch;
 }
@@ -39,9 +39,9 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "merge_cpu",
       [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
-         std::int64_t segments, std::uintptr_t table, std::uintptr_t counts, int threads,
+         std::int64_t segments, std::uintptr_t descriptors, std::uintptr_t counts, int threads,
          const std::string& instruction_set) {
-        merge_cpu(batch_of(result, dtypes, task_vectors, scale, required, segments, table, counts), threads,
+        merge_cpu(batch_of(result, dtypes, task_vectors, scale, required, segments, descriptors, counts), threads,
                   instruction_set);
       },
       py::call_guard<py::gil_scoped_release>());

@@ -16,30 +16,30 @@
 
 namespace negmerge {
 
-void merge_loop_baseline(const Batch&, Place, std::int64_t);
+void merge_loop_baseline(const Batch&, Position, std::int64_t);
 #ifdef __x86_64__
-void merge_loop_avx2(const Batch&, Place, std::int64_t);
+void merge_loop_avx2(const Batch&, Position, std::int64_t);
 #endif
 
 namespace {
 
 // bench/tuning/threads.py compiles others, and measures what two threads are worth; these won, bench/results/threads.jsonl.
-#ifndef NEGMERGE_MOST_AT_ONCE
-#define NEGMERGE_MOST_AT_ONCE 65536
+#ifndef NEGMERGE_MAX_AT_ONCE
+#define NEGMERGE_MAX_AT_ONCE 65536
 #endif
-#ifndef NEGMERGE_FEWEST_AT_ONCE
-#define NEGMERGE_FEWEST_AT_ONCE 4096
+#ifndef NEGMERGE_MIN_AT_ONCE
+#define NEGMERGE_MIN_AT_ONCE 4096
 #endif
 #ifndef NEGMERGE_BYTES_PER_THREAD
 #define NEGMERGE_BYTES_PER_THREAD (1 << 21)
 #endif
 // Elements that a thread takes at once: enough to forget what taking them costs, few enough that threads end together.
-constexpr std::int64_t kMostAtOnce = NEGMERGE_MOST_AT_ONCE, kFewestAtOnce = NEGMERGE_FEWEST_AT_ONCE;
+constexpr std::int64_t kMaxAtOnce = NEGMERGE_MAX_AT_ONCE, kMinAtOnce = NEGMERGE_MIN_AT_ONCE;
 // Less than this for each is done sooner by fewer threads: starting one takes as long.
 constexpr std::int64_t kBytesPerThread = NEGMERGE_BYTES_PER_THREAD;
-constexpr int kMostThreads = 1024;
+constexpr int kMaxThreads = 1024;
 
-struct Named {
+struct NamedLoop {
   const char* name;
   Loop loop;
 };
@@ -53,9 +53,9 @@ bool has_f16c() {
 #endif
 
 // Looked for once: on a virtual machine, asking the processor takes longer than a small merge.
-const std::vector<Named>& loops() {
-  static const std::vector<Named> found = [] {
-    std::vector<Named> loops;
+const std::vector<NamedLoop>& loops() {
+  static const std::vector<NamedLoop> found = [] {
+    std::vector<NamedLoop> loops;
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx2") && has_f16c()) loops.push_back({"avx2", merge_loop_avx2});
 #endif
@@ -66,29 +66,29 @@ const std::vector<Named>& loops() {
 }
 
 // All elements of a batch in one line, cut into pieces that the threads take as they come.
-class Shares {
+class Partition {
  public:
-  Shares(const Batch& batch, int threads) : batch_(batch), ends_(batch.segments) {
+  Partition(const Batch& batch, int threads) : batch_(batch), ends_(batch.segments) {
     std::int64_t end = 0;
     for (std::int64_t i = 0; i < batch.segments; ++i) ends_[i] = end += batch.row(i)[0];
-    piece_ = std::clamp(end / (8 * threads) / 1024 * 1024, kFewestAtOnce, kMostAtOnce);
+    chunk_ = std::clamp(end / (8 * threads) / 1024 * 1024, kMinAtOnce, kMaxAtOnce);
   }
 
   std::int64_t elements() const { return ends_.empty() ? 0 : ends_.back(); }
 
-  void work(Loop loop) {
+  void process(Loop loop) {
     const PlainArithmetic plain;
-    for (std::int64_t at; (at = next_.fetch_add(piece_, std::memory_order_relaxed)) < elements();) {
+    for (std::int64_t at; (at = next_.fetch_add(chunk_, std::memory_order_relaxed)) < elements();) {
       const std::int64_t segment = std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin();
       const std::int64_t start = at - (segment ? ends_[segment - 1] : 0);
-      loop(batch_, {segment, start}, std::min(piece_, elements() - at));
+      loop(batch_, {segment, start}, std::min(chunk_, elements() - at));
     }
   }
 
  private:
   const Batch& batch_;
   std::vector<std::int64_t> ends_;
-  std::int64_t piece_;
+  std::int64_t chunk_;
   std::atomic<std::int64_t> next_{0};
 };
 
@@ -102,27 +102,27 @@ std::int64_t bytes_per_element(const Batch& batch) {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Named& each : loops()) names.push_back(each.name);
+  for (const NamedLoop& each : loops()) names.push_back(each.name);
   return names;
 }
 
 void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set) {
   Loop loop = nullptr;
-  for (const Named& each : loops())
+  for (const NamedLoop& each : loops())
     if (each.name == instruction_set) loop = each.loop;
   if (!loop) throw std::invalid_argument("no instruction set " + instruction_set + " here");
 
-  threads = std::clamp(threads, 1, kMostThreads);
-  Shares shares(batch, threads);
-  const std::int64_t worth = shares.elements() * bytes_per_element(batch) / kBytesPerThread;
+  threads = std::clamp(threads, 1, kMaxThreads);
+  Partition partition(batch, threads);
+  const std::int64_t worth = partition.elements() * bytes_per_element(batch) / kBytesPerThread;
   const std::int64_t wanted = std::min<std::int64_t>(threads, worth);
   std::vector<std::thread> helpers;
   try {
-    for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { shares.work(loop); });
+    for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { partition.process(loop); });
   } catch (const std::exception&) {
     // The system gives no more threads, or no memory for them: those that there are do the work.
   }
-  shares.work(loop);
+  partition.process(loop);
   for (std::thread& helper : helpers) helper.join();
 }
 

@@ -61,7 +61,7 @@ struct Tiling {
 
 // reciprocal: 1 / n, rounded; NaN where n is too large for `quick_quotient`.
 template <class T>
-struct Work {
+struct KernelArgs {
   Batch batch;
   Tiling tiling;
   Constants<T> constants;
@@ -69,19 +69,20 @@ struct Work {
 };
 
 // Of one segment.
-struct Place {
+struct Operands {
   const char* base;
   char* out;
   const std::int64_t* addresses;  // of the models
 };
 
 // Blocks that a processor runs at a time, at least: registers are kept for so many.
-template <bool kAlike, class Seen>
-constexpr int kBlocks = kAlike && Seen::kResultTells ? NEGMERGE_CUDA_BLOCKS : 1;
+template <bool kSameDtype, class Accumulator>
+constexpr int kBlocks = kSameDtype && Accumulator::kResultTells ? NEGMERGE_CUDA_BLOCKS : 1;
 
 // The most bytes of them: they and the running values are held in registers.
-template <class Seen, int E>
-constexpr int kGroupBytes = NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Seen) > 48 && E > 2 ? 4 : sizeof(Seen) > 24 ? 2 : 1);
+template <class Accumulator, int E>
+constexpr int kGroupBytes =
+    NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Accumulator) > 48 && E > 2 ? 4 : sizeof(Accumulator) > 24 ? 2 : 1);
 
 // Elements of a thread at a time, fewer where their running values would not fit the registers.
 template <class T, class S>
@@ -148,9 +149,9 @@ __device__ T widen(typename M::Bits bits) {
 
 // Takes E elements through G models of storage type M. All loads first, before anything of the base is looked at, which is
 // on its way, too.
-template <class T, class S, class M, int E, int G, class Seen>
-__device__ void see(const std::int64_t* addresses, std::int64_t element, const Elements<S, E>& base, bool task_vectors,
-                    Seen (&seen)[E]) {
+template <class T, class S, class M, int E, int G, class Accumulator>
+__device__ void accumulate(const std::int64_t* addresses, std::int64_t element, const Elements<S, E>& base, bool task_vectors,
+                           Accumulator (&accumulators)[E]) {
   Elements<M, E> x[G];
 #pragma unroll
   for (int k = 0; k < G; ++k)
@@ -159,30 +160,30 @@ __device__ void see(const std::int64_t* addresses, std::int64_t element, const E
   for (int e = 0; e < E; ++e) {
     const T from = task_vectors ? T(0) : widen<T, S>(base.bits[e]);
 #pragma unroll
-    for (int k = 0; k < G; ++k) seen[e].see(widen<T, M>(x[k].bits[e]) - from);
+    for (int k = 0; k < G; ++k) accumulators[e].accumulate(widen<T, M>(x[k].bits[e]) - from);
   }
 }
 
 // The same for `same` models of one storage type, in groups.
-template <class T, class S, class M, int E, class Seen>
-__device__ void see(const std::int64_t* addresses, std::int64_t same, std::int64_t element, const Elements<S, E>& base,
-                    bool task_vectors, Seen (&seen)[E]) {
-  constexpr int fit = kGroupBytes<Seen, E> / (E * static_cast<int>(sizeof(typename M::Bits)));
+template <class T, class S, class M, int E, class Accumulator>
+__device__ void accumulate(const std::int64_t* addresses, std::int64_t same, std::int64_t element, const Elements<S, E>& base,
+                           bool task_vectors, Accumulator (&accumulators)[E]) {
+  constexpr int fit = kGroupBytes<Accumulator, E> / (E * static_cast<int>(sizeof(typename M::Bits)));
   constexpr int G = fit < kGroup ? fit : kGroup;
   std::int64_t k = 0;
-  for (; k + G <= same; k += G) see<T, S, M, E, G>(addresses + k, element, base, task_vectors, seen);
+  for (; k + G <= same; k += G) accumulate<T, S, M, E, G>(addresses + k, element, base, task_vectors, accumulators);
   static_assert(G <= 16, "what is left over is taken by groups of 8, 4, 2 and 1");
   if constexpr (G > 8) {
-    if (same - k >= 8) see<T, S, M, E, 8>(addresses + k, element, base, task_vectors, seen), k += 8;
+    if (same - k >= 8) accumulate<T, S, M, E, 8>(addresses + k, element, base, task_vectors, accumulators), k += 8;
   }
   if constexpr (G > 4) {
-    if (same - k >= 4) see<T, S, M, E, 4>(addresses + k, element, base, task_vectors, seen), k += 4;
+    if (same - k >= 4) accumulate<T, S, M, E, 4>(addresses + k, element, base, task_vectors, accumulators), k += 4;
   }
   if constexpr (G > 2) {
-    if (same - k >= 2) see<T, S, M, E, 2>(addresses + k, element, base, task_vectors, seen), k += 2;
+    if (same - k >= 2) accumulate<T, S, M, E, 2>(addresses + k, element, base, task_vectors, accumulators), k += 2;
   }
   if constexpr (G > 1) {
-    if (same - k >= 1) see<T, S, M, E, 1>(addresses + k, element, base, task_vectors, seen);
+    if (same - k >= 1) accumulate<T, S, M, E, 1>(addresses + k, element, base, task_vectors, accumulators);
   }
 }
 
@@ -192,8 +193,8 @@ struct Counts {
 
 // The least sum, by magnitude, that quick_quotient divides, and the largest n.
 template <class T>
-constexpr T kLeast = sizeof(T) == 8 ? T(0x1p-1000) : T(0x1p-100);
-constexpr std::int64_t kMost = 1 << 20;
+constexpr T kMinSum = sizeof(T) == 8 ? T(0x1p-1000) : T(0x1p-100);
+constexpr std::int64_t kMaxModels = 1 << 20;
 
 // sum / n as IEEE rounds it, in 3 instructions instead of 10 and a branch; n a whole number. The first quotient is wrong by
 // less than 1.5 units in its last place, so that what it leaves of the sum is exact. The last rounding goes wrong only where
@@ -206,17 +207,18 @@ __device__ T quick_quotient(T sum, T n, T reciprocal) {
 
 // The end of the rule for E elements whose results are all finite, as are their sums then, and with them b and every d_k.
 // False, and nothing done, where that is not so, or quick_quotient will not do.
-template <class T, class S, class Seen, int E>
-__device__ bool finish_quickly(const Work<T>& work, Elements<S, E>& stored, const Seen (&seen)[E], Counts& counts) {
+template <class T, class S, class Accumulator, int E>
+__device__ bool finish_quickly(const KernelArgs<T>& args, Elements<S, E>& stored, const Accumulator (&accumulators)[E],
+                               Counts& counts) {
   Elements<S, E> merged = stored;
   bool sure = true;
   int agreed = 0;
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    const T mean = quick_quotient(seen[e].sum, work.constants.n, work.reciprocal);
-    const auto result = static_cast<typename S::Float>(negated_mean(widen<T, S>(stored.bits[e]), mean, work.constants));
-    const bool agree = seen[e].agree(work.constants);
-    sure &= in_range<S>(result) & (!agree | (magnitude(seen[e].sum) >= kLeast<T>));
+    const T mean = quick_quotient(accumulators[e].sum, args.constants.n, args.reciprocal);
+    const auto result = static_cast<typename S::Float>(negated_mean(widen<T, S>(stored.bits[e]), mean, args.constants));
+    const bool agree = accumulators[e].agree(args.constants);
+    sure &= in_range<S>(result) & (!agree | (magnitude(accumulators[e].sum) >= kMinSum<T>));
     if (agree) merged.bits[e] = static_cast<typename S::Bits>(S::template round<typename S::Word>(result));
     agreed += agree;
   }
@@ -227,47 +229,48 @@ __device__ bool finish_quickly(const Work<T>& work, Elements<S, E>& stored, cons
 }
 
 // The same for all models of a batch, each run of one storage type in groups.
-template <class T, class S, bool kAlike, int E, class Seen>
-__device__ void see_all(const Work<T>& work, const std::int64_t* addresses, std::int64_t element, const Elements<S, E>& base,
-                        Seen (&seen)[E]) {
-  const Batch& batch = work.batch;
-  if constexpr (kAlike) return see<T, S, S, E>(addresses, batch.n, element, base, batch.task_vectors, seen);
+template <class T, class S, bool kSameDtype, int E, class Accumulator>
+__device__ void accumulate_all(const KernelArgs<T>& args, const std::int64_t* addresses, std::int64_t element,
+                               const Elements<S, E>& base, Accumulator (&accumulators)[E]) {
+  const Batch& batch = args.batch;
+  if constexpr (kSameDtype) return accumulate<T, S, S, E>(addresses, batch.n, element, base, batch.task_vectors, accumulators);
   for (std::int64_t k = 0, same; k < batch.n; k += same) {
-    const Dtype dtype = work.tiling.one_type ? work.tiling.type : batch.dtypes[k];
-    if (work.tiling.one_type) same = batch.n;
+    const Dtype dtype = args.tiling.one_type ? args.tiling.type : batch.dtypes[k];
+    if (args.tiling.one_type) same = batch.n;
     else for (same = 1; k + same < batch.n && batch.dtypes[k + same] == dtype;) ++same;
     switch (dtype) {
       case kF64:
-        if constexpr (sizeof(T) == 8) see<T, S, F64, E>(addresses + k, same, element, base, batch.task_vectors, seen);
+        if constexpr (sizeof(T) == 8)
+          accumulate<T, S, F64, E>(addresses + k, same, element, base, batch.task_vectors, accumulators);
         break;
-      case kF32: see<T, S, F32, E>(addresses + k, same, element, base, batch.task_vectors, seen); break;
-      case kF16: see<T, S, F16, E>(addresses + k, same, element, base, batch.task_vectors, seen); break;
-      case kBF16: see<T, S, BF16, E>(addresses + k, same, element, base, batch.task_vectors, seen); break;
+      case kF32: accumulate<T, S, F32, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
+      case kF16: accumulate<T, S, F16, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
+      case kBF16: accumulate<T, S, BF16, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
     }
   }
 }
 
 // E elements of a segment, from all models to what is stored.
-template <class T, class S, bool kAlike, class Seen, int E>
-__device__ void merge(const Work<T>& work, const Place& place, std::int64_t element, Counts& counts) {
+template <class T, class S, bool kSameDtype, class Accumulator, int E>
+__device__ void merge(const KernelArgs<T>& args, const Operands& operands, std::int64_t element, Counts& counts) {
   const std::int64_t offset = element * sizeof(typename S::Bits);
   Elements<S, E> stored = {};
-  if (place.base) stored = load_elements<S, E>(place.base + offset);
-  Seen seen[E];
-  see_all<T, S, kAlike, E>(work, place.addresses, element, stored, seen);
+  if (operands.base) stored = load_elements<S, E>(operands.base + offset);
+  Accumulator accumulators[E];
+  accumulate_all<T, S, kSameDtype, E>(args, operands.addresses, element, stored, accumulators);
   bool done = false;
-  if constexpr (Seen::kResultTells) done = finish_quickly<T, S, Seen, E>(work, stored, seen, counts);
+  if constexpr (Accumulator::kResultTells) done = finish_quickly<T, S, Accumulator, E>(args, stored, accumulators, counts);
   if (!done) {
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      const auto outcome = finish<S>(stored.bits[e], seen[e], work.constants);
+      const auto outcome = finish<S>(stored.bits[e], accumulators[e], args.constants);
       stored.bits[e] = outcome.bits;
       counts.agreed += outcome.agreed;
       counts.nonfinite += !outcome.finite;
     }
   }
-  if (!place.out) return;
-  E == 1 ? store_anywhere(place.out + offset, stored) : store(place.out + offset, stored);
+  if (!operands.out) return;
+  E == 1 ? store_anywhere(operands.out + offset, stored) : store(operands.out + offset, stored);
 }
 
 __device__ void add_for_warp(std::int64_t* to, int count) {
@@ -276,37 +279,38 @@ __device__ void add_for_warp(std::int64_t* to, int count) {
 }
 
 // kAlike: the models are stored as the base is.
-template <class T, class S, bool kAlike, template <class, class> class Seen>
-__global__ void __launch_bounds__(kThreads, kBlocks<kAlike, Seen<T, T>>) merge_tiles(const __grid_constant__ Work<T> work) {
+template <class T, class S, bool kSameDtype, template <class, class> class Accumulator>
+__global__ void __launch_bounds__(kThreads, kBlocks<kSameDtype, Accumulator<T, T>>)
+    merge_tiles(const __grid_constant__ KernelArgs<T> args) {
   constexpr int E = kElements<T, S>;
   static_assert(kCudaTile % 16 == 0 && kCudaTile % E == 0, "a tile begins where a thread may load");
-  const Batch& batch = work.batch;
-  const std::int64_t* segments = work.tiling.segments;
-  const std::int64_t tiles = work.tiling.tiles;
+  const Batch& batch = args.batch;
+  const std::int64_t* segments = args.tiling.segments;
+  const std::int64_t tiles = args.tiling.tiles;
   std::int64_t tile = tiles * blockIdx.x / gridDim.x;
   const std::int64_t end = tiles * (blockIdx.x + 1) / gridDim.x;
 
   // The last segment with no more tiles before it than this one has.
   std::int64_t segment = 0;
-  for (std::int64_t above = batch.segments; above - segment > 1;) {
-    const std::int64_t middle = (segment + above) / 2;
-    (segments[2 * middle] <= tile ? segment : above) = middle;
+  for (std::int64_t high = batch.segments; high - segment > 1;) {
+    const std::int64_t middle = (segment + high) / 2;
+    (segments[2 * middle] <= tile ? segment : high) = middle;
   }
   while (tile < end) {
     const std::int64_t first = segments[2 * segment], next = segments[2 * segment + 2];
     const std::int64_t last = next < end ? next : end;
     const std::int64_t* row = batch.row(segment);
-    const Place place{reinterpret_cast<const char*>(row[1]), reinterpret_cast<char*>(row[2]), row + 3};
+    const Operands operands{reinterpret_cast<const char*>(row[1]), reinterpret_cast<char*>(row[2]), row + 3};
     Counts counts;
     const std::int64_t whole = (last - first) * kCudaTile, stop = whole < row[0] ? whole : row[0];
     std::int64_t element = (tile - first) * kCudaTile;
     if (segments[2 * segment + 1]) {
       std::int64_t own = element + threadIdx.x * E;
-      for (; own + E <= stop; own += kThreads * E) merge<T, S, kAlike, Seen<T, T>, E>(work, place, own, counts);
+      for (; own + E <= stop; own += kThreads * E) merge<T, S, kSameDtype, Accumulator<T, T>, E>(args, operands, own, counts);
       element = stop - stop % E;
     }
     for (std::int64_t own = element + threadIdx.x; own < stop; own += kThreads)
-      merge<T, S, kAlike, Seen<T, T>, 1>(work, place, own, counts);
+      merge<T, S, kSameDtype, Accumulator<T, T>, 1>(args, operands, own, counts);
     add_for_warp(batch.counts + 2 * segment, counts.agreed);
     add_for_warp(batch.counts + 2 * segment + 1, counts.nonfinite);
     tile = last;
@@ -338,24 +342,24 @@ void require_on_device(const void* memory, int device, const char* what) {
     throw std::invalid_argument(std::string(what) + " is not in the memory of CUDA device " + std::to_string(device));
 }
 
-template <class T, class S, bool kAlike, template <class, class> class Seen>
+template <class T, class S, bool kSameDtype, template <class, class> class Accumulator>
 void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
   const auto n = static_cast<T>(batch.n);
-  const T reciprocal = batch.n <= kMost ? T(1) / n : std::numeric_limits<T>::quiet_NaN();
-  Work<T> work{batch, tiling, {static_cast<T>(batch.scale), n, static_cast<T>(batch.required)}, reciprocal};
-  void (*const kernel)(Work<T>) = merge_tiles<T, S, kAlike, Seen>;
+  const T reciprocal = batch.n <= kMaxModels ? T(1) / n : std::numeric_limits<T>::quiet_NaN();
+  KernelArgs<T> args{batch, tiling, {static_cast<T>(batch.scale), n, static_cast<T>(batch.required)}, reciprocal};
+  void (*const kernel)(KernelArgs<T>) = merge_tiles<T, S, kSameDtype, Accumulator>;
   int processors = 0, resident = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "no code for this device");
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident * kWaves));
-  void* arguments[] = {&work};
+  void* arguments[] = {&args};
   check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream), "launch");
 }
 
-template <class T, class S, bool kAlike>
+template <class T, class S, bool kSameDtype>
 void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
-  if (batch.required == batch.n) launch<T, S, kAlike, Unanimous>(batch, tiling, device, stream);
-  else launch<T, S, kAlike, Majority>(batch, tiling, device, stream);
+  if (batch.required == batch.n) launch<T, S, kSameDtype, Unanimous>(batch, tiling, device, stream);
+  else launch<T, S, kSameDtype, Majority>(batch, tiling, device, stream);
 }
 
 template <class T, class S>
@@ -385,15 +389,15 @@ void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t til
   const OnDevice current(device);
   const PlainArithmetic plain;  // λ is rounded here
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  require_on_device(memory, device, "the table");
+  require_on_device(memory, device, "the descriptors");
   require_on_device(batch.counts, device, "the memory for the counts");
-  Batch there = batch;
-  there.table = memory + 2 * (batch.segments + 1);
-  there.dtypes = reinterpret_cast<const Dtype*>(there.row(batch.segments));
+  Batch on_device = batch;
+  on_device.descriptors = memory + 2 * (batch.segments + 1);
+  on_device.dtypes = reinterpret_cast<const Dtype*>(on_device.row(batch.segments));
   const auto* types = batch.dtypes;
   const bool one_type = std::all_of(types, types + batch.n, [=](Dtype dtype) { return dtype == types[0]; });
   const Tiling tiling{memory, tiles, one_type, types[0]};
-  is_double(batch) ? launch<double>(there, tiling, device, stream) : launch<float>(there, tiling, device, stream);
+  is_double(batch) ? launch<double>(on_device, tiling, device, stream) : launch<float>(on_device, tiling, device, stream);
 }
 
 }  // namespace negmerge

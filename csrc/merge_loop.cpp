@@ -167,7 +167,7 @@ struct Counts {
 
 // What a loop needs of a batch, for one arithmetic type.
 template <class T>
-struct Work {
+struct KernelArgs {
   const Batch& batch;
   Constants<T> constants;
 };
@@ -187,28 +187,28 @@ struct Tile {
 alignas(64) const char kZeros[kTileBytes] = {};
 
 // Memory for a tile's running values, which the first group writes: constructing them would be half a tile's work.
-template <class Seen, int count>
+template <class Accumulator, int count>
 union Unwritten {
   Unwritten() {}
-  Seen each[count];
+  Accumulator each[count];
 };
 
 // Elements begin … end of a tile, one by one: what is left over, and what may not be finite.
-template <class T, class S, template <class, class> class Seen>
-__attribute__((noinline)) void merge_each(const Work<T>& work, const Tile& tile, int begin, int end, Counts& counts) {
-  const Batch& batch = work.batch;
+template <class T, class S, template <class, class> class Accumulator>
+__attribute__((noinline)) void merge_each(const KernelArgs<T>& args, const Tile& tile, int begin, int end, Counts& counts) {
+  const Batch& batch = args.batch;
   using Bits = typename S::Bits;
   const char* base = tile.base(batch);
   char* out = tile.out(batch);
   for (int i = begin; i < end; ++i) {
     const Bits bits = base ? read<Bits>(base + i * sizeof(Bits)) : Bits{};
     const T b = static_cast<T>(S::template widen<typename S::Float>(static_cast<typename S::Word>(bits)));
-    Seen<T, T> seen;
+    Accumulator<T, T> accumulator;
     for (std::int64_t k = 0; k < batch.n; ++k) {
       const T x = load_one<T>(batch.dtypes[k], tile.model(batch, k) + i * kSizes[batch.dtypes[k]]);
-      seen.see(batch.task_vectors ? x : x - b);
+      accumulator.accumulate(batch.task_vectors ? x : x - b);
     }
-    const auto outcome = finish<S>(bits, seen, work.constants);
+    const auto outcome = finish<S>(bits, accumulator, args.constants);
     counts.agreed += outcome.agreed;
     counts.nonfinite += !outcome.finite;
     if (out) memcpy(out + i * sizeof(Bits), &outcome.bits, sizeof(Bits));
@@ -217,14 +217,14 @@ __attribute__((noinline)) void merge_each(const Work<T>& work, const Tile& tile,
 
 // Streams that will be read next, to be prefetched a line at a time.
 struct Ahead {
-  const char* streams[kGroup];
+  const char* operands[kGroup];
   int count = 0;
   std::int64_t size = 0;  // of an element
 
   NEGMERGE_INLINE void prefetch(std::int64_t element) const {
     const std::int64_t offset = element * size;
     if (!NEGMERGE_PREFETCH || offset % kLine) return;
-    for (int k = 0; k < count; ++k) __builtin_prefetch(streams[k] + offset, 0, 2);
+    for (int k = 0; k < count; ++k) __builtin_prefetch(operands[k] + offset, 0, 2);
   }
 };
 
@@ -236,50 +236,51 @@ int group_at(const Batch& batch, std::int64_t k) {
 }
 
 // Takes whole packs of a tile through G models of storage type M. from: what is subtracted.
-template <class T, class M, class Seen, int G>
-void see(const char* const* x, const typename Pack<T>::N* from, Seen* seen, int packs, bool first, const Ahead& ahead) {
+template <class T, class M, class Accumulator, int G>
+void accumulate(const char* const* x, const typename Pack<T>::N* from, Accumulator* accumulators, int packs, bool first,
+                const Ahead& ahead) {
   constexpr int bytes = Pack<T>::lanes * sizeof(typename M::Bits);
-  const char* streams[G];
-  for (int k = 0; k < G; ++k) streams[k] = x[k];
+  const char* operands[G];
+  for (int k = 0; k < G; ++k) operands[k] = x[k];
   for (int at = 0; at < packs; at += kPacks) {
     ahead.prefetch(at * Pack<T>::lanes);
-    Seen s[kPacks];
+    Accumulator s[kPacks];
     typename Pack<T>::N b[kPacks];
     for (int j = 0; j < kPacks; ++j) {
       b[j] = from[at + j];
-      if (!first) s[j] = seen[at + j];
+      if (!first) s[j] = accumulators[at + j];
     }
 #pragma GCC unroll 8
     for (int k = 0; k < G; ++k)
 #pragma GCC unroll 2
-      for (int j = 0; j < kPacks; ++j) s[j].see(load<M, T>(streams[k] + (at + j) * bytes) - b[j]);
-    for (int j = 0; j < kPacks; ++j) seen[at + j] = s[j];
+      for (int j = 0; j < kPacks; ++j) s[j].accumulate(load<M, T>(operands[k] + (at + j) * bytes) - b[j]);
+    for (int j = 0; j < kPacks; ++j) accumulators[at + j] = s[j];
   }
 }
 
-template <class T, class Seen, int G>
-void see(Dtype dtype, const char* const* x, const typename Pack<T>::N* from, Seen* seen, int packs, bool first,
-         const Ahead& ahead) {
+template <class T, class Accumulator, int G>
+void accumulate(Dtype dtype, const char* const* x, const typename Pack<T>::N* from, Accumulator* accumulators, int packs,
+                bool first, const Ahead& ahead) {
   switch (dtype) {
     case kF64:
-      if constexpr (sizeof(T) == 8) see<T, F64, Seen, G>(x, from, seen, packs, first, ahead);
+      if constexpr (sizeof(T) == 8) accumulate<T, F64, Accumulator, G>(x, from, accumulators, packs, first, ahead);
       break;
-    case kF32: see<T, F32, Seen, G>(x, from, seen, packs, first, ahead); break;
-    case kF16: see<T, F16, Seen, G>(x, from, seen, packs, first, ahead); break;
-    case kBF16: see<T, BF16, Seen, G>(x, from, seen, packs, first, ahead); break;
+    case kF32: accumulate<T, F32, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
+    case kF16: accumulate<T, F16, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
+    case kBF16: accumulate<T, BF16, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
   }
 }
 
 // Whole packs of a tile, from what was seen to what is stored. A step in which anything may not be finite is done again,
 // element by element.
-template <class T, class S, template <class, class> class Seen>
-void finish_packs(const Work<T>& work, const Tile& tile, const typename Pack<T>::N* b,
-                  const Seen<T, typename Pack<T>::N>* seen, int packs, const char* ahead, Counts& counts) {
+template <class T, class S, template <class, class> class Accumulator>
+void finish_packs(const KernelArgs<T>& args, const Tile& tile, const typename Pack<T>::N* b,
+                  const Accumulator<T, typename Pack<T>::N>* accumulators, int packs, const char* ahead, Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
   using F = typename P::template Of<typename S::Float>;
   constexpr int bytes = P::lanes * sizeof(typename S::Bits);
-  const Batch& batch = work.batch;
+  const Batch& batch = args.batch;
   char* out = tile.out(batch);
   const bool past = past_cache<S, T>(out, tile.base(batch));
   typename P::Mask agreed{};
@@ -288,15 +289,15 @@ void finish_packs(const Work<T>& work, const Tile& tile, const typename Pack<T>:
     typename P::Mask agree[kPacks], sure = N{} == N{};
     F result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
-      const Seen<T, N>& s = seen[at + j];
-      const N negative = negated(b[at + j], s, work.constants);
-      agree[j] = s.agree(work.constants);
-      result[j] = convert<F>(agree[j] ? negative : b[at + j]);
-      sure &= convert<typename P::Mask>(in_range<S>(s.kResultTells ? convert<F>(negative) : result[j]));
+      const Accumulator<T, N>& s = accumulators[at + j];
+      const N merged = negated(b[at + j], s, args.constants);
+      agree[j] = s.agree(args.constants);
+      result[j] = convert<F>(agree[j] ? merged : b[at + j]);
+      sure &= convert<typename P::Mask>(in_range<S>(s.kResultTells ? convert<F>(merged) : result[j]));
       if (!s.kResultTells) sure &= magnitude(s.sum) < N{} + s.kInf;
     }
     if (__builtin_expect(!all(sure), 0)) {
-      merge_each<T, S, Seen>(work, tile, at * P::lanes, (at + kPacks) * P::lanes, counts);
+      merge_each<T, S, Accumulator>(args, tile, at * P::lanes, (at + kPacks) * P::lanes, counts);
       continue;
     }
     for (int j = 0; j < kPacks; ++j) {
@@ -313,17 +314,17 @@ Ahead ahead_of(const Batch& batch, const Tile& tile, std::int64_t k) {
   if (!tile.row) return ahead;
   ahead.count = group_at(batch, k);
   ahead.size = kSizes[batch.dtypes[k]];
-  for (int i = 0; i < ahead.count; ++i) ahead.streams[i] = tile.model(batch, k + i);
+  for (int i = 0; i < ahead.count; ++i) ahead.operands[i] = tile.model(batch, k + i);
   return ahead;
 }
 
-template <class T, class S, template <class, class> class Seen>
-void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts& counts) {
+template <class T, class S, template <class, class> class Accumulator>
+void merge_tile(const KernelArgs<T>& args, const Tile& tile, const Tile& next, Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
   alignas(64) N b[P::tile / P::lanes];
-  alignas(64) Unwritten<Seen<T, N>, P::tile / P::lanes> seen;
-  const Batch& batch = work.batch;
+  alignas(64) Unwritten<Accumulator<T, N>, P::tile / P::lanes> accumulators;
+  const Batch& batch = args.batch;
   const int packs = tile.count / P::step * kPacks;
   const char* base = tile.base(batch) ? tile.base(batch) : kZeros;
   for (int at = 0; at < packs; ++at) b[at] = load<S, T>(base + at * P::lanes * sizeof(typename S::Bits));
@@ -336,39 +337,41 @@ void merge_tile(const Work<T>& work, const Tile& tile, const Tile& next, Counts&
     const Ahead ahead = last ? ahead_of(batch, next, 0) : ahead_of(batch, tile, k + group);
     const Dtype dtype = batch.dtypes[k];
     switch (group) {
-      case 8: see<T, Seen<T, N>, 8>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
-      case 4: see<T, Seen<T, N>, 4>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
-      case 2: see<T, Seen<T, N>, 2>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
-      default: see<T, Seen<T, N>, 1>(dtype, x, from, seen.each, packs, k == 0, ahead); break;
+      case 8: accumulate<T, Accumulator<T, N>, 8>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
+      case 4: accumulate<T, Accumulator<T, N>, 4>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
+      case 2: accumulate<T, Accumulator<T, N>, 2>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
+      default: accumulate<T, Accumulator<T, N>, 1>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
     }
   }
-  finish_packs<T, S, Seen>(work, tile, b, seen.each, packs, next.row && next.base(batch) ? next.base(batch) : base, counts);
-  merge_each<T, S, Seen>(work, tile, packs * P::lanes, tile.count, counts);
+  const char* next_base = next.row && next.base(batch) ? next.base(batch) : base;
+  finish_packs<T, S, Accumulator>(args, tile, b, accumulators.each, packs, next_base, counts);
+  merge_each<T, S, Accumulator>(args, tile, packs * P::lanes, tile.count, counts);
 }
 
 // The tile at a place, and the place after it.
 template <class T>
-Tile tile_at(const Batch& batch, Place& place, std::int64_t& elements) {
-  while (place.segment < batch.segments && place.start == batch.row(place.segment)[0]) place = {place.segment + 1, 0};
-  if (!elements || place.segment == batch.segments) return {};
-  const std::int64_t* row = batch.row(place.segment);
-  std::int64_t count = row[0] - place.start;
+Tile tile_at(const Batch& batch, Position& position, std::int64_t& elements) {
+  while (position.segment < batch.segments && position.start == batch.row(position.segment)[0])
+    position = {position.segment + 1, 0};
+  if (!elements || position.segment == batch.segments) return {};
+  const std::int64_t* row = batch.row(position.segment);
+  std::int64_t count = row[0] - position.start;
   if (count > Pack<T>::tile) count = Pack<T>::tile;
   if (count > elements) count = elements;
-  const Tile tile{row, place.segment, place.start, static_cast<int>(count)};
-  place.start += count;
+  const Tile tile{row, position.segment, position.start, static_cast<int>(count)};
+  position.start += count;
   elements -= count;
   return tile;
 }
 
-template <class T, class S, template <class, class> class Seen>
-void merge_run(const Batch& batch, Place place, std::int64_t elements) {
+template <class T, class S, template <class, class> class Accumulator>
+void merge_range(const Batch& batch, Position position, std::int64_t elements) {
   const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)};
-  const Work<T> work{batch, constants};
-  for (Tile tile = tile_at<T>(batch, place, elements); tile.row;) {
-    const Tile next = tile_at<T>(batch, place, elements);
+  const KernelArgs<T> args{batch, constants};
+  for (Tile tile = tile_at<T>(batch, position, elements); tile.row;) {
+    const Tile next = tile_at<T>(batch, position, elements);
     Counts counts;
-    merge_tile<T, S, Seen>(work, tile, next, counts);
+    merge_tile<T, S, Accumulator>(args, tile, next, counts);
     __atomic_fetch_add(batch.counts + 2 * tile.segment, counts.agreed, __ATOMIC_RELAXED);
     __atomic_fetch_add(batch.counts + 2 * tile.segment + 1, counts.nonfinite, __ATOMIC_RELAXED);
     tile = next;
@@ -379,26 +382,27 @@ void merge_run(const Batch& batch, Place place, std::int64_t elements) {
 }
 
 template <class T, class S>
-void merge_run(const Batch& batch, Place from, std::int64_t elements) {
-  batch.required == batch.n ? merge_run<T, S, Unanimous>(batch, from, elements) : merge_run<T, S, Majority>(batch, from, elements);
+void merge_range(const Batch& batch, Position from, std::int64_t elements) {
+  if (batch.required == batch.n) merge_range<T, S, Unanimous>(batch, from, elements);
+  else merge_range<T, S, Majority>(batch, from, elements);
 }
 
 template <class T>
-void merge_run(const Batch& batch, Place from, std::int64_t elements) {
+void merge_range(const Batch& batch, Position from, std::int64_t elements) {
   switch (batch.result) {
     case kF64:
-      if constexpr (sizeof(T) == 8) merge_run<T, F64>(batch, from, elements);
+      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements);
       break;
-    case kF32: merge_run<T, F32>(batch, from, elements); break;
-    case kF16: merge_run<T, F16>(batch, from, elements); break;
-    case kBF16: merge_run<T, BF16>(batch, from, elements); break;
+    case kF32: merge_range<T, F32>(batch, from, elements); break;
+    case kF16: merge_range<T, F16>(batch, from, elements); break;
+    case kBF16: merge_range<T, BF16>(batch, from, elements); break;
   }
 }
 
 }  // namespace
 
-void NEGMERGE_LOOP(const Batch& batch, Place from, std::int64_t elements) {
-  is_double(batch) ? merge_run<double>(batch, from, elements) : merge_run<float>(batch, from, elements);
+void NEGMERGE_LOOP(const Batch& batch, Position from, std::int64_t elements) {
+  is_double(batch) ? merge_range<double>(batch, from, elements) : merge_range<float>(batch, from, elements);
 }
 
 }  // namespace negmerge

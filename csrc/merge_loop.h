@@ -6,11 +6,11 @@
 namespace negmerge {
 
 // Where in a batch: an element of a segment.
-struct Place {
+struct Position {
   std::int64_t segment, start;
 };
 
 // Merges `elements` elements from a place on, running on into the segments that follow; adds to the batch's counts.
-using Loop = void (*)(const Batch& batch, Place from, std::int64_t elements);
+using Loop = void (*)(const Batch& batch, Position from, std::int64_t elements);
 
 }  // namespace negmerge

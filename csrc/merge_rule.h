@@ -50,7 +50,7 @@ struct Unanimous {
   static constexpr bool kResultTells = true;
   N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
 
-  NEGMERGE_INLINE void see(N d) {
+  NEGMERGE_INLINE void accumulate(N d) {
     sum = sum + d;
     least = lesser(d, least);
     greatest = greater(d, greatest);
@@ -64,23 +64,23 @@ struct Unanimous {
 template <class T, class N>
 struct Majority : Unanimous<T, N> {
   static constexpr bool kResultTells = false;
-  N above = N{}, below = N{}, n_above = N{}, n_below = N{};
+  N positive = N{}, negative = N{}, n_positive = N{}, n_negative = N{};
 
-  NEGMERGE_INLINE void see(N d) {
-    Unanimous<T, N>::see(d);
+  NEGMERGE_INLINE void accumulate(N d) {
+    Unanimous<T, N>::accumulate(d);
     const N zero = N{}, one = N{} + T(1);
     // Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
-    above = above + (d > zero ? d : zero);
-    below = below + (d < zero ? d : zero);
-    n_above = n_above + (d > zero ? one : zero);
-    n_below = n_below + (d < zero ? one : zero);
+    positive = positive + (d > zero ? d : zero);
+    negative = negative + (d < zero ? d : zero);
+    n_positive = n_positive + (d > zero ? one : zero);
+    n_negative = n_negative + (d < zero ? one : zero);
   }
   NEGMERGE_INLINE auto agree(const Constants<T>& c) const {
-    return (n_above >= N{} + c.required) | (n_below >= N{} + c.required);
+    return (n_positive >= N{} + c.required) | (n_negative >= N{} + c.required);
   }
   NEGMERGE_INLINE N mean(const Constants<T>& c) const {
-    const auto up = n_above >= N{} + c.required;
-    return (up ? above : below) / (up ? n_above : n_below);
+    const auto up = n_positive >= N{} + c.required;
+    return (up ? positive : negative) / (up ? n_positive : n_negative);
   }
 };
 
@@ -90,9 +90,9 @@ NEGMERGE_INLINE N negated_mean(N b, N mean, const Constants<T>& c) {
   const N t = c.scale * -mean;
   return b + t;
 }
-template <class T, class N, class Seen>
-NEGMERGE_INLINE N negated(N b, const Seen& seen, const Constants<T>& c) {
-  return negated_mean(b, seen.mean(c), c);
+template <class T, class N, class Accumulator>
+NEGMERGE_INLINE N negated(N b, const Accumulator& accumulator, const Constants<T>& c) {
+  return negated_mean(b, accumulator.mean(c), c);
 }
 
 // |x|, for packs without a comparison.
@@ -120,14 +120,14 @@ struct Outcome {
 };
 
 // The end of the rule for one element. S: the storage type of base and output, of dtypes.h.
-template <class S, class T, class Seen>
-NEGMERGE_INLINE Outcome<typename S::Bits> finish(typename S::Bits base, const Seen& seen, const Constants<T>& c) {
+template <class S, class T, class Accumulator>
+NEGMERGE_INLINE Outcome<typename S::Bits> finish(typename S::Bits base, const Accumulator& accumulator, const Constants<T>& c) {
   using Float = typename S::Float;
   using Word = typename S::Word;
   const T b = static_cast<T>(S::template widen<Float>(static_cast<Word>(base)));
-  const Float result = static_cast<Float>(negated(b, seen, c));  // from double to 16 bits: by way of float
-  const bool agree = seen.agree(c);
-  const bool finite = seen.finite() && b - b == T(0) && (!agree || in_range<S>(result));
+  const Float result = static_cast<Float>(negated(b, accumulator, c));  // from double to 16 bits: by way of float
+  const bool agree = accumulator.agree(c);
+  const bool finite = accumulator.finite() && b - b == T(0) && (!agree || in_range<S>(result));
   if (agree && finite) return {static_cast<typename S::Bits>(S::template round<Word>(result)), true, true};
   return {base, false, finite};
 }

@@ -11,7 +11,7 @@ def merge_cpu(
     scale: float,
     required: int,
     segments: int,
-    table: int,
+    descriptors: int,
     counts: int,
     threads: int,
     instruction_set: str,

@@ -12,18 +12,18 @@
 #include "../../csrc/merge_loop.h"
 
 namespace negmerge {
-void merge_loop(const Batch&, Place, std::int64_t);
+void merge_loop(const Batch&, Position, std::int64_t);
 }
 using namespace negmerge;
 
 constexpr std::int64_t kAtOnce = 65536;
 
-template <class Work>
-double seconds(std::int64_t elements, Work work) {
+template <class Task>
+double seconds(std::int64_t elements, Task task) {
   const auto began = std::chrono::steady_clock::now();
   std::atomic<std::int64_t> next{0};
   const auto run = [&] {
-    for (std::int64_t at; (at = next.fetch_add(kAtOnce)) < elements;) work(at, std::min(kAtOnce, elements - at));
+    for (std::int64_t at; (at = next.fetch_add(kAtOnce)) < elements;) task(at, std::min(kAtOnce, elements - at));
   };
   std::thread other(run);
   run();
@@ -42,19 +42,19 @@ int main(int, char** argument) {
   const std::int64_t n = std::atoll(argument[1]), elements = std::atoll(argument[3]), skew = std::atoll(argument[4]);
   const auto dtype = static_cast<Dtype>(std::atoi(argument[2]));
   const std::int64_t size = kSizes[dtype];
-  std::vector<char*> streams;
+  std::vector<char*> operands;
   unsigned random = 1;
   for (std::int64_t k = 0; k < n + 2; ++k) {
     char* memory = static_cast<char*>(std::aligned_alloc(4096, (elements * size + 8191 + 4096) / 4096 * 4096));
-    streams.push_back(memory + k * skew % 4096);
+    operands.push_back(memory + k * skew % 4096);
     for (std::int64_t i = 0; i < elements; ++i) {
       random = random * 1664525u + 1013904223u;
-      if (size == 4) reinterpret_cast<float*>(streams[k])[i] = static_cast<float>(static_cast<int>(random));
-      else reinterpret_cast<std::uint16_t*>(streams[k])[i] = static_cast<std::uint16_t>((random >> 16 & 0x83ff) | 0x3c00);
+      if (size == 4) reinterpret_cast<float*>(operands[k])[i] = static_cast<float>(static_cast<int>(random));
+      else reinterpret_cast<std::uint16_t*>(operands[k])[i] = static_cast<std::uint16_t>((random >> 16 & 0x83ff) | 0x3c00);
     }
   }
   std::vector<std::int64_t> row{elements};
-  for (const char* stream : streams) row.push_back(reinterpret_cast<std::int64_t>(stream));
+  for (const char* operand : operands) row.push_back(reinterpret_cast<std::int64_t>(operand));
   std::vector<std::int64_t> in_place = row;
   in_place[2] = in_place[1];
   const std::vector<Dtype> dtypes(n, dtype);
@@ -63,13 +63,13 @@ int main(int, char** argument) {
   std::atomic<std::uint64_t> seen{0};
   for (int round = std::atoi(argument[5]); round > 0; --round) {
     const double reading = seconds(elements, [&](std::int64_t at, std::int64_t count) {
-      for (std::size_t k = 0; k < streams.size(); ++k)
-        if (k != 1) seen ^= read(streams[k] + at * size, count * size);
+      for (std::size_t k = 0; k < operands.size(); ++k)
+        if (k != 1) seen ^= read(operands[k] + at * size, count * size);
     });
     double merging[2];
-    for (const bool beside : {true, false}) {
-      batch.table = (beside ? row : in_place).data();
-      merging[!beside] = seconds(elements, [&](std::int64_t at, std::int64_t count) { merge_loop(batch, {0, at}, count); });
+    for (const bool apart : {true, false}) {
+      batch.descriptors = (apart ? row : in_place).data();
+      merging[!apart] = seconds(elements, [&](std::int64_t at, std::int64_t count) { merge_loop(batch, {0, at}, count); });
     }
     std::printf("%.9f %.9f %.9f\n", reading, merging[0], merging[1]);
   }

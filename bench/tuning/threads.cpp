@@ -13,7 +13,7 @@ extern "C" void merge_times(int dtype, std::int64_t n, std::int64_t batches, con
   const std::string best = instruction_sets().front();
   Batch batch{dtypes[0], dtypes.data(), n, false, 0.9, n, 1, tables, counts};
   for (std::int64_t call = 0; call < calls; ++call) {
-    batch.table = tables + call % batches * (3 + n);
+    batch.descriptors = tables + call % batches * (3 + n);
     const auto began = std::chrono::steady_clock::now();
     merge_cpu(batch, threads, best);
     seconds[call] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();

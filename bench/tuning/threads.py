@@ -176,10 +176,10 @@ def main() -> None:
         build = partial(Built, folder, compile_loops(folder), EVERY_THREAD)
         usual = build()
         longest = {
-            f"chunks of at most {size:,}": build(f"-DNEGMERGE_MOST_AT_ONCE={size}") for size in MAX_AT_ONCE
+            f"chunks of at most {size:,}": build(f"-DNEGMERGE_MAX_AT_ONCE={size}") for size in MAX_AT_ONCE
         }
         shortest = {
-            f"chunks of at least {size:,}": build(f"-DNEGMERGE_FEWEST_AT_ONCE={size}") for size in MIN_AT_ONCE
+            f"chunks of at least {size:,}": build(f"-DNEGMERGE_MIN_AT_ONCE={size}") for size in MIN_AT_ONCE
         }
         for dtype in DTYPES:
             for state in ("in memory", "in cache"):

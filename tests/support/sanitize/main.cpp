@@ -14,7 +14,7 @@ namespace {
 
 std::mt19937_64 random_bits(1);
 
-std::int64_t below(std::int64_t bound) { return static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(bound)); }
+std::int64_t random_below(std::int64_t bound) { return static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(bound)); }
 
 // Bytes at any address; what lies behind them is not ours.
 struct Memory {
@@ -23,7 +23,7 @@ struct Memory {
   std::int64_t size;
 
   explicit Memory(std::int64_t bytes) : size(bytes) {
-    const std::int64_t offset = below(64);
+    const std::int64_t offset = random_below(64);
     held.reset(new char[offset + bytes]);
     at = held.get() + offset;
   }
@@ -39,35 +39,35 @@ struct Memory {
   }
 };
 
-bool hold(int round) {
+bool same_results(int round) {
   const Dtype types[] = {kF64, kF32, kF16, kBF16};
-  const std::int64_t n = 1 + below(round % 10 ? 9 : 40), segments = below(30);
+  const std::int64_t n = 1 + random_below(round % 10 ? 9 : 40), segments = random_below(30);
   Batch batch{};
-  batch.result = types[below(4)];
+  batch.result = types[random_below(4)];
   std::vector<Dtype> dtypes;
-  for (std::int64_t k = 0; k < n; ++k) dtypes.push_back(round % 2 ? batch.result : types[below(4)]);
+  for (std::int64_t k = 0; k < n; ++k) dtypes.push_back(round % 2 ? batch.result : types[random_below(4)]);
   batch.dtypes = dtypes.data();
   batch.n = n;
-  batch.task_vectors = below(2);
+  batch.task_vectors = random_below(2);
   batch.scale = 0.9;
-  batch.required = below(2) ? n : n / 2 + 1;
+  batch.required = random_below(2) ? n : n / 2 + 1;
   batch.segments = segments;
 
   std::vector<Memory> inputs, out;
-  std::vector<std::int64_t> table;
+  std::vector<std::int64_t> descriptors;
   for (std::int64_t s = 0; s < segments; ++s) {
-    const std::int64_t numel = below(4) ? below(200) : below(20'000);
-    table.push_back(numel);
+    const std::int64_t numel = random_below(4) ? random_below(200) : random_below(20'000);
+    descriptors.push_back(numel);
     const auto add = [&](std::vector<Memory>& to, Dtype dtype) {
       to.emplace_back(numel * kSizes[dtype]);
       to.back().fill(dtype);
-      table.push_back(reinterpret_cast<std::int64_t>(to.back().at));
+      descriptors.push_back(reinterpret_cast<std::int64_t>(to.back().at));
     };
     add(inputs, batch.result);
     add(out, batch.result);
     for (const Dtype dtype : dtypes) add(inputs, dtype);
   }
-  batch.table = table.data();
+  batch.descriptors = descriptors.data();
 
   std::vector<std::vector<char>> results;
   std::vector<std::int64_t> expected;
@@ -95,6 +95,6 @@ constexpr int kRounds = 80;
 
 int main() {
   for (int round = 0; round < kRounds; ++round)
-    if (!hold(round)) return 1;
+    if (!same_results(round)) return 1;
   std::printf("%d batches: the same bits\n", kRounds);
 }
