@@ -48,7 +48,7 @@ out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
     project = ROOT.parent
     for place in (
         ROOT / "core" / "rule.py",
-        ROOT / "backends" / "pytorch.py",
+        ROOT / "core" / "reference.py",
         project / "README.md",
         project / "csrc" / "merge_rule.h",
         project / "kernels" / "merge.py",

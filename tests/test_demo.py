@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain import plain_merge
 from safetensors.torch import load_file
 
 from negmerge_fast import InputError, demo
+from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.demo import Score, Settings
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bits import STORAGE, same_bits
 from hostile import HOSTILE, random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import STORAGE, plain_merge, same_bits
 from ways import INTERPRETED, ON_HOST, WAYS, Way, to_device
 
 from negmerge_fast import Rule, merge, merge_
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
+from negmerge_fast.core.reference import plain_merge
 
 # Of models: all in a group, a group and some, many. An interpreter would take minutes for 300.
 MODEL_COUNTS = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]

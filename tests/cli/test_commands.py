@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 from checkpoint_files import MERGE, check, load_model, nothing_left, save_model
 from command import Run, run  # noqa: F401
-from plain import plain_merge, same_bits
 from safetensors.torch import save_file
+
+from negmerge_fast.core.reference import plain_merge
 
 
 def test_merge(run: Run, models: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:

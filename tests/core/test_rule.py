@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bits import STORAGE, peak_allocated, same_bits
 from hostile import random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import STORAGE, peak_allocated, same_bits
 
 from negmerge_fast import InputError, Rule, merge, merge_
 from negmerge_fast.backends import pytorch

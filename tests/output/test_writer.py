@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from bits import same_bits
 from checkpoint_files import family, load_model, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupted import contents
-from plain import plain_merge, same_bits
 from small_chunks import set_chunk_bytes
 from small_models import folder, merge  # noqa: F401
 
@@ -27,6 +27,7 @@ from negmerge_fast.backends import native, pytorch
 from negmerge_fast.checkpoints import reader
 from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.checkpoints.reader import File, Reader
+from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bits import STORAGE, same_bits
 from checkpoint_files import load_model, negmerge, save_model
 from hypothesis import given
 from hypothesis import strategies as st
 from late_stream import DEVICE, LateStream, gpu  # noqa: F401
-from plain import STORAGE, plain_merge, same_bits
 
 import negmerge_fast as nm
 from negmerge_fast.backends import native, registry
 from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.core.batch import Signature
 from negmerge_fast.core.dtypes import FLOAT_SIZES
+from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.streaming import api, skipping
 from negmerge_fast.streaming.plan import ByteRange, Extent, TensorSlice

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from plain import plain_merge
+
+from negmerge_fast.core.reference import plain_merge
 
 
 def arrays(*shape: int, n: int = 3, dtype: Any = np.float32) -> list[np.ndarray]:

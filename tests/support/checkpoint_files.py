@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain import plain_merge, same_bits
+from bits import same_bits
 from safetensors.torch import load_file, save_file
+
+from negmerge_fast.core.reference import plain_merge
 
 
 def save_model(

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from plain import plain_merge, same_bits
+from bits import same_bits
 
 import negmerge_fast as nm
+from negmerge_fast.core.reference import plain_merge
 
 SECONDS = 60  # a rank that takes longer is killed
 WORLDS = (2, 4)

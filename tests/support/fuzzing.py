@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bits import same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import negmerge
 from malformed import CONTROLS, NOT_DESCRS, NOT_LITERALS, NOT_SHAPES, OTHER_DTYPES, WRONG_SHAPES, array, npy
 from malformed_models import INDEX, OTHER, OUTSIDE, SHARD, STRANGE
-from plain import plain_merge, same_bits
 from safetensors.torch import load_file
+
+from negmerge_fast.core.reference import plain_merge
 
 SIZES = {
     "F64": 8,

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain import peak_allocated, plain_merge, same_bits
+from bits import peak_allocated, same_bits
 
 import negmerge_fast as nm
 from negmerge_fast.backends import native
 from negmerge_fast.core.batch import Batch
+from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.core.rule import Rule
 
 

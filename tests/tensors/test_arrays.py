@@ -14,7 +14,7 @@ import pytest
 import torch
 import typed
 from array_cases import arrays, expected
-from plain import same_bits
+from bits import same_bits
 
 import negmerge_fast as nm
 

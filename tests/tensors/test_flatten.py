@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from array_cases import arrays, expected
-from plain import same_bits
+from bits import same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import negmerge_fast as nm

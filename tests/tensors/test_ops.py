@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 from hostile import random_models
-from plain import plain_merge, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import negmerge_fast as nm
 import negmerge_fast.ops
 from negmerge_fast.core.descriptors import upload_in_launches
+from negmerge_fast.core.reference import plain_merge
 
 merge, merge_ = torch.ops.negmerge.merge, torch.ops.negmerge.merge_
 

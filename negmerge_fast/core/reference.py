@@ -1,0 +1,59 @@
+"""The rule written out over whole tensors: the reference that tests compare every backend with.
+
+    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    agree = all d_k > 0  or  all d_k < 0
+    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
+
+rule.py says it to the bit. Plain and slow on purpose, and without any code of the backends that it is compared with. It
+is written in PyTorch because NumPy has no bfloat16. Nothing in the package imports this module, so that the rest of core
+needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def plain_merge(
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    scale: float,
+    min_agreement: float = 1.0,
+    task_vectors: bool = False,
+) -> tuple[torch.Tensor, int, int]:
+    """Merge tensors by the rule, one model after another.
+
+    Args:
+        base: The weights b, of any floating-point dtype that is merged.
+        models: The fine-tuned weights x_1 … x_n, or the task vectors d_1 … d_n, of the base's shape.
+        scale: λ.
+        min_agreement: The fraction of the models, above 0.5, that must agree on the sign.
+        task_vectors: Whether the models are task vectors.
+
+    Returns:
+        The merged tensor, the number of elements that agreed, and the number that were not finite.
+    """
+    wide = torch.float64 if torch.float64 in [base.dtype, *(m.dtype for m in models)] else torch.float32
+    b = base.to(wide)
+    d = torch.stack([m.to(wide) if task_vectors else m.to(wide) - b for m in models])
+    required = max(math.ceil(min_agreement * len(models) - 1e-9), len(models) // 2 + 1)
+    positive, negative = (d > 0).sum(0), (d < 0).sum(0)
+    agree = torch.maximum(positive, negative) >= required
+    sign = torch.where(positive >= required, 1.0, -1.0).to(wide)
+    total, number = torch.zeros_like(b), torch.zeros_like(b)
+    for k in range(len(models)):
+        has_sign = d[k] * sign > 0
+        total = torch.where(has_sign, total + d[k], total)
+        number = number + has_sign.to(wide)
+    t = torch.tensor(scale, dtype=torch.float64).to(wide) * -(total / number)
+    result = b + t
+    if base.dtype in (torch.float16, torch.bfloat16):
+        result = result.to(torch.float32)
+    result = result.to(base.dtype)
+    nonfinite = ~(b.isfinite() & d.isfinite().all(0) & (result.isfinite() | ~agree))
+    agree = agree & ~nonfinite
+    out = base.clone()
+    out[agree] = result[agree]
+    return out, int(agree.sum()), int(nonfinite.sum())
