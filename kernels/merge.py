@@ -21,15 +21,16 @@ import triton.language as tl
 from ..core.batch import Batch, Signature
 from ..core.descriptors import pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES
+from ..core.errors import first_line
 from ..core.rule import Rule
 from .launch import Launch, launch_for, usual_launch
 
-# Storage types, as negmerge_fast/core/descriptors.py numbers them.
-F64 = tl.constexpr(0)
-F32 = tl.constexpr(1)
-F16 = tl.constexpr(2)
-BF16 = tl.constexpr(3)
-MIXED = tl.constexpr(4)  # the models' types differ, and are looked up
+# Storage types by their codes: the kernel compares and orders these.
+F64 = tl.constexpr(DTYPE_CODES["F64"])
+F32 = tl.constexpr(DTYPE_CODES["F32"])
+F16 = tl.constexpr(DTYPE_CODES["F16"])
+BF16 = tl.constexpr(DTYPE_CODES["BF16"])
+MIXED = tl.constexpr(len(DTYPE_CODES))  # the models' types differ, and are looked up
 
 # An aligned segment is loaded 16 bytes at a time, up to a multiple of so many elements; the rest as an unaligned one.
 WIDE = tl.constexpr(16)
@@ -175,11 +176,11 @@ def _model(
         x = _numbers(address, offsets, mask, KIND, T, ALIGNED)
     else:
         dtype = tl.load(dtypes + k)
-        if dtype == 1:
+        if dtype == F32:
             x = _numbers(address, offsets, mask, F32, T, ALIGNED)
-        elif dtype == 2:
+        elif dtype == F16:
             x = _numbers(address, offsets, mask, F16, T, ALIGNED)
-        elif dtype == 3:
+        elif dtype == BF16:
             x = _numbers(address, offsets, mask, BF16, T, ALIGNED)
         elif T == tl.float64:
             x = _numbers(address, offsets, mask, F64, T, ALIGNED)
@@ -331,7 +332,7 @@ def why_not(device: str) -> str | None:
         backend = triton.runtime.driver.active.get_current_target().backend
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, AttributeError) as error:
-        return f"Triton finds no device {device!r} here: {str(error).splitlines()[0]}"
+        return f"Triton finds no device {device!r} here: {first_line(error)}"
     reached = "cuda" if backend == "hip" else backend  # torch's word for AMD's, too
     return None if torch.device(device).type == reached else f"Triton is for {reached} here, not for {device}"
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import negmerge_fast as nm
-from negmerge_fast.backends.pytorch import DTYPES
+from negmerge_fast.backends.pytorch import TORCH_DTYPES
 from negmerge_fast.benchmark.shapes import Shapes, llama
 from negmerge_fast.benchmark.workload import SCALE
 from negmerge_fast.core.dtypes import FLOAT_SIZES
@@ -57,7 +57,7 @@ class Llama(NamedTuple):
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
             "intermediate_size": self.inner, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.heads * self.keys // self.hidden, "vocab_size": self.vocabulary,
-            "tie_word_embeddings": False, "torch_dtype": str(DTYPES[self.dtype]).removeprefix("torch."),
+            "tie_word_embeddings": False, "torch_dtype": str(TORCH_DTYPES[self.dtype]).removeprefix("torch."),
         })  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) 
     if needed > free:
         raise OSError(f"{folder}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free")
     paths = [folder / ("base" if k == 0 else f"ft-{k}") for k in range(n + 1)]
-    drawn = _drawn(n, DTYPES[model.dtype])
+    drawn = _drawn(n, TORCH_DTYPES[model.dtype])
     shapes, changed = model.shapes, set(list(model.shapes)[:: 3 if partial else 1])
     for k, path in enumerate(paths):
         path.mkdir()

@@ -1,12 +1,9 @@
-"""The rule in plain PyTorch, on any torch device: the oracle of every other backend, and the fallback.
+"""The PyTorch backend: the fallback on every torch device, and what the other backends are self-tested against.
 
-    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
-    agree = all d_k > 0  or  all d_k < 0
-    out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
-
-rule.py says it to the bit. It works block by block, so that the temporaries stay in cache and the extra memory is a
-few MB whatever the model. Two running values per element, the least and the greatest d_k, hold both flags of `agree`
-and whether every d_k is finite (torch's minimum and maximum hand NaN on).
+core/reference.py computes the same over whole tensors; core/rule.py says it to the bit. Here it is done block by block:
+the temporaries stay in cache, and the extra memory is a few MB whatever the model. Two running values per element, the
+least and the greatest d_k, give both flags of `agree` and whether every d_k is finite (torch's minimum and maximum
+propagate NaN).
 """
 
 from __future__ import annotations
@@ -18,11 +15,18 @@ from contextlib import contextmanager
 import torch
 
 from ..core.batch import Batch, Operand, Segment
-from ..core.dtypes import FLOAT_SIZES
+from ..core.dtypes import FLOAT_SIZES, TORCH_NAMES
 from ..core.rule import Rule
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+# The one table of dtypes (core/dtypes.py) as dtypes of torch, and from these back to names.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, spelled) for name, spelled in TORCH_NAMES.items()
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+FLOAT_NAMES = {dtype: name for dtype, name in DTYPE_NAMES.items() if name in FLOAT_SIZES}
+
+# Integers of so many bytes: they hold the bits of a number.
+BITS_DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 # Bytes of one temporary: 256 Ki elements of fp32 was the best of 16 Ki … 1 Mi, bench/results/reference.jsonl.
 CPU_BLOCK_BYTES = 1024 * 1024
@@ -75,8 +79,8 @@ class _Workspace:
 
     def __init__(self, batch: Batch, rule: Rule) -> None:
         self.signature = batch.signature
-        self.storage = DTYPES[batch.signature.result]
-        self.dtype = DTYPES[batch.signature.arithmetic]
+        self.storage = TORCH_DTYPES[batch.signature.result]
+        self.dtype = TORCH_DTYPES[batch.signature.arithmetic]
         self.required = rule.required(len(batch.signature.models))
         self.unanimous = self.required == len(batch.signature.models)
         device = torch.device(batch.device)
@@ -118,7 +122,7 @@ class _Workspace:
             agree &= finite
         if segment.out is not None:
             kept = b.to(self.storage) if stored is None else stored
-            chosen = self.d.view(_BITS[self.storage.itemsize])[:size]
+            chosen = self.d.view(BITS_DTYPES[self.storage.itemsize])[:size]
             _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
         # Not sum(), which makes an int64 of every flag first.
         return torch.stack([torch.count_nonzero(agree), torch.count_nonzero(nonfinite)])
@@ -201,7 +205,7 @@ def _scratch(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(_BITS[values.itemsize])
+    return values.view(BITS_DTYPES[values.itemsize])
 
 
 def _bytes(stream: Operand, start: int, size: int) -> torch.Tensor:
@@ -223,7 +227,7 @@ def _load(stream: Operand, start: int, size: int) -> torch.Tensor:
     memory = _bytes(stream, start, size)
     if not _aligned(memory, FLOAT_SIZES[stream.dtype]):
         memory = memory.clone()
-    return memory.view(DTYPES[stream.dtype])
+    return memory.view(TORCH_DTYPES[stream.dtype])
 
 
 def _store(stream: Operand, start: int, bits: torch.Tensor) -> None:

@@ -20,7 +20,6 @@ from .shapes import Shapes
 
 SCALE = 0.9
 RULE = Rule(SCALE)
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 # Bytes that each tensor is aligned to, as the allocators of GPUs do.
 _ALIGNED = 512
@@ -73,7 +72,7 @@ class Workload:
         if needed > 0.9 * free:
             raise Lacking(f"{self}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free on {device}")
         self.versions = [
-            torch.empty(padded_numel, dtype=pytorch.DTYPES[dtype], device=device) for _ in range(n + 1)
+            torch.empty(padded_numel, dtype=pytorch.TORCH_DTYPES[dtype], device=device) for _ in range(n + 1)
         ]
         self.out = torch.empty_like(self.versions[0])
         self._fill()
@@ -161,7 +160,7 @@ class Workload:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(_BITS[values.itemsize])
+    return values.view(pytorch.BITS_DTYPES[values.itemsize])
 
 
 def _packs(numels: list[int], max_numel: int) -> Iterator[list[tuple[int, int, int, int]]]:

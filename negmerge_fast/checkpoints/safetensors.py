@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.dtypes import DTYPE_BITS
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
@@ -21,12 +22,6 @@ from .strict_json import are_sizes, is_shape, parse_json
 
 # The library's own bound.
 _MAX_HEADER_BYTES = 100_000_000
-
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
 
 
 def open_file(path: Path) -> Checkpoint:
@@ -80,14 +75,14 @@ def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpe
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _malformed(file, name, f"unknown dtype {short_repr(dtype)}")
     if not is_shape(shape):
         expected = "expected non-negative integers, no product over 2^64"
         raise _malformed(file, name, f"shape {short_repr(shape)}, {expected}")
     if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _malformed(file, name, f"data_offsets {short_repr(offsets)}, expected a begin and an end")
-    bits = math.prod(shape) * _BITS[dtype]
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != (offsets[1] - offsets[0]) * 8:
         expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
         raise _malformed(file, name, f"{offsets[1] - offsets[0]} bytes, {expected}")

@@ -1,16 +1,75 @@
-"""Storage types: names, sizes, codes."""
+"""The table of storage types: names, sizes, codes of the kernels, names in NumPy and PyTorch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    pass
 
-INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+class Dtype(NamedTuple):
+    """A storage type of the safetensors format.
 
-# Storage types that are merged, spelled as safetensors spells them, with their size in bytes.
-FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    name: as safetensors spells it; everywhere in this package a dtype is this string.
+    bits: of one element.
+    torch: the name of PyTorch's dtype; None if the type is never merged nor copied as an integer.
+    numpy: the dtype string in a .npy file; None if no .npy file of that type is merged.
+    code: the number that the kernels know it by (csrc/batch.h, kernels/merge.py); None if it is not merged.
+    """
 
-# Storage types as the kernels number them (csrc/batch.h, kernels/merge.py).
-DTYPE_CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3}
+    name: str
+    bits: int
+    torch: str | None = None
+    numpy: str | None = None
+    code: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether tensors of this type are merged."""
+        return self.code is not None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether tensors of this type are copied from the base."""
+        return self.torch is not None and not self.is_float
+
+
+DTYPES = (
+    Dtype("F64", 64, "float64", "<f8", code=0),
+    Dtype("F32", 32, "float32", "<f4", code=1),
+    Dtype("F16", 16, "float16", "<f2", code=2),
+    Dtype("BF16", 16, "bfloat16", code=3),
+    Dtype("BOOL", 8, "bool"),
+    Dtype("U8", 8, "uint8"),
+    Dtype("I8", 8, "int8"),
+    Dtype("U16", 16, "uint16"),
+    Dtype("I16", 16, "int16"),
+    Dtype("U32", 32, "uint32"),
+    Dtype("I32", 32, "int32"),
+    Dtype("U64", 64, "uint64"),
+    Dtype("I64", 64, "int64"),
+    # Readable, so that a message can name them, but neither merged nor copied.
+    Dtype("F8_E5M2", 8),
+    Dtype("F8_E4M3", 8),
+    Dtype("F8_E8M0", 8),
+    Dtype("F8_E4M3FNUZ", 8),
+    Dtype("F8_E5M2FNUZ", 8),
+    Dtype("C64", 64),
+    Dtype("F4", 4),
+    Dtype("F6_E2M3", 6),
+    Dtype("F6_E3M2", 6),
+)
+
+# Bits of an element, of every type that a safetensors file may hold.
+DTYPE_BITS = {dtype.name: dtype.bits for dtype in DTYPES}
+
+# Bytes of an element, of the types that are merged.
+FLOAT_SIZES = {dtype.name: dtype.bits // 8 for dtype in DTYPES if dtype.is_float}
+
+INTEGER_DTYPES = frozenset(dtype.name for dtype in DTYPES if dtype.is_integer)
+
+# Names of PyTorch's dtypes; backends/pytorch.py has the dtypes themselves.
+TORCH_NAMES = {dtype.name: dtype.torch for dtype in DTYPES if dtype.torch is not None}
+
+# From the dtype string of a .npy file.
+NUMPY_DTYPES = {dtype.numpy: dtype.name for dtype in DTYPES if dtype.numpy is not None}
+
+DTYPE_CODES = {dtype.name: dtype.code for dtype in DTYPES if dtype.code is not None}

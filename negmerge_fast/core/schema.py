@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from .dtypes import FLOAT_SIZES, INTEGERS
+from .dtypes import FLOAT_SIZES, INTEGER_DTYPES
 
 # Mismatches that are told; of two models that have nothing in common there are as many as tensors.
 MAX_REPORTED = 20
@@ -47,7 +47,7 @@ def _mismatches(
     reference: str,
 ) -> Iterator[tuple[int | None, str, str]]:
     for name, spec in base.items():
-        if spec.dtype not in FLOAT_SIZES and spec.dtype not in INTEGERS:
+        if spec.dtype not in FLOAT_SIZES and spec.dtype not in INTEGER_DTYPES:
             yield None, name, f"dtype {spec.dtype}, expected {', '.join(FLOAT_SIZES)} or an integer type"
     for k, model in enumerate(models):
         for name, spec in base.items():
@@ -57,7 +57,7 @@ def _mismatches(
             elif spec.dtype in FLOAT_SIZES or not task_vectors:
                 yield k, name, f"missing, expected {spec.dtype} {spec.shape} like {reference}"
         for name, spec in model.items():
-            if name not in base and not (task_vectors and spec.dtype in INTEGERS):
+            if name not in base and not (task_vectors and spec.dtype in INTEGER_DTYPES):
                 yield k, name, f"not in {reference}"
 
 
@@ -66,6 +66,6 @@ def _difference(base: TensorSpec, model: TensorSpec, reference: str) -> str | No
         return f"shape {model.shape}, expected {base.shape} like {reference}"
     if base.dtype in FLOAT_SIZES and model.dtype not in FLOAT_SIZES:
         return f"dtype {model.dtype}, expected one of {', '.join(FLOAT_SIZES)} ({reference} has {base.dtype})"
-    if base.dtype in INTEGERS and model.dtype not in INTEGERS:
+    if base.dtype in INTEGER_DTYPES and model.dtype not in INTEGER_DTYPES:
         return f"dtype {model.dtype}, expected an integer type ({reference} has {base.dtype})"
     return None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..backends import registry
+from ..backends.pytorch import FLOAT_NAMES
 from ..core.batch import Counts
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, require_choice
@@ -22,7 +23,7 @@ from ..runtime.interrupts import without_gc, without_interrupts
 from . import dtensor
 from .aliasing import plainly_apart, refuse_shared_memory, tied
 from .arrays import SupportsDLPack, as_tensor, is_array
-from .flatten import FLOAT_NAMES, Item, batches, flat_item, plain, signatures, specs
+from .flatten import Item, batches, flat_item, plain, signatures, specs
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
 Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | torch.nn.Module"

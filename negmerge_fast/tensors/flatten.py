@@ -7,16 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backends.pytorch import DTYPES
+from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.errors import InputError
 from ..core.schema import TensorSpec
 
-FLOAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DTYPE_NAMES = FLOAT_NAMES | {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
-    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
-}  # fmt: skip
 _STRIDED = torch.strided
 # Types that are known to have their numbers in their own memory. Subclasses are checked one by one.
 _PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ..backends import registry
+from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
 from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
-from .flatten import DTYPE_NAMES, FLOAT_NAMES, Item, require_dense
+from .flatten import Item, require_dense
 
 _ARGUMENTS = (
     'Tensor[] finetuned, float scale, float min_agreement=1.0, bool task_vectors=False, str backend="auto"'
