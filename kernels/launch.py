@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.batch import Batch, Operand, Signature, segment_at
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 
@@ -105,12 +105,10 @@ def search(
     signature = signature._replace(models=(signature.models * 17)[: max(17, len(signature.models))])
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, signature.result, *signature.models)]
     numel = SEARCHED_BYTES // sum(sizes) // 16 * 16
-    memory = [torch.zeros(numel * size, dtype=torch.uint8, device=device) for size in sizes]
-    out, base, *models = [
-        Operand(owner.data_ptr(), dtype, owner)
-        for owner, dtype in zip(memory, (signature.result, signature.result, *signature.models), strict=True)
-    ]
-    batch = Batch(device, signature, [Segment(numel, base, models, out)])
+    out, *versions = [torch.zeros(numel * size, dtype=torch.uint8, device=device) for size in sizes]
+    segment = segment_at(numel, signature, [version.data_ptr() for version in versions], versions)
+    segment = segment._replace(out=Operand(out.data_ptr(), signature.result, out))
+    batch = Batch(device, signature, [segment])
     rule = Rule(1.0, 1.0 if unanimous else 0.6)
     taken: dict[Launch, float] = {}
     for launch in candidates(signature, unanimous):

@@ -54,6 +54,13 @@ class Signature(NamedTuple):
         return "F64" if "F64" in (self.result, *self.models) else "F32"
 
 
+def segment_at(numel: int, signature: Signature, addresses: Sequence[int], owners: Sequence[Any]) -> Segment:
+    """A segment that is merged into its base, from the addresses and owners of the base and of each model."""
+    dtypes = (signature.result, *signature.models)
+    base, *models = [Operand(*each) for each in zip(addresses, dtypes, owners, strict=True)]
+    return Segment(numel, base, models, base)
+
+
 @dataclass(frozen=True)
 class Batch:
     """All segments of one device and one signature: one call of a backend, whatever their number."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends import registry
 from ..checkpoints.reader import Reader
-from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.batch import Batch, Signature, segment_at
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
@@ -50,9 +50,8 @@ def _batch(signature: Signature) -> Batch:
     numel = max(_MERGE_BYTES // sum(sizes), 1024)
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
     versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
-    dtypes = (signature.result, *signature.models)
-    base, *models = [Operand(v.ctypes.data, dtype, v) for v, dtype in zip(versions, dtypes, strict=True)]
-    return Batch("cpu", signature, [Segment(numel, base, models, base)])
+    segment = segment_at(numel, signature, [v.ctypes.data for v in versions], versions)
+    return Batch("cpu", signature, [segment])
 
 
 def copy_bandwidth(threads: int) -> float:
@@ -144,10 +143,6 @@ def _best(job: Callable[[], object], rounds: int = 7) -> float:
         job()
         taken.append(time.perf_counter() - began)
     return min(taken)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def speed(bytes_per_second: float) -> str:

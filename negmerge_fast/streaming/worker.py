@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.batch import Batch, Segment, Signature, segment_at
 from .plan import Extent, TensorSlice
 
 
@@ -22,13 +22,11 @@ def batches(
     """One batch for each signature in a piece whose versions are at these addresses."""
     groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
     for tensor_slice in chunk.slices:
-        dtypes = (tensor_slice.signature.result, *tensor_slice.signature.models)
-        streams = [Operand(a, t, owner) for a, t in zip(addresses, dtypes, strict=True)]
-        addresses = [
-            a + tensor_slice.numel * size for a, size in zip(addresses, tensor_slice.sizes, strict=True)
-        ]
-        segments, slices = groups.setdefault(tensor_slice.signature, ([], []))
-        segments.append(Segment(tensor_slice.numel, streams[0], streams[1:], streams[0]))
+        numel, signature = tensor_slice.numel, tensor_slice.signature
+        segment = segment_at(numel, signature, addresses, [owner] * len(addresses))
+        addresses = [a + numel * size for a, size in zip(addresses, tensor_slice.sizes, strict=True)]
+        segments, slices = groups.setdefault(signature, ([], []))
+        segments.append(segment)
         slices.append(tensor_slice)
     for signature, (segments, slices) in groups.items():
         yield Batch(device, signature, segments), slices
