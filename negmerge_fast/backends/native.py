@@ -5,24 +5,40 @@ A batch becomes a table of addresses, and the kernels are given integers: they k
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from ..core.batch import Batch
 from ..core.descriptors import pack_descriptors, pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 
 if TYPE_CHECKING:
     import torch
-import json
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import TypedDict
+
+
+class BuildInfo(TypedDict):
+    cpu: str | None  # why there is no CPU kernel; None: there is one
+    cuda: str | None  # the same of the CUDA kernel
+    cuda_architectures: list[int]  # that it has machine code for; others start from intermediate code
+
+
+def build_info() -> BuildInfo:
+    # Each Python has its own library, and its own file: several may share one source folder.
+    path = Path(__file__).parents[1].joinpath("_native" + EXTENSION_SUFFIXES[0]).with_suffix(".json")
+    try:
+        info: BuildInfo = json.loads(path.read_text())
+    except FileNotFoundError:
+        reason = "negmerge_fast was never installed for this Python, which compiles it: pip install -e ."
+        return {"cpu": reason, "cuda": reason, "cuda_architectures": []}
+    return info
 
 
 def why_not(name: str, device: str) -> str | None:
@@ -45,7 +61,7 @@ def why_not(name: str, device: str) -> str | None:
     try:
         capability = torch.cuda.get_device_capability(device)
     except (RuntimeError, ValueError, AssertionError) as error:
-        return f"torch has no device {device!r} here: {str(error).splitlines()[0]}"
+        return f"torch has no device {device!r} here: {first_line(error)}"
     number = 10 * capability[0] + capability[1]
     if number < min(built["cuda_architectures"]):
         return f"compiled for sm_{min(built['cuda_architectures'])} and later, the device is sm_{number}"
@@ -129,20 +145,3 @@ def _signature(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, 
         rule.required(len(models)),
         len(batch.segments),
     )
-
-
-class BuildInfo(TypedDict):
-    cpu: str | None  # why there is no CPU kernel; None: there is one
-    cuda: str | None  # the same of the CUDA kernel
-    cuda_architectures: list[int]  # that it has machine code for; others start from intermediate code
-
-
-def build_info() -> BuildInfo:
-    # Each Python has its own library, and its own file: several may share one source folder.
-    path = Path(__file__).parents[1].joinpath("_native" + EXTENSION_SUFFIXES[0]).with_suffix(".json")
-    try:
-        info: BuildInfo = json.loads(path.read_text())
-    except FileNotFoundError:
-        reason = "negmerge_fast was never installed for this Python, which compiles it: pip install -e ."
-        return {"cpu": reason, "cuda": reason, "cuda_architectures": []}
-    return info

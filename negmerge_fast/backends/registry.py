@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from ..core.batch import Batch, Merge, Signature
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 
 # In the order in which "auto" prefers them.
@@ -43,7 +43,7 @@ def why_not(name: str, device: str) -> str | None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        return f"torch has no device {device!r} here: {str(error).splitlines()[0]}"
+        return f"torch has no device {device!r} here: {first_line(error)}"
     if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
         return "cannot be captured in a graph: it waits for the device"
     return None

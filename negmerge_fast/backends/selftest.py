@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..core.batch import Batch, Merge, Operand, Segment, Signature
+from ..core.batch import Batch, Merge, Operand, Signature, segment_at
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 from . import pytorch
 
@@ -54,8 +54,7 @@ def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | N
     except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
         raise
     except Exception as error:  # a compiler's, or the device's: whatever it is, the kernel cannot be used
-        reason = (str(error).splitlines() or [""])[0]
-        return f"failed when tried on {device}: {type(error).__name__}: {reason}"
+        return f"failed when tried on {device}: {type(error).__name__}: {first_line(error)}"
     kinds = "+".join(sorted(set(signature.models)))
     what = f"{kinds} into {signature.result}, {len(signature.models)} models"
     for is_there, should_be in zip(got, expected, strict=True):
@@ -84,13 +83,13 @@ def _numbers(signature: Signature, room: int, generator: torch.Generator) -> lis
         return torch.randn(room, generator=generator, dtype=torch.float64)
 
     base, lean, kind = random(), random(), torch.arange(room) % 8
-    types = [pytorch.DTYPES[dtype] for dtype in (signature.result, *signature.models)]
+    types = [pytorch.TORCH_DTYPES[dtype] for dtype in (signature.result, *signature.models)]
     # Where nothing is added to the base, every bit of the mean shows.
     base = torch.where((kind >= 3) & (kind < 7), 0.0, base)
     base = torch.where((kind == 5) & (lean > 0), -0.0, base)
     # Half-way between two neighbours of the result's type, and just beside it.
     stored = lean.to(types[0])
-    bits = stored.view(pytorch._BITS[stored.itemsize])
+    bits = stored.view(pytorch.BITS_DTYPES[stored.itemsize])
     middle = (stored.double() + (bits + 1).view(types[0]).double()) / 2
     middle = middle * (1 + (torch.arange(room) // 8 % 3 - 1) * 2.0**-20)
     hostile, rare = torch.tensor(_HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
@@ -112,14 +111,16 @@ def _numbers(signature: Signature, room: int, generator: torch.Generator) -> lis
 
 
 def _batch(device: str, signature: Signature, memory: list[torch.Tensor]) -> Batch:
-    dtypes = (signature.result, *signature.models, signature.result)
+    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models, signature.result)]
     segments, start = [], 0
-    for length, job, off in _SEGMENTS:
-        base, *models, out = [
-            Operand(held.data_ptr() + start * FLOAT_SIZES[dtype] + off, dtype, held)
-            for held, dtype in zip(memory, dtypes, strict=True)
+    for length, kind, misalignment in _SEGMENTS:
+        *addresses, out = [
+            held.data_ptr() + start * size + misalignment for held, size in zip(memory, sizes, strict=True)
         ]
-        where = {"in place": base, "count": None}.get(job, out)
-        segments.append(Segment(length, None if job == "no base" else base, models, where))
+        segment = segment_at(length, signature, addresses, memory[:-1])
+        if kind != "in place":
+            apart = Operand(out, signature.result, memory[-1])
+            segment = segment._replace(out=None if kind == "count" else apart)
+        segments.append(segment._replace(base=None) if kind == "no base" else segment)
         start += length + 1
     return Batch(device, signature, segments)

@@ -11,7 +11,7 @@ import torch
 
 from ..backends import registry
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from . import bandwidth
 from .candidates import BASELINES, Refused, candidate, check, failure, min_rounds, nothing, unusable
 from .records import Row, append, line, on_gpu, table
@@ -102,7 +102,7 @@ def _checked(device: str) -> str:
         kind = torch.device(device).type
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {device!r}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device: {device!r}: {first_line(error)}") from None
     if kind not in BYTES:
         raise InputError(f"device: {device!r}, expected cpu or a CUDA device, such as cuda:0")
     return device

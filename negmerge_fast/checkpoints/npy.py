@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import InputError, short_repr
+from ..core.dtypes import NUMPY_DTYPES
+from ..core.errors import InputError, first_line, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
 from .base import Checkpoint, TensorRef
@@ -20,7 +21,6 @@ from .strict_json import is_shape
 # What the one tensor is called in messages and reports.
 NAME = "vector"
 
-_DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 # Version 1 headers are at most 64 KiB long, and numpy itself refuses longer ones than 10,000 characters.
 _MAX_HEADER_BYTES = 65_536 + 12
 
@@ -42,10 +42,9 @@ def open_file(path: Path) -> Checkpoint:
     except InputError:
         raise
     except Exception as error:  # numpy's header parser raises whatever the text makes it raise
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: not a .npy file ({reason.splitlines()[0][:120]})") from None
-    if dtype.str not in _DTYPES:
-        raise InputError(f"{path}: dtype {dtype.str}, expected one of {', '.join(_DTYPES)}")
+        raise InputError(f"{path}: not a .npy file ({first_line(error)[:120]})") from None
+    if dtype.str not in NUMPY_DTYPES:
+        raise InputError(f"{path}: dtype {dtype.str}, expected one of {', '.join(NUMPY_DTYPES)}")
     if fortran and len(shape) > 1:
         raise InputError(f"{path}: column-major order, expected row-major")
     if not is_shape(list(shape)):
@@ -56,5 +55,5 @@ def open_file(path: Path) -> Checkpoint:
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
     file = replace(file, header=hash_of(head.getbuffer()[: head.tell()]))
-    tensor = TensorRef(TensorSpec(_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
+    tensor = TensorRef(TensorSpec(NUMPY_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

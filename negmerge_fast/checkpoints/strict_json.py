@@ -10,7 +10,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError, short_repr
+from ..core.errors import InputError, first_line, short_repr
 
 # Lists and objects take up to forty times their text: those of real headers and indexes are one in sixteen bytes at most.
 _MIN_CHECKED_BYTES, _BYTES_PER_BRACKET = 1 << 20, 8
@@ -47,7 +47,7 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path}: {what} is not JSON ({reason[:120]})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")

@@ -32,3 +32,8 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Refuse a keyword that is none of its choices."""
     if value not in (allowed := tuple(choices)):
         raise InputError(f"{name}: {value!r}, expected one of {', '.join(allowed)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if the message is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

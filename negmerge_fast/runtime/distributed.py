@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 
 _T = TypeVar("_T")
 
@@ -112,7 +112,9 @@ class Ranks(SingleProcess):
             )
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise RuntimeError(f"rank {rank} of {count}: no store at {address} ({_line_of(error)})") from None
+            raise RuntimeError(
+                f"rank {rank} of {count}: no store at {address} ({first_line(error)[:200]})"
+            ) from None
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store: Any = distributed.PrefixStore(f"negmerge/{restart}", store)
         self._step, self._polled, self._moved_by_peers = 0, 0.0, 0
@@ -203,7 +205,7 @@ class Ranks(SingleProcess):
             return task()
         except RuntimeError as error:
             raise RuntimeError(
-                self.dead_peer() or f"the launcher does not answer any more ({_line_of(error)})"
+                self.dead_peer() or f"the launcher does not answer any more ({first_line(error)[:200]})"
             ) from None
 
 
@@ -295,7 +297,3 @@ def _is_alive(process: int) -> bool:
     except OSError:
         return False
     return state not in "ZX"
-
-
-def _line_of(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends import registry
 from ..core.batch import Signature
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 from ..runtime import device as devices
 from .plan import Plan
@@ -20,7 +20,7 @@ from .plan import Plan
 if TYPE_CHECKING:
     pass
 from . import probes
-from .probes import first_line, speed
+from .probes import speed
 
 # Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the trial of its kernels
 # (0.1 s there); and bytes of a job that it can't save them on.
