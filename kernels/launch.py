@@ -71,9 +71,14 @@ FOUND: dict[tuple[str, str, str, bool], Launch] = {
 
 def launch_for(signature: Signature, unanimous: bool, device: str, launch_merge: LaunchMerge) -> Launch:
     """What was found for a device, is searched now or, as a rule, is usual."""
-    there = torch.device(device)
+    target_device = torch.device(device)
     models = "+".join(sorted(set(signature.models)))
-    key = getattr(torch, there.type).get_device_name(there), signature.result, models, unanimous
+    key = (
+        getattr(torch, target_device.type).get_device_name(target_device),
+        signature.result,
+        models,
+        unanimous,
+    )
     if key not in FOUND and os.environ.get("NEGMERGE_AUTOTUNE") == "1":
         FOUND[key] = search(signature, unanimous, device, launch_merge)
         print(f"    {key!r}: {FOUND[key]!r},  # for FOUND in kernels/launch.py", file=sys.stderr)

@@ -35,7 +35,7 @@ MIXED = tl.constexpr(len(DTYPE_CODES))  # the models' types differ, and are look
 # An aligned segment is loaded 16 bytes at a time, up to a multiple of so many elements; the rest as an unaligned one.
 WIDE = tl.constexpr(16)
 
-LONGEST_RUN = 32
+MAX_TILES_PER_PROGRAM = 32
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -147,7 +147,7 @@ def _divide(a, b, T: tl.constexpr):
 
 
 @triton.jit
-def _see(d, total, least, greatest, below, n_above, n_below, UNANIMOUS: tl.constexpr):
+def _accumulate(d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS: tl.constexpr):
     """Takes a model in. total keeps a NaN, whatever least and greatest do. total: of all or, for a majority, those above 0."""
     if d.dtype == tl.float64:  # one instruction there is for float32 alone
         least = tl.where(d < least, d, least)
@@ -160,10 +160,10 @@ def _see(d, total, least, greatest, below, n_above, n_below, UNANIMOUS: tl.const
     else:
         # Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
         total += tl.where(d < 0, 0.0, d)
-        below += tl.where(d < 0, d, 0.0)
-        n_above += tl.where(d > 0, 1.0, 0.0)
-        n_below += tl.where(d < 0, 1.0, 0.0)
-    return total, least, greatest, below, n_above, n_below
+        negative += tl.where(d < 0, d, 0.0)
+        n_positive += tl.where(d > 0, 1.0, 0.0)
+        n_negative += tl.where(d < 0, 1.0, 0.0)
+    return total, least, greatest, negative, n_positive, n_negative
 
 
 @triton.jit
@@ -203,28 +203,28 @@ def _merge(
     b = _widen(stored, RESULT, T)
     origin = zero if TASK_VECTORS else b
     total, least, greatest = zero, zero + float("inf"), zero - float("inf")
-    below, n_above, n_below = zero, zero, zero
+    negative, n_positive, n_negative = zero, zero, zero
     # All loads of a group are under way at once.
     if GROUP > 0:
         for first in range(0, n - REST, GROUP):
             for k in tl.static_range(GROUP):
                 x = _model(row, dtypes, first + k, offsets, mask, KIND, T, ALIGNED, BLOCK)
-                total, least, greatest, below, n_above, n_below = _see(
-                    x - origin, total, least, greatest, below, n_above, n_below, UNANIMOUS
+                total, least, greatest, negative, n_positive, n_negative = _accumulate(
+                    x - origin, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
                 )
     for k in tl.static_range(REST):
         x = _model(row, dtypes, n - REST + k, offsets, mask, (REST_KINDS >> (4 * k)) & 15, T, ALIGNED, BLOCK)
-        total, least, greatest, below, n_above, n_below = _see(
-            x - origin, total, least, greatest, below, n_above, n_below, UNANIMOUS
+        total, least, greatest, negative, n_positive, n_negative = _accumulate(
+            x - origin, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
         )
 
     if UNANIMOUS:
         agree = (least > 0) | (greatest < 0)
         mean = _divide(total, zero + n, T)
     else:
-        up = n_above >= required
-        agree = up | (n_below >= required)
-        mean = _divide(tl.where(up, total, below), tl.where(up, n_above, n_below), T)
+        up = n_positive >= required
+        agree = up | (n_negative >= required)
+        mean = _divide(tl.where(up, total, negative), tl.where(up, n_positive, n_negative), T)
     result, in_range = _round(b + scale * -mean, RESULT)
     finite = (total == total) & (least > -float("inf")) & (greatest < float("inf")) & (b - b == 0)
     finite = finite & (in_range | (agree == 0))
@@ -242,38 +242,42 @@ def _add(counts, counted):
     tl.atomic_add(counts + 1, tl.sum(counted // NONFINITE).to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["memory", "counts", "scale", "segments", "tiles", "run", "n", "required"])
+@triton.jit(
+    do_not_specialize=[
+        "memory", "counts", "scale", "segments", "tiles", "tiles_per_program", "n", "required"
+    ]
+)  # fmt: skip
 def merge_tiles(
-    memory, counts, scale, segments, tiles, run, n, required,
+    memory, counts, scale, segments, tiles, tiles_per_program, n, required,
     T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, REST: tl.constexpr,
     REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: `run` tiles of BLOCK elements, of as many segments as they happen to be of.
+    """One program: `tiles_per_program` tiles of BLOCK elements, of as many segments as they happen to be of.
 
     memory: what negmerge_fast/core/descriptors.py calls device memory. counts: int64[segments, 2], agreed and non-finite are added.
     scale: λ, one float64. T: the arithmetic type. RESULT: the storage type of base and output. KIND: that of all models, or
     MIXED. The models are taken GROUP at a time (0: there is no group), the last REST unrolled; REST_KINDS: the storage
     types of those, four bits each.
     """
-    tile = tl.program_id(0).to(tl.int64) * run
-    end = tl.minimum(tile + run, tiles)
-    table = memory + 2 * (segments + 1)
-    dtypes = (table + segments.to(tl.int64) * (3 + n)).to(tl.pointer_type(tl.uint8))
+    tile = tl.program_id(0).to(tl.int64) * tiles_per_program
+    end = tl.minimum(tile + tiles_per_program, tiles)
+    descriptors = memory + 2 * (segments + 1)
+    dtypes = (descriptors + segments.to(tl.int64) * (3 + n)).to(tl.pointer_type(tl.uint8))
     rounded_scale = tl.load(scale).to(T)
 
     # The last segment with no more tiles before it than this one has.
     segment = tl.zeros([], tl.int64)
-    above = segment + segments
-    while above - segment > 1:
-        middle = (segment + above) // 2
+    high = segment + segments
+    while high - segment > 1:
+        middle = (segment + high) // 2
         started = tl.load(memory + 2 * middle) <= tile
         segment = tl.where(started, middle, segment)
-        above = tl.where(started, above, middle)
+        high = tl.where(started, high, middle)
 
     while tile < end:
         first = tl.load(memory + 2 * segment)
         last = tl.minimum(tl.load(memory + 2 * segment + 2), end)
-        row = table + segment * (3 + n)
+        row = descriptors + segment * (3 + n)
         numel = tl.load(row)
         wide = tl.where(tl.load(memory + 2 * segment + 1) != 0, numel // WIDE, 0) * WIDE
         to = counts + 2 * segment
@@ -360,13 +364,14 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
     memory, tiles = pack_for_device(batch, launch.tile)
     scale = np.array([rule.scale]).view(np.int64)
     with on(torch.device(batch.device)):
-        there = upload(np.concatenate([memory, scale]), batch.device)
-        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=there.device)
+        on_device = upload(np.concatenate([memory, scale]), batch.device)
+        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
         # Enough programs for every processor first; then runs, which look for their first segment once.
-        run = max(1, min(LONGEST_RUN, tiles // launch.programs))
+        tiles_per_program = max(1, min(MAX_TILES_PER_PROGRAM, tiles // launch.programs))
         if tiles:
-            merge_tiles[(-(tiles // -run),)](
-                there, counts, there[-1:].view(torch.float64), len(batch.segments), tiles, run, models, required,
+            merge_tiles[(-(tiles // -tiles_per_program),)](
+                on_device, counts, on_device[-1:].view(torch.float64), len(batch.segments), tiles, tiles_per_program,
+                models, required,
                 **constants(batch.signature, required == models, launch),
                 **({} if interpreted() else options(launch, triton.runtime.driver.active.get_current_target())),
             )  # fmt: skip

@@ -97,7 +97,7 @@ class Built:
         memory, tiles = pack_for_device(batch, self.tile)
         on_device = upload(memory, batch.device)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
-        result, dtypes, *others = native._signature(batch, rule)
+        result, dtypes, *others = native.kernel_arguments(batch, rule)
         index = torch.device(batch.device).index or 0
         stream = torch.cuda.current_stream().cuda_stream
         memories = on_device.data_ptr(), counts.data_ptr()
@@ -166,7 +166,7 @@ def measure(workload: Workload, candidates: dict[str, Merge], rounds: int) -> li
         print(f"{candidate}, {workload.dtype}, n = {workload.n}: no speed, {reason}", flush=True)
 
     for candidate, merge in candidates.items():
-        if (reason := selftest.distrust(candidate, merge, workload.device, batch.signature, RULE)) is None:
+        if (reason := selftest.failure(candidate, merge, workload.device, batch.signature, RULE)) is None:
             workload.poison()
             reason = fault(workload, merge(batch, RULE))
         if reason is not None:

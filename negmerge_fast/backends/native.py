@@ -82,11 +82,11 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
     """Merge every segment of a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
     from .. import _native
 
-    table = pack_descriptors(batch)
+    descriptors = pack_descriptors(batch)
     counts = np.zeros((len(batch.segments), 2), np.int64)
     _native.merge_cpu(
-        *_signature(batch, rule),
-        table.ctypes.data,
+        *kernel_arguments(batch, rule),
+        descriptors.ctypes.data,
         counts.ctypes.data,
         threads or usual_threads(),
         instruction_set(),
@@ -106,7 +106,7 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
         on_device = upload(memory, f"cuda:{torch.cuda.current_device()}")
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
         _native.merge_cuda(
-            *_signature(batch, rule),
+            *kernel_arguments(batch, rule),
             on_device.data_ptr(),
             counts.data_ptr(),
             tiles,
@@ -134,7 +134,7 @@ def usual_threads() -> int:
     return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
 
 
-def _signature(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
+def kernel_arguments(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
     result, models, task_vectors = batch.signature
     numbers = bytes(DTYPE_CODES[dtype] for dtype in models)
     return (

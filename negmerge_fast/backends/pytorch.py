@@ -40,10 +40,12 @@ SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Merge every segment of a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
     counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
-    with _at_work(batch, rule, threads) as work:
+    with _computing(batch, rule, threads) as workspace:
         for row, segment in enumerate(batch.segments):
-            for start in range(0, segment.numel, work.block):
-                counts[row] += work.merge_block(segment, start, min(work.block, segment.numel - start))
+            for start in range(0, segment.numel, workspace.block):
+                counts[row] += workspace.merge_block(
+                    segment, start, min(workspace.block, segment.numel - start)
+                )
     return counts
 
 
@@ -53,12 +55,12 @@ def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, floa
     Returns the segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
     "result") and the value found there; None if everything is finite.
     """
-    with _at_work(batch, rule) as work:
+    with _computing(batch, rule) as workspace:
         for row, segment in enumerate(batch.segments):
-            for start in range(0, segment.numel, work.block):
-                size = min(work.block, segment.numel - start)
-                if work.merge_block(segment._replace(out=None), start, size)[1]:
-                    index = start + int(work.nonfinite[:size].nonzero()[0])
+            for start in range(0, segment.numel, workspace.block):
+                size = min(workspace.block, segment.numel - start)
+                if workspace.merge_block(segment._replace(out=None), start, size)[1]:
+                    index = start + int(workspace.nonfinite[:size].nonzero()[0])
                     return row, index, *_culprit(segment, index)
     return None
 
@@ -67,8 +69,8 @@ def _culprit(segment: Segment, index: int) -> tuple[int | str, float]:
     versions: list[tuple[int | str, Operand]] = list(enumerate(segment.models))
     if segment.base is not None:
         versions.insert(0, ("base", segment.base))
-    for which, stream in versions:
-        value = float(_load(stream, index, 1))
+    for which, operand in versions:
+        value = float(_load(operand, index, 1))
         if value - value != 0:
             return which, value
     return "result", float("inf")
@@ -84,8 +86,10 @@ class _Workspace:
         self.required = rule.required(len(batch.signature.models))
         self.unanimous = self.required == len(batch.signature.models)
         device = torch.device(batch.device)
-        most = (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // self.dtype.itemsize
-        self.block = min(most, max((s.numel for s in batch.segments), default=0)) or 1
+        max_elements = (
+            CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES
+        ) // self.dtype.itemsize
+        self.block = min(max_elements, max((s.numel for s in batch.segments), default=0)) or 1
 
         wide, flags = (6, 3) if self.unanimous else (9, 3)
         memory = _scratch((wide * self.dtype.itemsize + flags) * self.block, device)
@@ -93,7 +97,7 @@ class _Workspace:
         temporaries = torch.split(numbers.view(self.dtype), self.block)
         self.b, self.x, self.d, self.least, self.greatest, self.sum = temporaries[:6]
         if not self.unanimous:
-            self.below, self.n_above, self.n_below = temporaries[6:]
+            self.negative, self.n_positive, self.n_negative = temporaries[6:]
         self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
         # Tensors, and on the device: dividing by a Python number multiplies by its reciprocal on a GPU.
         self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
@@ -136,15 +140,15 @@ class _Workspace:
 
     def _all_finite(self, b: torch.Tensor, result: torch.Tensor) -> bool:
         """Cheaply: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
-        seen = (self.least[: len(b)], self.greatest[: len(b)], b, result)
-        return bool(torch.stack([t.sum(dtype=self.dtype) for t in seen]).isfinite().all())
+        extremes = (self.least[: len(b)], self.greatest[: len(b)], b, result)
+        return bool(torch.stack([t.sum(dtype=self.dtype) for t in extremes]).isfinite().all())
 
     def _differences(self, segment: Segment, start: int, b: torch.Tensor) -> Iterator[torch.Tensor]:
         """Each d_k in turn, noting the least and the greatest."""
         size = len(b)
         d, least, greatest = self.d[:size], self.least[:size], self.greatest[:size]
-        for k, stream in enumerate(segment.models):
-            x = _load(stream, start, size)
+        for k, operand in enumerate(segment.models):
+            x = _load(operand, start, size)
             if x.dtype != self.dtype:
                 x = self.x[:size].copy_(x)
             if self.signature.task_vectors:
@@ -174,33 +178,33 @@ class _Workspace:
     ) -> torch.Tensor:
         size = len(b)
         # Adding +0 for the models of the other sign changes no bit of a sum that started at +0.
-        above, below = self.sum[:size].zero_(), self.below[:size].zero_()
-        n_above, n_below = self.n_above[:size].zero_(), self.n_below[:size].zero_()
-        flag, part = self.flag[:size], self.x[:size]
+        positive, negative = self.sum[:size].zero_(), self.negative[:size].zero_()
+        n_positive, n_negative = self.n_positive[:size].zero_(), self.n_negative[:size].zero_()
+        flag, clamped = self.flag[:size], self.x[:size]
         for d in self._differences(segment, start, b):
-            above.add_(torch.clamp(d, min=0, out=part))
-            below.add_(torch.clamp(d, max=0, out=part))
-            n_above.add_(torch.gt(d, 0, out=flag))
-            n_below.add_(torch.lt(d, 0, out=flag))
-        torch.ge(n_above, self.required, out=agree)
-        negative = torch.ge(n_below, self.required, out=flag)
-        agree |= negative
-        torch.where(negative, below, above, out=above)
-        torch.where(negative, n_below, n_above, out=n_above)
-        return above.div_(n_above)
+            positive.add_(torch.clamp(d, min=0, out=clamped))
+            negative.add_(torch.clamp(d, max=0, out=clamped))
+            n_positive.add_(torch.gt(d, 0, out=flag))
+            n_negative.add_(torch.lt(d, 0, out=flag))
+        torch.ge(n_positive, self.required, out=agree)
+        is_negative = torch.ge(n_negative, self.required, out=flag)
+        agree |= is_negative
+        torch.where(is_negative, negative, positive, out=positive)
+        torch.where(is_negative, n_negative, n_positive, out=n_positive)
+        return positive.div_(n_positive)
 
 
-_kept = threading.local()
+_per_thread = threading.local()
 
 
 def _scratch(size: int, device: torch.device) -> torch.Tensor:
     """Bytes for temporaries. On the CPU each thread keeps its own: a stream of many batches allocates once."""
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
-    memory: torch.Tensor | None = getattr(_kept, "memory", None)
+    memory: torch.Tensor | None = getattr(_per_thread, "memory", None)
     if memory is None or len(memory) < size:
-        _kept.memory = memory = None  # the old one goes before the new one comes
-        memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        _per_thread.memory = memory = None  # the old one goes before the new one comes
+        memory = _per_thread.memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory[:size]
 
 
@@ -208,34 +212,34 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(BITS_DTYPES[values.itemsize])
 
 
-def _bytes(stream: Operand, start: int, size: int) -> torch.Tensor:
-    owner = stream.owner
+def _bytes(operand: Operand, start: int, size: int) -> torch.Tensor:
+    owner = operand.owner
     if not isinstance(owner, torch.Tensor):
         owner = torch.frombuffer(owner, dtype=torch.uint8)
     # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
     memory = owner.as_strided((owner.numel(),), (1,)).view(torch.uint8)
-    first = stream.address - memory.data_ptr() + start * FLOAT_SIZES[stream.dtype]
-    return memory[first : first + size * FLOAT_SIZES[stream.dtype]]
+    first = operand.address - memory.data_ptr() + start * FLOAT_SIZES[operand.dtype]
+    return memory[first : first + size * FLOAT_SIZES[operand.dtype]]
 
 
 def _aligned(memory: torch.Tensor, itemsize: int) -> bool:
     return memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0
 
 
-def _load(stream: Operand, start: int, size: int) -> torch.Tensor:
-    """Elements of a stream in their storage type: a view, or a copy where they are not aligned."""
-    memory = _bytes(stream, start, size)
-    if not _aligned(memory, FLOAT_SIZES[stream.dtype]):
+def _load(operand: Operand, start: int, size: int) -> torch.Tensor:
+    """Elements of an operand in their storage type: a view, or a copy where they are not aligned."""
+    memory = _bytes(operand, start, size)
+    if not _aligned(memory, FLOAT_SIZES[operand.dtype]):
         memory = memory.clone()
-    return memory.view(TORCH_DTYPES[stream.dtype])
+    return memory.view(TORCH_DTYPES[operand.dtype])
 
 
-def _store(stream: Operand, start: int, bits: torch.Tensor) -> None:
-    _bytes(stream, start, len(bits)).copy_(bits.view(torch.uint8))
+def _store(operand: Operand, start: int, bits: torch.Tensor) -> None:
+    _bytes(operand, start, len(bits)).copy_(bits.view(torch.uint8))
 
 
 @contextmanager
-def _at_work(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
+def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
     """The temporaries of a batch; while they are in use, subnormals are kept.
 
     torch.set_flush_denormal(True) is a mode of the calling thread, and of each of torch's own threads that was started
@@ -249,10 +253,10 @@ def _at_work(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_
         torch.set_flush_denormal(False)
     try:
         with torch.inference_mode():
-            work = _Workspace(batch, rule)
-            if work.d.device.type == "cpu" and _flushes(work.d):
+            workspace = _Workspace(batch, rule)
+            if workspace.d.device.type == "cpu" and _flushes(workspace.d):
                 torch.set_num_threads(1)
-            yield work
+            yield workspace
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)

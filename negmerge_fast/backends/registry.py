@@ -20,7 +20,7 @@ CONCURRENT = frozenset({"cpu"})
 
 # Those that must give the reference's bits on the very device before they are used there. The CPU's kernel is not among
 # them: a merge of files would have to import torch for it.
-_TRIED = frozenset({"cuda", "triton"})
+_NEED_SELFTEST = frozenset({"cuda", "triton"})
 
 
 def why_not(name: str, device: str) -> str | None:
@@ -72,15 +72,15 @@ def choose(
         # Triton on the CPU is an interpreter, for tests.
         if (backend, name, device) == ("auto", "triton", "cpu"):
             continue
-        reason = why_not(name, device) or (rule and _distrust(name, device, rule, signatures))
+        reason = why_not(name, device) or (rule and _selftest_failure(name, device, rule, signatures))
         if reason is None:
             return name, _merge_of(name)
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
-def _distrust(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
-    if name not in _TRIED:
+def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
+    if name not in _NEED_SELFTEST:
         return None
     from . import selftest
 
@@ -89,14 +89,14 @@ def _distrust(name: str, device: str, rule: Rule, signatures: Iterable[Signature
         from ..kernels.merge import merge_in_few_programs
 
         merge = merge_in_few_programs
-    tried = (selftest.distrust(name, merge, device, signature, rule) for signature in signatures)
-    return next(filter(None, tried), None)
+    failures = (selftest.failure(name, merge, device, signature, rule) for signature in signatures)
+    return next(filter(None, failures), None)
 
 
-def self_test(name: str, device: str) -> str | None:
+def selftest(name: str, device: str) -> str | None:
     """Why a backend that can run is not used on a device for one of the storage types; None if it gives the right bits."""
     signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
-    return _distrust(name, device, Rule(1.0), signatures)
+    return _selftest_failure(name, device, Rule(1.0), signatures)
 
 
 def _merge_of(name: str) -> Merge:

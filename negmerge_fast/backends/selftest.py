@@ -26,26 +26,26 @@ _HOSTILE = [
     float("inf"), -float("inf"), float("nan"),
 ]  # fmt: skip
 
-_found: dict[tuple[Any, ...], str | None] = {}
+_results: dict[tuple[Any, ...], str | None] = {}
 
 
-def distrust(name: str, merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
+def failure(name: str, merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
     """Why a backend is not to be used for a signature on a device; None if it gave the same bits as the reference."""
     models = len(signature.models)
     unanimous = rule.required(models) == models
     key = name, device, signature, unanimous
-    if key not in _found:
+    if key not in _results:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise InputError(
-                f"backend {name}: not yet tried on {device}, expected one call before a graph's capture"
+                f"backend {name}: not yet self-tested on {device}, expected one call before a graph's capture"
             )
         min_agreement = 1.0 if unanimous else rule.min_agreement
-        tried = (_try(merge, device, signature, Rule(scale, min_agreement)) for scale in (0.9, -1.0))
-        _found[key] = next(filter(None, tried), None)
-    return _found[key]
+        failures = (_run_case(merge, device, signature, Rule(scale, min_agreement)) for scale in (0.9, -1.0))
+        _results[key] = next(filter(None, failures), None)
+    return _results[key]
 
 
-def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
+def _run_case(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
     expected = _memory(signature)
     got = [version.to(device, copy=True) for version in expected]  # before the reference writes
     counts = pytorch.merge(_batch("cpu", signature, expected), rule).tolist()
@@ -54,14 +54,14 @@ def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | N
     except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
         raise
     except Exception as error:  # a compiler's, or the device's: whatever it is, the kernel cannot be used
-        return f"failed when tried on {device}: {type(error).__name__}: {first_line(error)}"
+        return f"failed its self-test on {device}: {type(error).__name__}: {first_line(error)}"
     kinds = "+".join(sorted(set(signature.models)))
     what = f"{kinds} into {signature.result}, {len(signature.models)} models"
-    for is_there, should_be in zip(got, expected, strict=True):
-        if len(wrong := (is_there.cpu() != should_be).nonzero()):
+    for actual, expected_bytes in zip(got, expected, strict=True):
+        if len(wrong := (actual.cpu() != expected_bytes).nonzero()):
             at = int(wrong[0])
-            found, right = int(is_there[at]), int(should_be[at])
-            return f"not the reference's bits on {device} for {what}: byte {at} of a trial is {found:#04x}, expected {right:#04x}"
+            found, right = int(actual[at]), int(expected_bytes[at])
+            return f"not the reference's bits on {device} for {what}: byte {at} of the self-test is {found:#04x}, expected {right:#04x}"
     if counted != counts:
         return f"not the reference's counts on {device} for {what}: {counted}, expected {counts}"
     return None
@@ -69,20 +69,20 @@ def _try(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | N
 
 def _memory(signature: Signature) -> list[torch.Tensor]:
     """Bytes of the base, of all models, and of outputs that are not the base."""
-    room = sum(length + 1 for length, *_ in _SEGMENTS)
+    numel = sum(length + 1 for length, *_ in _SEGMENTS)
     with torch.device("cpu"):
-        versions = _numbers(signature, room, torch.Generator().manual_seed(0))
-        out = torch.full((room * FLOAT_SIZES[signature.result],), 0xA5, dtype=torch.uint8)
+        versions = _numbers(signature, numel, torch.Generator().manual_seed(0))
+        out = torch.full((numel * FLOAT_SIZES[signature.result],), 0xA5, dtype=torch.uint8)
     return [*(version.view(torch.uint8) for version in versions), out]
 
 
-def _numbers(signature: Signature, room: int, generator: torch.Generator) -> list[torch.Tensor]:
+def _numbers(signature: Signature, numel: int, generator: torch.Generator) -> list[torch.Tensor]:
     """The base and all models; eight kinds of element take turns, and most lean to one side."""
 
     def random() -> torch.Tensor:
-        return torch.randn(room, generator=generator, dtype=torch.float64)
+        return torch.randn(numel, generator=generator, dtype=torch.float64)
 
-    base, lean, kind = random(), random(), torch.arange(room) % 8
+    base, lean, kind = random(), random(), torch.arange(numel) % 8
     types = [pytorch.TORCH_DTYPES[dtype] for dtype in (signature.result, *signature.models)]
     # Where nothing is added to the base, every bit of the mean shows.
     base = torch.where((kind >= 3) & (kind < 7), 0.0, base)
@@ -91,7 +91,7 @@ def _numbers(signature: Signature, room: int, generator: torch.Generator) -> lis
     stored = lean.to(types[0])
     bits = stored.view(pytorch.BITS_DTYPES[stored.itemsize])
     middle = (stored.double() + (bits + 1).view(types[0]).double()) / 2
-    middle = middle * (1 + (torch.arange(room) // 8 % 3 - 1) * 2.0**-20)
+    middle = middle * (1 + (torch.arange(numel) // 8 % 3 - 1) * 2.0**-20)
     hostile, rare = torch.tensor(_HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
     versions = [base]
     for k, dtype in enumerate(types[1:]):
@@ -100,12 +100,12 @@ def _numbers(signature: Signature, room: int, generator: torch.Generator) -> lis
         d = torch.where(kind == 3, lean * (1 + random().abs()), d)
         d = torch.where((kind == 4) | (kind == 5), step * (1 + random().abs() * 99).floor() * lean.sign(), d)
         d = torch.where(kind == 6, middle, d)
-        d = torch.where((kind == 1) & (k == torch.arange(room) // 8 % len(types)), 0.0, d)
+        d = torch.where((kind == 1) & (k == torch.arange(numel) // 8 % len(types)), 0.0, d)
         x = d if signature.task_vectors else torch.where(d == 0, versions[0], versions[0] + d)
         versions.append(x)
     for k, values in enumerate(versions):
-        strewn = (kind == 7) & (torch.rand(room, generator=generator) < rare)
-        chosen = hostile[torch.randint(len(hostile), (room,), generator=generator)]
+        strewn = (kind == 7) & (torch.rand(numel, generator=generator) < rare)
+        chosen = hostile[torch.randint(len(hostile), (numel,), generator=generator)]
         versions[k] = torch.where(strewn, chosen, values)
     return [values.to(dtype) for values, dtype in zip(versions, types, strict=True)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from .._version import __version__
-from ..backends.registry import NAMES, details, self_test, why_not
+from ..backends.registry import NAMES, details, selftest, why_not
 from ..streaming.placement import describe
 
 
@@ -42,5 +42,5 @@ def _backends(devices: list[str]) -> Iterator[str]:
     own = {"cuda": gpus or ["cuda:0"], "triton": gpus or ["cpu"], "cpu": ["cpu"], "torch": devices}
     for name in NAMES:
         for device in own[name]:
-            reason = why_not(name, device) or self_test(name, device)
+            reason = why_not(name, device) or selftest(name, device)
             yield f"backend {name} on {device}: {'usable' if reason is None else reason}{details(name)}"

@@ -29,9 +29,9 @@ class Stats:
         self._counted: dict[str, TensorStats] = {}
         self._pending: list[tuple[Sequence[tuple[str, int]], Counts]] = []
 
-    def add(self, runs: Sequence[tuple[str, int]], counts: Counts) -> None:
-        """Take the counts of one batch; runs: the tensor's name and the number of elements of each of its segments."""
-        self._pending.append((runs, counts))
+    def add(self, segments: Sequence[tuple[str, int]], counts: Counts) -> None:
+        """Take the counts of one batch; segments: the tensor's name and the number of elements of each of its segments."""
+        self._pending.append((segments, counts))
         if len(self._pending) >= 1024:  # so that a long job's counts don't pile up
             self._count()
 
@@ -43,8 +43,8 @@ class Stats:
             self._counted[name] = before + counted if before else counted
 
     def _count(self) -> None:
-        for runs, counts in self._pending:
-            for (name, numel), (agreed, nonfinite) in zip(runs, counts.tolist(), strict=True):
+        for segments, counts in self._pending:
+            for (name, numel), (agreed, nonfinite) in zip(segments, counts.tolist(), strict=True):
                 before = self._counted.get(name, TensorStats())
                 self._counted[name] = before + TensorStats(numel, agreed, nonfinite)
         self._pending.clear()

@@ -82,7 +82,7 @@ def tune_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, time: FakeTime) ->
     monkeypatch.setattr(
         records, "machine", lambda device: {"commit": "abc1234", "device": "A GPU", "driver": "1.2"}
     )
-    monkeypatch.setattr(selftest, "_found", {})
+    monkeypatch.setattr(selftest, "_results", {})
     return tune_gpu
 
 

@@ -183,6 +183,6 @@ def test_copies_of_the_base_and_a_scale_of_zero_change_nothing(
 def test_extra_memory_is_a_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The most that is ever allocated: by a general merge in double precision, rounded to another type."""
     base, models = random_models(3, 1_000_000, torch.bfloat16, [torch.float64])
-    monkeypatch.setattr(pytorch, "_kept", threading.local())
+    monkeypatch.setattr(pytorch, "_per_thread", threading.local())
     peak = peak_allocated(lambda: merge_(base, models, scale=0.9, min_agreement=0.6, backend="torch"))
     assert pytorch.CPU_BLOCK_BYTES < peak <= pytorch.SCRATCH_BYTES

@@ -163,9 +163,9 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise RuntimeError("no kernel image\nfor this device")
         return counts
 
-    monkeypatch.setattr(selftest, "_found", {})
+    monkeypatch.setattr(selftest, "_results", {})
     monkeypatch.setattr(native, "merge_cpu", merge)
-    monkeypatch.setattr(registry, "_TRIED", {"cpu"})
+    monkeypatch.setattr(registry, "_NEED_SELFTEST", {"cpu"})
     return wrong
 
 
@@ -174,10 +174,10 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         (
             "bits",
-            r"cpu: not the reference's bits on cpu for F32 into F32, 2 models: byte 100 of a trial is 0x",
+            r"cpu: not the reference's bits on cpu for F32 into F32, 2 models: byte 100 of the self-test is 0x",
         ),
         ("counts", r"cpu: not the reference's counts on cpu for F32 into F32, 2 models"),
-        ("launch", r"cpu: failed when tried on cpu: RuntimeError: no kernel image$"),
+        ("launch", r"cpu: failed its self-test on cpu: RuntimeError: no kernel image$"),
     ],
 )
 def test_a_kernel_that_differs_is_not_used(wrong_kernel: list[str], what: str, message: str) -> None:
@@ -192,7 +192,9 @@ def test_a_kernel_that_differs_is_not_used(wrong_kernel: list[str], what: str, m
         nm.merge_(base, models, scale=1.0, backend="cpu")
     assert nm.merge_(base, models, scale=1.0).agreed == 100
     wrong_kernel[:] = [what]
-    assert re.search(r"^backend cpu on cpu: (not the reference|failed when tried)", info.text(), re.MULTILINE)
+    assert re.search(
+        r"^backend cpu on cpu: (not the reference|failed its self-test)", info.text(), re.MULTILINE
+    )
 
 
 FAULTS = {
@@ -221,7 +223,7 @@ def test_a_trial_finds_what_goes_wrong_on_chips(fault: str, dtype: str, task_vec
     if fault == "a subnormal mean that is zero" and dtype == "F16":
         pytest.skip("what is subnormal there is a normal float")
     merge = partial(merge_on_host, wrong=FAULTS.get(fault))
-    found = selftest._try(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
+    found = selftest._run_case(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
     assert (found is None) == (fault == "none"), found
 
 
@@ -237,21 +239,21 @@ def test_a_trial_takes_every_way(job: str) -> None:
                 raise ValueError(job)
         return merge_on_host(batch, rule)
 
-    found = selftest._try(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
-    assert found == f"failed when tried on cpu: ValueError: {job}"
+    found = selftest._run_case(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
+    assert found == f"failed its self-test on cpu: ValueError: {job}"
 
 
 def test_a_kernel_is_tried_once_for_what_it_is_used_for(wrong_kernel: list[str]) -> None:
     wrong_kernel[:] = []
     base, models = torch.zeros(100), [torch.ones(100)] * 2
     nm.merge(base, models, scale=1.0)
-    assert len(selftest._found) == 1
+    assert len(selftest._results) == 1
     nm.merge(base, models, scale=0.5)
-    assert len(selftest._found) == 1
+    assert len(selftest._results) == 1
     nm.merge(base, models, scale=0.5, min_agreement=0.6)  # of two, both
     nm.merge(base, [*models, base], scale=0.5, min_agreement=0.6)
     nm.merge(base.half(), models, scale=0.5)
-    assert len(selftest._found) == 3 and not any(selftest._found.values())
+    assert len(selftest._results) == 3 and not any(selftest._results.values())
 
 
 def python(code: str) -> str:

@@ -124,7 +124,7 @@ def merge_on_host(
 ) -> np.ndarray[Any, Any]:
     library = _library(wrong)
     memory, tiles = pack_for_device(batch, library.tile())
-    result, dtypes, task_vectors, scale, required, segments = native._signature(batch, rule)
+    result, dtypes, task_vectors, scale, required, segments = native.kernel_arguments(batch, rule)
     counts = np.zeros((segments, 2), np.int64)
     library.merge_on_host(
         result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
