@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from backend_cases import quicken_interpreter
 from checkpoint_files import family, save_model
-from ways import quicken_interpreter
 
 
 @pytest.fixture

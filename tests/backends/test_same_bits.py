@@ -1,4 +1,4 @@
-"""Every way to merge against the rule written out plainly: the same bits, over types, lengths, numbers and hostile values."""
+"""Every backend against the plain rule: the same bits, over dtypes, lengths, numbers of models and hostile values."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backend_cases import CASES, INTERPRETED, ON_HOST, BackendCase, to_device
 from bits import STORAGE, same_bits
 from hostile import HOSTILE, random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ways import INTERPRETED, ON_HOST, WAYS, Way, to_device
 
 from negmerge_fast import Rule, merge, merge_
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
 from negmerge_fast.core.reference import plain_merge
 
 # Of models: all in a group, a group and some, many. An interpreter would take minutes for 300.
-MODEL_COUNTS = [1, 2, 3, 8, 32, 33, 100] if WAYS[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
+MODEL_COUNTS = [1, 2, 3, 8, 32, 33, 100] if CASES[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
 
 SPELLED = {dtype: name for name, dtype in STORAGE.items()}
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> Iterator[Way]:
-    found: Way = request.param
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
+    found: BackendCase = request.param
     if (reason := found.why_not()) is not None:
         pytest.skip(reason)
     with found.chosen():
@@ -35,15 +35,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 
 
 def check(
-    way: Way, base: torch.Tensor, models: list[torch.Tensor], scale: float = 0.9, **options: Any
+    case: BackendCase, base: torch.Tensor, models: list[torch.Tensor], scale: float = 0.9, **options: Any
 ) -> None:
     expected, agreed, nonfinite = plain_merge(
         base, models, scale, options.get("min_agreement", 1.0), options.get("inputs") == "task_vectors"
     )
-    models = [to_device(model, way) for model in models]
-    options = {"scale": scale, "backend": way.backend, **options}
-    assert same_bits(merge(to_device(base, way), models, **options).cpu(), expected)
-    in_place = to_device(base.clone(), way)
+    models = [to_device(model, case) for model in models]
+    options = {"scale": scale, "backend": case.backend, **options}
+    assert same_bits(merge(to_device(base, case), models, **options).cpu(), expected)
+    in_place = to_device(base.clone(), case)
     stats = merge_(in_place, models, **options)
     assert same_bits(in_place.cpu(), expected)
     assert (stats.elements, stats.agreed, stats.nonfinite) == (base.numel(), agreed, nonfinite)
@@ -57,15 +57,15 @@ SIZES = [(n, length) for n in MODEL_COUNTS for length in (0, 1, 15, 127, 1024, 4
     [pytest.param(*size, marks=[pytest.mark.slow] * (size[0] > 8 and size[1] > 4097)) for size in SIZES],
 )
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_same_bits(way: Way, dtype: str, n: int, length: int) -> None:
+def test_same_bits(case: BackendCase, dtype: str, n: int, length: int) -> None:
     if n > 33 and length > 4097:
         length = 5000  # 100 long models are a benchmark, not a test
-    check(way, *random_models(n, length, STORAGE[dtype], [STORAGE[dtype]]))
+    check(case, *random_models(n, length, STORAGE[dtype], [STORAGE[dtype]]))
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_a_million_elements(way: Way, dtype: str) -> None:
-    check(way, *random_models(3, 1_000_003, STORAGE[dtype], [STORAGE[dtype]]))
+def test_a_million_elements(case: BackendCase, dtype: str) -> None:
+    check(case, *random_models(3, 1_000_003, STORAGE[dtype], [STORAGE[dtype]]))
 
 
 @pytest.mark.parametrize("options", [{}, {"min_agreement": 0.6}, {"inputs": "task_vectors"}], ids=str)
@@ -76,22 +76,22 @@ def test_a_million_elements(way: Way, dtype: str) -> None:
 )
 @pytest.mark.parametrize("base_dtype", STORAGE)
 def test_mixed_storage(
-    way: Way, base_dtype: str, model_dtypes: list[str], options: dict[str, object]
+    case: BackendCase, base_dtype: str, model_dtypes: list[str], options: dict[str, object]
 ) -> None:
-    check(way, *random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
+    check(case, *random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
 
 
 @pytest.mark.parametrize("n", MODEL_COUNTS)
 @pytest.mark.parametrize("min_agreement", [0.51, 0.6, 2 / 3, 0.75, 0.99])
-def test_min_agreement(way: Way, n: int, min_agreement: float) -> None:
-    check(way, *random_models(n, 4097, torch.float32, [torch.float32]), min_agreement=min_agreement)
+def test_min_agreement(case: BackendCase, n: int, min_agreement: float) -> None:
+    check(case, *random_models(n, 4097, torch.float32, [torch.float32]), min_agreement=min_agreement)
 
 
 @pytest.mark.parametrize(
     "n", [1, 3, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 7, 9, 21, 48))]
 )
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
-def test_every_kind_of_quotient(way: Way, dtype: str, n: int) -> None:
+def test_every_kind_of_quotient(case: BackendCase, dtype: str, n: int) -> None:
     """Means of all magnitudes, next to the middle of two numbers, too: every bit of the division is stored."""
     wide = STORAGE[dtype]
     limits, generator = torch.finfo(wide), torch.Generator().manual_seed(n)
@@ -105,80 +105,80 @@ def test_every_kind_of_quotient(way: Way, dtype: str, n: int) -> None:
     first = torch.cat([sums, -sums, middle * (1 - limits.eps / 2), middle, middle * (1 + limits.eps)])
     # The others change no sum, but agree.
     rest = [torch.copysign(torch.full_like(first, limits.tiny * limits.eps), first)] * (n - 1)
-    check(way, torch.zeros_like(first), [first, *rest], scale=-1.0, inputs="task_vectors")
+    check(case, torch.zeros_like(first), [first, *rest], scale=-1.0, inputs="task_vectors")
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, 1.0, 1e-45, 1e30, 1e300])
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_any_scale(way: Way, dtype: str, scale: float) -> None:
-    check(way, *random_models(3, 517, STORAGE[dtype], [STORAGE[dtype]]), scale=scale)
+def test_any_scale(case: BackendCase, dtype: str, scale: float) -> None:
+    check(case, *random_models(3, 517, STORAGE[dtype], [STORAGE[dtype]]), scale=scale)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("task_vectors", [False, True])
-def test_every_number_of_16_bits(way: Way, dtype: str, task_vectors: bool) -> None:
+def test_every_number_of_16_bits(case: BackendCase, dtype: str, task_vectors: bool) -> None:
     """As a base, as a fine-tuned weight, and, by way of one task vector that is doubled, as a result."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(STORAGE[dtype])
     others = every.roll(12_345)
     inputs = "task_vectors" if task_vectors else "finetuned"
-    check(way, every, [others, others], inputs=inputs)
-    check(way, others, [every], scale=-0.5, inputs=inputs)
+    check(case, every, [others, others], inputs=inputs)
+    check(case, others, [every], scale=-0.5, inputs=inputs)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("wide", ["F32", "F64"])
-def test_every_rounding_to_16_bits(way: Way, dtype: str, wide: str) -> None:
+def test_every_rounding_to_16_bits(case: BackendCase, dtype: str, wide: str) -> None:
     """Results at, just below and just above the middle of any two neighbours."""
     numbers = torch.arange((1 << 15) - 1, dtype=torch.int32).to(torch.int16).view(STORAGE[dtype]).double()
     middle = (numbers[:-1] + numbers[1:]) / 2
     middle = middle[middle.isfinite()]
     step = STORAGE[wide]
     around = torch.cat([middle, middle * (1 + 2**-20), middle * (1 - 2**-20)]).to(step)
-    check(way, torch.zeros(len(around), dtype=STORAGE[dtype]), [around], scale=-1.0)
+    check(case, torch.zeros(len(around), dtype=STORAGE[dtype]), [around], scale=-1.0)
 
 
-def test_overflow_of_the_sum_is_not_yet_a_number_that_is_not_finite(way: Way) -> None:
+def test_overflow_of_the_sum_is_not_yet_a_number_that_is_not_finite(case: BackendCase) -> None:
     """Where they disagree, nothing is stored of it; an infinity among them is non-finite all the same."""
     most = torch.finfo(torch.float32).max
     base = torch.zeros(40)
     models = [torch.full((40,), most), torch.full((40,), most), torch.full((40,), -1.0)]
-    check(way, base, models)
+    check(case, base, models)
     models[2][3] = -float("inf")
     models[1][5] = float("inf")
     models[0][7] = float("nan")
-    check(way, base, models)
-    check(way, base, models, min_agreement=0.6)
+    check(case, base, models)
+    check(case, base, models, min_agreement=0.6)
 
 
-def run_batch(way: Way, batch: Batch, rule: Rule) -> list[list[int]]:
-    with way.chosen() as run:
+def run_batch(case: BackendCase, batch: Batch, rule: Rule) -> list[list[int]]:
+    with case.chosen() as run:
         return [list(row) for row in run(batch, rule).tolist()]
 
 
-def place(tensor: torch.Tensor, room: torch.Tensor, offset: int) -> Operand:
+def placed(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> Operand:
     """A copy of a tensor, some bytes into memory that is large enough."""
-    room[offset : offset + tensor.nbytes] = tensor.view(torch.uint8).to(room.device)
-    return Operand(room.data_ptr() + offset, SPELLED[tensor.dtype], room)
+    memory[offset : offset + tensor.nbytes] = tensor.view(torch.uint8).to(memory.device)
+    return Operand(memory.data_ptr() + offset, SPELLED[tensor.dtype], memory)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8, 16, 63])
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_any_address(way: Way, dtype: str, offset: int) -> None:
+def test_any_address(case: BackendCase, dtype: str, offset: int) -> None:
     other = STORAGE["F32" if dtype == "BF16" else "BF16"]
     base, models = random_models(3, 1001, STORAGE[dtype], [STORAGE[dtype], other])
     expected, agreed, nonfinite = plain_merge(base, models, 0.9)
-    rooms = [to_device(torch.empty(10_000, dtype=torch.uint8), way) for _ in range(4)]
-    streams = [place(t, room, offset) for t, room in zip([base, *models], rooms, strict=True)]
-    signature = Signature(dtype, tuple(s.dtype for s in streams[1:]), False)
-    segment = Segment(1001, streams[0], streams[1:], streams[0])
-    counts = run_batch(way, Batch(str(rooms[0].device), signature, [segment]), Rule(0.9))
+    memories = [to_device(torch.empty(10_000, dtype=torch.uint8), case) for _ in range(4)]
+    operands = [placed(t, memory, offset) for t, memory in zip([base, *models], memories, strict=True)]
+    signature = Signature(dtype, tuple(s.dtype for s in operands[1:]), False)
+    segment = Segment(1001, operands[0], operands[1:], operands[0])
+    counts = run_batch(case, Batch(str(memories[0].device), signature, [segment]), Rule(0.9))
     assert counts == [[agreed, nonfinite]]
-    assert same_bits(rooms[0].cpu()[offset : offset + base.nbytes], expected.view(torch.uint8))
+    assert same_bits(memories[0].cpu()[offset : offset + base.nbytes], expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_many_segments_in_one_batch(way: Way, dtype: str, in_place: bool) -> None:
+def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: bool) -> None:
     """Empty, tiny, odd and long ones, one after the other in memory; what lies between is not touched."""
     lengths = [0, 1, 2, 0, 7, 16, 17, 1000, 4096, 1, 8191, 3, 0, 20_000, 5, 0]
     lengths += [1] * 300
@@ -187,53 +187,53 @@ def test_many_segments_in_one_batch(way: Way, dtype: str, in_place: bool) -> Non
         random_models(2, length, STORAGE[dtype], [STORAGE[dtype]], seed)
         for seed, length in enumerate(lengths)
     ]
-    rooms = [to_device(torch.full((200_000 * size,), 0xA5, dtype=torch.uint8), way) for _ in range(4)]
+    memories = [to_device(torch.full((200_000 * size,), 0xA5, dtype=torch.uint8), case) for _ in range(4)]
     segments, expected, at = [], [], 3 * size
-    wanted = rooms[0].cpu().clone() if in_place else rooms[3].cpu().clone()
+    wanted = memories[0].cpu().clone() if in_place else memories[3].cpu().clone()
     for base, models in made:
-        streams = [place(t, room, at) for t, room in zip([base, *models], rooms, strict=False)]
-        out = streams[0] if in_place else Operand(rooms[3].data_ptr() + at, dtype, rooms[3])
-        segments.append(Segment(len(base), streams[0], streams[1:], out))
+        operands = [placed(t, memory, at) for t, memory in zip([base, *models], memories, strict=False)]
+        out = operands[0] if in_place else Operand(memories[3].data_ptr() + at, dtype, memories[3])
+        segments.append(Segment(len(base), operands[0], operands[1:], out))
         result, agreed, nonfinite = plain_merge(base, models, 0.9)
         expected.append([agreed, nonfinite])
         wanted[at : at + base.nbytes] = result.view(torch.uint8)
         at += base.nbytes + size * (len(base) % 3)
-    batch = Batch(str(rooms[0].device), Signature(dtype, (dtype, dtype), False), segments)
-    written = rooms[0] if in_place else rooms[3]
-    assert run_batch(way, batch, Rule(0.9)) == expected
+    batch = Batch(str(memories[0].device), Signature(dtype, (dtype, dtype), False), segments)
+    written = memories[0] if in_place else memories[3]
+    assert run_batch(case, batch, Rule(0.9)) == expected
     assert same_bits(written.cpu(), wanted)
 
 
-def test_no_base_is_zeros_and_no_output_is_counting(way: Way) -> None:
+def test_no_base_is_zeros_and_no_output_is_counting(case: BackendCase) -> None:
     base, models = random_models(2, 1500, torch.float32, [torch.bfloat16, torch.float32])
     expected, agreed, nonfinite = plain_merge(torch.zeros_like(base), models, -1.0, task_vectors=True)
-    held = [to_device(t, way) for t in (base, *models)]
-    streams = [Operand(t.data_ptr(), SPELLED[t.dtype], t.view(torch.uint8)) for t in held]
+    held = [to_device(t, case) for t in (base, *models)]
+    operands = [Operand(t.data_ptr(), SPELLED[t.dtype], t.view(torch.uint8)) for t in held]
     signature = Signature("F32", ("BF16", "F32"), True)
-    merged = Segment(1500, None, streams[1:], streams[0])
-    counted = Segment(1500, None, streams[1:], None)
-    counts = run_batch(way, Batch(str(held[0].device), signature, [merged, counted]), Rule(-1.0))
+    merged = Segment(1500, None, operands[1:], operands[0])
+    counted = Segment(1500, None, operands[1:], None)
+    counts = run_batch(case, Batch(str(held[0].device), signature, [merged, counted]), Rule(-1.0))
     assert counts == [[agreed, nonfinite]] * 2
     assert same_bits(held[0].cpu(), expected)
 
 
-def test_count_only_writes_nothing(way: Way) -> None:
+def test_count_only_writes_nothing(case: BackendCase) -> None:
     base, models = random_models(2, 500, torch.float32, [torch.float32])
     _, agreed, nonfinite = plain_merge(base, models, 0.9)
-    held = [to_device(t.clone(), way) for t in (base, *models)]
-    streams = [Operand(t.data_ptr(), "F32", t) for t in held]
-    segment = Segment(500, streams[0], streams[1:], None)
+    held = [to_device(t.clone(), case) for t in (base, *models)]
+    operands = [Operand(t.data_ptr(), "F32", t) for t in held]
+    segment = Segment(500, operands[0], operands[1:], None)
     batch = Batch(str(held[0].device), Signature("F32", ("F32", "F32"), False), [segment])
-    assert run_batch(way, batch, Rule(0.9)) == [[agreed, nonfinite]]
+    assert run_batch(case, batch, Rule(0.9)) == [[agreed, nonfinite]]
     assert all(same_bits(t.cpu(), before) for t, before in zip(held, (base, *models), strict=True))
 
 
-def test_an_empty_batch(way: Way) -> None:
-    device = "cuda:0" if way.device == "cuda:0" else "cpu"
-    assert run_batch(way, Batch(device, Signature("F32", ("F32",), False), []), Rule(0.9)) == []
+def test_an_empty_batch(case: BackendCase) -> None:
+    device = "cuda:0" if case.device == "cuda:0" else "cpu"
+    assert run_batch(case, Batch(device, Signature("F32", ("F32",), False), []), Rule(0.9)) == []
 
 
-def test_nan_payload_and_sign_of_zero_survive(way: Way) -> None:
+def test_nan_payload_and_sign_of_zero_survive(case: BackendCase) -> None:
     for dtype, integer in (
         ("F32", torch.int32),
         ("F16", torch.int16),
@@ -245,30 +245,32 @@ def test_nan_payload_and_sign_of_zero_survive(way: Way) -> None:
         bits = torch.tensor([infinity + 1, infinity + mantissa // 2 + 3, -1, 0, 5] * 20, dtype=integer)
         bits[60:] = torch.tensor(-0.0, dtype=STORAGE[dtype]).view(integer)
         base = bits.view(STORAGE[dtype])
-        out = merge(to_device(base, way), [to_device(base.clone(), way)] * 2, scale=1.0, backend=way.backend)
+        out = merge(
+            to_device(base, case), [to_device(base.clone(), case)] * 2, scale=1.0, backend=case.backend
+        )
         assert torch.equal(out.cpu().view(integer), bits)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
-def test_flushing_subnormals_in_the_caller_changes_nothing(way: Way, dtype: str) -> None:
-    if way in (ON_HOST, INTERPRETED):
+def test_flushing_subnormals_in_the_caller_changes_nothing(case: BackendCase, dtype: str) -> None:
+    if case in (ON_HOST, INTERPRETED):
         pytest.skip("a GPU knows nothing of the caller's mode; this stand-in does")
     tiny = torch.finfo(STORAGE[dtype]).tiny
     base = torch.zeros(200_000, dtype=STORAGE[dtype])
     models = [torch.full_like(base, tiny / 8), torch.full_like(base, tiny / 4)]
-    on_device = [to_device(t, way) for t in (base, *models)]
-    expected = merge(on_device[0], on_device[1:], scale=1.0, backend=way.backend)
+    on_device = [to_device(t, case) for t in (base, *models)]
+    expected = merge(on_device[0], on_device[1:], scale=1.0, backend=case.backend)
     assert expected.abs().max() > 0
     torch.set_flush_denormal(True)
     try:
-        assert same_bits(merge(on_device[0], on_device[1:], scale=1.0, backend=way.backend), expected)
+        assert same_bits(merge(on_device[0], on_device[1:], scale=1.0, backend=case.backend), expected)
         assert float(torch.tensor(5e-324, dtype=torch.float64) * 1.0) == 0, "the caller's mode is given back"
     finally:
         torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("param", WAYS)
-def test_any_floats(param: Way) -> None:
+@pytest.mark.parametrize("param", CASES)
+def test_any_floats(param: BackendCase) -> None:
     if (reason := param.why_not()) is not None:
         pytest.skip(reason)
 
@@ -281,25 +283,25 @@ def test_any_floats(param: Way) -> None:
         min_agreement=st.sampled_from([0.6, 1.0]),
         dtype=st.sampled_from(sorted(STORAGE)),
     )
-    def hold(values: list[tuple[float, ...]], scale: float, min_agreement: float, dtype: str) -> None:
+    def check_values(values: list[tuple[float, ...]], scale: float, min_agreement: float, dtype: str) -> None:
         base, *models = torch.tensor(values, dtype=torch.float64).to(STORAGE[dtype]).T.contiguous()
         check(param, base, models, scale, min_agreement=min_agreement)
 
     with param.chosen():
-        hold()
+        check_values()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [2, 9])
-def test_threads_change_no_bit(way: Way, n: int, threads: int) -> None:
+def test_threads_change_no_bit(case: BackendCase, n: int, threads: int) -> None:
     """Enough elements for all of them; more threads than processors, too."""
-    if way.device != "cpu" or way.backend == "triton":
+    if case.device != "cpu" or case.backend == "triton":
         pytest.skip("its threads are not ours")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        numel = 1_500_001 if way.backend == "cpu" else 300_001
-        check(way, *random_models(n, numel, torch.bfloat16, [torch.float32]))
+        numel = 1_500_001 if case.backend == "cpu" else 300_001
+        check(case, *random_models(n, numel, torch.bfloat16, [torch.float32]))
     finally:
         torch.set_num_threads(before)
 
@@ -309,22 +311,22 @@ def test_threads_change_no_bit(way: Way, n: int, threads: int) -> None:
 def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     """A few elements that differ, on both sides of 2^31 and of 2^32, in memory that is otherwise never written."""
     numel = (1 << 32) + 70_000
-    places = [0, 65_535, (1 << 31) - 1, 1 << 31, (1 << 31) + 5, (1 << 32) - 1, 1 << 32, numel - 1]
-    way = Way("cpu", instruction_set=instruction_set)
+    positions = [0, 65_535, (1 << 31) - 1, 1 << 31, (1 << 31) + 5, (1 << 32) - 1, 1 << 32, numel - 1]
+    case = BackendCase("cpu", instruction_set=instruction_set)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     held = [np.frombuffer(mmap.mmap(-1, 2 * numel, flags=flags), np.uint16) for _ in range(2)]
-    held[1][places] = 0x3F80  # 1.0 in bf16
-    streams = [Operand(memory.ctypes.data, "BF16", memory) for memory in held]
+    held[1][positions] = 0x3F80  # 1.0 in bf16
+    operands = [Operand(memory.ctypes.data, "BF16", memory) for memory in held]
     # Counted are all; only so many are written as pass 2^31, for they take real memory: 4 GiB.
     written = (1 << 31) + 70_000
     segments = [
-        Segment(numel, streams[0], streams[1:], None),
-        Segment(written, streams[0], streams[1:], streams[0]),
+        Segment(numel, operands[0], operands[1:], None),
+        Segment(written, operands[0], operands[1:], operands[0]),
     ]
     signature = Signature("BF16", ("BF16",), False)
-    with way.chosen() as run:
+    with case.chosen() as run:
         counts = [run(Batch("cpu", signature, [segment]), Rule(-1.0)).tolist() for segment in segments]
-    changed = [place for place in places if place < written]
-    assert counts == [[[len(places), 0]], [[len(changed), 0]]]
+    changed = [position for position in positions if position < written]
+    assert counts == [[[len(positions), 0]], [[len(changed), 0]]]
     assert np.flatnonzero(held[0][:written]).tolist() == changed
     assert (held[0][changed] == 0x3F80).all()

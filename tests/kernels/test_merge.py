@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from backend_cases import merge_on_host
 from cuobjdump import tools
-from ways import merge_on_host
 
 import negmerge_fast as nm
 from negmerge_fast.backends import native, registry, selftest

@@ -1,4 +1,4 @@
-"""Every way to merge that there is: the equality suite runs on all of them."""
+"""Every backend on every device and instruction set: the cases of the equality tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-class Way(NamedTuple):
+class BackendCase(NamedTuple):
     backend: str
     device: str = "cpu"
     instruction_set: str | None = None
@@ -49,7 +49,7 @@ class Way(NamedTuple):
 
     @contextmanager
     def chosen(self) -> Iterator[Merge]:
-        """While it lasts, a merge with this backend's name goes this way."""
+        """While it lasts, a merge with this backend's name is done by this case."""
         with pytest.MonkeyPatch.context() as patch:
             if self.instruction_set:
                 patch.setenv("NEGMERGE_CPU", self.instruction_set)
@@ -59,61 +59,61 @@ class Way(NamedTuple):
 
 
 # The CUDA kernel's source, compiled for the host: all but the device's own conversions of F16, streams and warps.
-ON_HOST = Way("cuda", "host")
+ON_HOST = BackendCase("cuda", "host")
 
 # Triton's interpreter, in a process of its own: every kernel there is run by it.
-INTERPRETED = Way("triton")
+INTERPRETED = BackendCase("triton")
 
-WAYS = [
-    pytest.param(way, id=str(way), marks=pytest.mark.gpu if way.device == "cuda:0" else [])
-    for way in (
+CASES = [
+    pytest.param(case, id=str(case), marks=pytest.mark.gpu if case.device == "cuda:0" else [])
+    for case in (
         [INTERPRETED]
         if os.environ.get("TRITON_INTERPRET") == "1"
         else [
-            Way("torch"),
-            Way("cpu", instruction_set="avx2"),
-            Way("cpu", instruction_set="baseline"),
+            BackendCase("torch"),
+            BackendCase("cpu", instruction_set="avx2"),
+            BackendCase("cpu", instruction_set="baseline"),
             ON_HOST,
-            Way("torch", "cuda:0"),
-            Way("triton", "cuda:0"),
-            Way("cuda", "cuda:0"),
+            BackendCase("torch", "cuda:0"),
+            BackendCase("triton", "cuda:0"),
+            BackendCase("cuda", "cuda:0"),
         ]
     )
 ]
 
 
 def quicken_interpreter() -> None:
-    """Triton's interpreter puts its language in place anew for every function within a kernel: half of its time."""
+    """Let Triton's interpreter patch its language once a module; for every call of a function it took half of the time."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     from triton.runtime import interpreter
 
-    place, kept, done = interpreter._patch_lang, SimpleNamespace(restore=lambda: None), set()
+    patch_language, unchanged, done = interpreter._patch_lang, SimpleNamespace(restore=lambda: None), set()
 
-    def place_once(function: Any) -> Any:
+    def patch_once(function: Any) -> Any:
         if (module := id(function.__globals__)) not in done:
             done.add(module)
-            place(function)
-        return kept
+            patch_language(function)
+        return unchanged
 
-    interpreter._patch_lang = place_once
+    interpreter._patch_lang = patch_once
 
 
 @cache
 def _library(wrong: tuple[str, str] | None = None) -> Any:
-    """The CUDA kernel for the host; wrong: words of merge_rule.h, and others to put in their place."""
+    """The CUDA kernel for the host; wrong: text of merge_rule.h, and what replaces it."""
     source = HERE / "cuda_on_host" / "library.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
         csrc = shutil.copytree(ROOT / "csrc", f"{folder}/csrc")
-        shutil.copytree(source.parent, here := Path(folder, "tests", "support", "cuda_on_host"))
+        shutil.copytree(source.parent, copy := Path(folder, "tests", "support", "cuda_on_host"))
         if wrong:
             rule = Path(csrc, "merge_rule.h")
             text = rule.read_text(encoding="utf-8")
             assert wrong[0] in text
             rule.write_text(text.replace(*wrong), encoding="utf-8")
         built = f"{folder}/library.so"
-        subprocess.run(["g++", *flags, f"-I{here}", str(here / source.name), "-o", built], check=True)
+        subprocess.run(["g++", *flags, f"-I{copy}", str(copy / source.name), "-o", built], check=True)
         library = ctypes.CDLL(built)
     library.tile.restype = ctypes.c_int64
     return library
@@ -134,5 +134,5 @@ def merge_on_host(
     return counts
 
 
-def to_device(tensor: torch.Tensor, way: Way) -> torch.Tensor:
-    return tensor.to("cuda:0") if way.device == "cuda:0" else tensor
+def to_device(tensor: torch.Tensor, case: BackendCase) -> torch.Tensor:
+    return tensor.to("cuda:0") if case.device == "cuda:0" else tensor
