@@ -1,0 +1,42 @@
+"""The compiled library: what is recorded of its build, and what it depends on."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from negmerge_fast.backends import native
+
+
+def test_build_info_is_true() -> None:
+    info = native.build_info()
+    if info["cpu"] is None:
+        from negmerge_fast import _native
+
+        assert _native.cuda == (info["cuda"] is None) == bool(info["cuda_architectures"])
+    else:
+        assert importlib.util.find_spec("negmerge_fast._native") is None
+    for reason in (info["cpu"], info["cuda"]):
+        assert reason is None or "/csrc/" not in reason, f"our own source does not compile: {reason}"
+
+
+def test_the_library_brings_no_cuda_and_no_torch_into_a_process() -> None:
+    pytest.importorskip("negmerge_fast._native")
+    code = "import negmerge_fast._native; print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    files = {Path(line.split()[-1]).name for line in maps.splitlines() if ".so" in line}
+    assert any(name.startswith("_native.") for name in files)
+    assert not [name for name in files if any(part in name for part in ("cuda", "nvidia", "torch", "c10"))]
+
+
+def test_without_a_file_the_reason_is_that_nothing_was_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "build_info.py"))
+    info = native.build_info()
+    assert "pip install" in info["cpu"] and "pip install" in info["cuda"]
+    assert info["cuda_architectures"] == []

@@ -1,0 +1,129 @@
+"""The self-test: faulty kernels fail it, and a backend that fails it is not used."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from backend_cases import merge_on_host
+
+import negmerge_fast as nm
+from negmerge_fast.backends import native, registry, selftest
+from negmerge_fast.cli import info
+from negmerge_fast.core.batch import Batch, Signature
+from negmerge_fast.core.dtypes import FLOAT_SIZES
+from negmerge_fast.core.rule import Rule
+
+
+@pytest.fixture
+def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CPU's kernel with one wrong bit, as if it were one that needs a self-test; the list says what is wrong."""
+    wrong = ["bits"]
+    merge_cpu = native.merge_cpu
+
+    def merge(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
+        counts = merge_cpu(batch, rule, threads)
+        out = batch.segments[0].out
+        if wrong == ["bits"] and out:
+            out.owner.view(torch.uint8)[100] ^= 1
+        if wrong == ["counts"]:
+            counts[0, 0] += 1
+        if wrong == ["launch"]:
+            raise RuntimeError("no kernel image\nfor this device")
+        return counts
+
+    monkeypatch.setattr(selftest, "_results", {})
+    monkeypatch.setattr(native, "merge_cpu", merge)
+    monkeypatch.setattr(registry, "_NEED_SELFTEST", {"cpu"})
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "bits",
+            r"cpu: not the reference's bits on cpu for F32 into F32, 2 models: byte 100 of the self-test is 0x",
+        ),
+        ("counts", r"cpu: not the reference's counts on cpu for F32 into F32, 2 models"),
+        ("launch", r"cpu: failed its self-test on cpu: RuntimeError: no kernel image$"),
+    ],
+)
+def test_kernel_that_fails_its_selftest_is_not_used(wrong_kernel: list[str], what: str, message: str) -> None:
+    wrong_kernel[:] = [what]
+    base, models = torch.zeros(100), [torch.ones(100)] * 2
+    with pytest.raises(nm.InputError, match=message):
+        nm.merge_(base, models, scale=1.0, backend="cpu")
+    assert not base.any()
+    # The result is kept and shown; "auto" takes another backend.
+    wrong_kernel[:] = []
+    with pytest.raises(nm.InputError, match=message):
+        nm.merge_(base, models, scale=1.0, backend="cpu")
+    assert nm.merge_(base, models, scale=1.0).agreed == 100
+    wrong_kernel[:] = [what]
+    assert re.search(
+        r"^backend cpu on cpu: (not the reference|failed its self-test)", info.text(), re.MULTILINE
+    )
+
+
+FAULTS = {
+    "a reciprocal": ("return sum / c.n", "return sum * (T(1) / c.n)"),
+    "a subnormal mean that is zero": (
+        "return sum / c.n;",
+        "const N m = sum / c.n, tiny = sizeof(T) == 4 ? 0x1p-126 : 0x1p-1022; return m < tiny && m > -tiny ? N{} : m;",
+    ),
+    "a zero that agrees": ("(least > N{}) |", "(least >= N{}) |"),
+    "a fused multiply-add": ("return b + t;", "return __builtin_fma(c.scale, -mean, b);"),
+    "an infinity that is ignored": ("(greatest < N{} + kInf)", "(greatest == greatest)"),
+}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+@pytest.mark.parametrize("task_vectors", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_SIZES)
+@pytest.mark.parametrize(
+    "fault",
+    ["none", next(iter(FAULTS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(FAULTS)[1:])],
+)  # each has to be compiled
+def test_selftest_finds_faults_of_kernels(fault: str, dtype: str, task_vectors: bool) -> None:
+    if fault == "a fused multiply-add" and dtype != "F64":
+        pytest.skip("the fused operation of doubles does not change floats")
+
+    if fault == "a subnormal mean that is zero" and dtype == "F16":
+        pytest.skip("a subnormal of F16 is a normal float")
+    merge = partial(merge_on_host, wrong=FAULTS.get(fault))
+    found = selftest._run_case(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
+    assert (found is None) == (fault == "none"), found
+
+
+@pytest.mark.parametrize("kind", ["in place", "apart", "no base", "count", "odd address"])
+def test_selftest_covers_every_kind_of_segment(kind: str) -> None:
+    def merge(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
+        for s in batch.segments:
+            is_kind = {
+                "in place": s.base and s.out == s.base, "apart": s.out and s.base and s.out != s.base,
+                "no base": not s.base, "count": not s.out, "odd address": s.models[0].address % 2,
+            }  # fmt: skip
+            if s.numel and is_kind[kind]:
+                raise ValueError(kind)
+        return merge_on_host(batch, rule)
+
+    found = selftest._run_case(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
+    assert found == f"failed its self-test on cpu: ValueError: {kind}"
+
+
+def test_selftest_runs_once_per_signature_and_rule(wrong_kernel: list[str]) -> None:
+    wrong_kernel[:] = []
+    base, models = torch.zeros(100), [torch.ones(100)] * 2
+    nm.merge(base, models, scale=1.0)
+    assert len(selftest._results) == 1
+    nm.merge(base, models, scale=0.5)
+    assert len(selftest._results) == 1
+    nm.merge(base, models, scale=0.5, min_agreement=0.6)  # of two models, both must agree
+    nm.merge(base, [*models, base], scale=0.5, min_agreement=0.6)
+    nm.merge(base.half(), models, scale=0.5)
+    assert len(selftest._results) == 3 and not any(selftest._results.values())

@@ -1,0 +1,45 @@
+"""The search for launch parameters, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from negmerge_fast.core.batch import Batch, Signature
+from negmerge_fast.core.rule import Rule
+
+triton = pytest.importorskip("triton")
+
+
+def test_launch_parameters_are_searched_and_printed_to_be_pasted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a clock that finds one of the candidates fastest."""
+    from negmerge_fast.kernels import launch as kernel
+
+    signature = Signature("BF16", ("BF16",) * 3, False)
+    usual, *others = kernel.candidates(signature, True)
+    assert usual == kernel.usual_launch(signature, True) and len({usual, *others}) == 1 + len(others) > 20
+    fastest, launched = others[5], []
+
+    def launch_merge(batch: Batch, rule: Rule, launch: Any) -> None:
+        launched.append(launch)
+
+    def clock(function: Any) -> float:
+        function()
+        return 1.0 if launched[-1] == fastest else 2.0
+
+    monkeypatch.setattr(kernel, "SEARCHED_BYTES", 1 << 20)
+    monkeypatch.setattr(kernel, "FOUND", {})
+    monkeypatch.setattr(triton.testing, "do_bench", clock)
+    monkeypatch.setattr(torch.cpu, "get_device_name", lambda device: "A GPU", raising=False)
+    assert kernel.launch_for(signature, True, "cpu", launch_merge) == usual and not launched
+    monkeypatch.setenv("NEGMERGE_AUTOTUNE", "1")
+    assert kernel.launch_for(signature, True, "cpu", launch_merge) == fastest
+    assert launched == [usual, *others]
+    printed = capsys.readouterr().err
+    assert eval("{" + printed + "}", {"Launch": kernel.Launch}) == kernel.FOUND
+    assert kernel.launch_for(signature, True, "cpu", launch_merge) == fastest
+    assert launched == [usual, *others] and not capsys.readouterr().err
