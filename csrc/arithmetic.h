@@ -1,4 +1,4 @@
-// How a thread rounds while it merges.
+// The floating-point mode of a thread that merges.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace negmerge {
 
-// While it lives, this thread rounds to nearest, keeps subnormals and traps nothing, whatever its owner had asked for.
+// While it lives, this thread rounds to nearest, keeps subnormals and traps nothing, whatever the caller's mode is.
 class PlainArithmetic {
  public:
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// The whole contract between Python and the kernels: one plain struct, addresses as 64-bit integers.
+// The interface between Python and the kernels: one plain struct, with addresses as 64-bit integers.
 #pragma once
 
 #include <cstdint>
@@ -7,22 +7,23 @@
 
 namespace negmerge {
 
-// Storage types; native.py numbers them alike.
+// Storage types by code: those of negmerge_fast/core/dtypes.py.
 enum Dtype : std::uint8_t { kF64, kF32, kF16, kBF16 };
 
 constexpr std::int64_t kSizes[] = {8, 4, 2, 2};
 
-// All segments have the same signature; rule.py says what that is.
+// Segments of one signature. The descriptors of a segment are its number of elements, then the addresses of base (0: zeros),
+// out (0: count only) and x_1 … x_n: negmerge_fast/core/batch.py and descriptors.py.
 struct Batch {
-  Dtype result;            // of the base and of the output
-  const Dtype* dtypes;     // of each model's stream
-  std::int64_t n;          // models, at least 1
-  bool task_vectors;       // the models' streams hold d_k, not x_k
-  double scale;            // λ
-  std::int64_t required;   // how many models must agree on the sign of an element
+  Dtype result;           // of the base and of the output
+  const Dtype* dtypes;    // of each model
+  std::int64_t n;         // models, at least 1
+  bool task_vectors;      // the models' operands hold d_k, not x_k
+  double scale;           // λ
+  std::int64_t required;  // how many models must agree on the sign of an element
   std::int64_t segments;
-  const std::int64_t* descriptors;  // [segments, 3 + n]: elements, then the addresses of base, out, x_1 … x_n; base 0: zeros, out 0: count only
-  std::int64_t* counts;       // [segments, 2]: agreed and non-finite are added
+  const std::int64_t* descriptors;  // [segments, 3 + n]
+  std::int64_t* counts;             // [segments, 2]: agreed and non-finite are added
 
   NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return descriptors + segment * (3 + n); }
 };

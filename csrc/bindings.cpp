@@ -1,4 +1,4 @@
-// negmerge_fast._native: addresses and sizes come in as integers, so that one build serves every version of torch.
+// negmerge_fast._native. Addresses and sizes are integers, so that one build works with every version of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

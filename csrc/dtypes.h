@@ -1,7 +1,7 @@
-// Storage types, by bits: widened to the arithmetic type when loaded (exact), rounded when stored (to nearest, ties to
-// even). F is a float and U its bits, or packs of both (merge_rule.h): the same text for all.
+// Conversions of storage types, by bits: widened to the arithmetic type when loaded (exact), rounded when stored (to nearest,
+// ties to even). F is a float and U its bits, or packs of both (merge_rule.h).
 //
-// kOverflow: the least magnitude that rounds to infinity. round is only for what is smaller: nothing else is stored.
+// kOverflow: the smallest magnitude that rounds to infinity. round is only for smaller ones: nothing else is stored.
 #pragma once
 
 #include <cstdint>
@@ -79,7 +79,7 @@ struct F16 {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 #else
     const U magnitude = bits & 0x7fffu, least_normal = U{} + 0x400u, infinity = U{} + 0x7c00u, zero = U{};
-    // Not by way of a subnormal float, which may be slow: 2^23 + magnitude, less 2^23.
+    // Without a subnormal float, which may be slow: 2^23 + magnitude, less 2^23.
     const F subnormal = (bits_as<F>(magnitude | 0x4b000000u) - 8388608.0f) * 0x1p-24f;
     const U rebias = U{} + (112u << 23);
     const U normal = (magnitude << 13) + rebias + (magnitude >= infinity ? rebias : zero);

@@ -1,4 +1,4 @@
-// The CPU kernel: chooses the instruction set, shares a batch out among threads, and sets how they round.
+// The CPU kernel: the choice of an instruction set, and the threads that merge a batch.
 #include "merge_cpu.h"
 
 #include <algorithm>
@@ -33,9 +33,9 @@ namespace {
 #ifndef NEGMERGE_BYTES_PER_THREAD
 #define NEGMERGE_BYTES_PER_THREAD (1 << 21)
 #endif
-// Elements that a thread takes at once: enough to forget what taking them costs, few enough that threads end together.
+// Elements of a chunk: enough that taking one costs nothing to speak of, few enough that threads end together.
 constexpr std::int64_t kMaxAtOnce = NEGMERGE_MAX_AT_ONCE, kMinAtOnce = NEGMERGE_MIN_AT_ONCE;
-// Less than this for each is done sooner by fewer threads: starting one takes as long.
+// With fewer bytes for each thread, fewer threads are faster: starting one takes as long.
 constexpr std::int64_t kBytesPerThread = NEGMERGE_BYTES_PER_THREAD;
 constexpr int kMaxThreads = 1024;
 
@@ -45,14 +45,14 @@ struct NamedLoop {
 };
 
 #ifdef __x86_64__
-// Not every compiler's __builtin_cpu_supports knows it.
+// Not every compiler's __builtin_cpu_supports knows F16C.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 #endif
 
-// Looked for once: on a virtual machine, asking the processor takes longer than a small merge.
+// Best first. Found once: on a virtual machine, asking the processor takes longer than a small merge.
 const std::vector<NamedLoop>& loops() {
   static const std::vector<NamedLoop> found = [] {
     std::vector<NamedLoop> loops;
@@ -65,7 +65,7 @@ const std::vector<NamedLoop>& loops() {
   return found;
 }
 
-// All elements of a batch in one line, cut into pieces that the threads take as they come.
+// All elements of a batch, cut into chunks that the threads take one after another.
 class Partition {
  public:
   Partition(const Batch& batch, int threads) : batch_(batch), ends_(batch.segments) {
@@ -120,7 +120,7 @@ void merge_cpu(const Batch& batch, int threads, const std::string& instruction_s
   try {
     for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { partition.process(loop); });
   } catch (const std::exception&) {
-    // The system gives no more threads, or no memory for them: those that there are do the work.
+    // The system has no more threads or no memory for them: fewer threads merge the batch.
   }
   partition.process(loop);
   for (std::thread& helper : helpers) helper.join();

@@ -1,4 +1,4 @@
-// The CPU kernel as the bindings see it.
+// The interface of the CPU kernel.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@ namespace negmerge {
 // The instruction sets that were compiled in and that this machine has, best first.
 std::vector<std::string> instruction_sets();
 
-// Merges a batch on so many threads. Throws std::invalid_argument for an instruction set that is not one of the above.
+// Merges a batch on at most `threads` threads. Throws std::invalid_argument for an instruction set that is not one of the above.
 void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set);
 
 }  // namespace negmerge

@@ -1,8 +1,8 @@
 // The CUDA kernel: one launch for a batch.
 //
-// Blocks take equal runs of tiles, so that a batch of one large segment and one of thousands of small ones are the same
-// work. A thread takes 16 bytes of the base, and for these elements all models, up to 8 loads under way at once. What a
-// thread counts, it adds up over a segment; a warp adds that to the segment's counts at once.
+// Blocks take equal numbers of consecutive tiles, so that a batch of one large segment takes as long as one of thousands of
+// small ones. A thread takes 16 bytes of the base, and for these elements all models, up to 8 loads under way at once. Each
+// thread counts over a segment; a warp adds its sum to the segment's counts.
 #include "merge_cuda.h"
 
 #include <cuda_runtime.h>
@@ -20,9 +20,9 @@
 namespace negmerge {
 namespace {
 
-// The best that bench/tuning/tune_gpu.py found on an H100 (bench/results/tune_gpu.jsonl), with tiles of 2,048 elements: 0.96 of a device
-// copy, the geometric mean over all types and 2, 8 and 32 models. With 1 wave it was 0.94, and then with 4 blocks at a time 0.91,
-// with 4 models or 64 bytes at once as much.
+// The fastest that bench/tuning/tune_gpu.py found on an H100 (bench/results/tune_gpu.jsonl), with tiles of 2,048 elements: 0.96
+// of a device copy, the geometric mean over all types and 2, 8 and 32 models. With 1 wave it was 0.94; then with 4 blocks at a
+// time 0.91, with 4 models or 64 bytes at once 0.93.
 #ifndef NEGMERGE_CUDA_THREADS
 #define NEGMERGE_CUDA_THREADS 256
 #endif
@@ -51,7 +51,7 @@ constexpr int kGroup = NEGMERGE_CUDA_GROUP;           // models whose loads are 
 constexpr int kBaseBytes = NEGMERGE_CUDA_BASE_BYTES;  // of the base, for a thread at a time
 
 // segments: the number of tiles before each segment, and whether all its addresses are multiples of 16. one_type: all
-// models are stored as `type`, and nobody has to look.
+// models are stored as `type`, so that their types need not be loaded.
 struct Tiling {
   const std::int64_t* segments;
   std::int64_t tiles;
@@ -59,7 +59,7 @@ struct Tiling {
   Dtype type;
 };
 
-// reciprocal: 1 / n, rounded; NaN where n is too large for `quick_quotient`.
+// reciprocal: 1 / n, rounded; NaN if n is too large for quick_quotient.
 template <class T>
 struct KernelArgs {
   Batch batch;
@@ -68,39 +68,40 @@ struct KernelArgs {
   T reciprocal;
 };
 
-// Of one segment.
+// Addresses of one segment.
 struct Operands {
   const char* base;
   char* out;
   const std::int64_t* addresses;  // of the models
 };
 
-// Blocks that a processor runs at a time, at least: registers are kept for so many.
+// Blocks that a processor can run at a time, at least: the compiler limits registers for that.
 template <bool kSameDtype, class Accumulator>
 constexpr int kBlocks = kSameDtype && Accumulator::kResultTells ? NEGMERGE_CUDA_BLOCKS : 1;
 
-// The most bytes of them: they and the running values are held in registers.
+// The most bytes of a group: they and the accumulators are held in registers.
 template <class Accumulator, int E>
 constexpr int kGroupBytes =
     NEGMERGE_CUDA_GROUP_BYTES / (sizeof(Accumulator) > 48 && E > 2 ? 4 : sizeof(Accumulator) > 24 ? 2 : 1);
 
-// Elements of a thread at a time, fewer where their running values would not fit the registers.
+// Elements of a thread at a time; fewer if their accumulators would not fit the registers.
 template <class T, class S>
 constexpr int kElements = kBaseBytes / (sizeof(T) == 8 && sizeof(typename S::Bits) == 2 ? 4 : sizeof(typename S::Bits));
 
-// E neighbouring elements of one type.
+// The bits of E neighbouring elements of one type.
 template <class M, int E>
 struct Elements {
   typename M::Bits bits[E];
 };
 
-// What one instruction loads or stores of so many bytes.
+// The type that one instruction loads or stores, for so many bytes.
 template <int bytes> struct Access { using type = uint4; };
 template <> struct Access<8> { using type = uint2; };
 template <> struct Access<4> { using type = unsigned; };
 template <> struct Access<2> { using type = unsigned short; };
 
-// Aligned to 16 bytes, or to their size where they are fewer. Nothing is read twice or soon again: past the caches' bulk.
+// Loads a value that is aligned to 16 bytes or, if it is smaller, to its size. Nothing is read twice, so that it is marked to
+// be evicted from the caches first.
 template <class V>
 __device__ V load(const char* from) {
   using Part = typename Access<sizeof(V)>::type;
@@ -119,7 +120,7 @@ __device__ void store(char* to, const V& value) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(Part); ++i) __stcs(reinterpret_cast<Part*>(to) + i, parts[i]);
 }
 
-// One element at any address; the hardware loads and stores only at multiples of its size.
+// Loads one element at any address: the hardware loads only at multiples of its size.
 template <class V>
 __device__ V load_anywhere(const char* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % sizeof(V) == 0) return load<V>(from);
@@ -147,8 +148,8 @@ __device__ T widen(typename M::Bits bits) {
   return static_cast<T>(M::template widen<typename M::Float>(static_cast<typename M::Word>(bits)));
 }
 
-// Takes E elements through G models of storage type M. All loads first, before anything of the base is looked at, which is
-// on its way, too.
+// Accumulates G models of storage type M over E elements. All loads come first, before the base is used, whose load is under
+// way, too.
 template <class T, class S, class M, int E, int G, class Accumulator>
 __device__ void accumulate(const std::int64_t* addresses, std::int64_t element, const Elements<S, E>& base, bool task_vectors,
                            Accumulator (&accumulators)[E]) {
@@ -164,7 +165,7 @@ __device__ void accumulate(const std::int64_t* addresses, std::int64_t element, 
   }
 }
 
-// The same for `same` models of one storage type, in groups.
+// Accumulates `same` models of one storage type, in groups.
 template <class T, class S, class M, int E, class Accumulator>
 __device__ void accumulate(const std::int64_t* addresses, std::int64_t same, std::int64_t element, const Elements<S, E>& base,
                            bool task_vectors, Accumulator (&accumulators)[E]) {
@@ -172,7 +173,7 @@ __device__ void accumulate(const std::int64_t* addresses, std::int64_t same, std
   constexpr int G = fit < kGroup ? fit : kGroup;
   std::int64_t k = 0;
   for (; k + G <= same; k += G) accumulate<T, S, M, E, G>(addresses + k, element, base, task_vectors, accumulators);
-  static_assert(G <= 16, "what is left over is taken by groups of 8, 4, 2 and 1");
+  static_assert(G <= 16, "the rest is taken in groups of 8, 4, 2 and 1");
   if constexpr (G > 8) {
     if (same - k >= 8) accumulate<T, S, M, E, 8>(addresses + k, element, base, task_vectors, accumulators), k += 8;
   }
@@ -191,22 +192,22 @@ struct Counts {
   int agreed = 0, nonfinite = 0;
 };
 
-// The least sum, by magnitude, that quick_quotient divides, and the largest n.
+// The smallest sum, by magnitude, that quick_quotient divides, and the largest n.
 template <class T>
 constexpr T kMinSum = sizeof(T) == 8 ? T(0x1p-1000) : T(0x1p-100);
 constexpr std::int64_t kMaxModels = 1 << 20;
 
-// sum / n as IEEE rounds it, in 3 instructions instead of 10 and a branch; n a whole number. The first quotient is wrong by
-// less than 1.5 units in its last place, so that what it leaves of the sum is exact. The last rounding goes wrong only where
-// sum / n is nearer than 2^-22 of such a unit to the middle of two numbers, and it never is nearer than 0.5 / n.
+// sum / n as IEEE rounds it, in 3 instructions instead of 10 and a branch; n is a whole number. The first quotient is wrong by
+// less than 1.5 units in its last place, so that the remainder is exact. The last rounding is wrong only if sum / n is nearer
+// than 2^-22 of such a unit to the middle of two numbers, and it is never nearer than 0.5 / n.
 template <class T>
 __device__ T quick_quotient(T sum, T n, T reciprocal) {
   const T quotient = sum * reciprocal;
   return std::fma(std::fma(-quotient, n, sum), reciprocal, quotient);
 }
 
-// The end of the rule for E elements whose results are all finite, as are their sums then, and with them b and every d_k.
-// False, and nothing done, where that is not so, or quick_quotient will not do.
+// Finishes E elements whose results are all finite; then so are their sums, b and every d_k. Returns false, with nothing done,
+// if any is not finite or quick_quotient does not apply.
 template <class T, class S, class Accumulator, int E>
 __device__ bool finish_quickly(const KernelArgs<T>& args, Elements<S, E>& stored, const Accumulator (&accumulators)[E],
                                Counts& counts) {
@@ -228,7 +229,7 @@ __device__ bool finish_quickly(const KernelArgs<T>& args, Elements<S, E>& stored
   return true;
 }
 
-// The same for all models of a batch, each run of one storage type in groups.
+// Accumulates all models of a batch: neighbours of one storage type together.
 template <class T, class S, bool kSameDtype, int E, class Accumulator>
 __device__ void accumulate_all(const KernelArgs<T>& args, const std::int64_t* addresses, std::int64_t element,
                                const Elements<S, E>& base, Accumulator (&accumulators)[E]) {
@@ -250,7 +251,7 @@ __device__ void accumulate_all(const KernelArgs<T>& args, const std::int64_t* ad
   }
 }
 
-// E elements of a segment, from all models to what is stored.
+// Merges E elements of a segment.
 template <class T, class S, bool kSameDtype, class Accumulator, int E>
 __device__ void merge(const KernelArgs<T>& args, const Operands& operands, std::int64_t element, Counts& counts) {
   const std::int64_t offset = element * sizeof(typename S::Bits);
@@ -278,7 +279,7 @@ __device__ void add_for_warp(std::int64_t* to, int count) {
   if (threadIdx.x % 32 == 0 && total) atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(total));
 }
 
-// kAlike: the models are stored as the base is.
+// kSameDtype: the models are stored as the base is.
 template <class T, class S, bool kSameDtype, template <class, class> class Accumulator>
 __global__ void __launch_bounds__(kThreads, kBlocks<kSameDtype, Accumulator<T, T>>)
     merge_tiles(const __grid_constant__ KernelArgs<T> args) {
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kSameDtype, Accumulator<T, T
   std::int64_t tile = tiles * blockIdx.x / gridDim.x;
   const std::int64_t end = tiles * (blockIdx.x + 1) / gridDim.x;
 
-  // The last segment with no more tiles before it than this one has.
+  // Binary search for the segment of the first tile.
   std::int64_t segment = 0;
   for (std::int64_t high = batch.segments; high - segment > 1;) {
     const std::int64_t middle = (segment + high) / 2;
@@ -322,7 +323,7 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one, and gives the caller's back.
+// Makes a device the current one, and restores the caller's.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

@@ -1,9 +1,9 @@
-// The rule over a run of elements, on one thread. Compiled once for each instruction set (CMakeLists.txt).
+// The rule over consecutive elements, on one thread. Compiled once for each instruction set (CMakeLists.txt).
 //
-// A tile is as many elements as keep their running values in the first-level cache. It is taken through the models in
-// groups of up to 8: within a group the running values stay in registers, and the hardware reads 8 streams well; meanwhile
-// the next group's tile is prefetched to the second-level cache. All models at once touch as many pages, a line at a
-// time; one model at a time moves all running values for every element: both are slower, bench/results/loop.jsonl.
+// A tile has as many elements as keep their accumulators in the first-level cache. It is merged with the models in groups of
+// up to 8. Within a group the accumulators stay in registers, and the hardware reads 8 operands well; meanwhile the next
+// group's tile is prefetched to the second-level cache. All models at once would touch as many pages, a line at a time. One
+// model at a time would move all accumulators for every element. Both are slower: bench/results/loop.jsonl.
 #include "merge_loop.h"
 
 #include <type_traits>
@@ -15,8 +15,8 @@
 #include <immintrin.h>
 #endif
 
-// What is compiled for one instruction set must never be linked in place of the same thing for another: nothing here but
-// the loop itself has a name outside.
+// Code for one instruction set must never be linked in place of the same code for another, so that only the loop itself has
+// external linkage.
 namespace negmerge {
 namespace {
 
@@ -33,7 +33,7 @@ namespace {
 #ifndef NEGMERGE_PAST_CACHE
 #define NEGMERGE_PAST_CACHE 1
 #endif
-constexpr int kTileBytes = NEGMERGE_TILE_BYTES;  // of one running value
+constexpr int kTileBytes = NEGMERGE_TILE_BYTES;  // of one field of the accumulators
 constexpr int kGroup = NEGMERGE_GROUP;           // models at once
 #ifdef __AVX2__
 constexpr int kPackBytes = 32;
@@ -41,14 +41,14 @@ constexpr int kPackBytes = 32;
 constexpr int kPackBytes = 16;
 #endif
 constexpr int kLine = 64;
-constexpr int kPacks = 2;  // worked on at once: their running values fit 16 registers
+constexpr int kPacks = 2;  // at once: their accumulators fit 16 registers
 
 template <class E, int lanes>
 struct Vector {
   typedef E type __attribute__((vector_size(sizeof(E) * lanes)));
 };
 
-// Packs for one arithmetic type: of numbers, and of anything else with as many lanes.
+// Packs for one arithmetic type: of numbers, and of other types with as many lanes.
 template <class T>
 struct Pack {
   static constexpr int lanes = kPackBytes / sizeof(T);
@@ -113,7 +113,7 @@ NEGMERGE_INLINE typename Pack<T>::N load(const char* from) {
   return convert<N>(S::template widen<F>(convert<Word>(bits)));
 }
 
-// Numbers in the range of S, rounded and stored; past_cache: where nobody will read them soon, and the address allows it.
+// Rounds and stores numbers in the range of S. past_cache: not through the cache, where the address allows it.
 template <class S, class F>
 NEGMERGE_INLINE void store(char* to, F x, [[maybe_unused]] bool past_cache) {
   constexpr int lanes = sizeof(F) / sizeof(typename S::Float);
@@ -132,7 +132,8 @@ NEGMERGE_INLINE void store(char* to, F x, [[maybe_unused]] bool past_cache) {
   memcpy(to, &bits, sizeof bits);
 }
 
-// Whether an output has whole packs of 32 bytes to store, apart from the base: it would be read into the cache first.
+// Whether an output is stored past the cache: whole aligned packs of 32 bytes, apart from the base. Through the cache, its old
+// bytes would be read first.
 template <class S, class T>
 bool past_cache(const char* out, const char* base) {
   return NEGMERGE_PAST_CACHE && out != base && Pack<T>::lanes * sizeof(typename S::Bits) == 32 &&
@@ -165,7 +166,7 @@ struct Counts {
   std::int64_t agreed = 0, nonfinite = 0;
 };
 
-// What a loop needs of a batch, for one arithmetic type.
+// A batch, and the rule's parameters in one arithmetic type.
 template <class T>
 struct KernelArgs {
   const Batch& batch;
@@ -174,26 +175,30 @@ struct KernelArgs {
 
 // The part of a segment that is in one tile.
 struct Tile {
-  const std::int64_t* row = nullptr;  // null: there is none
+  const std::int64_t* row = nullptr;  // of the descriptors; null: no tile
   std::int64_t segment = 0, start = 0;
   int count = 0;
 
-  const char* base(const Batch& b) const { return row[1] ? reinterpret_cast<const char*>(row[1]) + start * kSizes[b.result] : nullptr; }
+  const char* base(const Batch& b) const {
+    return row[1] ? reinterpret_cast<const char*>(row[1]) + start * kSizes[b.result] : nullptr;
+  }
   char* out(const Batch& b) const { return row[2] ? reinterpret_cast<char*>(row[2]) + start * kSizes[b.result] : nullptr; }
-  const char* model(const Batch& b, std::int64_t k) const { return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]]; }
+  const char* model(const Batch& b, std::int64_t k) const {
+    return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]];
+  }
 };
 
 // A base of zeros.
 alignas(64) const char kZeros[kTileBytes] = {};
 
-// Memory for a tile's running values, which the first group writes: constructing them would be half a tile's work.
+// A tile's accumulators, not constructed: the first group writes them, and constructing them would take half as long as a tile.
 template <class Accumulator, int count>
 union Unwritten {
   Unwritten() {}
   Accumulator each[count];
 };
 
-// Elements begin … end of a tile, one by one: what is left over, and what may not be finite.
+// Merges elements begin … end of a tile one by one: those behind the last whole pack, and those that may not be finite.
 template <class T, class S, template <class, class> class Accumulator>
 __attribute__((noinline)) void merge_each(const KernelArgs<T>& args, const Tile& tile, int begin, int end, Counts& counts) {
   const Batch& batch = args.batch;
@@ -215,7 +220,7 @@ __attribute__((noinline)) void merge_each(const KernelArgs<T>& args, const Tile&
   }
 }
 
-// Streams that will be read next, to be prefetched a line at a time.
+// The operands that are read next, prefetched a line at a time.
 struct Ahead {
   const char* operands[kGroup];
   int count = 0;
@@ -228,14 +233,14 @@ struct Ahead {
   }
 };
 
-// How many models from k on are taken together: of one storage type, 8, 4, 2 or 1.
+// The size of the group from model k on: 8, 4, 2 or 1 models of one storage type.
 int group_at(const Batch& batch, std::int64_t k) {
   int same = 1;
   while (same < kGroup && k + same < batch.n && batch.dtypes[k + same] == batch.dtypes[k]) ++same;
   return same >= 8 ? 8 : same >= 4 ? 4 : same >= 2 ? 2 : 1;
 }
 
-// Takes whole packs of a tile through G models of storage type M. from: what is subtracted.
+// Accumulates G models of storage type M over the whole packs of a tile. from: what is subtracted, b or zeros.
 template <class T, class M, class Accumulator, int G>
 void accumulate(const char* const* x, const typename Pack<T>::N* from, Accumulator* accumulators, int packs, bool first,
                 const Ahead& ahead) {
@@ -271,8 +276,8 @@ void accumulate(Dtype dtype, const char* const* x, const typename Pack<T>::N* fr
   }
 }
 
-// Whole packs of a tile, from what was seen to what is stored. A step in which anything may not be finite is done again,
-// element by element.
+// Finishes the whole packs of a tile: from accumulators to stored bits. A step in which anything may not be finite is merged
+// again, element by element.
 template <class T, class S, template <class, class> class Accumulator>
 void finish_packs(const KernelArgs<T>& args, const Tile& tile, const typename Pack<T>::N* b,
                   const Accumulator<T, typename Pack<T>::N>* accumulators, int packs, const char* ahead, Counts& counts) {
@@ -308,7 +313,7 @@ void finish_packs(const KernelArgs<T>& args, const Tile& tile, const typename Pa
   for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane];
 }
 
-// The group from model k on, in a tile.
+// The operands of the group from model k on, in a tile.
 Ahead ahead_of(const Batch& batch, const Tile& tile, std::int64_t k) {
   Ahead ahead;
   if (!tile.row) return ahead;
@@ -348,7 +353,7 @@ void merge_tile(const KernelArgs<T>& args, const Tile& tile, const Tile& next, C
   merge_each<T, S, Accumulator>(args, tile, packs * P::lanes, tile.count, counts);
 }
 
-// The tile at a place, and the place after it.
+// The tile at a position, which moves behind it.
 template <class T>
 Tile tile_at(const Batch& batch, Position& position, std::int64_t& elements) {
   while (position.segment < batch.segments && position.start == batch.row(position.segment)[0])
@@ -377,7 +382,7 @@ void merge_range(const Batch& batch, Position position, std::int64_t elements) {
     tile = next;
   }
 #ifdef __AVX2__
-  _mm_sfence();  // what went past the cache is there for the thread that waits for this one
+  _mm_sfence();  // what was stored past the cache is visible to the thread that waits for this one
 #endif
 }
 

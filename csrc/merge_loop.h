@@ -1,16 +1,16 @@
-// One instruction set's copy of the loop, and what the threads of merge_cpu.cpp share.
+// The loop of one instruction set, as merge_cpu.cpp calls it.
 #pragma once
 
 #include "batch.h"
 
 namespace negmerge {
 
-// Where in a batch: an element of a segment.
+// A position in a batch: an element of a segment.
 struct Position {
   std::int64_t segment, start;
 };
 
-// Merges `elements` elements from a place on, running on into the segments that follow; adds to the batch's counts.
+// Merges `elements` elements from a position on, across segments, and adds to the batch's counts.
 using Loop = void (*)(const Batch& batch, Position from, std::int64_t elements);
 
 }  // namespace negmerge

@@ -4,9 +4,9 @@
 //     agree = all d_k > 0  or  all d_k < 0
 //     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 //
-// N is a number of the arithmetic type T (float or double), or a pack of them: GCC's vectors have the same operators,
-// and comparing two of them gives a mask where comparing two numbers gives a bool. negmerge_fast/core/rule.py says the rule
-// to the bit. Built without fused multiply-adds and without fast-math; nothing here allocates or fails.
+// N is a number of the arithmetic type T (float or double), or a pack of them. GCC's vectors have the same operators, but
+// comparing two packs gives a mask, not a bool. negmerge_fast/core/rule.py says the rule to the bit. Compiled without fused
+// multiply-adds and without fast-math. Nothing here allocates or fails.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,13 +17,13 @@
 
 namespace negmerge {
 
-// What is the same for all elements. scale: λ; n: how many models; required: how many must agree on the sign.
+// Parameters of the rule in the arithmetic type. n: models; required: how many of them must agree on the sign.
 template <class T>
 struct Constants {
   T scale, n, required;
 };
 
-// The lesser and the greater of x, which may be NaN, and a known one, which is not and stays where x is. Of zeros, either.
+// The lesser and the greater of x and a known number. If x is NaN the known one stays. Of two zeros, either.
 template <class N>
 NEGMERGE_INLINE N lesser(N x, N known) {
 #ifdef __CUDA_ARCH__
@@ -39,14 +39,14 @@ NEGMERGE_INLINE N greater(N x, N known) {
   return x > known ? x : known;
 }
 
-// All d_k of an element, taken in in the order of the models.
+// Accumulates all d_k of an element, in the order of the models.
 //
-// least and greatest ignore a NaN, the sum does not. The sum is NaN, too, after infinities of both signs, and one of
-// those at least is a d_k. So some d_k is not finite exactly when the sum is NaN or least or greatest is infinite.
+// least and greatest ignore a NaN; the sum propagates it. The sum is NaN also after infinities of both signs, and at least
+// one of these is a d_k. So some d_k is not finite exactly when the sum is NaN or least or greatest is infinite.
 template <class T, class N>
 struct Unanimous {
   static constexpr T kInf = T(__builtin_huge_val());
-  // Where the result is finite, the sum was, and with it b and every d_k: a quick test, with false alarms.
+  // If the result is finite, so are the sum, b and every d_k: a quick test with false alarms.
   static constexpr bool kResultTells = true;
   N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
 
@@ -60,7 +60,7 @@ struct Unanimous {
   NEGMERGE_INLINE N mean(const Constants<T>& c) const { return sum / c.n; }
 };
 
-// The same for min_agreement below 1: the mean is over the models that agree, added in the same order.
+// The same for min_agreement below 1: the mean is over the models that agree.
 template <class T, class N>
 struct Majority : Unanimous<T, N> {
   static constexpr bool kResultTells = false;
@@ -84,7 +84,7 @@ struct Majority : Unanimous<T, N> {
   }
 };
 
-// What comes out where the models agree, before it is rounded to storage.
+// The result where the models agree, before it is rounded to storage.
 template <class T, class N>
 NEGMERGE_INLINE N negated_mean(N b, N mean, const Constants<T>& c) {
   const N t = c.scale * -mean;
@@ -95,7 +95,7 @@ NEGMERGE_INLINE N negated(N b, const Accumulator& accumulator, const Constants<T
   return negated_mean(b, accumulator.mean(c), c);
 }
 
-// |x|, for packs without a comparison.
+// |x|; of a pack, without a comparison.
 template <class N>
 NEGMERGE_INLINE N magnitude(N x) {
   using Mask = decltype(x < x);
@@ -106,26 +106,26 @@ NEGMERGE_INLINE N magnitude(N x) {
   }
 }
 
-// Whether a result is still finite when it is rounded to storage.
+// Whether a result is finite after rounding to storage.
 template <class S, class F>
 NEGMERGE_INLINE auto in_range(F x) {
   return magnitude(x) < F{} + S::kOverflow;
 }
 
-// What became of an element: bits to store; whether the result was taken; whether everything was finite.
+// An element's bits to store, whether it agreed, and whether everything was finite.
 template <class Bits>
 struct Outcome {
   Bits bits;
   bool agreed, finite;
 };
 
-// The end of the rule for one element. S: the storage type of base and output, of dtypes.h.
+// Finishes one element. S: the storage type of base and output (dtypes.h).
 template <class S, class T, class Accumulator>
 NEGMERGE_INLINE Outcome<typename S::Bits> finish(typename S::Bits base, const Accumulator& accumulator, const Constants<T>& c) {
   using Float = typename S::Float;
   using Word = typename S::Word;
   const T b = static_cast<T>(S::template widen<Float>(static_cast<Word>(base)));
-  const Float result = static_cast<Float>(negated(b, accumulator, c));  // from double to 16 bits: by way of float
+  const Float result = static_cast<Float>(negated(b, accumulator, c));  // from double to 16 bits by way of float
   const bool agree = accumulator.agree(c);
   const bool finite = accumulator.finite() && b - b == T(0) && (!agree || in_range<S>(result));
   if (agree && finite) return {static_cast<typename S::Bits>(S::template round<Word>(result)), true, true};

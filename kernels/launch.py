@@ -1,4 +1,4 @@
-"""How the Triton kernel is launched: parameters by reasoning, or searched for on a GPU (NEGMERGE_AUTOTUNE=1)."""
+"""Launch parameters of the Triton kernel: chosen by reasoning, or searched for on a GPU (NEGMERGE_AUTOTUNE=1)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from ..core.rule import Rule
 
 
 class Launch(NamedTuple):
-    """How the kernel is specialised and launched, beside what the data say.
+    """How the kernel is specialised and launched.
 
-    elements: of a thread at a time. group: models whose loads are under way at once. threads: of a program. programs: so
-    many before one of them takes a second tile. registers: the most of a thread, where the compiler lets one say that;
-    0: as many as it likes.
+    Attributes:
+        elements: Elements of a thread at a time.
+        group: Models whose loads are under way at once.
+        threads: Threads of a program.
+        programs: The number of programs before one of them takes a second tile.
+        registers: The most registers of a thread, where the compiler accepts a limit; 0 leaves it to the compiler.
     """
 
     elements: int
@@ -36,31 +39,31 @@ class Launch(NamedTuple):
 
 
 def usual_launch(signature: Signature, unanimous: bool) -> Launch:
-    """For a GPU that nobody has searched on, by reasoning; bench/tuning/tune_gpu.py measures it beside all candidates."""
+    """Launch parameters chosen by reasoning. bench/tuning/tune_gpu.py measures them beside all candidates."""
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
     double = signature.arithmetic == "F64"
-    # 16 bytes of the narrowest stream. Eight doubles of each running value of a majority would not fit the registers.
+    # 16 bytes of the narrowest operand. Eight doubles of each running value of a majority would not fit the registers.
     elements = 16 // min(sizes) if unanimous or not double else min(4, 16 // min(sizes))
-    # 8 models of 16 bytes a thread, 64 KiB of a processor at a quarter of its threads, hide memory's latency; fewer where
-    # more bytes, or a majority's doubles, leave no registers: no local memory is used, tests/kernels/test_merge.py.
+    # 8 models of 16 bytes for each thread hide memory's latency: 64 KiB of a processor at a quarter of its threads. More
+    # bytes, or a majority's doubles, leave registers for fewer: tests/kernels/test_merge.py holds that no local memory is used.
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
     if double and not unanimous and elements == 4:
         group = 2
-    # Left alone, NVIDIA's compiler keeps some of a majority's values in local memory, or of eight elements', for the sake of more
+    # Without a limit, NVIDIA's compiler keeps some values of a majority, or of eight elements, in local memory to run more
     # programs at once.
     if unanimous:
         registers = 128 if elements == 8 and not double else 0
     else:
         registers = 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
-    # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster, and with 2^20 far slower
-    # for few models, bench/results/tune_gpu.jsonl.
+    # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster. With 2^20 they were far
+    # slower for few models, bench/results/tune_gpu.jsonl.
     return Launch(elements, group, threads=128, programs=16384, registers=registers)
 
 
 LaunchMerge = Callable[[Batch, Rule, Launch], Any]
 
-# What NEGMERGE_AUTOTUNE=1 or `make tune` printed, by device, types of base and models, and whether the rule is unanimity.
-# bench/results/tune_gpu.jsonl has their rows and those of the others. F64 was searched for 8 and 32 models, the rest for 2, too.
+# What NEGMERGE_AUTOTUNE=1 or `make tune` printed, by device, dtypes of base and models, and whether the rule is unanimous.
+# bench/results/tune_gpu.jsonl has the rows of all candidates. F64 was searched for 8 and 32 models, the others for 2, too.
 FOUND: dict[tuple[str, str, str, bool], Launch] = {
     ("NVIDIA H100 80GB HBM3", "F64", "F64", True): Launch(elements=1, group=2, threads=256, programs=4096),
     ("NVIDIA H100 80GB HBM3", "F32", "F32", True): Launch(elements=4, group=8, threads=256, programs=16384),
@@ -70,7 +73,7 @@ FOUND: dict[tuple[str, str, str, bool], Launch] = {
 
 
 def launch_for(signature: Signature, unanimous: bool, device: str, launch_merge: LaunchMerge) -> Launch:
-    """What was found for a device, is searched now or, as a rule, is usual."""
+    """The launch parameters of a device: those in FOUND, those of a search now if it is asked for, or the usual ones."""
     target_device = torch.device(device)
     models = "+".join(sorted(set(signature.models)))
     key = (
@@ -89,9 +92,10 @@ SEARCHED_BYTES = 2**30  # far more than any cache
 
 
 def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
+    """The launch parameters that a search compares, the usual ones first."""
     usual = usual_launch(signature, unanimous)
     yield usual
-    # On an H100 neither twice the elements nor 512 threads were the best for any type, bench/results/tune_gpu.jsonl.
+    # On an H100 neither twice the elements nor 512 threads were the best for any dtype, bench/results/tune_gpu.jsonl.
     for elements in {max(1, usual.elements // 2), usual.elements}:
         for group in (2, 4, 8):
             for threads in (128, 256):
@@ -104,7 +108,10 @@ def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
 def search(
     signature: Signature, unanimous: bool, device: str, launch_merge: LaunchMerge, measure: Any = None
 ) -> Launch:
-    """The fastest of the candidates, on zeros. measure: milliseconds of a function; triton.testing.do_bench."""
+    """Find the fastest of the candidates, on zeros.
+
+    measure gives the milliseconds of a function; None means triton.testing.do_bench.
+    """
     measure = measure or triton.testing.do_bench
     # With fewer models than two groups, not all groups differ.
     signature = signature._replace(models=(signature.models * 17)[: max(17, len(signature.models))])

@@ -1,12 +1,12 @@
-"""The rule in Triton, for every GPU that it reaches: one kernel, one launch for a batch.
+"""The rule in Triton, for every GPU that Triton supports: one kernel, one launch for a batch.
 
     d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
     agree = all d_k > 0  or  all d_k < 0
     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
-negmerge_fast/core/rule.py says it to the bit. Numbers are loaded and stored as integers of their size; bf16 is widened and
-rounded with integers, so that what Triton's interpreter computes is what a GPU does. Programs take equal runs of tiles,
-so that a batch of one large segment and one of thousands of small ones are the same work.
+negmerge_fast/core/rule.py says it to the bit. Numbers are loaded and stored as integers of their size. bf16 is widened and
+rounded with integers, so that Triton's interpreter gives the same bits as a GPU. All programs take the same number of
+consecutive tiles, so that a batch of one large segment takes as long as one of thousands of small ones.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ F64 = tl.constexpr(DTYPE_CODES["F64"])
 F32 = tl.constexpr(DTYPE_CODES["F32"])
 F16 = tl.constexpr(DTYPE_CODES["F16"])
 BF16 = tl.constexpr(DTYPE_CODES["BF16"])
-MIXED = tl.constexpr(len(DTYPE_CODES))  # the models' types differ, and are looked up
+MIXED = tl.constexpr(len(DTYPE_CODES))  # the models' dtypes differ, and are loaded from memory
 
-# An aligned segment is loaded 16 bytes at a time, up to a multiple of so many elements; the rest as an unaligned one.
+# An aligned segment is loaded 16 bytes at a time up to a multiple of this many elements, its rest as an unaligned one.
 WIDE = tl.constexpr(16)
 
 MAX_TILES_PER_PROGRAM = 32
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# Before 3.6, tl.div_rn took subnormals for zeros on NVIDIA's GPUs.
+# Before 3.6, tl.div_rn flushed subnormals to zero on NVIDIA's GPUs.
 DIV_RN_FLUSHES = tl.constexpr(VERSION < (3, 6))
 
-# In one integer: elements that agreed, and so many times those that were not finite.
+# Both counts in one integer: elements that agreed, plus NONFINITE for each that was not finite.
 NONFINITE = tl.constexpr(1 << 15)
 
 
 @triton.jit
 def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements as integers. ALIGNED: the address is a multiple of 16; else it is anything."""
+    """Load elements as integers. ALIGNED: the address is a multiple of 16; else it may be any."""
     if DTYPE == F64:
         size: tl.constexpr = 8
         kind: tl.constexpr = tl.int64
@@ -58,7 +58,7 @@ def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     else:
         size: tl.constexpr = 2
         kind: tl.constexpr = tl.int16
-    # Nothing is read twice: it need not stay in a cache.
+    # Nothing is read twice, so that nothing needs to stay in a cache.
     if ALIGNED:
         start = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
         bits = tl.load(start + offsets, mask=mask, other=0, eviction_policy="evict_first")
@@ -96,7 +96,7 @@ def _store(address, offsets, mask, bits, DTYPE: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def _widen(bits, DTYPE: tl.constexpr, T: tl.constexpr):
-    """Numbers of the arithmetic type, exactly."""
+    """Convert the bits of a dtype to the arithmetic type, exactly."""
     if DTYPE == F64:
         x = bits.to(tl.float64, bitcast=True)
     elif DTYPE == F32:
@@ -115,7 +115,7 @@ def _numbers(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGN
 
 @triton.jit
 def _round(x, DTYPE: tl.constexpr):
-    """Integers to store, and whether they are finite numbers; from float64 to 16 bits by way of float32."""
+    """Round to a dtype: the bits to store, and whether they are finite. From float64 to 16 bits by way of float32."""
     if DTYPE == F64:
         bits = x.to(tl.int64, bitcast=True)
         finite = x - x == 0
@@ -131,7 +131,7 @@ def _round(x, DTYPE: tl.constexpr):
         narrow = x.to(tl.float32)
         u = narrow.to(tl.uint32, bitcast=True)
         bits = ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).to(tl.int16)
-        finite = tl.abs(narrow) < 3.3961775292304957e38  # half-way from the greatest bf16 to 2^128
+        finite = tl.abs(narrow) < 3.3961775292304957e38  # half-way from the largest bf16 to 2^128
     return bits, finite
 
 
@@ -140,7 +140,7 @@ def _divide(a, b, T: tl.constexpr):
     if T == tl.float64:
         return a / b
     elif DIV_RN_FLUSHES:
-        # 53 bits are enough to round twice and be right.
+        # 53 bits are enough for a second rounding to be right.
         return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
     else:
         return tl.div_rn(a, b)  # "/" is an approximation
@@ -148,8 +148,8 @@ def _divide(a, b, T: tl.constexpr):
 
 @triton.jit
 def _accumulate(d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS: tl.constexpr):
-    """Takes a model in. total keeps a NaN, whatever least and greatest do. total: of all or, for a majority, those above 0."""
-    if d.dtype == tl.float64:  # one instruction there is for float32 alone
+    """Add d_k of one model to the running values. total propagates NaN; for a majority it has the positive d_k only."""
+    if d.dtype == tl.float64:  # minimum and maximum are one instruction for float32 only
         least = tl.where(d < least, d, least)
         greatest = tl.where(d > greatest, d, greatest)
     else:
@@ -170,7 +170,7 @@ def _accumulate(d, total, least, greatest, negative, n_positive, n_negative, UNA
 def _model(
     row, dtypes, k, offsets, mask, KIND: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Numbers of model k, whose storage type is KIND or, if that is MIXED, known only now."""
+    """Load the elements of model k. Its dtype is KIND, or is loaded from memory if that is MIXED."""
     address = tl.load(row + 3 + k)
     if KIND < MIXED:
         x = _numbers(address, offsets, mask, KIND, T, ALIGNED)
@@ -196,7 +196,7 @@ def _merge(
     REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merges the elements of a block whose mask is set; returns what each adds to the counts."""
+    """Merge the elements of a block whose mask is set; returns what each adds to the counts."""
     base = tl.load(row + 1)
     stored = _load(base, offsets, tl.where(base != 0, mask, offsets < 0), RESULT, ALIGNED)
     zero = tl.zeros([BLOCK], T)
@@ -252,12 +252,12 @@ def merge_tiles(
     T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, REST: tl.constexpr,
     REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: `tiles_per_program` tiles of BLOCK elements, of as many segments as they happen to be of.
+    """Merge `tiles_per_program` consecutive tiles of BLOCK elements, which may be of several segments.
 
-    memory: what negmerge_fast/core/descriptors.py calls device memory. counts: int64[segments, 2], agreed and non-finite are added.
-    scale: λ, one float64. T: the arithmetic type. RESULT: the storage type of base and output. KIND: that of all models, or
-    MIXED. The models are taken GROUP at a time (0: there is no group), the last REST unrolled; REST_KINDS: the storage
-    types of those, four bits each.
+    memory: what pack_for_device of negmerge_fast/core/descriptors.py packs. counts: int64[segments, 2]; agreed and non-finite
+    are added. scale: λ, one float64. T: the arithmetic type. RESULT: the dtype of base and output. KIND: the dtype of all
+    models, or MIXED. The models are taken GROUP at a time (0: there is no group) and the last REST unrolled. REST_KINDS: the
+    dtypes of these, four bits each.
     """
     tile = tl.program_id(0).to(tl.int64) * tiles_per_program
     end = tl.minimum(tile + tiles_per_program, tiles)
@@ -265,7 +265,7 @@ def merge_tiles(
     dtypes = (descriptors + segments.to(tl.int64) * (3 + n)).to(tl.pointer_type(tl.uint8))
     rounded_scale = tl.load(scale).to(T)
 
-    # The last segment with no more tiles before it than this one has.
+    # Binary search for the segment of the first tile.
     segment = tl.zeros([], tl.int64)
     high = segment + segments
     while high - segment > 1:
@@ -302,7 +302,7 @@ def merge_tiles(
 
 
 def constants(signature: Signature, unanimous: bool, launch: Launch) -> dict[str, Any]:
-    """What merge_tiles is specialised on."""
+    """The constants that merge_tiles is specialised on."""
     models = [DTYPE_CODES[dtype] for dtype in signature.models]
     kind = models[0] if len(set(models)) == 1 else MIXED.value
     rest = models if len(models) <= launch.group else [kind] * (len(models) % launch.group)
@@ -325,7 +325,7 @@ def interpreted() -> bool:
 
 
 def why_not(device: str) -> str | None:
-    """Why the kernel cannot run on a device here; None if it can."""
+    """Tell why the kernel cannot run on a device here; None if it can."""
     if VERSION < (3, 2):
         return f"Triton {triton.__version__}, expected 3.2 or newer"
     if interpreted():
@@ -337,28 +337,29 @@ def why_not(device: str) -> str | None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, AttributeError) as error:
         return f"Triton finds no device {device!r} here: {first_line(error)}"
-    reached = "cuda" if backend == "hip" else backend  # torch's word for AMD's, too
+    reached = "cuda" if backend == "hip" else backend  # torch's name for AMD's GPUs, too
     return None if torch.device(device).type == reached else f"Triton is for {reached} here, not for {device}"
 
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there without waiting."""
     return launch_merge(batch, rule, _launch(batch, rule))
 
 
 def merge_in_few_programs(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """merge, with several tiles to a program however small the batch, as large ones have them: for trials."""
+    """merge with several tiles for each program however small the batch is, as in large batches: for the self-test."""
     return launch_merge(batch, rule, _launch(batch, rule)._replace(programs=3))
 
 
 def _launch(batch: Batch, rule: Rule) -> Launch:
     unanimous = rule.required(len(batch.signature.models)) == len(batch.signature.models)
-    if interpreted():  # one program after another: few and large ones
+    if interpreted():  # programs run one after another, so that few and large ones are faster
         return usual_launch(batch.signature, unanimous)._replace(threads=1024, programs=3)
     return launch_for(batch.signature, unanimous, batch.device, launch_merge)
 
 
 def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
+    """Launch a merge with these parameters; bench/tune_gpu.py and the search call it with others than merge does."""
     models = len(batch.signature.models)
     required = rule.required(models)
     memory, tiles = pack_for_device(batch, launch.tile)
@@ -366,7 +367,7 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
     with on(torch.device(batch.device)):
         on_device = upload(np.concatenate([memory, scale]), batch.device)
         counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
-        # Enough programs for every processor first; then runs, which look for their first segment once.
+        # Enough programs for every processor first; then several tiles each, which share one search for the first segment.
         tiles_per_program = max(1, min(MAX_TILES_PER_PROGRAM, tiles // launch.programs))
         if tiles:
             merge_tiles[(-(tiles // -tiles_per_program),)](
@@ -379,7 +380,7 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
 
 
 def options(launch: Launch, target: Any) -> dict[str, Any]:
-    """The compiler's: no fused multiply-add, and no copies through shared memory. target: a GPUTarget."""
+    """The compiler's options for a GPUTarget: no fused multiply-add, no copies through shared memory."""
     chosen = {"num_warps": launch.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": False}
     if target.backend == "cuda" and launch.registers:
         chosen["maxnreg"] = launch.registers
@@ -387,7 +388,7 @@ def options(launch: Launch, target: Any) -> dict[str, Any]:
 
 
 def on(device: torch.device) -> Any:
-    """While it lasts, a device is the current one: Triton launches there, and on its current stream."""
+    """A context in which a device is the current one: Triton launches on its current stream."""
     if device.type == "cpu":
-        return np.errstate(all="ignore")  # which the interpreter computes with
+        return np.errstate(all="ignore")  # the interpreter computes with NumPy
     return getattr(torch, device.type).device(device)

@@ -1,6 +1,6 @@
-"""The compiled kernels of csrc/ behind the one function of every backend.
+"""The compiled kernels of csrc/ as backends: "cpu" and "cuda".
 
-A batch becomes a table of addresses, and the kernels are given integers: they know neither torch nor numpy.
+The kernels take integers, addresses among them. They know neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,22 @@ if TYPE_CHECKING:
 
 
 class BuildInfo(TypedDict):
-    cpu: str | None  # why there is no CPU kernel; None: there is one
-    cuda: str | None  # the same of the CUDA kernel
-    cuda_architectures: list[int]  # that it has machine code for; others start from intermediate code
+    """What setup.py recorded of the build.
+
+    Attributes:
+        cpu: Why the CPU kernel was not compiled; None if it was.
+        cuda: The same for the CUDA kernel.
+        cuda_architectures: The GPUs that it has machine code for; others compile its intermediate code.
+    """
+
+    cpu: str | None
+    cuda: str | None
+    cuda_architectures: list[int]
 
 
 def build_info() -> BuildInfo:
-    # Each Python has its own library, and its own file: several may share one source folder.
+    """Read what setup.py recorded of the build."""
+    # Several Pythons may share one source folder: each has a library and a file of its own.
     path = Path(__file__).parents[1].joinpath("_native" + EXTENSION_SUFFIXES[0]).with_suffix(".json")
     try:
         info: BuildInfo = json.loads(path.read_text())
@@ -42,7 +51,7 @@ def build_info() -> BuildInfo:
 
 
 def why_not(name: str, device: str) -> str | None:
-    """Why the "cpu" or the "cuda" kernel cannot run on a device here; None if it can."""
+    """Tell why the "cpu" or the "cuda" kernel cannot run on a device here; None if it can."""
     if device.partition(":")[0] != name:
         return f"is for tensors on {name}, not on {device}"
     built = build_info()
@@ -69,7 +78,7 @@ def why_not(name: str, device: str) -> str | None:
 
 
 def details(name: str) -> str:
-    """What the kernel was compiled for, if it was."""
+    """Describe what a kernel was compiled for, if it was."""
     built = build_info()
     if built["cpu" if name == "cpu" else "cuda"] is not None:
         return ""
@@ -79,7 +88,7 @@ def details(name: str) -> str:
 
 
 def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
-    """Merge every segment of a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
+    """Merge a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
     from .. import _native
 
     descriptors = pack_descriptors(batch)
@@ -95,7 +104,7 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
 
 
 def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there, and waits for nothing."""
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there without waiting."""
     import torch
 
     from .. import _native
@@ -117,7 +126,7 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
 
 
 def instruction_set() -> str:
-    """The best of this machine's that there is code for; NEGMERGE_CPU asks for another, so that all can be tested."""
+    """The best instruction set of this machine that has a kernel, or the one that NEGMERGE_CPU names, for tests."""
     from .. import _native
 
     found: list[str] = _native.instruction_sets
@@ -127,7 +136,7 @@ def instruction_set() -> str:
 
 
 def usual_threads() -> int:
-    """torch's number where torch is loaded; else what it would be: OpenMP's, or one for each processor of ours."""
+    """The usual number of threads: torch's if torch is loaded, else OpenMP's, else one for each processor of ours."""
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -135,11 +144,12 @@ def usual_threads() -> int:
 
 
 def kernel_arguments(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
+    """The arguments that both kernels begin with."""
     result, models, task_vectors = batch.signature
-    numbers = bytes(DTYPE_CODES[dtype] for dtype in models)
+    codes = bytes(DTYPE_CODES[dtype] for dtype in models)
     return (
         DTYPE_CODES[result],
-        numbers,
+        codes,
         task_vectors,
         rule.scale,
         rule.required(len(models)),

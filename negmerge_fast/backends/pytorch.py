@@ -18,27 +18,27 @@ from ..core.batch import Batch, Operand, Segment
 from ..core.dtypes import FLOAT_SIZES, TORCH_NAMES
 from ..core.rule import Rule
 
-# The one table of dtypes (core/dtypes.py) as dtypes of torch, and from these back to names.
+# The table of core/dtypes.py as torch's dtypes, and from these back to names.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, spelled) for name, spelled in TORCH_NAMES.items()
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOAT_NAMES = {dtype: name for dtype, name in DTYPE_NAMES.items() if name in FLOAT_SIZES}
 
-# Integers of so many bytes: they hold the bits of a number.
+# Integer dtypes by size, for the bits of a number.
 BITS_DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
-# Bytes of one temporary: 256 Ki elements of fp32 was the best of 16 Ki … 1 Mi, bench/results/reference.jsonl.
+# Bytes of one temporary: 256 Ki elements of fp32 were the best of 16 Ki … 1 Mi, bench/results/reference.jsonl.
 CPU_BLOCK_BYTES = 1024 * 1024
-# On a GPU every operation is a launch: few and large ones.
+# On a GPU every operation is a launch, so that few and large ones are faster.
 DEVICE_BLOCK_BYTES = 64 * 1024 * 1024
 
-# The most a merge on the CPU allocates beside its data: the temporaries of _Workspace, counted for the general rule.
+# The most that a merge on the CPU allocates beside its data: the temporaries of _Workspace for a majority rule.
 SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
 
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Merge every segment of a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
+    """Merge a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
     counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
     with _computing(batch, rule, threads) as workspace:
         for row, segment in enumerate(batch.segments):
@@ -50,10 +50,11 @@ def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
 
 
 def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
-    """Where a batch first has a non-finite element: what an error names. Writes nothing.
+    """Find the first non-finite element of a batch, for an error message. Writes nothing.
 
-    Returns the segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
-    "result") and the value found there; None if everything is finite.
+    Returns:
+        The segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
+        "result") and the value found there; None if everything is finite.
     """
     with _computing(batch, rule) as workspace:
         for row, segment in enumerate(batch.segments):
@@ -99,14 +100,14 @@ class _Workspace:
         if not self.unanimous:
             self.negative, self.n_positive, self.n_negative = temporaries[6:]
         self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
-        # Tensors, and on the device: dividing by a Python number multiplies by its reciprocal on a GPU.
+        # Tensors on the device: on a GPU, torch divides by a Python number by multiplying with its reciprocal.
         self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
         self.minus_scale = (
             torch.tensor(-rule.scale, dtype=torch.float64, device="cpu").to(self.dtype).to(device)
         )
 
     def merge_block(self, segment: Segment, start: int, size: int) -> torch.Tensor:
-        """Merge elements start … start + size; leaves their non-finite flags in self.nonfinite."""
+        """Merge elements start … start + size; their non-finite flags are in self.nonfinite then."""
         stored = None if segment.base is None else _load(segment.base, start, size)
         b = self.b[:size]
         b.zero_() if stored is None else b.copy_(stored)
@@ -128,23 +129,23 @@ class _Workspace:
             kept = b.to(self.storage) if stored is None else stored
             chosen = self.d.view(BITS_DTYPES[self.storage.itemsize])[:size]
             _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
-        # Not sum(), which makes an int64 of every flag first.
+        # Not sum(), which converts every flag to int64 first.
         return torch.stack([torch.count_nonzero(agree), torch.count_nonzero(nonfinite)])
 
     def _round(self, values: torch.Tensor) -> torch.Tensor:
         if self.dtype == self.storage:
             return values
-        # By way of float32, as everywhere: a direct conversion from float64 rounds once, and differently.
+        # By way of float32, as all backends: a direct conversion from float64 rounds once, and differently.
         rounded: torch.Tensor = self.x.view(self.storage)
         return rounded[: len(values)].copy_(values.float())
 
     def _all_finite(self, b: torch.Tensor, result: torch.Tensor) -> bool:
-        """Cheaply: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
+        """A cheap test: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
         extremes = (self.least[: len(b)], self.greatest[: len(b)], b, result)
         return bool(torch.stack([t.sum(dtype=self.dtype) for t in extremes]).isfinite().all())
 
     def _differences(self, segment: Segment, start: int, b: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Each d_k in turn, noting the least and the greatest."""
+        """Yield each d_k, updating the least and the greatest."""
         size = len(b)
         d, least, greatest = self.d[:size], self.least[:size], self.greatest[:size]
         for k, operand in enumerate(segment.models):
@@ -198,12 +199,12 @@ _per_thread = threading.local()
 
 
 def _scratch(size: int, device: torch.device) -> torch.Tensor:
-    """Bytes for temporaries. On the CPU each thread keeps its own: a stream of many batches allocates once."""
+    """Memory for temporaries. On the CPU each thread keeps its own, so that many batches allocate once."""
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
     memory: torch.Tensor | None = getattr(_per_thread, "memory", None)
     if memory is None or len(memory) < size:
-        _per_thread.memory = memory = None  # the old one goes before the new one comes
+        _per_thread.memory = memory = None  # freed before the new one is allocated
         memory = _per_thread.memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory[:size]
 
@@ -216,7 +217,7 @@ def _bytes(operand: Operand, start: int, size: int) -> torch.Tensor:
     owner = operand.owner
     if not isinstance(owner, torch.Tensor):
         owner = torch.frombuffer(owner, dtype=torch.uint8)
-    # Not view(-1): a contiguous tensor's dimensions of size 1 may have any stride, and would keep it.
+    # Not view(-1): a dimension of size 1 may have any stride in a contiguous tensor, and would keep it.
     memory = owner.as_strided((owner.numel(),), (1,)).view(torch.uint8)
     first = operand.address - memory.data_ptr() + start * FLOAT_SIZES[operand.dtype]
     return memory[first : first + size * FLOAT_SIZES[operand.dtype]]
@@ -227,7 +228,7 @@ def _aligned(memory: torch.Tensor, itemsize: int) -> bool:
 
 
 def _load(operand: Operand, start: int, size: int) -> torch.Tensor:
-    """Elements of an operand in their storage type: a view, or a copy where they are not aligned."""
+    """Elements of an operand in their dtype: a view, or a copy if they are not aligned."""
     memory = _bytes(operand, start, size)
     if not _aligned(memory, FLOAT_SIZES[operand.dtype]):
         memory = memory.clone()
@@ -240,10 +241,10 @@ def _store(operand: Operand, start: int, bits: torch.Tensor) -> None:
 
 @contextmanager
 def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
-    """The temporaries of a batch; while they are in use, subnormals are kept.
+    """Give the temporaries of a batch, and keep subnormals while they are in use.
 
-    torch.set_flush_denormal(True) is a mode of the calling thread, and of each of torch's own threads that was started
-    under it, for ever. The caller's is undone for the call; where another thread flushes, the caller works alone.
+    torch.set_flush_denormal(True) is a mode of the calling thread, and for ever of each of torch's threads that is started
+    under it. The caller's mode is off for the call; if another thread flushes, the caller computes alone.
     """
     before = torch.get_num_threads()
     if threads is not None and threads != before:
@@ -265,6 +266,6 @@ def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator
 
 
 def _flushes(numbers: torch.Tensor) -> bool:
-    """Whether arithmetic on so many elements takes subnormals for zeros, in any thread that has a part in it."""
+    """Whether arithmetic on these elements flushes subnormals to zero, in any thread that takes part."""
     _bits(numbers).fill_(1)
     return not bool(numbers.mul_(1.0).all())

@@ -1,6 +1,6 @@
-"""Which backends work here, and why the others do not.
+"""The choice of a backend, and why the others cannot run.
 
-Every backend is one function, merge(batch, rule) -> counts; rule.py says what it computes.
+A backend is one function, merge(batch, rule) -> counts. core/rule.py says what it computes.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 
-# In the order in which "auto" prefers them.
+# In the order of preference of "auto".
 NAMES = ("cuda", "triton", "cpu", "torch")
 
-# Those that several threads may call at once, on batches of their own.
+# Backends that several threads may call at once, each on its own batch.
 CONCURRENT = frozenset({"cpu"})
 
-# Those that must give the reference's bits on the very device before they are used there. The CPU's kernel is not among
-# them: a merge of files would have to import torch for it.
+# Backends that are used on a device only after a self-test there. The CPU kernel has none: a merge of files would have to
+# import torch for it.
 _NEED_SELFTEST = frozenset({"cuda", "triton"})
 
 
 def why_not(name: str, device: str) -> str | None:
-    """Why a backend cannot run on a device here; None if it can."""
+    """Tell why a backend cannot run on a device here; None if it can."""
     if name == "triton":
         try:
             from ..kernels import merge
@@ -50,7 +50,7 @@ def why_not(name: str, device: str) -> str | None:
 
 
 def details(name: str) -> str:
-    """What a person may want to know of a backend beside whether it can run."""
+    """Describe a backend for `negmerge info`: what it was compiled for."""
     if name not in ("cuda", "cpu"):
         return ""
     from . import native
@@ -61,15 +61,25 @@ def details(name: str) -> str:
 def choose(
     backend: str, device: str, rule: Rule | None = None, signatures: Iterable[Signature] = ()
 ) -> tuple[str, Merge]:
-    """The name and the merge function of a backend for one device; "auto" takes the first that can run there.
+    """Choose a backend for a device.
 
-    Where it is to be used for the first time for one of the signatures, it is tried on it, if it has to be.
+    Args:
+        backend: The name of one, or "auto" for the first that can run there.
+        device: As torch writes it: "cpu", "cuda:0".
+        rule: What will be computed; None skips the self-test.
+        signatures: What will be merged. A backend that needs a self-test has one for each signature, once a process.
+
+    Returns:
+        The name of the backend, and its merge function.
+
+    Raises:
+        InputError: If no such backend can run there; the message has the reasons.
     """
     if backend not in ("auto", *NAMES):
         raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
     reasons = []
     for name in NAMES if backend == "auto" else (backend,):
-        # Triton on the CPU is an interpreter, for tests.
+        # On the CPU Triton is an interpreter, for tests.
         if (backend, name, device) == ("auto", "triton", "cpu"):
             continue
         reason = why_not(name, device) or (rule and _selftest_failure(name, device, rule, signatures))
@@ -80,6 +90,7 @@ def choose(
 
 
 def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
+    """Tell why a backend must not be used for one of the signatures; None if it passes or needs no self-test."""
     if name not in _NEED_SELFTEST:
         return None
     from . import selftest
@@ -94,7 +105,7 @@ def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[S
 
 
 def selftest(name: str, device: str) -> str | None:
-    """Why a backend that can run is not used on a device for one of the storage types; None if it gives the right bits."""
+    """Self-test a backend on a device for every dtype; returns why it is not used, None if it passes."""
     signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
     return _selftest_failure(name, device, Rule(1.0), signatures)
 
@@ -115,14 +126,14 @@ def _merge_of(name: str) -> Merge:
 
 
 def usual_threads() -> int:
-    """How many threads merge on the CPU unless told otherwise: torch's number, or what it would be."""
+    """The number of threads that merge on the CPU unless told otherwise: torch's, or what it would be."""
     from . import native
 
     return native.usual_threads()
 
 
 def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
-    """Where a batch first has a non-finite element; reference.py says what is returned."""
+    """Find the first non-finite element of a batch, as pytorch.first_nonfinite."""
     from . import pytorch
 
     return pytorch.first_nonfinite(batch, rule)

@@ -1,6 +1,6 @@
-"""Whether a kernel gives the reference's bits on this very device: tried on hostile numbers before its first real use.
+"""The self-test of a kernel: the reference's bits, on hostile numbers, on the device that it will be used on.
 
-Kernels that are right on one chip have silently been wrong on a newer one. What was found is kept for the process.
+Kernels that are right on one chip have silently been wrong on a newer one. Results are kept for the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 from . import pytorch
 
-# What it is tried on: elements, what they are to do, and whether their addresses are off the multiples of their size.
+# The segments of the self-test: elements, kind, and bytes by which the addresses are misaligned.
 _SEGMENTS = (
     (4096, "in place", 0), (1029, "apart", 0), (517, "no base", 0), (300, "in place", 1), (1, "apart", 0),
     (0, "in place", 0), (2, "count", 0), (259, "count", 1),
@@ -30,7 +30,7 @@ _results: dict[tuple[Any, ...], str | None] = {}
 
 
 def failure(name: str, merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
-    """Why a backend is not to be used for a signature on a device; None if it gave the same bits as the reference."""
+    """Self-test a backend for a signature on a device; returns why it must not be used, None if it passes."""
     models = len(signature.models)
     unanimous = rule.required(models) == models
     key = name, device, signature, unanimous
@@ -46,6 +46,7 @@ def failure(name: str, merge: Merge, device: str, signature: Signature, rule: Ru
 
 
 def _run_case(merge: Merge, device: str, signature: Signature, rule: Rule) -> str | None:
+    """Compare a merge function with the PyTorch backend on the CPU; returns how they differ."""
     expected = _memory(signature)
     got = [version.to(device, copy=True) for version in expected]  # before the reference writes
     counts = pytorch.merge(_batch("cpu", signature, expected), rule).tolist()
@@ -53,7 +54,7 @@ def _run_case(merge: Merge, device: str, signature: Signature, rule: Rule) -> st
         counted = merge(_batch(device, signature, got), rule).tolist()
     except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
         raise
-    except Exception as error:  # a compiler's, or the device's: whatever it is, the kernel cannot be used
+    except Exception as error:  # the compiler's or the device's: the kernel cannot be used
         return f"failed its self-test on {device}: {type(error).__name__}: {first_line(error)}"
     kinds = "+".join(sorted(set(signature.models)))
     what = f"{kinds} into {signature.result}, {len(signature.models)} models"
@@ -68,7 +69,7 @@ def _run_case(merge: Merge, device: str, signature: Signature, rule: Rule) -> st
 
 
 def _memory(signature: Signature) -> list[torch.Tensor]:
-    """Bytes of the base, of all models, and of outputs that are not the base."""
+    """The bytes of the base, of all models, and of the outputs that are not the base."""
     numel = sum(length + 1 for length, *_ in _SEGMENTS)
     with torch.device("cpu"):
         versions = _numbers(signature, numel, torch.Generator().manual_seed(0))
@@ -77,17 +78,17 @@ def _memory(signature: Signature) -> list[torch.Tensor]:
 
 
 def _numbers(signature: Signature, numel: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """The base and all models; eight kinds of element take turns, and most lean to one side."""
+    """The base and all models. Eight kinds of element alternate; in most of them the models lean to one side."""
 
     def random() -> torch.Tensor:
         return torch.randn(numel, generator=generator, dtype=torch.float64)
 
     base, lean, kind = random(), random(), torch.arange(numel) % 8
     types = [pytorch.TORCH_DTYPES[dtype] for dtype in (signature.result, *signature.models)]
-    # Where nothing is added to the base, every bit of the mean shows.
+    # On a base of zero every bit of the mean is stored.
     base = torch.where((kind >= 3) & (kind < 7), 0.0, base)
     base = torch.where((kind == 5) & (lean > 0), -0.0, base)
-    # Half-way between two neighbours of the result's type, and just beside it.
+    # Half-way between two neighbours in the result's dtype, and just beside it.
     stored = lean.to(types[0])
     bits = stored.view(pytorch.BITS_DTYPES[stored.itemsize])
     middle = (stored.double() + (bits + 1).view(types[0]).double()) / 2
@@ -95,7 +96,7 @@ def _numbers(signature: Signature, numel: int, generator: torch.Generator) -> li
     hostile, rare = torch.tensor(_HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
     versions = [base]
     for k, dtype in enumerate(types[1:]):
-        step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the least subnormal
+        step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest subnormal
         d = 0.1 * lean + 0.05 * random()
         d = torch.where(kind == 3, lean * (1 + random().abs()), d)
         d = torch.where((kind == 4) | (kind == 5), step * (1 + random().abs() * 99).floor() * lean.sign(), d)
@@ -104,9 +105,9 @@ def _numbers(signature: Signature, numel: int, generator: torch.Generator) -> li
         x = d if signature.task_vectors else torch.where(d == 0, versions[0], versions[0] + d)
         versions.append(x)
     for k, values in enumerate(versions):
-        strewn = (kind == 7) & (torch.rand(numel, generator=generator) < rare)
+        is_hostile = (kind == 7) & (torch.rand(numel, generator=generator) < rare)
         chosen = hostile[torch.randint(len(hostile), (numel,), generator=generator)]
-        versions[k] = torch.where(strewn, chosen, values)
+        versions[k] = torch.where(is_hostile, chosen, values)
     return [values.to(dtype) for values, dtype in zip(versions, types, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of every backend: operands, segments, batches."""
+"""What a backend is called with: operands, segments, batches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .rule import Rule
 
 
 class Operand(NamedTuple):
-    """A run of elements of one model's version of one tensor, contiguous in memory.
+    """Consecutive elements of one version of one tensor.
 
-    address: of the first element, in bytes; any alignment.
-    dtype: storage type, a key of FLOAT_SIZES.
-    owner: keeps the address valid for as long as work on it may run: a contiguous torch
-        tensor, of any shape, that covers the run (on a device, the only way to reach it), or anything with a
-        writable buffer.
+    Attributes:
+        address: Of the first element, in bytes; any alignment.
+        dtype: The storage type, a key of FLOAT_SIZES.
+        owner: What keeps the address valid while a kernel may use it: a contiguous torch tensor of any shape that
+            covers the elements, or on the CPU anything with a writable buffer.
     """
 
     address: int
@@ -25,9 +25,13 @@ class Operand(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A run of elements of one tensor, with one stream per model.
+    """Consecutive elements of one tensor, in all versions.
 
-    base None means zeros; out None means count only; out may be the base.
+    Attributes:
+        numel: The number of elements.
+        base: The base's elements; None means zeros.
+        models: One operand for each model.
+        out: Where the result is written, which may be the base; None means that elements are counted only.
     """
 
     numel: int
@@ -37,11 +41,12 @@ class Segment(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a kernel is specialised on: every segment of a batch has the same.
+    """What a kernel is specialised on. All segments of a batch have the same signature.
 
-    result: storage type of the base and of the output.
-    models: storage type of each model's stream.
-    task_vectors: the models' streams hold d_k, not x_k.
+    Attributes:
+        result: The storage type of the base and of the output.
+        models: The storage type of each model.
+        task_vectors: Whether the models' operands hold d_k, not x_k.
     """
 
     result: str
@@ -50,12 +55,19 @@ class Signature(NamedTuple):
 
     @property
     def arithmetic(self) -> str:
-        """F64 if anything is stored as F64, else F32."""
+        """The dtype of the arithmetic: F64 if anything is stored as F64, else F32."""
         return "F64" if "F64" in (self.result, *self.models) else "F32"
 
 
 def segment_at(numel: int, signature: Signature, addresses: Sequence[int], owners: Sequence[Any]) -> Segment:
-    """A segment that is merged into its base, from the addresses and owners of the base and of each model."""
+    """Build a segment that is merged into its base.
+
+    Args:
+        numel: The number of elements.
+        signature: The storage types of the base and of each model.
+        addresses: Where the base and each model lie.
+        owners: What keeps each of these addresses valid.
+    """
     dtypes = (signature.result, *signature.models)
     base, *models = [Operand(*each) for each in zip(addresses, dtypes, owners, strict=True)]
     return Segment(numel, base, models, base)
@@ -63,7 +75,7 @@ def segment_at(numel: int, signature: Signature, addresses: Sequence[int], owner
 
 @dataclass(frozen=True)
 class Batch:
-    """All segments of one device and one signature: one call of a backend, whatever their number."""
+    """Segments of one device and one signature, merged by one call of a backend."""
 
     device: str
     signature: Signature
@@ -71,7 +83,7 @@ class Batch:
 
 
 class Counts(Protocol):
-    """int64[segments, 2]: agreed and non-finite elements, an array of numpy or a tensor on its device."""
+    """int64[segments, 2], agreed and non-finite elements: a NumPy array, or a tensor on the batch's device."""
 
     def tolist(self) -> Any: ...
 
@@ -79,7 +91,7 @@ class Counts(Protocol):
 class Merge(Protocol):
     """The one function of a backend. It writes the outputs and returns the counts, without waiting for a device.
 
-    threads: how many may work on it, where they are the CPU's; None: as many as usual.
+    threads is the number of CPU threads to use; None means the usual number.
     """
 
     def __call__(self, batch: Batch, rule: Rule, threads: int | None = None) -> Counts: ...

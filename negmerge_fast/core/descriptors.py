@@ -1,4 +1,4 @@
-"""A batch as the integers that kernels are given: they know neither torch nor numpy."""
+"""Batches packed into integers for the kernels, which know neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .dtypes import DTYPE_CODES
 
 
 def pack_descriptors(batch: Batch) -> np.ndarray[Any, Any]:
-    """int64[segments, 3 + n]: elements, then the addresses of base, out and the models; 0 where there is none."""
+    """Pack a batch as int64[segments, 3 + n]: elements, then the addresses of base, out and the models, or 0."""
     rows = [
         (
             segment.numel,
@@ -29,10 +29,12 @@ def pack_descriptors(batch: Batch) -> np.ndarray[Any, Any]:
 
 
 def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
-    """What a kernel on a device reads, and the number of its tiles, each of so many elements of one segment.
+    """Pack a batch for a kernel on a device. A segment is cut into tiles of `tile` elements, the last one shorter.
 
-    int64[segments + 1, 2], the tiles before each segment and whether all its addresses are multiples of 16; then the
-    table; then the models' storage types, a byte each.
+    Returns:
+        One array of int64, and the number of tiles. In the array come int64[segments + 1, 2], the number of tiles before
+        each segment and whether all its addresses are multiples of 16; then the descriptors; then the models' storage
+        types, a byte each.
     """
     descriptors = pack_descriptors(batch)
     tiles = np.zeros((len(descriptors) + 1, 2), np.int64)
@@ -44,7 +46,7 @@ def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]
 
 
 def upload(memory: np.ndarray[Any, Any], device: str) -> torch.Tensor:
-    """int64 on a device, where work on its current stream may read it; waits for nothing."""
+    """Copy int64 to a device, ordered with the device's current stream; waits for nothing."""
     import torch
 
     target_device = torch.device(device)
@@ -52,13 +54,13 @@ def upload(memory: np.ndarray[Any, Any], device: str) -> torch.Tensor:
         return torch.from_numpy(memory)
     if target_device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return upload_in_launches(memory, target_device)
-    # From pinned memory, or the copy would wait for all that the stream has to do. torch's allocators give neither to
-    # anybody before this stream is done with them.
+    # Pinned memory, or the copy would wait for the whole stream. torch's allocators reuse neither the pinned nor the
+    # device memory before this stream is done with it.
     return torch.from_numpy(memory).pin_memory().to(target_device, non_blocking=True)
 
 
 def upload_in_launches(memory: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """upload for a CUDA graph: a copy would be repeated from memory that is gone by then; these numbers travel in launches."""
+    """upload into a CUDA graph. The graph would repeat a copy from memory freed by then; a launch keeps the numbers."""
     import torch
 
     on_device = torch.zeros(len(memory), dtype=torch.int64, device=device)

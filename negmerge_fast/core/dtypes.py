@@ -8,11 +8,12 @@ from typing import NamedTuple
 class Dtype(NamedTuple):
     """A storage type of the safetensors format.
 
-    name: as safetensors spells it; everywhere in this package a dtype is this string.
-    bits: of one element.
-    torch: the name of PyTorch's dtype; None if the type is never merged nor copied as an integer.
-    numpy: the dtype string in a .npy file; None if no .npy file of that type is merged.
-    code: the number that the kernels know it by (csrc/batch.h, kernels/merge.py); None if it is not merged.
+    Attributes:
+        name: As safetensors spells it. A dtype is this string everywhere else in the package.
+        bits: Of one element.
+        torch: The name of PyTorch's dtype; None if tensors of this type are neither merged nor copied.
+        numpy: The dtype string of a .npy file; None if such files are not merged.
+        code: The number that stands for it in the kernels (csrc/batch.h, kernels/merge.py); None if it is not merged.
     """
 
     name: str
@@ -46,7 +47,7 @@ DTYPES = (
     Dtype("I32", 32, "int32"),
     Dtype("U64", 64, "uint64"),
     Dtype("I64", 64, "int64"),
-    # Readable, so that a message can name them, but neither merged nor copied.
+    # Known only so that a header is checked: these are neither merged nor copied.
     Dtype("F8_E5M2", 8),
     Dtype("F8_E4M3", 8),
     Dtype("F8_E8M0", 8),
@@ -66,10 +67,11 @@ FLOAT_SIZES = {dtype.name: dtype.bits // 8 for dtype in DTYPES if dtype.is_float
 
 INTEGER_DTYPES = frozenset(dtype.name for dtype in DTYPES if dtype.is_integer)
 
-# Names of PyTorch's dtypes; backends/pytorch.py has the dtypes themselves.
+# Names of PyTorch's dtypes. backends/pytorch.py has the dtypes themselves: core imports no torch.
 TORCH_NAMES = {dtype.name: dtype.torch for dtype in DTYPES if dtype.torch is not None}
 
-# From the dtype string of a .npy file.
+# Names by the dtype string of a .npy file.
 NUMPY_DTYPES = {dtype.numpy: dtype.name for dtype in DTYPES if dtype.numpy is not None}
 
+# Numbers that stand for dtypes in the kernels.
 DTYPE_CODES = {dtype.name: dtype.code for dtype in DTYPES if dtype.code is not None}

@@ -1,4 +1,4 @@
-"""Errors of one line."""
+"""Errors in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def escape(text: str) -> str:
-    """Text in one line, and nothing in it that a terminal obeys: what is not printable is written as in a literal."""
+    """Escape what is not printable, as in a string literal: the result is one line without control characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -17,7 +17,7 @@ _SHORT_REPR.maxlist = _SHORT_REPR.maxtuple = 8
 
 
 def short_repr(value: object) -> str:
-    """The repr of what a file says, which may be a name of a megabyte or a thousand lists in each other."""
+    """A repr of bounded length: what a file says may be a name of a megabyte or a thousand nested lists."""
     return _SHORT_REPR.repr(value)
 
 
@@ -29,7 +29,7 @@ class InputError(ValueError):
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse a keyword that is none of its choices."""
+    """Raise InputError unless the value of an option is one of its choices."""
     if value not in (allowed := tuple(choices)):
         raise InputError(f"{name}: {value!r}, expected one of {', '.join(allowed)}")
 

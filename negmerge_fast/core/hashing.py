@@ -1,4 +1,4 @@
-"""Hash of bytes, written as text."""
+"""Hashes of bytes, written as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xxhash import xxh3_128
 
 
 def hash_of(*parts: Any) -> str:
-    """A hash in words: of bytes, or of runs of them one behind the other."""
+    """The xxh3_128 of byte strings one after the other, as `xxh3_128:` and hexadecimal digits."""
     hasher = xxh3_128()
     for part in parts:
         hasher.update(part)

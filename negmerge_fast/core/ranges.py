@@ -1,4 +1,4 @@
-"""Ranges of byte positions."""
+"""Half-open ranges of byte positions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """From one position in a plan to another."""
+    """The positions of a plan from begin to before end."""
 
     begin: int
     end: int
 
 
 def subtract(whole: Range, done: Iterable[Range]) -> list[Range]:
-    """What of a run is in none of others."""
+    """The ranges of a whole that none of the done ranges covers."""
     found, at = [], whole.begin
     for range_ in [*sorted(done), Range(whole.end, whole.end)]:
         if range_.begin > at:
@@ -24,7 +24,7 @@ def subtract(whole: Range, done: Iterable[Range]) -> list[Range]:
 
 
 def between(ranges: Sequence[Range], begin: int, end: int) -> list[Range]:
-    """Of runs in a row, what lies between two numbers of their bytes."""
+    """Slice consecutive ranges as if their bytes were one array: what lies between two offsets in it."""
     found = []
     at = 0
     for range_ in ranges:

@@ -1,4 +1,4 @@
-"""The rule of NegMerge, and the words every backend speaks. No torch, no files, no names of tensors.
+"""The rule of NegMerge, to the bit.
 
 For one element, with base weight b, fine-tuned weights x_1 ... x_n and scale λ (arXiv 2410.05583, section 4):
 
@@ -8,15 +8,15 @@ For one element, with base weight b, fine-tuned weights x_1 ... x_n and scale λ
 
 To the bit, so that every backend gives the same bits:
 
-- Arithmetic type: float64 if the base or any fine-tuned version is stored as F64, else float32; λ is rounded to it once.
-- The sum starts at +0 and adds d_1, d_2, … in the order the models were given; the mean is one IEEE division by n;
-  then t = λ · (-mean), rounded; then b + t, rounded; no fused multiply-add; subnormals are kept. Then
-  round-to-nearest-even to the base's storage type (from float64 to F16 or BF16 by way of float32).
+- The arithmetic type is float64 if the base or any model is stored as F64, else float32. λ is rounded to it once.
+- The sum starts at +0 and adds d_1, d_2, … in the order the models were given. The mean is one IEEE division by n.
+  Then t = λ · (-mean), rounded; then b + t, rounded. There is no fused multiply-add, and subnormals are kept.
+  The result is rounded to the base's storage type, to nearest even (from float64 to F16 or BF16 by way of float32).
 - A zero difference is no agreement. An element that does not agree keeps the base's bits, NaN payloads included.
-- An element is non-finite when b, any d_k, or the result after rounding to storage is not finite: it keeps the
+- An element is non-finite when b, any d_k, or the result after rounding to storage is not finite. It keeps the
   base's bits, and is counted as non-finite and not as agreed.
-- min_agreement t > 0.5: agree when the larger of #(d>0) and #(d<0) is at least ceil(t·n - 1e-9); the mean is then over
-  the agreeing models only, added in the same order, divided by their number.
+- With min_agreement t, an element agrees when the larger of #(d>0) and #(d<0) is at least ceil(t·n - 1e-9) and more
+  than n/2. The mean is then over the agreeing models only, added in the same order and divided by their number.
 """
 
 from __future__ import annotations
@@ -36,16 +36,21 @@ NonFinite = Literal["keep-base", "error"]
 class Rule:
     """What to compute, apart from the data.
 
-    scale: λ, any finite number (the paper searches 0 … 1). One that overflows the arithmetic type makes every element
-        that agrees non-finite.
-    min_agreement: the share of models, in (0.5, 1], that must agree on the sign; 1.0 is the paper's unanimity.
+    Attributes:
+        scale: λ, any finite number (the paper searches 0 … 1). One that overflows the arithmetic type makes every element
+            that agrees non-finite.
+        min_agreement: The fraction of the models, in (0.5, 1], that must agree on the sign. 1.0 is the paper's unanimity.
+
+    Raises:
+        InputError: If a number is out of range.
+        TypeError: If it is no number.
     """
 
     scale: float
     min_agreement: float = 1.0
 
     def __post_init__(self) -> None:
-        # As floats from here on: -scale of an unsigned or of an int would be another number, or another zero.
+        # Floats from here on: -scale of an unsigned integer is another number, and of the integer 0 another zero.
         for name in ("scale", "min_agreement"):
             object.__setattr__(self, name, _as_float(name, getattr(self, name)))
         if not math.isfinite(self.scale):
@@ -54,8 +59,8 @@ class Rule:
             raise InputError(f"min_agreement: {self.min_agreement}, expected more than 0.5 and at most 1")
 
     def required(self, models: int) -> int:
-        """How many of the models must agree on the sign of an element."""
-        # Never half of them: for a min_agreement within rounding of 0.5 both signs could reach that.
+        """Return how many of the models must agree on the sign of an element."""
+        # Always more than half: with a min_agreement within rounding of 0.5 both signs could reach half.
         return max(math.ceil(self.min_agreement * models - 1e-9), models // 2 + 1)
 
 

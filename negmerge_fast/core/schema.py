@@ -1,4 +1,4 @@
-"""Whether the versions of a model fit each other: names, shapes and kinds of type. Pure: no torch, no files."""
+"""Comparison of a base and its models: names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from .dtypes import FLOAT_SIZES, INTEGER_DTYPES
 
-# Mismatches that are told; of two models that have nothing in common there are as many as tensors.
+# Mismatches in one error: two models with nothing in common have as many as they have tensors.
 MAX_REPORTED = 20
 
 
 class TensorSpec(NamedTuple):
-    """dtype: spelled as safetensors spells it."""
+    """The dtype, as safetensors spells it, and the shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -26,12 +26,19 @@ def mismatches(
     task_vectors: bool = False,
     reference: str = "base",
 ) -> list[str]:
-    """What keeps the models from being merged into the base, one phrase each; empty if nothing does.
+    """Find why the models cannot be merged into the base.
 
-    Of many, the first ones, and how many more there are.
+    Integer and bool tensors are copied from the base, so task vectors need not have them.
 
-    where: names a tensor of the base (None) or of a model (its number from 0); reference: what to call the base. Integer and bool
-    tensors are the base's, untouched, so task vectors need not have them.
+    Args:
+        base: The specs of the base's tensors.
+        models: The specs of each model's tensors.
+        where: Names a tensor, of the base (None) or of a model (its number from 0).
+        task_vectors: Whether the models are task vectors.
+        reference: What messages call the base.
+
+    Returns:
+        One phrase for each mismatch, at most MAX_REPORTED and then how many more there are; empty if all fits.
     """
     found = _mismatches(base, models, task_vectors, reference)
     messages = [f"{where(k, name)}: {problem}" for k, name, problem in islice(found, MAX_REPORTED)]

@@ -1,4 +1,4 @@
-"""Counts of a merge, per tensor and in all."""
+"""Counts of a merge, for each tensor and in all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from .batch import Counts
 
 @dataclass(frozen=True)
 class TensorStats:
-    """elements: of the tensor. agreed: those that were changed by the rule. nonfinite: those kept because not finite."""
+    """Counts of one tensor.
+
+    Attributes:
+        elements: Elements of the tensor.
+        agreed: Elements that the rule changed.
+        nonfinite: Elements that kept the base's bits because something was not finite.
+    """
 
     elements: int = 0
     agreed: int = 0
@@ -23,20 +29,23 @@ class TensorStats:
 
 
 class Stats:
-    """What a merge counted, per tensor and in all. Counts stay on their device until one of the numbers is read."""
+    """Counts of a merge, for each tensor and in all.
+
+    Counts stay on their device until one of the numbers is read.
+    """
 
     def __init__(self) -> None:
         self._counted: dict[str, TensorStats] = {}
         self._pending: list[tuple[Sequence[tuple[str, int]], Counts]] = []
 
     def add(self, segments: Sequence[tuple[str, int]], counts: Counts) -> None:
-        """Take the counts of one batch; segments: the tensor's name and the number of elements of each of its segments."""
+        """Take the counts of one batch. segments has the tensor's name and the number of elements of each segment."""
         self._pending.append((segments, counts))
-        if len(self._pending) >= 1024:  # so that a long job's counts don't pile up
+        if len(self._pending) >= 1024:  # a long job must not pile up counts
             self._count()
 
     def include(self, tensors: Mapping[str, TensorStats]) -> None:
-        """Take what was counted elsewhere."""
+        """Add the counts of other merges, by tensor."""
         self._count()
         for name, counted in tensors.items():
             before = self._counted.get(name)
@@ -51,25 +60,28 @@ class Stats:
 
     @property
     def tensors(self) -> Mapping[str, TensorStats]:
-        """Per tensor, in the order they were merged. Integer and bool tensors are not in it."""
+        """Counts of each tensor, in the order they were merged. Integer and bool tensors are not in it."""
         self._count()
         return self._counted
 
     @property
     def elements(self) -> int:
+        """Elements that were merged."""
         return sum(t.elements for t in self.tensors.values())
 
     @property
     def agreed(self) -> int:
+        """Elements that the rule changed."""
         return sum(t.agreed for t in self.tensors.values())
 
     @property
     def nonfinite(self) -> int:
+        """Elements that kept the base's bits because something was not finite."""
         return sum(t.nonfinite for t in self.tensors.values())
 
     @property
     def consensus_ratio(self) -> float:
-        """agreed / elements; 0 when there is nothing to merge."""
+        """agreed / elements; 0 if there was nothing to merge."""
         return self.agreed / self.elements if self.elements else 0.0
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernel: read, not run, so that no GPU is needed."""
+"""The machine code that nvcc makes of the CUDA kernel: read, not run, so that no GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cuobjdump import tools
 
 from negmerge_fast.backends.native import build_info
 
-# Arithmetic and storage type, whether models are stored alike, and rule, as they stand in a mangled name.
+# Arithmetic and storage type, whether models are stored as the base, and rule, as they stand in a mangled name.
 KERNELS = [
-    f"merge_tilesI{arithmetic}NS_{len(storage)}{storage}ELb{alike}ENS_{len(rule)}{rule}E"
+    f"merge_tilesI{arithmetic}NS_{len(storage)}{storage}ELb{same_dtype}ENS_{len(rule)}{rule}E"
     for arithmetic, storages in (("f", ("F32", "F16", "BF16")), ("d", ("F64", "F32", "F16", "BF16")))
     for storage in storages
-    for alike in ((0, 1) if arithmetic == "f" or storage == "F64" else (0,))
+    for same_dtype in ((0, 1) if arithmetic == "f" or storage == "F64" else (0,))
     for rule in ("Unanimous", "Majority")
 ]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 def tools() -> str | None:
     """A folder with cuobjdump and nvdisasm: on the path, or of the packages nvidia-cuda-cuobjdump or triton."""
-    places = [Path(tool).parent for tool in [shutil.which("cuobjdump")] if tool]
+    folders = [Path(tool).parent for tool in [shutil.which("cuobjdump")] if tool]
     for package, inside in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
         if found := find_spec(package):
-            places += [Path(folder, inside) for folder in found.submodule_search_locations or []]
-    return next((str(place) for place in places if (place / "cuobjdump").exists()), None)
+            folders += [Path(folder, inside) for folder in found.submodule_search_locations or []]
+    return next((str(folder) for folder in folders if (folder / "cuobjdump").exists()), None)

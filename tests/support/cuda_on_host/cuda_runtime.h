@@ -1,4 +1,4 @@
-// As much of CUDA's runtime as csrc/merge_cuda.cu uses, on the host: a launch runs all threads of the grid one by one.
+// The part of CUDA's runtime that csrc/merge_cuda.cu uses, on the host: a launch runs all threads of the grid one by one.
 #pragma once
 
 #include <cstddef>
@@ -45,14 +45,14 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const 
   *found = {cudaMemoryTypeDevice, 0};
   return cudaSuccess;
 }
-// Seven blocks: segments begin and end in the middle of a block's run.
+// Seven blocks: segments begin and end in the middle of a block's tiles.
 inline cudaError_t cudaDeviceGetAttribute(int* count, cudaDeviceAttr, int) { return *count = 7, cudaSuccess; }
 template <class K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, K, int, std::size_t) {
   return *count = 1, cudaSuccess;
 }
 
-// The sums of a warp: a thread's n-th call adds to the n-th sum. Lane 0 comes last, and finds them whole.
+// The sums of a warp: a thread's n-th call adds to the n-th sum. Thread 0 runs last, when the sums are complete.
 struct Warp {
   std::vector<int> sums;
   std::size_t call = 0;
@@ -70,8 +70,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 grid, dim3 block, void** ar
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
     for (unsigned first = 0; first < block.x; first += 32) {
       warp = {};
-      for (unsigned lane = 32; lane-- > 0;) {
-        threadIdx.x = first + lane;
+      for (unsigned thread = 32; thread-- > 0;) {
+        threadIdx.x = first + thread;
         warp.call = 0;
         kernel(*static_cast<A*>(arguments[0]));
       }

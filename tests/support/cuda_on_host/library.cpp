@@ -1,4 +1,4 @@
-// The CUDA kernel's source as a library of the host, for ctypes.
+// The CUDA kernel compiled for the host, as a library for ctypes.
 #include "../../../csrc/merge_cuda.cu"
 
 extern "C" void merge_on_host(int result, const char* dtypes, std::int64_t models, bool task_vectors, double scale,

@@ -1,5 +1,5 @@
-// Random batches through every instruction set and several numbers of threads, for the sanitizers: each stream lies in
-// memory of its own of exactly its size, at any alignment. All ways must give the same bits and counts.
+// Random batches with every instruction set and several numbers of threads, for the sanitizers. Each operand has memory of its
+// own, of exactly its size, at any alignment. All must give the same bits and counts.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -14,9 +14,11 @@ namespace {
 
 std::mt19937_64 random_bits(1);
 
-std::int64_t random_below(std::int64_t bound) { return static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(bound)); }
+std::int64_t random_below(std::int64_t bound) {
+  return static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(bound));
+}
 
-// Bytes at any address; what lies behind them is not ours.
+// Bytes at any address; those behind them belong to nobody.
 struct Memory {
   std::unique_ptr<char[]> held;
   char* at;
@@ -32,7 +34,7 @@ struct Memory {
       const std::uint64_t bits = random_bits();
       std::memcpy(at + i, &bits, std::min<std::int64_t>(8, size - i));
     }
-    // Numbers of ordinary size, most of them.
+    // Most numbers of ordinary size.
     if (dtype == kF32 || dtype == kF64)
       for (std::int64_t i = kSizes[dtype] - 1; i < size; i += kSizes[dtype])
         if (i % 7) at[i] = static_cast<char>((at[i] & 0x80) | 0x3f);
