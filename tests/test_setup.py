@@ -21,7 +21,7 @@ spec.loader.exec_module(setup)
 
 
 @pytest.mark.parametrize(("value", "wanted"), [(None, None), ("0", False), ("1", True)])
-def test_cuda_is_asked_for_by_a_variable(value: str | None, wanted: bool | None) -> None:
+def test_a_variable_asks_for_cuda(value: str | None, wanted: bool | None) -> None:
     assert setup.cuda_wanted(value) is wanted
 
 
@@ -40,7 +40,7 @@ def test_other_values_of_the_variable_are_refused(value: str) -> None:
         ("compute_90 compute_100 compute_100f compute_140 compute_140a", [90, 140]),
     ],
 )
-def test_gpus_are_80_and_90_and_the_newest(listed: str, chosen: list[int]) -> None:
+def test_architectures_are_80_and_90_and_the_newest(listed: str, chosen: list[int]) -> None:
     assert setup.architectures(listed.replace(" ", "\n") + "\n") == chosen
 
 
@@ -94,11 +94,11 @@ def test_a_compiler_that_lists_no_gpus_is_none() -> None:
         ("-- no errors here", None),
     ],
 )
-def test_the_reason_is_the_first_error_on_one_line(output: str, error: str | None) -> None:
+def test_first_error_in_one_line(output: str, error: str | None) -> None:
     assert setup.first_error(output + "\n") == error
 
 
-def test_a_program_that_is_missing_or_fails_is_named(
+def test_message_names_a_program_that_is_missing_or_fails(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(setup.NotBuilt, match=r"^/nonexistent/nvcc: No such file or directory$"):
@@ -111,11 +111,11 @@ def test_a_program_that_is_missing_or_fails_is_named(
     assert "something" in capfd.readouterr().out
 
 
-def test_cuda_that_cannot_be_had_is_left_out_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
+def test_cuda_that_cannot_be_compiled_is_skipped_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = []
 
     def build(library: Path, cuda: bool, stays_here: bool) -> list[int]:
-        tried.append(cuda)
+        builds.append(cuda)
         if cuda:
             raise setup.NotBuilt("no nvcc on PATH")
         return []
@@ -126,23 +126,23 @@ def test_cuda_that_cannot_be_had_is_left_out_or_an_error(monkeypatch: pytest.Mon
     assert setup.build_what_can_be(Path("library.so"), stays_here=True) == no_cuda
     monkeypatch.setenv("NEGMERGE_CUDA", "0")
     assert "NEGMERGE_CUDA=0" in setup.build_what_can_be(Path("library.so"), stays_here=True)["cuda"]
-    assert tried == [True, False, False]
+    assert builds == [True, False, False]
     monkeypatch.setenv("NEGMERGE_CUDA", "1")
     with pytest.raises(SystemExit, match=r"NEGMERGE_CUDA=1, but .*: no nvcc on PATH$"):
         setup.build_what_can_be(Path("library.so"), stays_here=True)
-    assert tried == [True, False, False, True]
+    assert builds == [True, False, False, True]
 
 
 def build_without_compilers(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {
+    inherited = {
         name: value for name, value in os.environ.items() if name not in ("CXX", "CUDACXX", "NEGMERGE_CUDA")
     }
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
-    environment = {**kept, "PATH": str(folder / "empty"), **environment}
+    environment = {**inherited, "PATH": str(folder / "empty"), **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_without_a_compiler_the_build_succeeds_and_nothing_of_an_earlier_one_stays(tmp_path: Path) -> None:
+def test_without_a_compiler_the_build_succeeds_and_removes_an_earlier_library(tmp_path: Path) -> None:
     library = tmp_path / "negmerge_fast" / f"_native{native.EXTENSION_SUFFIXES[0]}"
     library.parent.mkdir()
     library.write_text("an earlier build's")

@@ -24,7 +24,7 @@ def test_build_info_is_true() -> None:
         assert reason is None or "/csrc/" not in reason, f"our own source does not compile: {reason}"
 
 
-def test_the_library_brings_no_cuda_and_no_torch_into_a_process() -> None:
+def test_library_loads_neither_cuda_nor_torch() -> None:
     pytest.importorskip("negmerge_fast._native")
     code = "import negmerge_fast._native; print(open('/proc/self/maps').read())"
     maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -33,7 +33,7 @@ def test_the_library_brings_no_cuda_and_no_torch_into_a_process() -> None:
     assert not [name for name in files if any(part in name for part in ("cuda", "nvidia", "torch", "c10"))]
 
 
-def test_without_a_file_the_reason_is_that_nothing_was_installed(
+def test_without_a_record_the_package_was_not_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native, "__file__", str(tmp_path / "build_info.py"))

@@ -31,7 +31,7 @@ def test_general_path_of_a_unanimous_rule_is_the_fast_path(
 
 
 class _Unequal(int):
-    """A number that equals nothing, so that no shortcut is taken for it."""
+    """A number that equals nothing, so that the rule is not taken for a unanimous one."""
 
     def __eq__(self, other: object) -> bool:
         return False
@@ -40,8 +40,8 @@ class _Unequal(int):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_threads_that_were_started_flushing_change_nothing(backend: str) -> None:
-    """torch's own threads keep the mode for ever: a process of its own."""
+def test_threads_started_in_flushing_mode_change_nothing(backend: str) -> None:
+    """In a process of its own: torch's threads keep the mode for ever."""
     code = """
 import sys, torch
 torch.set_num_threads(2)
@@ -92,7 +92,7 @@ def test_block_size_and_threads_change_no_bit(block: int, threads: int, n: int, 
 
 
 def test_extra_memory_is_a_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The most that is ever allocated: by a general merge in double precision, rounded to another type."""
+    """A majority rule in double precision, rounded to another dtype, allocates the most."""
     base, models = random_models(3, 1_000_000, torch.bfloat16, [torch.float64])
     monkeypatch.setattr(pytorch, "_per_thread", threading.local())
     peak = peak_allocated(lambda: merge_(base, models, scale=0.9, min_agreement=0.6, backend="torch"))

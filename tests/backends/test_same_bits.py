@@ -19,7 +19,7 @@ from negmerge_fast import Rule, merge, merge_
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
 from negmerge_fast.core.reference import plain_merge
 
-# Of models: all in a group, a group and some, many. An interpreter would take minutes for 300.
+# Numbers of models: all in one group, a group and some more, many. The interpreter would take minutes for 300.
 MODEL_COUNTS = [1, 2, 3, 8, 32, 33, 100] if CASES[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
 
 SPELLED = {dtype: name for name, dtype in STORAGE.items()}
@@ -92,7 +92,7 @@ def test_min_agreement(case: BackendCase, n: int, min_agreement: float) -> None:
 )
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
 def test_every_kind_of_quotient(case: BackendCase, dtype: str, n: int) -> None:
-    """Means of all magnitudes, next to the middle of two numbers, too: every bit of the division is stored."""
+    """Means of all magnitudes, also next to the middle of two numbers. Every bit of the quotient is stored."""
     wide = STORAGE[dtype]
     limits, generator = torch.finfo(wide), torch.Generator().manual_seed(n)
     drawn = torch.rand(40_000, generator=generator, dtype=wide) + 1
@@ -103,7 +103,7 @@ def test_every_kind_of_quotient(case: BackendCase, dtype: str, n: int) -> None:
     sums = drawn * exponents.floor().exp2().to(wide)
     middle = (drawn + limits.eps) * n  # 1 … 2, in steps: n times the middle of two, rounded
     first = torch.cat([sums, -sums, middle * (1 - limits.eps / 2), middle, middle * (1 + limits.eps)])
-    # The others change no sum, but agree.
+    # The other models agree, but are too small to change the sum.
     rest = [torch.copysign(torch.full_like(first, limits.tiny * limits.eps), first)] * (n - 1)
     check(case, torch.zeros_like(first), [first, *rest], scale=-1.0, inputs="task_vectors")
 
@@ -117,7 +117,7 @@ def test_any_scale(case: BackendCase, dtype: str, scale: float) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("task_vectors", [False, True])
 def test_every_number_of_16_bits(case: BackendCase, dtype: str, task_vectors: bool) -> None:
-    """As a base, as a fine-tuned weight, and, by way of one task vector that is doubled, as a result."""
+    """Each as a base, as a fine-tuned weight, and as the result of a single model."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(STORAGE[dtype])
     others = every.roll(12_345)
     inputs = "task_vectors" if task_vectors else "finetuned"
@@ -137,8 +137,8 @@ def test_every_rounding_to_16_bits(case: BackendCase, dtype: str, wide: str) -> 
     check(case, torch.zeros(len(around), dtype=STORAGE[dtype]), [around], scale=-1.0)
 
 
-def test_overflow_of_the_sum_is_not_yet_a_number_that_is_not_finite(case: BackendCase) -> None:
-    """Where they disagree, nothing is stored of it; an infinity among them is non-finite all the same."""
+def test_a_sum_that_overflows_without_agreement_is_not_counted_as_nonfinite(case: BackendCase) -> None:
+    """Nothing is stored without agreement. An infinite weight is counted as non-finite all the same."""
     most = torch.finfo(torch.float32).max
     base = torch.zeros(40)
     models = [torch.full((40,), most), torch.full((40,), most), torch.full((40,), -1.0)]
@@ -156,7 +156,7 @@ def run_batch(case: BackendCase, batch: Batch, rule: Rule) -> list[list[int]]:
 
 
 def placed(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> Operand:
-    """A copy of a tensor, some bytes into memory that is large enough."""
+    """Copy a tensor into memory, at an offset in bytes."""
     memory[offset : offset + tensor.nbytes] = tensor.view(torch.uint8).to(memory.device)
     return Operand(memory.data_ptr() + offset, SPELLED[tensor.dtype], memory)
 
@@ -179,7 +179,7 @@ def test_any_address(case: BackendCase, dtype: str, offset: int) -> None:
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: bool) -> None:
-    """Empty, tiny, odd and long ones, one after the other in memory; what lies between is not touched."""
+    """Empty, tiny, odd and long segments, one after the other in memory. What lies between them is not written."""
     lengths = [0, 1, 2, 0, 7, 16, 17, 1000, 4096, 1, 8191, 3, 0, 20_000, 5, 0]
     lengths += [1] * 300
     size = STORAGE[dtype].itemsize
@@ -204,7 +204,7 @@ def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: boo
     assert same_bits(written.cpu(), wanted)
 
 
-def test_no_base_is_zeros_and_no_output_is_counting(case: BackendCase) -> None:
+def test_no_base_means_zeros_and_no_output_means_counting(case: BackendCase) -> None:
     base, models = random_models(2, 1500, torch.float32, [torch.bfloat16, torch.float32])
     expected, agreed, nonfinite = plain_merge(torch.zeros_like(base), models, -1.0, task_vectors=True)
     held = [to_device(t, case) for t in (base, *models)]
@@ -294,9 +294,9 @@ def test_any_floats(param: BackendCase) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [2, 9])
 def test_threads_change_no_bit(case: BackendCase, n: int, threads: int) -> None:
-    """Enough elements for all of them; more threads than processors, too."""
+    """With enough elements for all threads, and with more threads than processors."""
     if case.device != "cpu" or case.backend == "triton":
-        pytest.skip("its threads are not ours")
+        pytest.skip("it does not use the CPU's threads")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -317,7 +317,7 @@ def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     held = [np.frombuffer(mmap.mmap(-1, 2 * numel, flags=flags), np.uint16) for _ in range(2)]
     held[1][positions] = 0x3F80  # 1.0 in bf16
     operands = [Operand(memory.ctypes.data, "BF16", memory) for memory in held]
-    # Counted are all; only so many are written as pass 2^31, for they take real memory: 4 GiB.
+    # All elements are counted. Only those up to a little over 2^31 are written, because they take real memory: 4 GiB.
     written = (1 << 31) + 70_000
     segments = [
         Segment(numel, operands[0], operands[1:], None),

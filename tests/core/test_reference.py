@@ -9,7 +9,7 @@ from negmerge_fast.core.reference import plain_merge
 
 
 def test_reference_is_the_authors_procedure_in_float32() -> None:
-    """The paper's released procedure, as it stands: sign counts, masked mean, then θ + (-λ) applied to the mean."""
+    """The procedure that the paper released: sign counts, a masked mean, then θ + (-λ) · mean."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(10_000, generator=generator)
     models = [base + torch.randn(10_000, generator=generator) * 0.1 + 0.1 for _ in range(5)]
@@ -27,7 +27,7 @@ def test_reference_is_the_authors_procedure_in_float32() -> None:
 
 
 def test_half_of_the_models_never_agree() -> None:
-    """A min_agreement within rounding of 0.5 asks for more than half all the same, as Rule.required does."""
+    """A min_agreement within rounding of 0.5 still requires more than half, as in Rule.required."""
     base, models = torch.zeros(1), [torch.ones(1), -torch.ones(1)]
     merged, agreed, _ = plain_merge(base, models, 1.0, min_agreement=0.5 + 1e-12)
     assert merged.item() == 0.0 and agreed == 0

@@ -17,7 +17,7 @@ from negmerge_fast import InputError, Rule, merge
 
 
 def test_rounding_of_float64_to_16_bits_goes_by_way_of_float32() -> None:
-    # Just above the middle of two bf16 numbers: rounded once it goes up, by way of float32 to the even one below.
+    # Just above the middle of two bf16 numbers: one rounding goes up, by way of float32 it goes to the even one below.
     value = 1.0 + 2.0**-8 + 2.0**-40
     out = merge(torch.ones(1, dtype=torch.bfloat16), [torch.tensor([value], dtype=torch.float64)], scale=-1.0)
     assert out.item() == 1.0

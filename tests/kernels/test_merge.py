@@ -21,8 +21,8 @@ SM_80, SM_90, SM_100, GFX942 = ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100,
 UNIFORM = [("F64", "F64"), ("F32", "F32"), ("F16", "F16"), ("BF16", "BF16")]
 MIXED = [("F32", "BF16"), ("BF16", "F32"), ("F64", "BF16"), ("F64", "F32"), ("F16", "F64")]
 
-# Target, types of base and models, how many models: all in a group, or a group in a loop and one more. Compiling is all
-# that takes time here: but for each type on one target, and each target with one type, that is for `make slow`.
+# Target, dtypes of base and models, number of models: all in one group, or a group in a loop and one more. Compiling takes
+# long, so that only each dtype on one target and each target with one dtype is not marked slow.
 COMPILED = [(SM_90, *types, 9) for types in UNIFORM] + [
     (target, "F32", "F32", 9) for target in (SM_80, SM_100, GFX942)
 ]
@@ -65,10 +65,10 @@ def machine_code(cubin: bytes, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("target", "result", "model", "n"), COMPILED, ids=lambda v: str(v[1]) if isinstance(v, tuple) else str(v)
 )
-def test_code(
+def test_machine_code(
     target: tuple[Any, ...], result: str, model: str, n: int, unanimous: bool, tmp_path: Path
 ) -> None:
-    """16 bytes at a time from every stream, no local memory, IEEE division, nothing fused."""
+    """It loads 16 bytes at a time of every operand, uses no local memory, divides as IEEE does and fuses nothing."""
     kernel = compiled(target, result, model, n, unanimous)
     launch, loads = wide_loads(result, model, n, unanimous)
     double = "F64" in (result, model)
@@ -76,7 +76,7 @@ def test_code(
         code = kernel.asm["amdgcn"]
         assert len(re.findall(r"\bglobal_load_dwordx4\b", code)) >= loads
         assert "scratch_" not in code and re.search(r"\.private_segment_fixed_size: 0$", code, re.MULTILINE)
-        # What is fused there belongs to the division's own expansion.
+        # Fused operations there belong to the expansion of the division.
         assert f"v_div_fixup_f{64 if double else 32}" in code
         assert not re.search(
             r"\bcontract\b|\bllvm\.fmuladd|\bllvm\.fma|\bfast\b|\barcp\b", kernel.asm["llir"]
@@ -85,7 +85,7 @@ def test_code(
     ptx = kernel.asm["ptx"]
     assert f"div.rn.f{64 if double else 32}" in ptx
     assert not re.search(r"\bfma\.|\bmad\.\S*f\d|\bdiv\.(approx|full)|\.ftz|\brcp\.", ptx)
-    # Only what is aligned is evicted first.
+    # Only loads of aligned segments are marked evict_first.
     widths = re.findall(r"\bld\.global\S*?evict_first\S*?\.((?:v\d\.)?b\d+) ", ptx)
     assert len(widths) >= loads
     narrow = launch.elements * min(SIZES[result], SIZES[model]) < 16
@@ -97,7 +97,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def wide_loads(result: str, model: str, n: int, unanimous: bool) -> tuple[Any, int]:
-    """How the kernel is launched, and how many loads of 16 bytes, or of what there is, stand in its code."""
+    """The launch parameters, and the number of loads of 16 bytes, or of all there is, in the code."""
     from negmerge_fast.kernels.launch import usual_launch
 
     launch = usual_launch(Signature(result, (model,) * n, False), unanimous)

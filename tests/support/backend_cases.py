@@ -49,7 +49,7 @@ class BackendCase(NamedTuple):
 
     @contextmanager
     def chosen(self) -> Iterator[Merge]:
-        """While it lasts, a merge with this backend's name is done by this case."""
+        """A context in which a merge with this backend's name is done by this case."""
         with pytest.MonkeyPatch.context() as patch:
             if self.instruction_set:
                 patch.setenv("NEGMERGE_CPU", self.instruction_set)
@@ -58,10 +58,10 @@ class BackendCase(NamedTuple):
             yield registry.choose(self.backend, self.device)[1]
 
 
-# The CUDA kernel's source, compiled for the host: all but the device's own conversions of F16, streams and warps.
+# The CUDA kernel's source compiled for the host: all but the GPU's own conversions of F16, streams and warps.
 ON_HOST = BackendCase("cuda", "host")
 
-# Triton's interpreter, in a process of its own: every kernel there is run by it.
+# Triton's interpreter. TRITON_INTERPRET=1 holds for all kernels of a process.
 INTERPRETED = BackendCase("triton")
 
 CASES = [
@@ -101,7 +101,7 @@ def quicken_interpreter() -> None:
 
 @cache
 def _library(wrong: tuple[str, str] | None = None) -> Any:
-    """The CUDA kernel for the host; wrong: text of merge_rule.h, and what replaces it."""
+    """The CUDA kernel compiled for the host. wrong: text of merge_rule.h, and what replaces it."""
     source = HERE / "cuda_on_host" / "library.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ STORAGE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Bit for bit, NaN payloads and the sign of zero included."""
+    """Compare tensors bit for bit, NaN payloads and the sign of zero included."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     left_bytes, right_bytes = (
@@ -22,11 +22,13 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def peak_allocated(call: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had given out during a call, on top of what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    """The peak of the bytes that torch allocates during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     changes = [
-        (e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"
+        (e.start_ns(), e.nbytes())
+        for e in profiled.profiler.kineto_results.events()
+        if e.name() == "[memory]"
     ]
     held = peak = 0
     for _, change in sorted(changes):

@@ -1,4 +1,4 @@
-"""The programs that read a compiled CUDA kernel."""
+"""Where cuobjdump is, which disassembles CUDA kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def tools() -> str | None:
-    """A folder with cuobjdump and nvdisasm: on the path, or of the packages nvidia-cuda-cuobjdump or triton."""
+    """The folder of cuobjdump and nvdisasm: on PATH, or in the package nvidia-cuda-cuobjdump or triton."""
     folders = [Path(tool).parent for tool in [shutil.which("cuobjdump")] if tool]
     for package, inside in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
         if found := find_spec(package):
