@@ -359,7 +359,7 @@ def _launch(batch: Batch, rule: Rule) -> Launch:
 
 
 def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
-    """Launch a merge with these parameters; bench/tune_gpu.py and the search call it with others than merge does."""
+    """Launch a merge with these parameters; bench/tuning/tune_gpu.py and the search call it with others than merge does."""
     models = len(batch.signature.models)
     required = rule.required(models)
     memory, tiles = pack_for_device(batch, launch.tile)
