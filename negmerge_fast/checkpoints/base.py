@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..core.schema import TensorSpec
-from .reader import File
+from .reader import File, Reader
 
 
-@dataclass(frozen=True, slots=True)  # there are as many as tensors times models
-class TensorRef:
-    """Where the bytes of a tensor are: little-endian, in row-major order."""
+# There are as many of both as tensors times models: tuples are small, and quickly made.
+class ByteRange(NamedTuple):
+    """Consecutive bytes of a file."""
 
-    spec: TensorSpec
     file: File
     offset: int
     nbytes: int
@@ -21,6 +21,19 @@ class TensorRef:
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
+
+    def read_into(
+        self, reader: Reader, buffer: memoryview, begin: int = 0, release: bool = False
+    ) -> bool | None:
+        """Fill a buffer with the bytes from `begin` on, and return what Reader.read_into does."""
+        return reader.read_into(self.file, self.offset + begin, buffer, release)
+
+
+class TensorRef(NamedTuple):
+    """A tensor of a checkpoint: what it is, and where its bytes are (little-endian, in row-major order)."""
+
+    spec: TensorSpec
+    source: ByteRange
 
     @property
     def numel(self) -> int:

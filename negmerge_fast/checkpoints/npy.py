@@ -14,7 +14,7 @@ from ..core.dtypes import NUMPY_DTYPES
 from ..core.errors import InputError, first_line, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
-from .base import Checkpoint, TensorRef
+from .base import ByteRange, Checkpoint, TensorRef
 from .reader import File
 from .strict_json import is_shape
 
@@ -55,5 +55,5 @@ def open_file(path: Path) -> Checkpoint:
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
     file = replace(file, header=hash_of(head.getbuffer()[: head.tell()]))
-    tensor = TensorRef(TensorSpec(NUMPY_DTYPES[dtype.str], tuple(shape)), file, head.tell(), nbytes)
+    tensor = TensorRef(TensorSpec(NUMPY_DTYPES[dtype.str], tuple(shape)), ByteRange(file, head.tell(), nbytes))
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

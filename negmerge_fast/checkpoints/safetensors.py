@@ -16,7 +16,7 @@ from ..core.dtypes import DTYPE_BITS
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
-from .base import Checkpoint, TensorRef
+from .base import ByteRange, Checkpoint, TensorRef
 from .reader import File
 from .strict_json import are_sizes, is_shape, parse_json
 
@@ -57,14 +57,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     tensors = {
         sys.intern(name): _tensor(file, 8 + length, name, entry, specs) for name, entry in header.items()
     }
-    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)))
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].source[1:]))
     position = 8 + length
-    for name, tensor in ordered.items():
-        if tensor.offset != position:
+    for name, (_, (_, offset, nbytes)) in ordered.items():
+        if offset != position:
             raise InputError(
-                f"{path}: tensor {short_repr(name)} begins at byte {tensor.offset}, expected {position}: offsets overlap or leave holes"
+                f"{path}: tensor {short_repr(name)} begins at byte {offset}, expected {position}: offsets overlap or leave holes"
             )
-        position = tensor.end
+        position += nbytes
     if position != file.size:
         problem = "truncated" if position > file.size else "bytes left over"
         raise InputError(f"{path}: {file.size} bytes, expected {position}: {problem}")
@@ -87,7 +87,8 @@ def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpe
         expected = f"expected {-(-bits // 8)} for {dtype} of shape {tuple(shape)}"
         raise _malformed(file, name, f"{offsets[1] - offsets[0]} bytes, {expected}")
     spec = TensorSpec(sys.intern(dtype), tuple(shape))
-    return TensorRef(specs.setdefault(spec, spec), file, start + offsets[0], offsets[1] - offsets[0])
+    source = ByteRange(file, start + offsets[0], offsets[1] - offsets[0])
+    return TensorRef(specs.setdefault(spec, spec), source)
 
 
 def _malformed(file: File, name: str, problem: str) -> InputError:

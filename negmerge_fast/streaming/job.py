@@ -375,6 +375,6 @@ class Job:
                     f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
                 )
                 raise InputError(
-                    f"{held.file.path}: tensor {short_repr(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
+                    f"{held.source.file.path}: tensor {short_repr(name)}: {what}, expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a number that is not finite was counted, and is not found again")

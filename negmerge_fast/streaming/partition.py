@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..checkpoints.base import ByteRange
 from ..core.ranges import Range
-from .plan import ByteRange, Extent, Plan, TensorSlice
+from .plan import Extent, Plan, TensorSlice
 
 
 def slice_plan(plan: Plan, range_: Range) -> Iterator[Extent]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.base import Checkpoint, TensorRef
+from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.reader import File
 from ..core.batch import Signature
 from ..core.dtypes import FLOAT_SIZES
@@ -35,14 +35,6 @@ class TensorSlice(NamedTuple):
     def sizes(self) -> list[int]:
         """Bytes per element in the base and in each model."""
         return [FLOAT_SIZES[dtype] for dtype in (self.signature.result, *self.signature.models)]
-
-
-class ByteRange(NamedTuple):
-    """A run of bytes of an input file."""
-
-    file: File
-    offset: int
-    nbytes: int
 
 
 class Extent(NamedTuple):
@@ -107,7 +99,7 @@ def make_plan(
 
     def where(k: int | None, name: str) -> str:
         checkpoint = base if k is None else models[k]
-        path = checkpoint.tensors[name].file.path if name in checkpoint.tensors else checkpoint.path
+        path = checkpoint.tensors[name].source.file.path if name in checkpoint.tensors else checkpoint.path
         return f"{path}: tensor {short_repr(name)}"
 
     specs = {name: tensor.spec for name, tensor in chosen.items()}
@@ -118,7 +110,7 @@ def make_plan(
     merged = [name for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES]
     held: dict[Path, list[tuple[str, TensorRef]]] = {file.path: [] for file in base.weights.values()}
     for name in merged:
-        held[chosen[name].file.path].append((name, chosen[name]))
+        held[chosen[name].source.file.path].append((name, chosen[name]))
     extents: list[Extent] = []
     for path, file in base.weights.items():
         extents += _extents(path, file, held[file.path], models, task_vectors)
@@ -155,30 +147,31 @@ def _extents(
 ) -> Iterator[Extent]:
     """Cover one file of the base; held: its tensors to merge."""
     position = 0
-    run: list[list[TensorRef]] = []
+    neighbours: list[list[ByteRange]] = []
     slices: list[TensorSlice] = []
 
     def finished() -> Extent:
-        columns = zip(*run, strict=True)
+        columns = zip(*neighbours, strict=True)
         sources = [ByteRange(c[0].file, c[0].offset, c[-1].end - c[0].offset) for c in columns]
         return Extent(path, sources, slices)
 
-    for name, tensor in sorted(held, key=lambda item: (item[1].offset, item[1].end)):
+    for name, tensor in sorted(held, key=lambda item: item[1].source[1:]):
         versions = [tensor, *(model.tensors[name] for model in models)]
-        if run and not all(_adjacent(last, here) for last, here in zip(run[-1], versions, strict=True)):
+        sources = [version.source for version in versions]
+        if neighbours and not all(map(_adjacent, neighbours[-1], sources)):
             yield finished()
-            run, slices = [], []
-        if not run and tensor.offset > position:
-            yield Extent(path, [ByteRange(file, position, tensor.offset - position)], [])
+            neighbours, slices = [], []
+        if not neighbours and tensor.source.offset > position:
+            yield Extent(path, [ByteRange(file, position, tensor.source.offset - position)], [])
         signature = Signature(tensor.spec.dtype, tuple(v.spec.dtype for v in versions[1:]), task_vectors)
-        run.append(versions)
+        neighbours.append(sources)
         slices.append(TensorSlice(name, 0, tensor.numel, signature))
-        position = tensor.end
-    if run:
+        position = tensor.source.end
+    if neighbours:
         yield finished()
     if file.size > position:
         yield Extent(path, [ByteRange(file, position, file.size - position)], [])
 
 
-def _adjacent(last: TensorRef, here: TensorRef) -> bool:
-    return last.file is here.file and last.end == here.offset
+def _adjacent(previous: ByteRange, current: ByteRange) -> bool:
+    return previous.file is current.file and previous.end == current.offset

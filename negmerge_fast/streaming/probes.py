@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..backends import registry
+from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
 from ..core.batch import Batch, Signature, segment_at
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
 from ..runtime.device import DeviceBuffers
-from .plan import ByteRange, Plan
+from .plan import Plan
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ def h2d_bandwidth(device: str) -> float:
 
 def read_bandwidth(plan: Plan, threads: int) -> tuple[float, bool | None]:
     """How fast files come, and whether from memory: strokes at random places, read by so many threads."""
-    strokes = list(_sample(plan, max(_MIN_SAMPLES, 8 * threads)))
+    samples = list(_sample(plan, max(_MIN_SAMPLES, 8 * threads)))
     buffers = min(len(plan.models) + 1, _MAX_BUFFERS)
     began = 0.0
 
@@ -96,9 +97,10 @@ def read_bandwidth(plan: Plan, threads: int) -> tuple[float, bool | None]:
         done, cached = 0, []
         ready.wait()
         with Reader(8) as reader:
-            for k, (file, offset, size) in enumerate(strokes[worker::threads]):
-                cached.append(reader.read_into(file, offset, memory[k % buffers].data[:size]))
-                done += size
+            for k, source in enumerate(samples[worker::threads]):
+                buffer = memory[k % buffers].data[: source.nbytes]
+                cached.append(source.read_into(reader, buffer))
+                done += source.nbytes
         return done, cached
 
     with _pool(threads) as pool:

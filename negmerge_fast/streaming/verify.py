@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..backends import registry
+from ..checkpoints.base import ByteRange
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File, Reader
 from ..core.dtypes import FLOAT_SIZES
@@ -29,7 +30,7 @@ from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from .partition import chunks
-from .plan import ByteRange, Extent, Plan, make_plan
+from .plan import Extent, Plan, make_plan
 from .progress import ChunkResult
 from .worker import batches
 
@@ -206,7 +207,7 @@ def _hasher(sums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callab
 
         def work(chunk: Extent) -> ChunkResult:
             (source,) = chunk.sources
-            reader.read_into(source.file, source.offset, buffer[: source.nbytes], release)
+            source.read_into(reader, buffer[: source.nbytes], release=release)
             sums.add(chunk.path, source.offset, buffer[: source.nbytes])
             return ChunkResult(source.nbytes)
 
@@ -237,7 +238,7 @@ def _compare(out: _Output, plan: Plan, sample: Sequence[Extent], advance: Callab
             sources = [*chunk.sources, ByteRange(file, base.offset, base.nbytes)]
             buffers = lane.reserve([source.nbytes for source in sources])
             for source, buffer in zip(sources, buffers, strict=True):
-                reader.read_into(source.file, source.offset, buffer)
+                source.read_into(reader, buffer)
             addresses, owner = lane.addresses()
             for batch, _ in batches(chunk, "cpu", addresses[:-1], owner):
                 merge(batch, out.manifest.recipe.rule)
@@ -252,18 +253,22 @@ def _difference(plan: Plan, chunk: Extent, place: int, found: _Bytes, expected: 
     """What differs at a byte of a piece: an element, where it was merged, or the byte."""
     base = chunk.sources[0]
     at = base.offset + place
-    inside = ((n, t) for n, t in plan.base.tensors.items() if t.file is base.file and t.offset <= at < t.end)
-    name, tensor = next(inside, ("", None))
+    holding = (
+        (name, tensor)
+        for name, tensor in plan.base.tensors.items()
+        if tensor.source.file is base.file and tensor.source.offset <= at < tensor.source.end
+    )
+    name, tensor = next(holding, ("", None))
     if tensor is None:
         return f"byte {at} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
     if not chunk.slices:
-        where = f"tensor {name!r}: byte {at - tensor.offset}"
+        where = f"tensor {name!r}: byte {at - tensor.source.offset}"
         return f"{where} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
     dtype = tensor.spec.dtype
     size = FLOAT_SIZES[dtype]
-    element = (at - tensor.offset) // size
+    element = (at - tensor.source.offset) // size
     index = tuple(int(i) for i in np.unravel_index(element, tensor.spec.shape))
-    start = tensor.offset + element * size - base.offset
+    start = tensor.source.offset + element * size - base.offset
     was, should = (_number(run[start : start + size].tobytes(), dtype) for run in (found, expected))
     return f"tensor {name!r}: {was} at {index}, expected {should}"
 

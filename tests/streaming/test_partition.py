@@ -43,7 +43,7 @@ def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[objec
                 ]
                 for k, (version, size) in enumerate(zip(versions, tensor_slice.sizes, strict=True)):
                     if tensor_slice.numel:
-                        assert at[k] == version.offset + tensor_slice.start * size
+                        assert at[k] == version.source.offset + tensor_slice.start * size
                     at[k] += tensor_slice.numel * size
             if chunk.slices:
                 assert at == [source.offset + source.nbytes for source in chunk.sources]

@@ -17,13 +17,14 @@ from late_stream import DEVICE, LateStream, gpu  # noqa: F401
 
 import negmerge_fast as nm
 from negmerge_fast.backends import native, registry
+from negmerge_fast.checkpoints.base import ByteRange
 from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.core.batch import Signature
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.streaming import api, skipping
-from negmerge_fast.streaming.plan import ByteRange, Extent, TensorSlice
+from negmerge_fast.streaming.plan import Extent, TensorSlice
 
 Tensors = dict[str, torch.Tensor]
 

@@ -307,7 +307,8 @@ def test_options_out_of_range(folder: Path, options: Any) -> None:
 def element(name: str, index: int) -> tuple[Path, int]:
     """Where an element of the output's tensor begins."""
     tensor = open_checkpoint("out").tensors[name]
-    return tensor.file.path, tensor.offset + index * tensor.nbytes // tensor.numel
+    source = tensor.source
+    return source.file.path, source.offset + index * source.nbytes // tensor.numel
 
 
 @pytest.mark.parametrize(
