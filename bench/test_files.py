@@ -29,6 +29,7 @@ from negmerge_fast.benchmark.timing import Timing
 from negmerge_fast.benchmark.workload import SCALE, Lacking, Workload
 from negmerge_fast.runtime.buffers import Timeline
 from negmerge_fast.streaming.api import prepare
+from negmerge_fast.streaming.options import MergeOptions
 
 WEIGHTS, MODELS, TENSORS = "model.safetensors", 8, 16
 CHUNK = os.urandom(256 << 10)  # random, so that no disk can compress it
@@ -120,10 +121,10 @@ def test_files(case: Case, files: Files, time: Callable[..., None], build: Path,
 
 def _merge(case: Case, paths: list[Path], out: Path, timeline: Timeline | None = None) -> nm.Report | None:
     if case.candidate != PLAIN:
-        return prepare(
-            paths[0].parent, [path.parent for path in paths[1:]], out, scale=SCALE, backend=case.candidate,
-            device=case.device, memory_budget=MEMORY_BUDGET[case.device],
-        ).run(timeline=timeline)  # fmt: skip
+        budget = MEMORY_BUDGET[case.device]
+        options = MergeOptions(SCALE, backend=case.candidate, device=case.device, memory_budget=budget)
+        base, *models = [path.parent for path in paths]
+        return prepare(base, models, out, options).run(timeline=timeline)
     base, *models = map(load_file, paths)
     merged = {name: eager(tensor, [model[name] for model in models]) for name, tensor in base.items()}
     out.mkdir()

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import negmerge_fast as nm
 from negmerge_fast.benchmark.records import percentiles, record, roofline_fields
 from negmerge_fast.benchmark.timing import alternate
-from negmerge_fast.streaming import api
+from negmerge_fast.streaming import budget
 
 RESULTS = Path(__file__).parents[1] / "results" / "chunk_sizes.jsonl"
 CHUNK_BYTES = [1 << power for power in range(18, 24)]
@@ -39,12 +39,12 @@ def make(folder: Path, versions: int, dtype: torch.dtype, numel: int) -> list[Pa
 
 
 def merge(chunk_bytes: int, paths: list[Path], out: Path) -> None:
-    usual, api._MAX_CHUNK_BYTES = api._MAX_CHUNK_BYTES, chunk_bytes
+    usual, budget.MAX_CHUNK_BYTES = budget.MAX_CHUNK_BYTES, chunk_bytes
     try:
         # A budget so large that it shortens no chunk.
         nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9, memory_budget="1TiB")
     finally:
-        api._MAX_CHUNK_BYTES = usual
+        budget.MAX_CHUNK_BYTES = usual
 
 
 def roofline(paths: list[Path], out: Path) -> None:

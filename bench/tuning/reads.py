@@ -37,7 +37,8 @@ from negmerge_fast.benchmark.workload import RULE, SCALE
 from negmerge_fast.checkpoints.reader import File, Reader
 from negmerge_fast.core.batch import Batch, Operand
 from negmerge_fast.runtime.buffers import Timeline, WorkerBuffers
-from negmerge_fast.streaming import api
+from negmerge_fast.streaming import api, budget
+from negmerge_fast.streaming.options import MergeOptions
 from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import Extent, Plan
 from negmerge_fast.streaming.worker import batches
@@ -76,7 +77,7 @@ def reads(plan: Plan) -> Iterator[Merged]:
 
     with (
         Reader(versions) as reader,
-        WorkerBuffers(versions, api._MAX_CHUNK_BYTES, Timeline(kept=False)) as buffers,
+        WorkerBuffers(versions, budget.MAX_CHUNK_BYTES, Timeline(kept=False)) as buffers,
     ):
         yield merged
 
@@ -86,7 +87,7 @@ def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
     """Merges chunks in the memory map, into a buffer that stays in the cache."""
     checkpoints = (plan.base, *plan.models)
     mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
-    out = np.empty(api._MAX_CHUNK_BYTES, np.uint8)
+    out = np.empty(budget.MAX_CHUNK_BYTES, np.uint8)
 
     def advise(chunk: Extent, what: int) -> None:
         for file, offset, size in chunk.sources:
@@ -129,7 +130,7 @@ def _merge_apart(chunk: Extent, inputs: list[Any], out: Any) -> None:
 
 def run(plan: Plan, out: Path, candidate: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
     """Merge a plan of models with one file each, on several threads."""
-    coming, lock = chunks(plan.extents, api._MAX_CHUNK_BYTES), Lock()
+    coming, lock = chunks(plan.extents, budget.MAX_CHUNK_BYTES), Lock()
 
     def take() -> Extent | None:
         with lock:
@@ -163,7 +164,7 @@ def measure(
     """A row for each candidate, warm and cold, and lines that name the fastest."""
     merged, out = folder / "merged.safetensors", folder / "out.safetensors"
     usual = nm.merge_checkpoints(paths[0], paths[1:], merged, scale=SCALE, backend="torch")
-    plan = api.prepare(paths[0], paths[1:], folder / "none.safetensors", scale=SCALE).plan
+    plan = api.prepare(paths[0], paths[1:], folder / "none.safetensors", MergeOptions(SCALE)).plan
     candidates = {"positioned reads": partial(run, plan, out, reads)}
     candidates |= {
         name: partial(run, plan, out, partial(maps, advice=advice)) for name, advice in ADVICE.items()

@@ -133,11 +133,12 @@ def _prepare(
 ) -> Job:
     """Check a merge on every rank; if one fails, all fail."""
     from ..streaming.api import prepare
+    from ..streaming.options import MergeOptions
 
     jobs: list[Job] = []
 
     def check() -> None:
-        jobs.append(prepare(base, list(finetuned), output, **options))
+        jobs.append(prepare(base, list(finetuned), output, MergeOptions(**options)))
         if report is not None:
             _check_report(report, jobs[0])
 

@@ -1,65 +1,149 @@
-"""Memory that a streamed merge may take, and what it makes of it: how many lanes, and how long the strokes."""
+"""The memory that a merge of checkpoints may take: how many workers it has, and how large their chunks are."""
 
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Collection
+from typing import NamedTuple
 
+from ..backends import registry
 from ..core.errors import InputError
 from ..output import checksums
+from ..runtime import device as devices
 from ..runtime import memory
 from ..runtime.memory import parse_size
+from .options import MAX_THREADS, MergeOptions
+from .plan import Plan
 
-# The shortest stroke for one file that is worth a system call.
+# Where only one worker may merge at a time, one reads, one merges and one writes. Where all may, two still overlap.
+_SERIAL_WORKERS, _MIN_WORKERS = 3, 2
+# With a GPU, so many wait for copies, kernels and the disk while all threads read: reasoned, not measured yet.
+_WAITING_WORKERS = 2
+# Temporaries of backends/pytorch.py, SCRATCH_BYTES an element, each at most as long as a block; each worker has its own.
+_SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
+# On the CPU the best of 256 KiB … 8 MiB for 2 and 8 models, bench/results/chunk_sizes.jsonl: what was read is still in the cache
+# when it is merged. With a GPU the cache does not matter, and fewer chunks are fewer launches: reasoned, not measured yet.
+MAX_CHUNK_BYTES, MAX_DEVICE_CHUNK_BYTES = 1 << 20, 4 << 20
+# A shorter read is not worth a system call.
 _MIN_CHUNK_BYTES = 4096
-# What the interpreter's own objects take while a job runs, and what it knows of each tensor of each version.
-_OBJECTS, _OF_A_TENSOR = 4 << 20, 512
-_MIN_WORKERS = 2
+# The interpreter's own objects while a job runs, and what is known of a tensor in each version.
+_OBJECTS, _BYTES_PER_TENSOR = 4 << 20, 512
+
+
+class Allocation(NamedTuple):
+    """What a job allocates.
+
+    workers: chunks under way at once. chunk_bytes: the most bytes of a version in a chunk. memory: bytes on the host and, again,
+    on a device.
+    """
+
+    workers: int
+    chunk_bytes: int
+    memory: int
+
+
+def allocate(plan: Plan, options: MergeOptions, device: str, backends: Collection[str]) -> Allocation:
+    """Choose the workers and the chunk size of a job that fits its memory budget.
+
+    Args:
+        backends: The names of those that merge or count; the first one merges.
+
+    Raises:
+        InputError: If the budget is too small for the smallest job.
+    """
+    name, available_bytes = _available_bytes(options.memory_budget, device)
+    on_cpu = device == "cpu"
+    return fit(
+        available_bytes,
+        name,
+        models=len(plan.models),
+        tensors=sum(len(checkpoint.tensors) for checkpoint in (plan.base, *plan.models)),
+        sizes=[file.size for file in plan.files.values()],
+        workers=_max_workers(options.thread_count, device, next(iter(backends))),
+        max_chunk_bytes=MAX_CHUNK_BYTES if on_cpu else MAX_DEVICE_CHUNK_BYTES,
+        scratch=_SCRATCH if "torch" in backends else 0,
+        block=_BLOCK if on_cpu else _BLOCK_ON_DEVICE,
+    )
 
 
 def fit(
-    room: int,
-    what: str,
+    available_bytes: int,
+    name: str,
     *,
     models: int,
     tensors: int,
     sizes: Collection[int],
-    lanes: int,
-    longest: int,
+    workers: int,
+    max_chunk_bytes: int,
     scratch: int,
     block: int,
-) -> tuple[int, int, int]:
-    """As many lanes and as long strokes as there is room for, and the memory that the job then takes, in bytes.
+) -> Allocation:
+    """Choose the most workers and the largest chunks that fit; chunks shrink to an eighth before workers become fewer.
 
-    what: that there is no more room than that. tensors: of all versions together. sizes: of the output's files. scratch: how
-    many temporaries a merge has, each as long as a stroke, in a wider type perhaps, or a block. Strokes become shorter before
-    lanes become fewer, down to an eighth of the longest.
+    Args:
+        available_bytes: The most memory to take.
+        name: What sets that bound, for the error.
+        models: The number of fine-tuned models.
+        tensors: The number of tensors of all versions together.
+        sizes: The sizes of the output's files.
+        workers: The most workers.
+        max_chunk_bytes: The largest chunk.
+        scratch: The number of a merge's temporaries, each as long as a chunk in a wider type, or as a block.
+        block: The most bytes of a temporary.
     """
 
-    def needed() -> int:
-        of_a_lane = (models + 1) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
-        return lanes * of_a_lane + _OBJECTS + tensors * _OF_A_TENSOR + checksums.memory(sizes, lanes)
+    def required() -> int:
+        per_worker = (models + 1) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
+        return (
+            workers * per_worker + _OBJECTS + tensors * _BYTES_PER_TENSOR + checksums.memory(sizes, workers)
+        )
 
-    chunk_bytes = longest
-    while needed() > room and chunk_bytes > _MIN_CHUNK_BYTES:
+    chunk_bytes = max_chunk_bytes
+    while required() > available_bytes and chunk_bytes > _MIN_CHUNK_BYTES:
         chunk_bytes //= 2
-        if chunk_bytes < longest // 8 and lanes > _MIN_WORKERS:
-            lanes, chunk_bytes = max(lanes // 2, _MIN_WORKERS), longest
-    if needed() > room:
+        if chunk_bytes < max_chunk_bytes // 8 and workers > _MIN_WORKERS:
+            workers, chunk_bytes = max(workers // 2, _MIN_WORKERS), max_chunk_bytes
+    if required() > available_bytes:
         raise InputError(
-            f"{what}: {room:,} bytes, expected at least {needed():,} for {models} models and their {tensors:,} tensors"
+            f"{name}: {available_bytes:,} bytes, expected at least {required():,} "
+            f"for {models} models and their {tensors:,} tensors"
         )
-    return lanes, chunk_bytes, needed()
+    return Allocation(workers, chunk_bytes, required())
 
 
-def room(size: int | str | None) -> tuple[str, int]:
-    """What a job may take, in bytes, and what to call it; None or "auto": half of what is free now.
+def available_bytes(memory_budget: int | str | None) -> tuple[str, int]:
+    """What bounds a job's memory on the host, and how many bytes that is.
 
-    Of several processes that torchrun started on a machine, each takes its part of that.
+    Processes that torchrun started on one machine get equal parts of half the free memory.
     """
-    if size is None or size == "auto":
-        beside = os.environ.get("LOCAL_WORLD_SIZE", "")
-        return "half of the free memory", memory.free_memory() // 2 // max(
-            int(beside) if beside.isdecimal() else 1, 1
-        )
-    return "memory_budget", parse_size(size)
+    if memory_budget is None or memory_budget == "auto":
+        local_processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+        count = max(int(local_processes) if local_processes.isdecimal() else 1, 1)
+        return "half of the free memory", memory.free_memory() // 2 // count
+    return "memory_budget", parse_size(memory_budget)
+
+
+def _available_bytes(memory_budget: int | str | None, device: str) -> tuple[str, int]:
+    bounds = [available_bytes(memory_budget)]
+    if device != "cpu":
+        # Other programs cannot use page-locked memory: it is at most half of what is free.
+        bounds.append(("free memory", memory.free_memory() // 2))
+        bounds.append((f"free memory of {device}", devices.available_bytes(device)))
+    return min(bounds, key=lambda bound: bound[1])
+
+
+def _max_workers(threads: int, device: str, backend: str) -> int:
+    if device != "cpu":
+        workers = threads + _WAITING_WORKERS
+    elif backend in registry.CONCURRENT:
+        workers = max(threads, _MIN_WORKERS)
+    else:
+        workers = _SERIAL_WORKERS
+    return min(workers, max(max_open_files() // 2, _MIN_WORKERS), MAX_THREADS)
+
+
+def max_open_files() -> int:
+    """Return how many inputs all workers together keep open: a fraction of the process's limit, which is usually 1,024."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 256 if limit < 0 else min(limit // 4, 256)

@@ -42,13 +42,14 @@ from ..runtime.device import buffers_on
 from ..runtime.distributed import SINGLE, SingleProcess
 from ..runtime.executor import process_in_order
 from . import probes
+from .budget import max_open_files
 from .partition import chunks, partition, slice_plan
-from .placement import Placement, Throughput, measure
+from .placement import Placement, Throughput, measure_throughput
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult, Progress
 from .report import Report
 from .skipping import ChunkPruner, Skipping, none_agreed
-from .worker import batches, max_open_files
+from .worker import batches
 
 # Called with bytes done and bytes in all.
 OnProgress = Callable[[int, int], None]
@@ -86,7 +87,7 @@ class Job:
         """What its way costs, measured now if it was not when it was chosen; None: there is nothing to merge."""
         on_cpu = self.placement.device == "cpu"
         threads = self.threads or registry.usual_threads()
-        found = self.placement.throughput or measure(
+        found = self.placement.throughput or measure_throughput(
             self.plan, self.rule, threads, self.backend if on_cpu else "auto"
         )
         return (

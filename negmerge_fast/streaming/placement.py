@@ -1,41 +1,40 @@
-"""What the way of a job's bytes costs, measured here and now: from its files, through the CPU's kernel, over the link to a GPU.
+"""Where a merge of checkpoints runs, on the CPU or a GPU, and why: chosen by bandwidths measured on this machine.
 
-From these follows where files are merged. A GPU has to be given every byte over its link, after it was read into memory all the
-same: where the disk is the bottleneck the CPU's kernel keeps up with it, and is as fast.
+To a GPU every byte has to cross after it was read into memory. Where the disk is the bottleneck the CPU kernel keeps up with it,
+and is as fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..backends import registry
 from ..core.batch import Signature
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 from ..runtime import device as devices
-from .plan import Plan
-
-if TYPE_CHECKING:
-    pass
 from . import probes
-from .probes import speed
+from .options import MergeOptions
+from .plan import Plan
+from .probes import format_bandwidth
 
-# Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the trial of its kernels
-# (0.1 s there); and bytes of a job that it can't save them on.
+# Seconds that a GPU must save, to be worth an import of torch (1 … 5 s), a context (0.3 s on an H100) and the self-test of its
+# kernels (0.1 s there); and bytes of a job that it can't save them on.
 _GPU_STARTUP_S, _MIN_JOB_BYTES = 5.0, 4 << 30
-# Faster by less than this is noise. Memory without which it is in use by others. Strokes too short for launches.
+# A smaller speedup is noise. With less free memory a GPU is in use by others. Shorter extents are too short for launches.
 _MIN_SPEEDUP, _MIN_AVAILABLE_BYTES, _MIN_EXTENT_BYTES = 1.2, 1 << 30, 1 << 20
 
 GPU = "cuda:0"
 
 
 class Throughput(NamedTuple):
-    """Bytes per second.
+    """Measured bandwidths, in bytes per second.
 
-    reading: as the job's files come to all threads; cached: from memory, or from a disk, or (None) nobody knows.
-    merging: on the CPU, of what is in its caches, on all threads. link: from locked memory to the GPU, if there is one.
+    read_bandwidth: of the job's files, on all threads. cached: whether they come from memory or a disk; None if unknown.
+    merge_bandwidth: of the CPU, from its caches, on all threads. h2d_bandwidth: from page-locked memory to the GPU, if there
+    is one.
     """
 
     read_bandwidth: float
@@ -45,7 +44,7 @@ class Throughput(NamedTuple):
 
     @property
     def cpu_bandwidth(self) -> float:
-        """A thread that waits for a disk is one that merges meanwhile; one that copies cached files is not."""
+        """Of a merge on the CPU, where other threads merge while one waits for a disk, but not while it copies cached files."""
         if self.cached is False:
             return min(self.read_bandwidth, self.merge_bandwidth)
         return 1 / (1 / self.read_bandwidth + 1 / self.merge_bandwidth)
@@ -56,30 +55,26 @@ class Throughput(NamedTuple):
 
     def __str__(self) -> str:
         where = {True: " from memory", False: " from the disk", None: ""}[self.cached]
-        words = (
-            f"files come at {speed(self.read_bandwidth)}{where}, the CPU merges {speed(self.merge_bandwidth)}"
-        )
-        return words + (f", the link takes {speed(self.h2d_bandwidth)}" if self.h2d_bandwidth else "")
+        read, merge = format_bandwidth(self.read_bandwidth), format_bandwidth(self.merge_bandwidth)
+        h2d = f", {format_bandwidth(self.h2d_bandwidth)} to the GPU" if self.h2d_bandwidth else ""
+        return f"files are read at {read}{where}, merged on the CPU at {merge}{h2d}"
 
 
 class Placement(NamedTuple):
-    """Where a job is merged, "cpu" or a device of torch, and why there; costs: if that was measured."""
+    """Where a job is merged ("cpu" or a device of torch), why, and the throughput, if it was measured for that."""
 
     device: str
     reason: str
     throughput: Throughput | None = None
 
 
-def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Throughput | None:
-    """What a job costs on the CPU, by a sample of its files, and of the storage types that most of its elements have.
-
-    None: there is nothing to merge.
-    """
-    sizes: dict[Signature, int] = {}
-    for tensor_slice in (m for extent in plan.extents for m in extent.slices):
-        sizes[tensor_slice.signature] = sizes.get(tensor_slice.signature, 0) + tensor_slice.numel
-    signature = max(sizes, key=sizes.__getitem__, default=None)
-    if signature is None or not sizes[signature]:
+def measure_throughput(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Throughput | None:
+    """Measure a job's bandwidths on the CPU, for the storage types of most of its elements; None if nothing is merged."""
+    numels: dict[Signature, int] = {}
+    for tensor_slice in (s for extent in plan.extents for s in extent.slices):
+        numels[tensor_slice.signature] = numels.get(tensor_slice.signature, 0) + tensor_slice.numel
+    signature = max(numels, key=numels.__getitem__, default=None)
+    if signature is None or not numels[signature]:
         return None
     read_bandwidth, cached = probes.read_bandwidth(plan, threads)
     if cached:  # once more: a sample of what is so fast is short
@@ -87,50 +82,68 @@ def measure(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Thro
     return Throughput(read_bandwidth, cached, probes.merge_bandwidth(signature, rule, threads, backend))
 
 
-def choose_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
-    """Where a job is merged by what it costs, if nobody asked for a backend or a device."""
+def choose_placement(plan: Plan, options: MergeOptions) -> Placement:
+    """Choose where a job is merged: by its options, else by measured bandwidths."""
+    if options.device != "auto":
+        return Placement(GPU if options.device == "cuda" else options.device, "asked for")
+    if options.backend == "auto":
+        return _fastest_placement(plan, options.rule, options.thread_count)
+    on_gpu = options.backend == "cuda" or (options.backend == "triton" and gpu_may_exist())
+    return Placement(GPU if on_gpu else "cpu", f"where backend {options.backend} is")
+
+
+def _fastest_placement(plan: Plan, rule: Rule, threads: int) -> Placement:
     if not gpu_may_exist():
         return Placement("cpu", "no GPU here")
     if plan.bytes_read < _MIN_JOB_BYTES:
         return Placement("cpu", "done before a GPU would have begun")
     if plan.bytes_read < _MIN_EXTENT_BYTES * len(plan.extents):
-        return Placement("cpu", "strokes too short for a GPU")
-    if (throughput := measure(plan, rule, threads)) is None:
+        return Placement("cpu", "chunks too short for a GPU")
+    if (throughput := measure_throughput(plan, rule, threads)) is None:
         return Placement("cpu", "nothing to merge")
-    on_cpu = plan.bytes_read / throughput.cpu_bandwidth
-    if (saved := on_cpu - plan.bytes_read / throughput.read_bandwidth) < _GPU_STARTUP_S:
-        return Placement(
-            "cpu", f"a GPU would wait for the files as well, and save {saved:.1f} s at best", throughput
-        )
+    cpu_seconds = plan.bytes_read / throughput.cpu_bandwidth
+    if (saved := cpu_seconds - plan.bytes_read / throughput.read_bandwidth) < _GPU_STARTUP_S:
+        reason = f"a GPU would wait for the files as well, and save {saved:.1f} s at best"
+        return Placement("cpu", reason, throughput)
     try:
-        signatures = {tensor_slice.signature for extent in plan.extents for tensor_slice in extent.slices}
-        if registry.choose("auto", GPU, rule, signatures)[0] == "torch":
-            return Placement("cpu", f"no kernel is usable on {GPU}", throughput)
-        if (room := devices.available_bytes(GPU)) < _MIN_AVAILABLE_BYTES:
-            return Placement("cpu", f"only {room:,} bytes are free on {GPU}", throughput)
+        if problem := _gpu_problem(plan, rule):
+            return Placement("cpu", problem, throughput)
         throughput = throughput._replace(h2d_bandwidth=probes.h2d_bandwidth(GPU))
-    except (InputError, RuntimeError) as error:  # whatever is wrong with it, nobody asked for it
+    except (InputError, RuntimeError) as error:  # nobody asked for the GPU, so no fault of it is an error
         return Placement("cpu", f"{GPU} cannot be used: {first_line(error)}", throughput)
-    reason = f"{speed(throughput.cpu_bandwidth)} on the CPU, {speed(throughput.gpu_bandwidth)} through {GPU}"
-    sooner = plan.bytes_read / throughput.gpu_bandwidth + _GPU_STARTUP_S < on_cpu / _MIN_SPEEDUP
-    return Placement(GPU if sooner else "cpu", reason, throughput)
+    gpu_seconds = plan.bytes_read / throughput.gpu_bandwidth + _GPU_STARTUP_S
+    speeds = format_bandwidth(throughput.cpu_bandwidth), format_bandwidth(throughput.gpu_bandwidth)
+    reason = f"{speeds[0]} on the CPU, {speeds[1]} through {GPU}"
+    return Placement(GPU if gpu_seconds < cpu_seconds / _MIN_SPEEDUP else "cpu", reason, throughput)
+
+
+def _gpu_problem(plan: Plan, rule: Rule) -> str | None:
+    """Why the GPU cannot merge a plan; None if it can."""
+    if registry.choose("auto", GPU, rule, plan.signatures)[0] == "torch":
+        return f"no kernel is usable on {GPU}"
+    if (available_bytes := devices.available_bytes(GPU)) < _MIN_AVAILABLE_BYTES:
+        return f"only {available_bytes:,} bytes are free on {GPU}"
+    return None
 
 
 def gpu_may_exist() -> bool:
-    """Whether there may be a GPU: without torch, which takes longer to import than many a merge takes."""
+    """Whether there may be a GPU, found without torch, which takes longer to import than many a merge takes."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def describe(gpus: Sequence[str]) -> Iterator[str]:
-    """What a person may want to know of it, whatever the job."""
+    """Measure this machine's bandwidths, and put them into sentences."""
     threads = registry.usual_threads()
-    merge_bandwidth = probes.merge_bandwidth(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
-    copying = speed(probes.copy_bandwidth(threads))
-    yield f"{threads} threads copy memory at {copying}, the CPU merges {speed(merge_bandwidth)} (8 models of F32)"
+    merged = format_bandwidth(
+        probes.merge_bandwidth(Signature("F32", ("F32",) * 8, False), Rule(1.0), threads)
+    )
+    copied = format_bandwidth(probes.copy_bandwidth(threads))
+    yield f"{threads} threads copy memory at {copied}, the CPU merges at {merged} (8 models of F32)"
     for gpu in gpus:
         try:
-            yield f"the link to {gpu} takes {speed(probes.h2d_bandwidth(gpu))}; --device auto takes the faster one of the two ways"
+            bandwidth = format_bandwidth(probes.h2d_bandwidth(gpu))
+            yield f"host to {gpu} at {bandwidth}; --device auto takes the faster of the CPU and {gpu}"
         except RuntimeError as error:
-            yield f"the link to {gpu} cannot be measured: {first_line(error)}"
+            yield f"host to {gpu} cannot be measured: {first_line(error)}"
     if not gpus:
         yield "no GPU here: files are merged on the CPU"

@@ -67,6 +67,10 @@ class Plan:
         return sum(tensor_slice.numel for extent in self.extents for tensor_slice in extent.slices)
 
     @property
+    def signatures(self) -> set[Signature]:
+        return {tensor_slice.signature for extent in self.extents for tensor_slice in extent.slices}
+
+    @property
     def whole(self) -> Range:
         return Range(0, sum(extent.sources[0].nbytes for extent in self.extents))
 

@@ -1,4 +1,4 @@
-"""Measured bandwidths: of files, of the CPU kernel, of the link to a GPU."""
+"""Measured bandwidths: of memory, of files, of the CPU kernel, and from the host to a GPU."""
 
 from __future__ import annotations
 
@@ -25,29 +25,28 @@ from .plan import Plan
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-# Places of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a lane does.
+# Reads of a sample, at least, and bytes of each; each thread reads to so many buffers, in turn, as a worker does.
 _MIN_SAMPLES, _SAMPLE_BYTES, _MAX_BUFFERS = 64, 1 << 20, 16
-# Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that a link takes.
+# Bytes that a thread merges, small enough for its cache, and how often; bytes that all threads copy, or that cross to a GPU.
 _MERGE_BYTES, _REPEATS, _COPY_BYTES, _H2D_BYTES = 4 << 20, 16, 256 << 20, 32 << 20
 
 
 def merge_bandwidth(signature: Signature, rule: Rule, threads: int, backend: str = "auto") -> float:
-    """Bytes of all versions per second that the CPU merges, of what is in its caches, on so many threads."""
+    """Measure the bytes of all versions per second that the CPU merges from its caches, on so many threads."""
     name, merge = registry.choose(backend, "cpu", rule, [signature])
     callers, inside = (threads, 1) if name in registry.CONCURRENT else (1, threads)
     batches = [_batch(signature) for _ in range(callers)]
 
-    def work(batch: Batch) -> None:
+    def repeat(batch: Batch) -> None:
         for _ in range(_REPEATS):
             merge(batch, rule, inside)
 
-    taken = _on_threads([partial(work, batch) for batch in batches])
-    sizes = sum(FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models))
-    return callers * _REPEATS * batches[0].segments[0].numel * sizes / taken
+    seconds = on_threads([partial(repeat, batch) for batch in batches])
+    return callers * _REPEATS * batches[0].segments[0].numel * sum(_sizes(signature)) / seconds
 
 
 def _batch(signature: Signature) -> Batch:
-    sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
+    sizes = _sizes(signature)
     numel = max(_MERGE_BYTES // sum(sizes), 1024)
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
     versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
@@ -55,33 +54,41 @@ def _batch(signature: Signature) -> Batch:
     return Batch("cpu", signature, [segment])
 
 
+def _sizes(signature: Signature) -> list[int]:
+    return [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
+
+
 def copy_bandwidth(threads: int) -> float:
-    """Bytes per second that so many threads copy from memory to memory."""
+    """Measure the bytes per second that so many threads copy from memory to memory."""
     size = _COPY_BYTES // 2 // threads
     memory = [np.ones((2, size), np.uint8) for _ in range(threads)]
-    return threads * size / _on_threads([partial(np.copyto, *pair) for pair in memory])
+    return threads * size / on_threads([partial(np.copyto, *pair) for pair in memory])
 
 
 @lru_cache
 def h2d_bandwidth(device: str) -> float:
-    """Bytes per second from locked memory to a GPU."""
+    """Measure the bytes per second from page-locked memory to a GPU."""
 
     def measure() -> float:
-        with DeviceBuffers(1, _H2D_BYTES, Timeline(kept=False), device) as lane:
+        with DeviceBuffers(1, _H2D_BYTES, Timeline(kept=False), device) as buffers:
 
             def copy() -> None:
-                lane.stream.put("copy in", lambda: lane.stream.copy(lane.device, lane.host))
-                lane.stream.wait()
+                buffers.stream.put("copy in", lambda: buffers.stream.copy(buffers.device, buffers.host))
+                buffers.stream.wait()
 
-            return _H2D_BYTES / _best(copy)
+            return _H2D_BYTES / best_of(copy)
 
-    # On a thread of its own: what goes wrong there is not found by the next launch of the caller's.
+    # On a thread of its own: the next launch of the caller's thread does not find an error that was made there.
     with _pool(1) as pool:
         return pool.submit(measure).result()
 
 
 def read_bandwidth(plan: Plan, threads: int) -> tuple[float, bool | None]:
-    """How fast files come, and whether from memory: strokes at random places, read by so many threads."""
+    """Measure how fast so many threads read random samples of a plan's inputs.
+
+    Returns:
+        Bytes per second, and whether all of them came from memory; None if a file system does not tell.
+    """
     samples = list(_sample(plan, max(_MIN_SAMPLES, 8 * threads)))
     buffers = min(len(plan.models) + 1, _MAX_BUFFERS)
     began = 0.0
@@ -92,37 +99,40 @@ def read_bandwidth(plan: Plan, threads: int) -> tuple[float, bool | None]:
 
     ready = Barrier(threads, begin)
 
-    def read(worker: int) -> tuple[int, list[bool | None]]:
+    def read(worker: int) -> list[bool | None]:
         memory = np.ones((buffers, _SAMPLE_BYTES), np.uint8)
-        done, cached = 0, []
         ready.wait()
         with Reader(8) as reader:
-            for k, source in enumerate(samples[worker::threads]):
-                buffer = memory[k % buffers].data[: source.nbytes]
-                cached.append(source.read_into(reader, buffer))
-                done += source.nbytes
-        return done, cached
+            return [
+                source.read_into(reader, memory[k % buffers].data[: source.nbytes])
+                for k, source in enumerate(samples[worker::threads])
+            ]
 
     with _pool(threads) as pool:
-        read_by = list(pool.map(read, range(threads)))
-    taken = time.perf_counter() - began
-    answers = {answer for _, answers in read_by for answer in answers}
-    found = False if False in answers else None if None in answers else True
-    return max(1, sum(done for done, _ in read_by)) / taken, found
+        answers = {answer for cached in pool.map(read, range(threads)) for answer in cached}
+    seconds = time.perf_counter() - began
+    cached = False if False in answers else None if None in answers else True
+    return max(1, sum(sample.nbytes for sample in samples)) / seconds, cached
 
 
-def _sample(plan: Plan, places: int) -> Iterator[ByteRange]:
-    """So many places among the bytes to merge: other ones each time, for those read before are cached."""
+def _sample(plan: Plan, count: int) -> Iterator[ByteRange]:
+    """Ranges strewn over the bytes to merge, others each time: those that were read before are cached."""
     import random
 
     sources = [source for extent in plan.extents if extent.slices for source in extent.sources]
     ends = list(accumulate(source.nbytes for source in sources))
-    for k in range(places):
-        at = int((k + random.random()) / places * ends[-1])
+    for k in range(count):
+        at = int((k + random.random()) / count * ends[-1])
         which = bisect(ends, at)
         file, offset, nbytes = sources[which]
         within = min(at - (ends[which] - nbytes), max(nbytes - _SAMPLE_BYTES, 0))
         yield ByteRange(file, offset + within, min(_SAMPLE_BYTES, nbytes - within))
+
+
+def on_threads(tasks: Sequence[Callable[[], object]]) -> float:
+    """Measure the seconds for all tasks, each on a thread of its own."""
+    with _pool(len(tasks)) as pool:
+        return best_of(lambda: list(pool.map(lambda task: task(), tasks)))
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -131,21 +141,15 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _on_threads(jobs: Sequence[Callable[[], object]]) -> float:
-    """Seconds for all jobs, each on a thread of its own."""
-    with _pool(len(jobs)) as pool:
-        return _best(lambda: list(pool.map(lambda job: job(), jobs)))
-
-
-def _best(job: Callable[[], object], rounds: int = 7) -> float:
-    """Seconds of the fastest of a few rounds: what the machine can do, whatever else it does now and then."""
-    taken = []
+def best_of(task: Callable[[], object], rounds: int = 7) -> float:
+    """Measure the seconds of the fastest of a few rounds: what the machine can do while nothing else disturbs it."""
+    seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
-        job()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+        task()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
-def speed(bytes_per_second: float) -> str:
+def format_bandwidth(bytes_per_second: float) -> str:
     return f"{bytes_per_second / 1e9:.1f} GB/s"

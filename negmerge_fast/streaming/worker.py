@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from typing import Any
 
 from ..core.batch import Batch, Segment, Signature, segment_at
 from .plan import Extent, TensorSlice
-
-
-def max_open_files() -> int:
-    """Inputs that all lanes together keep open: a share of what the process may, which is usually 1,024."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 256 if most < 0 else min(most // 4, 256)
 
 
 def batches(

@@ -55,4 +55,9 @@ def test_many_tensors(tmp_path: Path) -> None:
 def test_a_vector(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.zeros((50, 2), "f2"))
     tensor = open_checkpoint(tmp_path / "v.npy").tensors["vector"]
-    assert (tensor.spec.dtype, tensor.spec.shape, tensor.source.offset, tensor.source.nbytes) == ("F16", (50, 2), 128, 200)
+    assert (tensor.spec.dtype, tensor.spec.shape, tensor.source.offset, tensor.source.nbytes) == (
+        "F16",
+        (50, 2),
+        128,
+        200,
+    )

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.processes
 SLOW = """
 import sys, time
 from negmerge_fast.cli import main
-from negmerge_fast.streaming import api
+from negmerge_fast.streaming import budget
 from negmerge_fast.checkpoints.reader import Reader
-read, api._MAX_CHUNK_BYTES = Reader.read_into, 4096
+read, budget.MAX_CHUNK_BYTES = Reader.read_into, 4096
 def slow(self, *a):
     time.sleep(0.02)
     read(self, *a)

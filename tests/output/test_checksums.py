@@ -153,7 +153,7 @@ def test_memory_is_at_most_what_is_computed(monkeypatch: Any) -> None:
 
 def test_checksums_are_counted_in_the_budget() -> None:
     def memory(size: int) -> int:
-        few: Any = {"lanes": 2, "longest": 4096, "scratch": 0, "block": 0}
-        return budget.fit(1 << 30, "memory_budget", models=1, tensors=1, sizes=[size, 0], **few)[2]
+        few: Any = {"workers": 2, "max_chunk_bytes": 4096, "scratch": 0, "block": 0}
+        return budget.fit(1 << 30, "memory_budget", models=1, tensors=1, sizes=[size, 0], **few).memory
 
     assert memory(1 << 40) - memory(0) == 17 << 23

@@ -32,6 +32,7 @@ from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api
 from negmerge_fast.streaming.api import Job
+from negmerge_fast.streaming.options import MergeOptions
 from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import make_plan
 
@@ -108,10 +109,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     plant, message = FAULTS[fault]
-    job = api.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
+    job = api.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", MergeOptions(0.9))
     plant(monkeypatch)
     if fault == "the kernel fails":
-        job = api.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", scale=0.9)
+        job = api.prepare(
+            folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", MergeOptions(0.9)
+        )
     with pytest.raises(OSError, match=message):
         job.run()
     assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]

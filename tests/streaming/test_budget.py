@@ -12,6 +12,7 @@ from checkpoint_files import load_model, negmerge, save_model
 from negmerge_fast import InputError, merge_checkpoints
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api, budget
+from negmerge_fast.streaming.options import MergeOptions
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -19,10 +20,10 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.mark.parametrize("given", [None, "auto"])
 def test_the_usual_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 1001)
-    assert budget.room(given) == ("half of the free memory", 500)
+    assert budget.available_bytes(given) == ("half of the free memory", 500)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert budget.room(given) == ("half of the free memory", 125)
-    assert budget.room("2KiB") == ("memory_budget", 2048)
+    assert budget.available_bytes(given) == ("half of the free memory", 125)
+    assert budget.available_bytes("2KiB") == ("memory_budget", 2048)
 
 
 def models(folder: Path, numel: int) -> list[Path]:
@@ -36,9 +37,9 @@ def test_a_merge_takes_no_more_than_half_of_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, *finetuned = models(tmp_path, 1000)
-    usual = api.prepare(base, finetuned, tmp_path / "out", scale=0.9)
+    usual = api.prepare(base, finetuned, tmp_path / "out", MergeOptions(0.9))
     monkeypatch.setattr(memory, "free_memory", lambda: 10 << 20)
-    job = api.prepare(base, finetuned, tmp_path / "out", scale=0.9)
+    job = api.prepare(base, finetuned, tmp_path / "out", MergeOptions(0.9))
     assert job.memory <= 5 << 20 < usual.memory
     monkeypatch.setattr(memory, "free_memory", lambda: 1 << 20)
     with pytest.raises(InputError, match=r"^half of the free memory: 524,288 bytes, expected at least"):

@@ -23,7 +23,8 @@ from negmerge_fast.core.batch import Signature
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.core.rule import Rule
-from negmerge_fast.streaming import api, skipping
+from negmerge_fast.streaming import api, budget, skipping
+from negmerge_fast.streaming.options import MergeOptions
 from negmerge_fast.streaming.plan import Extent, TensorSlice
 
 Tensors = dict[str, torch.Tensor]
@@ -31,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(budget, "MAX_CHUNK_BYTES", 4096)
     monkeypatch.setattr(skipping, "_FIRST_PROBE", 16)
     monkeypatch.setattr(skipping, "_SAMPLE_BYTES", 8)
 
@@ -76,7 +77,7 @@ def prepare(folder: Path, tensors: list[Tensors], skip: bool | None, **options: 
             save_model(folder / str(k), model)
     paths = [folder / str(k) for k in range(1, len(tensors))]
     options = {"scale": 0.9, "nonfinite": "keep-base", "overwrite": True, "skip_unchanged": skip, **options}
-    return api.prepare(folder / "0", paths, folder / "out", **options)
+    return api.prepare(folder / "0", paths, folder / "out", MergeOptions(**options))
 
 
 def merge(
@@ -250,7 +251,7 @@ def a_third(tensors: int, numel: int, dtype: torch.dtype = torch.float32) -> lis
 def test_a_third_of_the_tensors_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, numel: int, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(budget, "MAX_CHUNK_BYTES", chunk_bytes)
     made = a_third(tensors, numel)
     check(tmp_path, made)
     job = prepare(tmp_path, made, None)
@@ -332,7 +333,7 @@ def test_through_a_gpu_only_what_can_agree(
     gpu: Iterator[None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 4096)
     crossed: list[int] = []
     copy = LateStream.copy
     monkeypatch.setattr(

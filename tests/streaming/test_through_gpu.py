@@ -23,7 +23,8 @@ from negmerge_fast.cli import text
 from negmerge_fast.runtime import device as device_module
 from negmerge_fast.runtime import memory
 from negmerge_fast.runtime.buffers import Timeline
-from negmerge_fast.streaming import api, placement, probes
+from negmerge_fast.streaming import api, budget, placement, probes
+from negmerge_fast.streaming.options import MergeOptions
 from negmerge_fast.streaming.placement import Throughput
 
 NAMES = ("base", "ft-0", "ft-1", "ft-2")
@@ -44,7 +45,8 @@ def tensors(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
 
 def prepare(folder: Path, **options: Any) -> api.Job:
     base, *models = [folder / name for name in NAMES]
-    return api.prepare(base, models, folder / "out", **{"scale": 0.9, "device": DEVICE, **options})
+    chosen = MergeOptions(**{"scale": 0.9, "device": DEVICE, **options})
+    return api.prepare(base, models, folder / "out", chosen)
 
 
 def run(job: api.Job, **options: Any) -> None:
@@ -72,7 +74,7 @@ def run(job: api.Job, **options: Any) -> None:
 def test_the_same_bytes_as_on_the_cpu(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, stroke: int, threads: int
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", stroke)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", stroke)
     timeline = Timeline()
     run(prepare(tmp_path, threads=threads), timeline=timeline)
     check(tmp_path / "out", tensors)
@@ -84,7 +86,7 @@ def test_the_same_bytes_as_on_the_cpu(
 def test_lanes_wait_beside_each_other(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 512)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 512)
     wait, both, met = LateStream.wait, threading.Barrier(2, timeout=20), []
 
     def waits(self: LateStream) -> None:
@@ -194,7 +196,7 @@ FAULTS = {
 def test_a_fault_at_any_stage_leaves_nothing(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 4096)
     job = prepare(tmp_path, threads=3)
     if message == "the kernel failed":
         job = dataclasses.replace(job, merge=fails(RuntimeError(message)))
@@ -208,7 +210,7 @@ def test_a_fault_at_any_stage_leaves_nothing(
 def test_stopped_while_lanes_are_under_way(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 4096)
     with pytest.raises(KeyboardInterrupt):
         run(prepare(tmp_path, threads=3), progress=fails(KeyboardInterrupt()))
     assert nothing_left(tmp_path)
@@ -264,13 +266,13 @@ def test_memory_is_bounded_by_what_is_free(
 def test_the_way_of_a_job_is_chosen_by_its_costs(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Throughput, device: str, why: str
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(placement, "measure", lambda *_: found)
+    monkeypatch.setattr(placement, "measure_throughput", lambda *_: found)
     monkeypatch.setattr(probes, "h2d_bandwidth", lambda _: 40e9)
     assert prepare(tmp_path, device="auto").placement == ("cpu", "no GPU here", None)
     monkeypatch.setattr(placement, "gpu_may_exist", lambda: True)
     assert prepare(tmp_path, device="auto").placement == ("cpu", "done before a GPU would have begun", None)
     monkeypatch.setattr(placement, "_MIN_JOB_BYTES", 0)
-    assert prepare(tmp_path, device="auto").placement == ("cpu", "strokes too short for a GPU", None)
+    assert prepare(tmp_path, device="auto").placement == ("cpu", "chunks too short for a GPU", None)
     monkeypatch.setattr(placement, "_MIN_EXTENT_BYTES", 0)
     monkeypatch.setattr(placement, "_GPU_STARTUP_S", 1e3)
     assert "at best" in prepare(tmp_path, device="auto").placement.reason
@@ -284,7 +286,7 @@ def test_the_way_of_a_job_is_chosen_by_its_costs(
 def test_a_gpu_that_nobody_asked_for_stops_no_job(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "measure", lambda *_: Throughput(50e9, True, 20e9))
+    monkeypatch.setattr(placement, "measure_throughput", lambda *_: Throughput(50e9, True, 20e9))
     monkeypatch.setattr(placement, "gpu_may_exist", lambda: True)
     for name in ("_MIN_JOB_BYTES", "_MIN_EXTENT_BYTES", "_GPU_STARTUP_S"):
         monkeypatch.setattr(placement, name, 0)
@@ -323,10 +325,10 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
     integers = prepare(tmp_path, device="cpu", include="ids")
     assert integers.throughput() is None and "bandwidth" not in "\n".join(text.plan_lines(integers))
     lines = list(placement.describe([DEVICE]))
-    assert len(lines) == 2 and "cuda:0 takes" in lines[1]
+    assert len(lines) == 2 and "host to cuda:0 at" in lines[1]
     probes.h2d_bandwidth.cache_clear()
     monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
-    assert list(placement.describe([DEVICE]))[1] == "the link to cuda:0 cannot be measured: no pages"
+    assert list(placement.describe([DEVICE]))[1] == "host to cuda:0 cannot be measured: no pages"
     # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
     for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
         with monkeypatch.context() as patch:
@@ -340,7 +342,7 @@ def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.M
     models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
     save_model(tmp_path / "base", models[0], [names[::2], names[1::2]])
     save_model(tmp_path / "ft", models[1], [names[::-1]])
-    plan = api.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=1.0).plan
+    plan = api.prepare(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", MergeOptions(1.0)).plan
     sampled = list(probes._sample(plan, 50))
     assert sum(size > 4 for _, _, size in sampled) >= 48
     assert all(offset + size <= file.size for file, offset, size in sampled)
@@ -353,7 +355,7 @@ def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.M
 def test_through_a_gpu(tmp_path: Path, tensors: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     if backend != "auto" and (reason := registry.why_not(backend, DEVICE)):
         pytest.skip(reason)
-    monkeypatch.setattr(api, "_MAX_DEVICE_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 4096)
     timeline = Timeline()
     run(prepare(tmp_path, backend=backend), timeline=timeline)
     check(tmp_path / "out", tensors)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from negmerge_fast.output import journal
-from negmerge_fast.streaming import api, budget
+from negmerge_fast.streaming import budget
 
 # Where a program is run as text: RECORD_EVERY_CHUNK before what it does.
 RECORD_EVERY_CHUNK = """
 from negmerge_fast.output import journal
-from negmerge_fast.streaming import api
-journal.INTERVAL_S, api._MAX_CHUNK_BYTES = 0.0, 1 << 16
+from negmerge_fast.streaming import budget
+journal.INTERVAL_S, budget.MAX_CHUNK_BYTES = 0.0, 1 << 16
 """
 
 
 def set_chunk_bytes(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    monkeypatch.setattr(api, "_MAX_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(budget, "MAX_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(budget, "_MIN_CHUNK_BYTES", min(chunk_bytes, 4096))
 
 
