@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from threading import current_thread
 from typing import Any
 
 import numpy as np
-
-# Launches a merge, given the addresses of all versions and the owner of their memory.
-Launch = Callable[[list[int], Any], None]
 
 # Versions begin at multiples of this, so that kernels load 16 bytes at a time wherever the files allow it.
 _ALIGNMENT = 256
@@ -86,10 +83,15 @@ class WorkerBuffers:
         """Return the addresses of the versions, and the owner of their memory."""
         return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
 
-    def launch(self, task: Launch) -> None:
-        """Launch a merge of the reserved versions; the base is overwritten with the result."""
+    @contextmanager
+    def merging(self) -> Iterator[tuple[list[int], Any]]:
+        """Let the caller launch a merge of the reserved versions, in place on the base.
+
+        Yields:
+            The addresses of the versions, and the owner of their memory.
+        """
         with self.timeline.span("merge"):
-            task(*self.addresses())
+            yield self.addresses()
 
     def wait(self) -> None:
         """Wait until the base's buffer holds the result."""

@@ -8,11 +8,11 @@ read, merge and write. Kernels convert storage types, so only the bytes of the f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-from .buffers import Launch, Timeline, WorkerBuffers
+from .buffers import Timeline, WorkerBuffers
 
 if TYPE_CHECKING:
     import torch
@@ -43,20 +43,24 @@ class DeviceBuffers(WorkerBuffers):
         self.device.untyped_storage().resize_(0)
         super().__exit__(kind)
 
-    def launch(self, task: Launch) -> None:
+    @contextmanager
+    def merging(self) -> Iterator[tuple[list[int], Any]]:
         host, device = self.host[: self.starts[-1]], self.device[: self.starts[-1]]
         base = slice(self.sizes[0])
         addresses = [self.device.data_ptr() + start for start in self.starts[:-1]]
-        self.stream.put("copy in", lambda: self.stream.copy(device, host))
-        self.stream.put("merge", lambda: task(addresses, self.device))
-        self.stream.put("copy out", lambda: self.stream.copy(host[base], device[base]))
+        with self.stream.stage("copy in"):
+            self.stream.copy(device, host)
+        with self.stream.stage("merge"):
+            yield addresses, self.device
+        with self.stream.stage("copy out"):
+            self.stream.copy(host[base], device[base])
 
     def wait(self) -> None:
         self.stream.wait()
 
 
 class SyncStream:
-    """The interface of a stream, and the stream of a device that has none: each task runs at once."""
+    """The interface of a stream, and the stream of a device that has none: everything runs at once."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
         self.device, self.timeline = device, timeline
@@ -75,17 +79,18 @@ class SyncStream:
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source)
 
-    def put(self, stage: str, task: Callable[[], None]) -> None:
-        """Run a task after all earlier ones; the timeline records it as a stage."""
-        with self.timeline.span(stage):
-            task()
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Put what is launched in a block after all that was launched before; the timeline records it as a stage."""
+        with self.timeline.span(name):
+            yield
 
     def wait(self) -> None:
-        """Wait until all tasks are done."""
+        """Wait until all that was launched is done."""
 
 
 class CudaStream(SyncStream):
-    """A CUDA stream: its tasks run in order, and at the same time as those of other streams."""
+    """A CUDA stream: what is launched on it runs in order, and at the same time as on other streams."""
 
     def __init__(self, device: str, timeline: Timeline) -> None:
         import torch
@@ -130,13 +135,13 @@ class CudaStream(SyncStream):
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
-    def put(self, stage: str, task: Callable[[], None]) -> None:
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
         with self._current():
-            if not self.timeline.kept:
-                return task()
-            began = self._mark()
-            task()
-            self._timed.append((stage, began, self._mark()))
+            began = self._mark() if self.timeline.kept else None
+            yield
+            if began is not None:
+                self._timed.append((name, began, self._mark()))
 
     def wait(self) -> None:
         self._done.record(self._stream)

@@ -11,8 +11,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -52,6 +52,16 @@ class SingleProcess:
             BaseException: The task's own error on the rank that failed first, PeerError on the others.
         """
         return [task()]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Run a block on every rank; if it fails on one, it fails on all, with the errors of all_gather."""
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        self.all_gather(lambda: _reraise(failure))
 
     def on_rank0(self, task: Callable[[], _T]) -> _T:
         """Run a task on rank 0 and return its result on all ranks."""
@@ -243,6 +253,11 @@ def select_own_gpu() -> None:
     devices = visible_devices.split(",") if visible_devices else [str(k) for k in range(count)]
     if local_rank.isdecimal() and devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(local_rank) % len(devices)]
+
+
+def _reraise(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _attempt(task: Callable[[], _T]) -> tuple[dict[str, Any], BaseException | None]:

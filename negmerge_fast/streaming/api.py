@@ -17,10 +17,11 @@ from ..output.staging import Staging
 from ..output.writer import Writer
 from ..runtime.interrupts import without_gc
 from .budget import allocate
-from .job import Job, OnProgress
+from .job import Job
 from .options import MergeOptions
 from .placement import choose_placement
 from .plan import Plan, make_plan
+from .progress import OnProgress
 from .report import Report
 from .skipping import Skipping
 
@@ -117,6 +118,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     counter_name, counter = registry.choose("auto", "cpu") if options.skips else ("", None)
     return Job(
         plan,
+        options,
         recipe,
         destination,
         staging,
@@ -125,7 +127,6 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         merge,
         placement,
         *allocate(plan, options, placement.device, (backend, counter_name)),
-        options.threads,
         Skipping(options.rule, len(models), counter),
         finished,
     )

@@ -73,7 +73,8 @@ def h2d_bandwidth(device: str) -> float:
         with DeviceBuffers(1, _H2D_BYTES, Timeline(kept=False), device) as buffers:
 
             def copy() -> None:
-                buffers.stream.put("copy in", lambda: buffers.stream.copy(buffers.device, buffers.host))
+                with buffers.stream.stage("copy in"):
+                    buffers.stream.copy(buffers.device, buffers.host)
                 buffers.stream.wait()
 
             return _H2D_BYTES / best_of(copy)

@@ -1,38 +1,60 @@
-"""What a merge of checkpoints has done so far."""
+"""Progress of a merge of checkpoints: what chunks did, counted and put on record."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..core.ranges import Range, between
 from ..core.stats import Stats
-from ..output.journal import ProgressRecord
+from ..output.journal import Journal, ProgressRecord
+
+# Called with bytes done and bytes in all; it may raise to stop the job.
+OnProgress = Callable[[int, int], None]
+
+# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
+ChunkCounts: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
+
+
+class ChunkResult(NamedTuple):
+    """What a worker did with a chunk.
+
+    read, written: bytes. counted: the counts of each batch. skipped: bytes that did not need to be read.
+    """
+
+    read: int = 0
+    written: int = 0
+    counted: Sequence[ChunkCounts] = ()
+    skipped: int = 0
 
 
 class Progress:
-    """What became of the pieces of some runs, in their order, and how much of that was put on record."""
+    """What became of the chunks of some ranges, in their order.
+
+    whole: all that was recorded. moved: bytes that were read, written or skipped.
+    """
 
     def __init__(self, ranges: Sequence[Range]) -> None:
-        self._runs = ranges
+        self._ranges = ranges
         self._written = self._recorded = self._read = self._skipped = 0
         self._stats = Stats()
         self.whole = ProgressRecord(ranges, Stats(), 0)
         self.moved = 0
 
     def add(self, chunk: ChunkResult) -> None:
-        for ranges, counts in chunk.counted:
-            self._stats.add(ranges, counts)
+        for named_sizes, counts in chunk.counted:
+            self._stats.add(named_sizes, counts)
         self._read += chunk.read
         self._written += chunk.written
         self._skipped += chunk.skipped
         self.moved += chunk.read + chunk.written + chunk.skipped
 
     def record(self) -> ProgressRecord:
-        """What is done since the last one."""
-        ranges = between(self._runs, self._recorded, self._written)
+        """Return what was done since the last record."""
+        ranges = between(self._ranges, self._recorded, self._written)
         made = ProgressRecord(ranges, self._stats, self._read, self._skipped)
         self.whole.stats.include(made.stats.tensors)
         read, skipped = self.whole.read + made.read, self.whole.skipped + made.skipped
@@ -42,17 +64,36 @@ class Progress:
         return made
 
 
-# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
-ChunkCounts: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
+class Recorder:
+    """Keeps a job's journal while its chunks are processed, as a context manager: on exit all that is done is on record.
 
-
-class ChunkResult(NamedTuple):
-    """What a worker says of a piece: the bytes that it read and wrote, and what was counted.
-
-    skipped: those of the bytes that it did not need to read.
+    Args:
+        ranges: What this process does.
+        journal: Where it is recorded.
+        on_moved: Called with the bytes moved after each chunk.
+        keep: Whether there is a last record on exit: of a job that is not to be resumed none is needed.
     """
 
-    read: int = 0
-    written: int = 0
-    counted: Sequence[ChunkCounts] = ()
-    skipped: int = 0
+    def __init__(
+        self, ranges: Sequence[Range], journal: Journal, on_moved: Callable[[int], None], keep: bool
+    ) -> None:
+        self._progress, self._journal, self._on_moved, self._keep = Progress(ranges), journal, on_moved, keep
+
+    @property
+    def whole(self) -> ProgressRecord:
+        return self._progress.whole
+
+    def on_result(self, result: ChunkResult) -> None:
+        self._progress.add(result)
+        self._on_moved(self._progress.moved)
+        if self._journal.due():
+            self._journal.keep(self._progress.record())
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError) if kind else nullcontext():  # the first error is the one to report
+            self._journal.flush()
+            if (record := self._progress.record()).ranges and self._keep:
+                self._journal.keep_now(record)

@@ -1,18 +1,149 @@
-"""What one worker of a merge does with a chunk."""
+"""A worker of a merge of checkpoints: it reads, prunes, merges and writes chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
-from ..core.batch import Batch, Segment, Signature, segment_at
-from .plan import Extent, TensorSlice
+import numpy as np
+
+from ..backends import registry
+from ..checkpoints.base import ByteRange
+from ..checkpoints.reader import Reader
+from ..core.batch import Batch, Counts, Merge, Segment, Signature, segment_at
+from ..core.errors import InputError, short_repr
+from ..core.rule import NonFinite, Rule
+from ..output.writer import Writer
+from ..runtime.buffers import Timeline, WorkerBuffers
+from .plan import Extent, Plan, TensorSlice
+from .progress import ChunkCounts, ChunkResult
+from .skipping import ChunkPruner, Skipping, none_agreed
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Processes chunks one at a time, in its own buffers.
+
+    Attributes:
+        plan: What the chunks are of.
+        rule: The rule of the merge.
+        merge: The backend's function, called on `device` with `merge_threads` threads.
+        turns: Held while merging: a backend that must not run concurrently has one turn for all workers.
+        nonfinite: With "error" a non-finite element is one.
+        skipping: What the workers know together of models that need not be read.
+        writer: Takes the output.
+        release: Whether pages of files are given back to the system after use.
+        reader: Reads the inputs.
+        buffers: Memory for all versions of a chunk.
+        timeline: Records what the worker did when.
+    """
+
+    plan: Plan
+    rule: Rule
+    merge: Merge
+    device: str
+    merge_threads: int | None
+    turns: AbstractContextManager[Any]
+    nonfinite: NonFinite
+    skipping: Skipping
+    writer: Writer
+    release: bool
+    reader: Reader
+    buffers: WorkerBuffers
+    timeline: Timeline
+
+    def process_chunk(self, chunk: Extent) -> ChunkResult:
+        """Read a chunk, merge it in place on the base's buffer, and write that."""
+        base = chunk.sources[0]
+        buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
+        pruner = ChunkPruner(self.skipping, chunk, buffers, *self.buffers.addresses())
+        with self.timeline.span("read"):
+            skipped = self._read(chunk, pruner, buffers)
+        if pruner.can_agree:
+            merged: list[tuple[list[TensorSlice], Counts]] = []
+            with self.turns, self.buffers.merging() as (addresses, owner):
+                for batch, slices in batches(chunk, self.device, addresses, owner):
+                    merged.append((slices, self.merge(batch, self.rule, self.merge_threads)))
+            self.buffers.wait()
+            counted = self._count(chunk, merged)
+        else:
+            counted = none_agreed(chunk)
+        with self.timeline.span("write"):
+            like = None if pruner.can_agree else self.reader.descriptor(base.file)
+            self.writer.write(chunk.path, base.offset, buffers[0], self.release, like)
+        read = sum(source.nbytes for source in chunk.sources) - skipped
+        return ChunkResult(read, base.nbytes, counted, skipped)
+
+    def _read(self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview]) -> int:
+        """Read the base and, of each model, what can still agree; return the bytes that were skipped."""
+        base, *models = chunk.sources
+        cached = base.read_into(self.reader, buffers[0], release=self.release)
+        skipped, prefetched, expected = 0, 0, self.skipping.expected_models
+        for k, (source, buffer) in enumerate(zip(models, buffers[1:], strict=True)):
+            pruner.prune(k)
+            if not pruner.can_agree:
+                skipped += sum(model.nbytes for model in models[k:])
+                self.skipping.record(k, skipped)
+                return skipped
+            if k == prefetched and not cached:  # nor are the models, then: the disk may fetch several at once
+                self._prefetch(models, range(k, expected), pruner)
+                prefetched, expected = expected, len(models)
+            ranges = list(pruner.byte_ranges(k + 1))
+            if omitted := source.nbytes - sum(end - begin for begin, end in ranges):
+                skipped += omitted
+                np.frombuffer(buffer, np.uint8).fill(0)
+            for begin, end in ranges:
+                source.read_into(self.reader, buffer[begin:end], begin, self.release)
+        if models:
+            self.skipping.record(len(models), skipped)
+        return skipped
+
+    def _prefetch(self, models: Sequence[ByteRange], numbers: range, pruner: ChunkPruner) -> None:
+        for k in numbers:
+            for begin, end in pruner.byte_ranges(k + 1):
+                self.reader.expect(models[k].file, models[k].offset + begin, end - begin)
+
+    def _count(self, chunk: Extent, merged: Sequence[tuple[list[TensorSlice], Counts]]) -> list[ChunkCounts]:
+        counted = [([(s.name, s.numel) for s in slices], np.array(c.tolist())) for slices, c in merged]
+        if self.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
+            self._refuse_nonfinite(chunk)
+        return counted
+
+    def _refuse_nonfinite(self, chunk: Extent) -> None:
+        """Name the first non-finite element of a chunk; its base was overwritten, and is read again."""
+        buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
+        with Reader(1) as reader:
+            chunk.sources[0].read_into(reader, buffers[0])
+        for batch, slices in batches(chunk, "cpu", *self.buffers.addresses()):
+            if found := registry.first_nonfinite(batch, self.rule):
+                row, element, version, value = found
+                name, start, _, _ = slices[row]
+                tensor = self.plan.base.tensors[name]
+                held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
+                index = tuple(int(i) for i in np.unravel_index(start + element, tensor.spec.shape))
+                what = (
+                    f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
+                )
+                raise InputError(
+                    f"{held.source.file.path}: tensor {short_repr(name)}: {what}, "
+                    "expected finite numbers (or --nonfinite keep-base)"
+                )
+        raise RuntimeError("a non-finite number was counted, and is not found again")
 
 
 def batches(
     chunk: Extent, device: str, addresses: list[int], owner: Any
 ) -> Iterator[tuple[Batch, list[TensorSlice]]]:
-    """One batch for each signature in a piece whose versions are at these addresses."""
+    """Yield one batch for each signature in a chunk, and the slices that its segments are of.
+
+    Args:
+        chunk: What was read.
+        device: Where the versions are.
+        addresses: Where each version begins.
+        owner: Keeps that memory.
+    """
     groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
     for tensor_slice in chunk.slices:
         numel, signature = tensor_slice.numel, tensor_slice.signature

@@ -31,10 +31,10 @@ from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api
-from negmerge_fast.streaming.api import Job
 from negmerge_fast.streaming.options import MergeOptions
 from negmerge_fast.streaming.partition import chunks
 from negmerge_fast.streaming.plan import make_plan
+from negmerge_fast.streaming.worker import Worker
 
 
 def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +200,13 @@ def test_the_first_error_in_the_order_of_the_chunks_is_raised(
     """Though a later one is raised sooner; and no worker goes on long after it."""
     calls = []
 
-    def failing(self: Job, chunk: Any, *arguments: Any) -> None:
+    def failing(self: Worker, chunk: Any, *arguments: Any) -> None:
         calls.append(chunk)
         number = len(calls)
         time.sleep(0.2 if number == 1 else 0)
         raise OSError(f"chunk {number}")
 
-    monkeypatch.setattr(Job, "_read", failing)
+    monkeypatch.setattr(Worker, "_read", failing)
     set_chunk_bytes(monkeypatch, 512)
     with pytest.raises(OSError, match="chunk 1"):
         merge(folder, threads=3)

@@ -25,13 +25,14 @@ def test_versions_are_apart_and_aligned() -> None:
         assert all(address % 256 == 0 for address in addresses)
 
 
-def test_a_launch_gets_the_addresses_of_the_reserved_versions() -> None:
+def test_a_merge_gets_the_addresses_of_the_reserved_versions() -> None:
     launched: list[tuple[list[int], Any]] = []
     timeline = Timeline()
     with WorkerBuffers(2, 256, timeline) as buffers:
         for sizes in ([256, 256], [10, 20], []):
             buffers.reserve(sizes)
-            buffers.launch(lambda addresses, owner: launched.append((addresses, owner)))
+            with buffers.merging() as addressed:
+                launched.append(addressed)
             buffers.wait()
             assert launched[-1] == buffers.addresses() and len(launched[-1][0]) == len(sizes)
     assert [stage for _, stage, _, _ in timeline.spans] == ["merge"] * 3

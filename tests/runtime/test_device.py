@@ -86,13 +86,11 @@ def test_calls_of_device_buffers(cuda: FakeCuda, kept: bool) -> None:
         for memory in buffers.reserve([300, 200]):
             memory[:] = bytes([7]) * len(memory)
 
-        def launch(addresses: list[int], owner: torch.Tensor) -> None:
+        with buffers.merging() as (addresses, owner):
             assert addresses == [owner.data_ptr(), owner.data_ptr() + 512] and cuda.current == current
             assert owner[299] == 7 and owner[512] == 7
             owner[:] = 9
             cuda.calls.append("launch")
-
-        buffers.launch(launch)
         buffers.wait()
         # The base alone comes back.
         assert set(buffers.memory[:300]) == {9} and set(buffers.memory[512:712]) == {7}

@@ -8,13 +8,14 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import check, family, nothing_left, save_model
-from late_stream import DEVICE, LateStream, gpu, merge_there  # noqa: F401
+from late_stream import DEVICE, LateStream, gpu, merge_on_device  # noqa: F401
 
 import negmerge_fast as nm
 from negmerge_fast.backends import registry
@@ -23,6 +24,7 @@ from negmerge_fast.cli import text
 from negmerge_fast.runtime import device as device_module
 from negmerge_fast.runtime import memory
 from negmerge_fast.runtime.buffers import Timeline
+from negmerge_fast.runtime.device import SyncStream
 from negmerge_fast.streaming import api, budget, placement, probes
 from negmerge_fast.streaming.options import MergeOptions
 from negmerge_fast.streaming.placement import Throughput
@@ -143,18 +145,18 @@ def pages_stay_unlocked(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_link_fails(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LateStream, "copy", fails(RuntimeError("the link failed")))
+    patch.setattr(SyncStream, "copy", fails(RuntimeError("the link failed")))
 
 
 def a_launch_fails(patch: pytest.MonkeyPatch) -> None:
-    put = LateStream.put
+    stage = LateStream.stage
 
-    def some(self: LateStream, stage: str, work: Callable[[], None]) -> None:
-        if stage == "merge":
+    def some(self: LateStream, name: str) -> AbstractContextManager[None]:
+        if name == "merge":
             raise RuntimeError("cannot launch")
-        put(self, stage, work)
+        return stage(self, name)
 
-    patch.setattr(LateStream, "put", some)
+    patch.setattr(LateStream, "stage", some)
 
 
 def the_device_is_lost(patch: pytest.MonkeyPatch) -> None:
@@ -293,7 +295,7 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
     fake = registry.choose
 
     def torch_only(backend: str, device: str, *rest: Any) -> Any:
-        return ("torch", merge_there) if device == DEVICE else fake(backend, device, *rest)
+        return ("torch", merge_on_device) if device == DEVICE else fake(backend, device, *rest)
 
     def refused(backend: str, device: str, *rest: Any) -> Any:
         if device == DEVICE:

@@ -1,10 +1,12 @@
-"""A CUDA stream that is faked: work is done when it is waited for, on memory that is poisoned until then."""
+"""A fake CUDA stream: what is launched on it runs when it is waited for, on memory that is poisoned until then."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,13 +23,15 @@ DEVICE = "cuda:0"
 
 
 class LateStream(SyncStream):
-    """A stream of a GPU, faked: the work is done when it is waited for, on memory that is poisoned until then."""
+    """A fake stream of a GPU: what is launched on it runs when it is waited for."""
 
     locked: ClassVar[set[int]] = set()
+    current: ClassVar[threading.local] = threading.local()
 
     def __init__(self, device: str, timeline: Timeline) -> None:
         super().__init__(device, timeline)
         self.later: list[tuple[str, Callable[[], None]]] = []
+        self.name = ""
 
     def empty(self, size: int) -> torch.Tensor:
         return torch.full((size,), 0xA5, dtype=torch.uint8)
@@ -39,20 +43,47 @@ class LateStream(SyncStream):
         assert not self.later, "memory is given back that the device still uses"
         self.locked.remove(memory.data_ptr())
 
-    def put(self, stage: str, task: Callable[[], None]) -> None:
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
         assert len(self.locked) > 0
-        self.later.append((stage, task))
+        self.current.stream, self.name = self, name
+        yield
+        self.current.stream = None
+
+    def launch(self, task: Callable[[], None]) -> None:
+        self.later.append((self.name, task))
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        self.launch(lambda: SyncStream.copy(self, to, source))
 
     def wait(self) -> None:
-        put_off, self.later = self.later, []
-        for stage, task in put_off:
-            super().put(stage, task)
+        launched, self.later = self.later, []
+        for stage, task in launched:
+            with self.timeline.span(stage):
+                task()
 
 
-def merge_there(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """The kernel of the device that is none."""
+class LateCounts:
+    """Counts that are known once a stream was waited for."""
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+
+    def tolist(self) -> Any:
+        assert self.counts is not None
+        return self.counts.tolist()
+
+
+def merge_on_device(batch: Batch, rule: Rule, threads: int | None = None) -> LateCounts:
+    """The kernel of the fake device, launched on the current stream."""
     assert batch.device == DEVICE
-    return pytorch.merge(dataclasses.replace(batch, device="cpu"), rule, 1)
+    late = LateCounts()
+
+    def merge() -> None:
+        late.counts = pytorch.merge(dataclasses.replace(batch, device="cpu"), rule, 1)
+
+    LateStream.current.stream.launch(merge)
+    return late
 
 
 @pytest.fixture
@@ -62,7 +93,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(device_module, "CudaStream", LateStream)
     monkeypatch.setattr(device_module, "available_bytes", lambda device: 1 << 30)
     monkeypatch.setattr(
-        registry, "choose", lambda b, device, *a: ("cuda", merge_there) if device == DEVICE else real(b, device, *a)
+        registry, "choose", lambda b, device, *a: ("cuda", merge_on_device) if device == DEVICE else real(b, device, *a)
     )  # fmt: skip
     forget = probes.h2d_bandwidth.cache_clear
     forget()
