@@ -84,7 +84,7 @@ class WorkerBuffers:
         return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
 
     @contextmanager
-    def merging(self) -> Iterator[tuple[list[int], Any]]:
+    def launch(self) -> Iterator[tuple[list[int], Any]]:
         """Let the caller launch a merge of the reserved versions, in place on the base.
 
         Yields:

@@ -44,7 +44,7 @@ class DeviceBuffers(WorkerBuffers):
         super().__exit__(kind)
 
     @contextmanager
-    def merging(self) -> Iterator[tuple[list[int], Any]]:
+    def launch(self) -> Iterator[tuple[list[int], Any]]:
         host, device = self.host[: self.starts[-1]], self.device[: self.starts[-1]]
         base = slice(self.sizes[0])
         addresses = [self.device.data_ptr() + start for start in self.starts[:-1]]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Lock, Semaphore, Thread
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -44,11 +44,8 @@ def process_in_order(
     """
     numbered = _NumberedItems(items, ahead=4 * workers)
     outcomes: SimpleQueue[_Outcome[_Result] | None] = SimpleQueue()
-    threads = [
-        _Worker(target=_run_worker, args=(numbered, outcomes, make_worker), name=f"worker {number}")
-        for number in range(workers)
-    ]
-    started: list[_Worker] = []
+    threads = [_Worker(numbered, outcomes, make_worker, name=f"worker {number}") for number in range(workers)]
+    started: list[_Worker[_Item, _Result]] = []
     try:
         for thread in threads:
             thread.start()
@@ -63,38 +60,36 @@ def process_in_order(
         _join(started)
 
 
-class _Worker(Thread):
-    """A thread that tells when it has ended.
+class _Worker(Thread, Generic[_Item, _Result]):
+    """A thread that processes items, and tells when it has ended.
 
     Before Python 3.13, Thread.join takes a running thread for an ended one if it is interrupted.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        items: _NumberedItems[_Item],
+        outcomes: SimpleQueue[_Outcome[_Result] | None],
+        make_worker: MakeWorker[_Item, _Result],
+        name: str,
+    ) -> None:
+        super().__init__(name=name)
+        self._items, self._outcomes, self._make_worker = items, outcomes, make_worker
         self.ended = Event()
 
     def run(self) -> None:
+        number: int | None = None
         try:
-            super().run()
+            with self._make_worker() as process:
+                while (numbered := self._items.take()) is not None:
+                    number, item = numbered
+                    self._outcomes.put(_Outcome(number, process(item)))
+                    number = None
+        except BaseException as error:
+            self._outcomes.put(_Outcome(number, error=error))
         finally:
+            self._outcomes.put(None)
             self.ended.set()
-
-
-def _run_worker(
-    items: _NumberedItems[_Item],
-    outcomes: SimpleQueue[_Outcome[_Result] | None],
-    make_worker: MakeWorker[_Item, _Result],
-) -> None:
-    number: int | None = None
-    try:
-        with make_worker() as process:
-            while (numbered := items.take()) is not None:
-                number, item = numbered
-                outcomes.put(_Outcome(number, process(item)))
-                number = None
-    except BaseException as error:
-        outcomes.put(_Outcome(number, error=error))
-    outcomes.put(None)
 
 
 def _in_order(outcomes: SimpleQueue[_Outcome[_Result] | None], workers: int) -> Iterator[_Outcome[_Result]]:
@@ -139,7 +134,7 @@ class _NumberedItems(Generic[_Item]):
         self._slots.release(workers)
 
 
-def _join(workers: Sequence[_Worker]) -> None:
+def _join(workers: Sequence[_Worker[_Item, _Result]]) -> None:
     """Wait for all threads, which use files that are closed next; an interrupt is raised after that."""
     interrupted: BaseException | None = None
     for worker in workers:

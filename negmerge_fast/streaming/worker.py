@@ -63,7 +63,7 @@ class Worker:
             skipped = self._read(chunk, pruner, buffers)
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
-            with self.turns, self.buffers.merging() as (addresses, owner):
+            with self.turns, self.buffers.launch() as (addresses, owner):
                 for batch, slices in batches(chunk, self.device, addresses, owner):
                     merged.append((slices, self.merge(batch, self.rule, self.merge_threads)))
             self.buffers.wait()

@@ -31,7 +31,7 @@ def test_a_merge_gets_the_addresses_of_the_reserved_versions() -> None:
     with WorkerBuffers(2, 256, timeline) as buffers:
         for sizes in ([256, 256], [10, 20], []):
             buffers.reserve(sizes)
-            with buffers.merging() as addressed:
+            with buffers.launch() as addressed:
                 launched.append(addressed)
             buffers.wait()
             assert launched[-1] == buffers.addresses() and len(launched[-1][0]) == len(sizes)

@@ -86,7 +86,7 @@ def test_calls_of_device_buffers(cuda: FakeCuda, kept: bool) -> None:
         for memory in buffers.reserve([300, 200]):
             memory[:] = bytes([7]) * len(memory)
 
-        with buffers.merging() as (addresses, owner):
+        with buffers.launch() as (addresses, owner):
             assert addresses == [owner.data_ptr(), owner.data_ptr() + 512] and cuda.current == current
             assert owner[299] == 7 and owner[512] == 7
             owner[:] = 9
