@@ -1,4 +1,4 @@
-"""A plan cut into parts: for ranks, and for buffers."""
+"""Plans cut into ranges for ranks, and into chunks for buffers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from .plan import Extent, Plan, TensorSlice
 
 
 def slice_plan(plan: Plan, range_: Range) -> Iterator[Extent]:
-    """The extents, or parts of them, whose elements begin within a run."""
+    """Yield the extents, cut to the elements that begin within a range."""
     at = 0
     for extent in plan.extents:
         size = extent.sources[0].nbytes
         if range_.begin <= at and at + size <= range_.end:
             yield extent
         elif at < range_.end and range_.begin < at + size:
-            yield from _slice(extent, range_.begin - at, range_.end - at)
+            yield from _slice_extent(extent, range_.begin - at, range_.end - at)
         at += size
 
 
-def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
-    """What begins between two bytes of an extent's base, of every source; nothing, where that is within one element."""
+def _slice_extent(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
+    """Yield the elements of an extent that begin between two bytes of its base; nothing if none does."""
     if not extent.slices:
         (source,) = extent.sources
         first, last = max(begin, 0), min(end, source.nbytes)
@@ -50,25 +50,31 @@ def _slice(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
 
 
 def partition(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
-    """Runs cut between elements into so many lots, of about as many bytes to read and write each."""
-    parts: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
+    """Cut ranges between elements into a shard for each rank, with about as many bytes to read and write.
+
+    Args:
+        plan: The plan.
+        ranges: What is to be done of it.
+        count: How many shards.
+    """
+    overlaps: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
     at = 0
     for extent in plan.extents:
         end = at + extent.sources[0].nbytes
-        overlaps = [(max(range_.begin, at), min(range_.end, end)) for range_ in ranges]
-        parts += [(begin, until, extent, at) for begin, until in overlaps if begin < until]
+        cuts = [(max(range_.begin, at), min(range_.end, end)) for range_ in ranges]
+        overlaps += [(begin, until, extent, at) for begin, until in cuts if begin < until]
         at = end
-    total = sum((end - begin) * _moved_per_byte(extent) for begin, end, extent, _ in parts)
+    total = sum((end - begin) * _moved_per_byte(extent) for begin, end, extent, _ in overlaps)
     shards: list[list[Range]] = [[] for _ in range(count)]
     done = 0.0
-    for begin, end, extent, start in parts:
+    for begin, end, extent, start in overlaps:
         weight = _moved_per_byte(extent)
         while begin < end:
             shard = min(int(done * count / total), count - 1)
             until = end
             if shard < count - 1:
-                room = max(int((total * (shard + 1) / count - done) / weight), 1)
-                until = min(start + _between_elements(extent, begin + room - start), end)
+                remaining = max(int((total * (shard + 1) / count - done) / weight), 1)
+                until = min(start + _between_elements(extent, begin + remaining - start), end)
             if shards[shard] and shards[shard][-1].end == begin:
                 shards[shard][-1] = Range(shards[shard][-1].begin, until)
             else:
@@ -79,7 +85,7 @@ def partition(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Rang
 
 
 def _moved_per_byte(extent: Extent) -> float:
-    """Bytes read and written for each byte of the output."""
+    """The bytes read and written for each byte of the output."""
     return 1 + sum(source.nbytes for source in extent.sources) / extent.sources[0].nbytes
 
 
@@ -95,10 +101,10 @@ def _between_elements(extent: Extent, offset: int) -> int:
 
 
 def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
-    """Extents, cut so that no source is longer than chunk bytes (at least 8: one element)."""
+    """Cut extents so that no source is longer than chunk_bytes, which is at least 8: one element."""
     for extent in extents:
         if extent.slices:
-            yield from _cut(extent, chunk_bytes)
+            yield from _chunks_of(extent, chunk_bytes)
             continue
         (source,) = extent.sources
         for done in range(0, source.nbytes, chunk_bytes):
@@ -106,37 +112,38 @@ def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
             yield Extent(extent.path, [ByteRange(source.file, source.offset + done, size)], [])
 
 
-def _cut(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
+def _chunks_of(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
     positions = [source.offset for source in extent.sources]
-    parts: list[TensorSlice] = []
-    room = chunk_bytes
+    slices: list[TensorSlice] = []
+    remaining = chunk_bytes
 
     def finished() -> Extent:
         lengths = [
-            sum(column) for column in zip(*([p.numel * s for s in p.sizes] for p in parts), strict=True)
+            sum(column)
+            for column in zip(*([s.numel * size for size in s.sizes] for s in slices), strict=True)
         ]
         sources = [
             ByteRange(source.file, at, length)
             for source, at, length in zip(extent.sources, positions, lengths, strict=True)
         ]
         positions[:] = [at + length for at, length in zip(positions, lengths, strict=True)]
-        return Extent(extent.path, sources, parts)
+        return Extent(extent.path, sources, slices)
 
     for tensor_slice in extent.slices:
         widest = max(tensor_slice.sizes)
         done = 0
         while True:
-            count = min(tensor_slice.numel - done, room // widest)
+            count = min(tensor_slice.numel - done, remaining // widest)
             if count or not tensor_slice.numel:
-                parts.append(tensor_slice._replace(start=tensor_slice.start + done, numel=count))
-                done, room = done + count, room - count * widest
+                slices.append(tensor_slice._replace(start=tensor_slice.start + done, numel=count))
+                done, remaining = done + count, remaining - count * widest
             if done == tensor_slice.numel:
                 break
             yield finished()
-            parts, room = [], chunk_bytes
+            slices, remaining = [], chunk_bytes
     yield finished()
 
 
 def segments_of(plan: Plan, chunk_bytes: int) -> int:
-    """How many runs of elements the backends are given."""
+    """Return how many segments the backends are given in all."""
     return sum(len(chunk.slices) for chunk in chunks(plan.extents, chunk_bytes))

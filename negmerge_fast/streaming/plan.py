@@ -1,9 +1,8 @@
-"""What to read, merge and write: pure arithmetic on the layouts of all checkpoints. Nothing is opened here.
+"""The plan of a merge of checkpoints: what to read, merge and write. No file is opened here.
 
-Extents are runs of bytes of one output file. Those with members are neighbouring tensors that are neighbours in every
-model's file, too, so that each stream is read in one long stroke; those without are copied from the base. Together they
-cover every byte of every output file, in order: a position in a plan is a number of those bytes. Pieces are extents cut to
-the size of the buffers.
+An extent is a range of one output file. One with slices holds tensors that are neighbours in the base and in every model's
+file, so that each version is read in one go. One without slices is copied from the base. Together extents cover every byte
+of every output file, in order: a position in a plan counts those bytes. Chunks are extents cut to the size of the buffers.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..core.schema import mismatches
 
 
 class TensorSlice(NamedTuple):
-    """A tensor, or a run of its elements."""
+    """Consecutive elements of a tensor, or all of them."""
 
     name: str
     start: int
@@ -38,7 +37,10 @@ class TensorSlice(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """target: the output file, relative to the output; it is written where the base (the first source) is read."""
+    """A range of an output file, and its versions in the base (the first source) and the models.
+
+    path: the output file, relative to the output; it is written at the offset at which the base is read.
+    """
 
     path: str
     sources: list[ByteRange]
@@ -47,9 +49,14 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """targets: every output file, with the file of the base that it mirrors.
+    """What a merge of checkpoints reads, merges and writes.
 
-    kept: how many tensors are the base's, untouched.
+    Attributes:
+        base: The base.
+        models: The fine-tuned models.
+        files: The files of the base by their names in the output, which mirrors them.
+        extents: The output in order.
+        unchanged: How many tensors are copied from the base.
     """
 
     base: Checkpoint
@@ -91,10 +98,17 @@ def make_plan(
     include: str | None = None,
     exclude: str | None = None,
 ) -> Plan:
-    """Pair the tensors of all checkpoints by name.
+    """Pair the tensors of all checkpoints by name, and lay out the output.
 
-    include, exclude: regular expressions searched in the names; tensors not chosen are the base's, untouched.
-    Raises InputError, one line with what does not fit.
+    Args:
+        base: The base.
+        models: The fine-tuned models, or task vectors.
+        task_vectors: Whether models are task vectors.
+        include: A regular expression. Only tensors whose name matches are merged.
+        exclude: A regular expression. Tensors whose name matches are copied from the base.
+
+    Raises:
+        InputError: If names, shapes or types do not fit; the line says what.
     """
     chosen = _choose(base.tensors, include, exclude)
     chosen_in = [_choose(model.tensors, include, exclude) for model in models]
@@ -149,7 +163,7 @@ def _extents(
     models: Sequence[Checkpoint],
     task_vectors: bool,
 ) -> Iterator[Extent]:
-    """Cover one file of the base; held: its tensors to merge."""
+    """Cover one file of the base, which holds these tensors to merge."""
     position = 0
     neighbours: list[list[ByteRange]] = []
     slices: list[TensorSlice] = []

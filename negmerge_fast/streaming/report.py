@@ -10,10 +10,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge of checkpoints did; its fields are those of the JSON report.
+    """What a merge of checkpoints did. The fields are those of the JSON report.
 
-    seconds: wall time of this run. bytes_read, bytes_written: by it; bytes_skipped: those of the inputs that did not need to
-    be read; bytes_done_before: of the output, by the run that it went on with.
+    Attributes:
+        base: The path of the base, as given.
+        models: The paths of the fine-tuned models, in order.
+        output: The path of the output.
+        scale: λ.
+        min_agreement: The fraction of the models that had to agree.
+        backend: The backend that merged.
+        device: The device it merged on.
+        elements: Elements that were merged.
+        agreed: Elements that the rule changed.
+        consensus_ratio: agreed / elements.
+        nonfinite: Elements that kept the base's bits because something was not finite.
+        bytes_read: Bytes that this run read.
+        bytes_skipped: Bytes of the inputs that did not need to be read.
+        bytes_written: Bytes that this run wrote.
+        bytes_done_before: Bytes of the output that an earlier, interrupted run had done.
+        seconds: Wall time of this run.
+        tensors: name, elements, agreed and nonfinite of each tensor.
     """
 
     base: str
@@ -35,4 +51,5 @@ class Report:
     tensors: list[dict[str, Any]]
 
     def to_json(self) -> str:
+        """Return the report as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

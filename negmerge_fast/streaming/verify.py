@@ -1,7 +1,6 @@
-"""Whether an output still is what a merge wrote, and whether that is what its inputs give.
+"""Verification of an output: against its manifest and, by merging a sample again, against its inputs.
 
-The first is held against the manifest: checksums find damage, not malice. The second takes a random sample of the output, has
-the reference merge it once more, and compares bits.
+Checksums in the manifest find damage, not malice. The sample is drawn at random, merged by the reference and compared bit by bit.
 """
 
 from __future__ import annotations
@@ -31,20 +30,23 @@ from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from .partition import chunks
 from .plan import Extent, Plan, make_plan
-from .progress import ChunkResult
+from .progress import OnProgress
 from .worker import batches
 
-OnProgress = Callable[[int, int], None]
 PathLike = str | os.PathLike[str]
 _Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
-# Bytes that are read at once: long enough for a disk, and for the cache they are hashed from.
+# Long enough for a disk, and still in the cache when it is hashed.
 _CHUNK_BYTES = 1 << 20
-_FILES_AT_ONCE = 4
+_MAX_OPEN_FILES = 4
 
 
 class DamageError(RuntimeError):
-    """An output is not what it should be. found: one line for each file."""
+    """Damage in an output.
+
+    Attributes:
+        found: One line for each damaged file.
+    """
 
     def __init__(self, found: Sequence[str]) -> None:
         super().__init__("; ".join(found))
@@ -55,8 +57,14 @@ class DamageError(RuntimeError):
 class Verified:
     """An output in which no damage was found.
 
-    version: of the negmerge_fast that wrote it. files, bytes: that have their checksums. not_listed: what lies among them
-    and is not in the manifest. blocks, bytes_compared: of the output, that were merged once more.
+    Attributes:
+        output: The path that was verified.
+        version: The version of negmerge_fast that wrote it.
+        files: How many files have their checksums.
+        bytes: The size of these files.
+        not_listed: Files in the output that are not in the manifest.
+        blocks: How many blocks were merged again.
+        bytes_compared: The bytes of these blocks.
     """
 
     output: str
@@ -77,15 +85,25 @@ def verify_checkpoint(
     threads: int | None = None,
     progress: OnProgress | None = None,
 ) -> Verified:
-    """Hold an output of merge_checkpoints against its manifest and, if they are given, against the checkpoints it was made of.
+    """Compare an output of merge_checkpoints with its manifest and, if given, with what it was made of.
 
-    against: the base and the fine-tuned models, in the order of the merge: a sample of blocks is merged by the reference and
-        must have the output's bits.
-    blocks: how many, of up to 1 MiB; drawn evenly by bytes, with seed. All of them, where there are no more.
-    progress: called with (bytes done, bytes in all); it may raise to stop.
+    Args:
+        output: The merged directory or file, with its manifest.
+        against: The base and the fine-tuned models, in the order of the merge. A random sample of blocks is merged
+            again by the reference, and the output must have the same bits.
+        blocks: How many blocks to sample, each of up to 1 MiB, drawn evenly by bytes. All of them if there are fewer.
+        seed: The seed of the sample.
+        threads: How many threads read and compute checksums. None is torch's number.
+        progress: Called with (bytes done, bytes in all). It may raise to stop.
 
-    Raises DamageError if the output is not what it should be, InputError if that can't be said: a file is missing, the
-    manifest is none, or the checkpoints aren't those of the merge.
+    Returns:
+        What was compared.
+
+    Raises:
+        DamageError: If the output is not what it should be.
+        InputError: If that cannot be said: a file is missing, the manifest is invalid, or the checkpoints are not those of the
+            merge.
+        TypeError: If against is one path.
     """
     for name, number in {"blocks": blocks, "threads": threads or registry.usual_threads()}.items():
         if number < 1:
@@ -121,8 +139,8 @@ def verify_checkpoint(
 
 
 @dataclass(frozen=True)
-class _Output:
-    """files: those that the manifest lists, by the names it has for them."""
+class _Opened:
+    """An output to verify; files are those that the manifest lists, by its names for them."""
 
     path: Path
     manifest: manifest.Manifest
@@ -130,23 +148,23 @@ class _Output:
     not_listed: list[str]
 
 
-def _open(path: Path) -> _Output:
+def _open(path: Path) -> _Opened:
     directory = os.path.isdir(path)
-    place = manifest.manifest_path(path, directory)
+    manifest_path = manifest.manifest_path(path, directory)
     if not directory:
         File.at(path)
-    found = manifest.read(place)
+    found = manifest.read(manifest_path)
     if directory:
         files = {name: File.at(path / name) for name in found.files}
-        others = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
-        return _Output(path, found, files, sorted(others - found.files.keys() - {place.name}))
+        present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
+        return _Opened(path, found, files, sorted(present - found.files.keys() - {manifest_path.name}))
     if len(found.files) != 1:
-        raise InputError(f"{place}: files are {len(found.files)}, expected one, {path.name}")
-    return _Output(path, found, dict.fromkeys(found.files, File.at(path)), [])
+        raise InputError(f"{manifest_path}: files are {len(found.files)}, expected one, {path.name}")
+    return _Opened(path, found, dict.fromkeys(found.files, File.at(path)), [])
 
 
-def _plan(out: _Output, against: Sequence[PathLike]) -> Plan:
-    """The merge that made an output, once more. Raises InputError if it can't be that one."""
+def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
+    """Plan the merge that made an output again; refuse checkpoints that are not its inputs."""
     if len(against) < 2:
         raise InputError("against: expected the base and at least one fine-tuned model")
     base, *models = [open_checkpoint(path) for path in against]
@@ -162,24 +180,19 @@ def _plan(out: _Output, against: Sequence[PathLike]) -> Plan:
     )
     if base.is_directory != out.path.is_dir():
         raise InputError(f"{base.path}: is a {base.kind}, expected one like {out.path}")
-    targets = (
-        dict(plan.files) if base.is_directory else dict(zip(out.files, plan.files.values(), strict=True))
-    )
-    for name in sorted(targets.keys() | out.manifest.files.keys()):
-        here, listed = targets.get(name), out.manifest.files.get(name)
-        if here is None or listed is None or here.size != listed[0]:
-            found, expected = (
-                here and f"{here.size} bytes",
-                f"{listed[0]} bytes" if listed else "no such file",
-            )
-            raise InputError(
-                f"{base.path / name}: {found or 'no such file'}, expected {expected} as in {out.path}"
-            )
+    # A single file may have another name than the output's.
+    files = plan.files if base.is_directory else dict(zip(out.files, plan.files.values(), strict=True))
+    for name in sorted(files.keys() | out.manifest.files.keys()):
+        file, listed = files.get(name), out.manifest.files.get(name)
+        found = f"{file.size} bytes" if file else "no such file"
+        expected = f"{listed[0]} bytes" if listed else "no such file"
+        if found != expected:
+            raise InputError(f"{base.path / name}: {found}, expected {expected} as in {out.path}")
     return plan
 
 
-def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
-    """Hold every file against its size and its checksum."""
+def _check(out: _Opened, threads: int, advance: Callable[[int], None]) -> None:
+    """Compare the size and the checksum of every file with the manifest's."""
     expected = out.manifest.files
     damage = {
         name: f"{file.path}: {file.size} bytes, expected {expected[name][0]}"
@@ -187,36 +200,37 @@ def _check(out: _Output, threads: int, advance: Callable[[int], None]) -> None:
         if file.size != expected[name][0]
     }
     whole = {name: file for name, file in out.files.items() if name not in damage}
-    sums = Checksums({name: file.size for name, file in whole.items()}, out.manifest.block)
+    checksums = Checksums({name: file.size for name, file in whole.items()}, out.manifest.block)
     extents = [Extent(name, [ByteRange(file, 0, file.size)], []) for name, file in whole.items()]
-    chunk_bytes = -(-_CHUNK_BYTES // sums.block) * sums.block
+    chunk_bytes = -(-_CHUNK_BYTES // checksums.block) * checksums.block
     release = sum(file.size for file in whole.values()) > memory.free_memory() // 2
-    ready = partial(_hasher, sums, chunk_bytes, release)
-    process_in_order(chunks(extents, chunk_bytes), threads, ready, lambda chunk: advance(chunk.read))
+    make_worker = partial(_hasher, checksums, chunk_bytes, release)
+    process_in_order(chunks(extents, chunk_bytes), threads, make_worker, advance)
     for name, file in whole.items():
-        if (found := sums.of(name)) != expected[name][1]:
+        if (found := checksums.of(name)) != expected[name][1]:
             damage[name] = f"{file.path}: checksum {found}, expected {expected[name][1]}"
     if damage:
         raise DamageError([damage[name] for name in sorted(damage)])
 
 
 @contextmanager
-def _hasher(sums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callable[[Extent], ChunkResult]]:
+def _hasher(checksums: Checksums, chunk_bytes: int, release: bool) -> Iterator[Callable[[Extent], int]]:
+    """A worker that adds chunks to the checksums, and returns their bytes."""
     buffer = memoryview(bytearray(chunk_bytes))
-    with Reader(_FILES_AT_ONCE) as reader:
+    with Reader(_MAX_OPEN_FILES) as reader:
 
-        def work(chunk: Extent) -> ChunkResult:
+        def process_chunk(chunk: Extent) -> int:
             (source,) = chunk.sources
             source.read_into(reader, buffer[: source.nbytes], release=release)
-            sums.add(chunk.path, source.offset, buffer[: source.nbytes])
-            return ChunkResult(source.nbytes)
+            checksums.add(chunk.path, source.offset, buffer[: source.nbytes])
+            return source.nbytes
 
-        yield work
+        yield process_chunk
 
 
 def _sample(plan: Plan, blocks: int, seed: int) -> list[Extent]:
-    """Some pieces of a plan, in their order, of which each byte of the output is as likely to be in one as any other."""
-    # The first so many arrivals, where each piece arrives at a rate that is its size: a draw without replacement.
+    """Draw chunks of a plan without replacement; every byte of the output is equally likely to be in one."""
+    # The first arrivals, where each chunk arrives at a rate that is its size.
     chance = random.Random(seed)
     every = enumerate(chunk for chunk in chunks(plan.extents, _CHUNK_BYTES) if chunk.sources[0].nbytes)
     arrivals = ((chance.expovariate(chunk.sources[0].nbytes), number, chunk) for number, chunk in every)
@@ -224,35 +238,35 @@ def _sample(plan: Plan, blocks: int, seed: int) -> list[Extent]:
     return [chunk for _, _, chunk in sorted(drawn, key=lambda arrival: arrival[1])]
 
 
-def _compare(out: _Output, plan: Plan, sample: Sequence[Extent], advance: Callable[[int], None]) -> None:
-    """Merge each piece of a sample on the base's bytes, and hold these against the output's."""
+def _compare(out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callable[[int], None]) -> None:
+    """Merge each chunk of a sample in place on the base's bytes, and compare them with the output's."""
     _, merge = registry.choose("torch", "cpu")
-    timeline = Timeline(kept=False)
+    versions, timeline = len(plan.models) + 2, Timeline(kept=False)
     with (
-        Reader(_FILES_AT_ONCE) as reader,
-        WorkerBuffers(len(plan.models) + 2, _CHUNK_BYTES, timeline) as lane,
+        Reader(_MAX_OPEN_FILES) as reader,
+        WorkerBuffers(versions, _CHUNK_BYTES, timeline) as worker_buffers,
     ):
         for chunk in sample:
             base = chunk.sources[0]
             file = out.files[chunk.path] if out.path.is_dir() else next(iter(out.files.values()))
             sources = [*chunk.sources, ByteRange(file, base.offset, base.nbytes)]
-            buffers = lane.reserve([source.nbytes for source in sources])
+            buffers = worker_buffers.reserve([source.nbytes for source in sources])
             for source, buffer in zip(sources, buffers, strict=True):
                 source.read_into(reader, buffer)
-            addresses, owner = lane.addresses()
+            addresses, owner = worker_buffers.addresses()
             for batch, _ in batches(chunk, "cpu", addresses[:-1], owner):
                 merge(batch, out.manifest.recipe.rule)
             expected, found = (np.frombuffer(buffer, np.uint8) for buffer in (buffers[0], buffers[-1]))
             if (different := np.flatnonzero(expected != found)).size:
-                place = int(different[0])
-                raise DamageError([f"{file.path}: {_difference(plan, chunk, place, found, expected)}"])
+                difference = _difference(plan, chunk, int(different[0]), found, expected)
+                raise DamageError([f"{file.path}: {difference}"])
             advance(sum(source.nbytes for source in sources))
 
 
-def _difference(plan: Plan, chunk: Extent, place: int, found: _Bytes, expected: _Bytes) -> str:
-    """What differs at a byte of a piece: an element, where it was merged, or the byte."""
+def _difference(plan: Plan, chunk: Extent, offset: int, found: _Bytes, expected: _Bytes) -> str:
+    """Describe what differs at an offset in a chunk: an element if it was merged, else the byte."""
     base = chunk.sources[0]
-    at = base.offset + place
+    at = base.offset + offset
     holding = (
         (name, tensor)
         for name, tensor in plan.base.tensors.items()
@@ -260,21 +274,21 @@ def _difference(plan: Plan, chunk: Extent, place: int, found: _Bytes, expected: 
     )
     name, tensor = next(holding, ("", None))
     if tensor is None:
-        return f"byte {at} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
+        return f"byte {at} is {found[offset]:#04x}, expected {expected[offset]:#04x} as in base"
     if not chunk.slices:
         where = f"tensor {name!r}: byte {at - tensor.source.offset}"
-        return f"{where} is {found[place]:#04x}, expected {expected[place]:#04x} as in base"
+        return f"{where} is {found[offset]:#04x}, expected {expected[offset]:#04x} as in base"
     dtype = tensor.spec.dtype
     size = FLOAT_SIZES[dtype]
     element = (at - tensor.source.offset) // size
     index = tuple(int(i) for i in np.unravel_index(element, tensor.spec.shape))
     start = tensor.source.offset + element * size - base.offset
-    was, should = (_number(run[start : start + size].tobytes(), dtype) for run in (found, expected))
+    was, should = (_number(data[start : start + size].tobytes(), dtype) for data in (found, expected))
     return f"tensor {name!r}: {was} at {index}, expected {should}"
 
 
 def _number(raw: bytes, dtype: str) -> str:
-    """An element's value, and its bits, by which a NaN may differ from a NaN."""
+    """Format an element's value and its bits, which tell NaNs apart."""
     wide = b"\0\0" + raw if dtype == "BF16" else raw
     value = np.frombuffer(wide, {8: "<f8", 4: "<f4", 2: "<f2"}[len(wide)])[0]
     return f"{value} (0x{raw[::-1].hex()})"
