@@ -1,4 +1,4 @@
-"""What an opened checkpoint is: tensors, and the files that hold them."""
+"""Opened checkpoints: their tensors, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,16 @@ class TensorRef(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: by name. weights: the files that hold them; others: what else belongs to the model (config, tokenizer);
-    left_out: what lies beside them but is neither. The last three name files relative to path, or path itself."""
+    """A model on disk, opened without reading its weights.
+
+    Attributes:
+        path: The directory or file.
+        kind: "directory", "safetensors" or "npy".
+        tensors: The tensors by name.
+        weights: The files that hold them, by names relative to path.
+        extra_files: What else belongs to the model (config, tokenizer), by names relative to path.
+        skipped_files: Names of files beside them that are neither: other weights, archives and hidden files.
+    """
 
     path: Path
     kind: str
@@ -60,5 +68,5 @@ class Checkpoint:
         return self.kind == "directory"
 
 
-# What negmerge writes beside the weights of its output; it speaks of that output only.
+# The manifest that negmerge writes beside its output, and does not copy from an input.
 MANIFEST = "negmerge.json"

@@ -1,6 +1,6 @@
-"""Checkpoints on disk, opened without reading their weights: names -> (type, shape, where the bytes are).
+"""Opening checkpoints of all formats, without reading their weights.
 
-One module per format. Nothing here is trusted: every length, offset and name is checked before it is used.
+There is one module per format. No file is trusted: every length, offset and name is checked before it is used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from .base import Checkpoint
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a Hugging Face directory, a .safetensors file or a .npy vector.
 
-    Raises InputError, in one line with the file's name, for whatever is missing or malformed.
+    Raises:
+        InputError: If something is missing or malformed; the line names the file.
     """
     path = Path(path)
     try:
         is_directory = path.is_dir()
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+    except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if is_directory:
         return huggingface.open_directory(path)

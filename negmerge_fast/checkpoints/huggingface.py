@@ -13,12 +13,12 @@ from .reader import File
 from .safetensors import read_header
 from .strict_json import parse_json
 
-# The names transformers looks for, in its order; other names are taken where there is only one.
+# The names that transformers looks for, in its order; another name is taken if it is the only one.
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 
-# Weights in other formats, and archives: copied, they would still remember what the merged weights forgot. They are
-# known by any part of the name behind a dot: model.onnx.data, model.ckpt.index, model.safetensors.bak.
+# Weights in other formats, and archives, are not copied: they may contain what the merged weights forgot. Any part of a
+# name behind a dot tells them: model.onnx.data, model.ckpt.index, model.safetensors.bak.
 _OTHER_WEIGHTS = frozenset({
     "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "keras", "msgpack", "onnx", "onnx_data", "ort", "gguf",
     "ggml", "npy", "npz", "pkl", "pickle", "joblib", "tflite", "mlmodel", "mlpackage", "ot", "pdparams", "nemo",
@@ -28,10 +28,10 @@ _OTHER_WEIGHTS = frozenset({
 # As for the header of a .safetensors file.
 _MAX_INDEX_BYTES = 100_000_000
 
-# Of a file, on Linux; what is longer is not shown whole, either.
+# The bound of Linux.
 _MAX_NAME_BYTES = 255
 
-# Directories in each other, below that of a model.
+# Levels of directories below that of a model.
 _MAX_DEPTH = 64
 
 
@@ -78,7 +78,7 @@ def _weights_name(path: Path, names: list[str]) -> str:
 def _read_shards(
     path: Path, index: str, present: list[str]
 ) -> tuple[dict[str, TensorRef], dict[str, File], File]:
-    """Also the index itself; present: the names in the directory."""
+    """Return the tensors, the shards and the index, given the names in the directory."""
     file = File.at(path / index)
     if file.size > _MAX_INDEX_BYTES:
         raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_MAX_INDEX_BYTES}")
@@ -121,27 +121,27 @@ def _is_other_weights(name: str) -> bool:
 
 
 def _find_extra_files(path: Path, weights: dict[str, File], extra_files: dict[str, File]) -> list[str]:
-    """Add to others what belongs to the model and is no weights; what does not belong to it is returned."""
+    """Add the files that belong to the model but are no weights to extra_files; return the names of the rest."""
     skipped_files: list[str] = []
     pending = [""]
     while pending:
-        below = pending.pop()
-        if below.count("/") > _MAX_DEPTH:
-            raise InputError(f"{path / below}: expected at most {_MAX_DEPTH} directories in each other")
+        folder = pending.pop()
+        if folder.count("/") > _MAX_DEPTH:
+            raise InputError(f"{path / folder}: expected at most {_MAX_DEPTH} directories in each other")
         try:
-            with os.scandir(path / below) as found:
+            with os.scandir(path / folder) as found:
                 entries = sorted(found, key=lambda e: e.name)
             for entry in entries:
-                name = below + entry.name
+                name = folder + entry.name
                 if name in weights or name in extra_files:
                     continue
                 if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                     pending.append(name + "/")
-                # Unlike the entry, it says no of a link that leads to itself.
+                # os.path.isfile is False for a link that leads to itself; the entry's method would raise.
                 elif entry.name.startswith(".") or _is_other_weights(entry.name) or not os.path.isfile(entry):
                     skipped_files.append(name)
                 elif name != MANIFEST:
                     extra_files[name] = File.at(path / name)
         except OSError as error:
-            raise InputError(f"{path / below}: {error.strerror}") from None
+            raise InputError(f"{path / folder}: {error.strerror}") from None
     return skipped_files

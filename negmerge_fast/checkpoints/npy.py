@@ -1,4 +1,4 @@
-"""A flat vector of weights in NumPy's .npy format; numpy itself reads the header."""
+"""The .npy format: one array, whose header NumPy itself reads."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .base import ByteRange, Checkpoint, TensorRef
 from .reader import File
 from .strict_json import is_shape
 
-# What the one tensor is called in messages and reports.
+# The name of the tensor in messages and reports.
 NAME = "vector"
 
-# Version 1 headers are at most 64 KiB long, and numpy itself refuses longer ones than 10,000 characters.
+# Headers of version 1 are at most 64 KiB long. NumPy refuses more than 10,000 characters.
 _MAX_HEADER_BYTES = 65_536 + 12
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Open a .npy file that holds one array in row-major order, of fp64, fp32 or fp16."""
+    """Open a .npy file of fp64, fp32 or fp16 in row-major order."""
     file = File.at(path)
     head = io.BytesIO(file.read(0, min(file.size, _MAX_HEADER_BYTES)))
     try:
@@ -37,11 +37,11 @@ def open_file(path: Path) -> Checkpoint:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a header that Python 2 wrote
+            warnings.simplefilter("ignore")  # about a header that Python 2 wrote
             shape, fortran, dtype = read(head)
     except InputError:
         raise
-    except Exception as error:  # numpy's header parser raises whatever the text makes it raise
+    except Exception as error:  # NumPy's parser of headers raises errors of many types
         raise InputError(f"{path}: not a .npy file ({first_line(error)[:120]})") from None
     if dtype.str not in NUMPY_DTYPES:
         raise InputError(f"{path}: dtype {dtype.str}, expected one of {', '.join(NUMPY_DTYPES)}")

@@ -1,8 +1,8 @@
-"""What all formats share: the parts of an opened checkpoint, and reading files by position.
+"""Input files, read by position.
 
-A few files are open at a time, whatever the number of shards, and each is looked at when it is opened and closed: still the
-one that was inspected. One that shrinks or fails is an error, where a memory map would be a SIGBUS; maps are faster where files
-are cached (by an eighth), and slower where they come from the disk (by a fifth at best): bench/results/reads.jsonl.
+A few files are open at a time, whatever the number of shards. Each is checked when it is opened and closed: it must still be
+the file that was inspected. A file that shrinks or fails is an error; with a memory map it would be a SIGBUS. Maps are faster
+for cached files (by an eighth), and slower from the disk (by a fifth at best): bench/results/reads.jsonl.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from ..core.errors import InputError
 
 @dataclass(frozen=True, eq=False)  # as a key, it is itself: what it holds is slow to hash
 class File:
-    """A regular file as it was when it was opened first.
+    """A regular file as it was when it was inspected.
 
-    mode: who may do what with it. header: the hash of its header, or of all of an index, where that was read.
+    Attributes:
+        path: Its path.
+        size: Bytes.
+        identity: Device, inode and time of the last change.
+        mode: Its permissions.
+        header: The hash of its header, or of a whole index; empty if neither was read.
     """
 
     path: Path
@@ -39,13 +44,13 @@ class File:
             raise InputError(
                 f"{path}: {getattr(error, 'strerror', None) or error}, expected a file"
             ) from None
-        # Before opening it: opening a FIFO waits for ever.
+        # Checked before it is opened: opening a FIFO would wait for ever.
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: not a regular file")
         return cls(path, found.st_size, _identity(found), stat.S_IMODE(found.st_mode) & 0o666)
 
     def open(self) -> int:
-        """A file descriptor for positioned reads."""
+        """Return a descriptor for positioned reads."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.refuse_change(descriptor)
@@ -55,12 +60,13 @@ class File:
         return descriptor
 
     def refuse_change(self, descriptor: int) -> None:
+        """Raise OSError if an open file is not the one that was inspected."""
         found = os.fstat(descriptor)
         if _identity(found) != self.identity or found.st_size != self.size:
             raise OSError(f"{self.path}: the file changed while it was being read")
 
     def read(self, offset: int, size: int) -> bytearray:
-        """A few bytes, while a checkpoint is opened."""
+        """Return a few bytes, while a checkpoint is opened."""
         buffer = bytearray(size)
         try:
             with Reader(1) as reader:
@@ -70,22 +76,25 @@ class File:
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise InputError(str(error)) from None  # shorter than it seems, as files of /sys are
+            raise InputError(str(error)) from None  # shorter than its size says, as files of /sys are
         return buffer
 
 
-# Pythons built for an old C library have it not.
+# Missing in Pythons that were built for an old C library.
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
 class Reader:
-    """Reads files by position, and keeps the last few of them open, `most` at a time.
+    """Reads files by position, and keeps the last few of them open.
 
-    A file that it lets go of in peace is still the one that was inspected: else what was read of it is an error.
+    A file that has changed since it was inspected raises OSError when it is closed.
+
+    Args:
+        max_open: The most files open at a time.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
         self._open: dict[File, int] = {}
 
     def __enter__(self) -> Reader:
@@ -102,13 +111,23 @@ class Reader:
             raise changed
 
     def expect(self, file: File, offset: int, size: int) -> None:
-        """Say that this will be read next: the system may fetch it meanwhile."""
+        """Tell the system what will be read next, so that it may fetch it meanwhile."""
         os.posix_fadvise(self.descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool | None:
-        """Fill the buffer from a position, and say whether all of it was cached; None: the file system doesn't tell.
+        """Fill a buffer from a position in a file.
 
-        release: tell the system that the pages won't be read again.
+        Args:
+            file: The file.
+            offset: The position.
+            buffer: What to fill.
+            release: Whether to tell the system that the pages will not be read again.
+
+        Returns:
+            Whether all of it was in the page cache; None if the file system does not tell.
+
+        Raises:
+            OSError: If reading fails, or the file ends too early.
         """
         if not buffer:
             return True
@@ -117,7 +136,7 @@ class Reader:
             found = _read_cached(descriptor, offset, buffer)
             done, cached = found or 0, None if found is None else found == len(buffer)
             if not cached:
-                # One hint for the whole stroke: the kernel's own read-ahead is shorter.
+                # One hint for the whole read: the kernel's own read-ahead is shorter.
                 os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
             while done < len(buffer):
                 if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
@@ -130,13 +149,13 @@ class Reader:
         return cached
 
     def descriptor(self, file: File) -> int:
-        """Of an open file, until the next call."""
+        """Return the descriptor of a file, which is valid until the next call."""
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            if len(self._open) == self._most:
+            if len(self._open) == self._max_open:
                 self._close(next(iter(self._open)), check=True)
             descriptor = file.open()
-        self._open[file] = descriptor  # the last one again
+        self._open[file] = descriptor  # moved to the end, which is closed last
         return descriptor
 
     def _close(self, file: File, check: bool) -> None:
@@ -149,7 +168,7 @@ class Reader:
 
 
 def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int | None:
-    """Read what is in the page cache, and say how much that was: where it is all, looking for each page costs a tenth."""
+    """Read what is in the page cache, and return its size: one call for cached files, as checking each page costs a tenth."""
     if _NOWAIT is None:
         return None
     try:
@@ -164,7 +183,7 @@ def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int | None
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of calls that take a descriptor name the file, like those of calls that take a path."""
+    """Add a path to errors of calls that take a descriptor."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,6 @@
 """The safetensors format: 8 bytes of header length, a JSON header, the tensors back to back.
 
-The safetensors library tells no offsets, so the header is parsed here, as strictly as there; a test holds the two
-against each other.
+The safetensors library does not tell offsets, so the header is parsed here, as strictly as there; a test compares the two.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Open one .safetensors file as a model."""
+    """Open a .safetensors file."""
     tensors, file = read_header(path)
     return Checkpoint(path, "safetensors", tensors, {path.name: file}, {})
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
-    """The tensors of a .safetensors file, in the order of their bytes."""
+    """Return the tensors of a .safetensors file in the order of their bytes, and the file."""
     file = File.at(path)
     if file.size < 8:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
@@ -53,7 +52,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     ):
         raise InputError(f"{path}: __metadata__ is not a mapping of strings to strings")
     file = replace(file, header=hash_of(head, raw))
-    specs: dict[TensorSpec, TensorSpec] = {}  # tensors of one form share it
+    specs: dict[TensorSpec, TensorSpec] = {}  # equal specs are one object
     tensors = {
         sys.intern(name): _tensor(file, 8 + length, name, entry, specs) for name, entry in header.items()
     }

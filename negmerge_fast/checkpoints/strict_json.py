@@ -12,17 +12,25 @@ from typing import Any
 
 from ..core.errors import InputError, first_line, short_repr
 
-# Lists and objects take up to forty times their text: those of real headers and indexes are one in sixteen bytes at most.
+# Lists and objects take up to forty times the memory of their text. In real headers and indexes at most one byte in sixteen is
+# a bracket.
 _MIN_CHECKED_BYTES, _BYTES_PER_BRACKET = 1 << 20, 8
-# Digits of 2^63 and a sign: longer numbers take long to read, and no file says one.
+# 2^63 with a sign: longer numbers take long to parse, and no real file has one.
 _MAX_INTEGER_DIGITS = 20
 _ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_MAX_INTEGER_DIGITS + 1))
 
 
-def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> dict[str, Any]:
-    """A JSON object in which no key comes twice, no text is half a character, and no number is -0, NaN or very long.
+def parse_json(raw: bytearray, path: Path, what: str, surrogates: bool = False) -> dict[str, Any]:
+    """Parse a JSON object without repeated keys, lone surrogates, NaN and very long numbers; -0 becomes a float.
 
-    halves: there may be half characters, as in names of files that are not UTF-8.
+    Args:
+        raw: UTF-8 text.
+        path: The file, for errors.
+        what: What the text is, for errors.
+        surrogates: Whether lone surrogates are allowed: they stand for names of files that are not UTF-8.
+
+    Raises:
+        InputError: If it is none.
     """
     if len(raw) > _MIN_CHECKED_BYTES and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
         raise InputError(f"{path}: {what} is mostly brackets, expected names of tensors")
@@ -38,11 +46,11 @@ def parse_json(raw: bytearray, path: Path, what: str, halves: bool = False) -> d
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=unique,
-            # Slow, and seldom needed: a header has three integers and more for each tensor.
+            # Slow, and rarely needed: a header has at least three integers per tensor.
             parse_int=_integer if _ODD_INTEGER.search(raw) else None,
             parse_constant=_refuse_constant,
         )
-        if not halves and b"\\ud" in raw.lower():
+        if not surrogates and b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except InputError:
         raise
@@ -65,8 +73,8 @@ def _refuse_constant(text: str) -> None:
 
 
 def are_sizes(value: Any) -> bool:
-    """Whether it is a list of sizes or offsets: integers that a file can have."""
-    if not isinstance(value, list) or len(value) > 64:  # so that a product of them is quickly had
+    """Whether a value is a list of sizes or offsets that a file can have."""
+    if not isinstance(value, list) or len(value) > 64:  # bounds the time that a product of them takes
         return False
     for item in value:  # noqa: SIM110 (a generator takes twice as long)
         if type(item) is not int or not 0 <= item < 1 << 63:
@@ -75,5 +83,5 @@ def are_sizes(value: Any) -> bool:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether it is a list of sizes whose products can be counted in 64 bits, as other programs do."""
+    """Whether a value is a list of sizes whose products fit 64 bits, as other programs require."""
     return are_sizes(value) and max(accumulate(value, mul), default=0) < 1 << 64

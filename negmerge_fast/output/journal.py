@@ -182,7 +182,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         crc, _, text = line.partition(b" ")
         if not text.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
             break
-        found.append(parse_json(bytearray(text), path, "a line", halves=True))
+        found.append(parse_json(bytearray(text), path, "a line", surrogates=True))
         size += len(line)
     return found, size
 

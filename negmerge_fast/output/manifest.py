@@ -99,7 +99,7 @@ def load(path: Path) -> dict[str, Any]:
     file = File.at(path)
     if file.size > _MAX_BYTES:
         raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_MAX_BYTES}")
-    return parse_json(file.read(0, file.size), path, "manifest", halves=True)
+    return parse_json(file.read(0, file.size), path, "manifest", surrogates=True)
 
 
 def read(path: Path) -> Manifest:
