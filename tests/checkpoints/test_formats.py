@@ -1,4 +1,4 @@
-"""Opening checkpoints: what is in them. What is refused: test_malformed.py."""
+"""Opening valid checkpoints; test_malformed.py has the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with a few things wrong, or right after all: refused as they should be, or merged to the bit. fuzz.py does this for as long as one likes."""
+"""Some hundred random models, most of them malformed: they are refused, or merged to the bit. `make fuzz` tries more."""
 
 from __future__ import annotations
 

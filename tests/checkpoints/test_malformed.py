@@ -49,7 +49,7 @@ def names(folder: Path) -> list[str]:
 def library_takes(path: Path) -> bool:
     try:
         safe_open(path, "np").__enter__()
-    except Exception:  # it has its own kinds
+    except Exception:  # it has its own types of errors
         return False
     return True
 

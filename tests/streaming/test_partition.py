@@ -1,4 +1,4 @@
-"""Plans in parts: whatever they are cut to, every element is in one of them; and how they are shared out."""
+"""Plans cut into ranges, chunks and shards: every element is in one of them, and shards are even."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return make_plan(open_checkpoint(folder / "base"), [open_checkpoint(folder / n) for n in ("one", "two")])
 
 
-def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[object, ...]]:
-    """Every byte of every source of the parts, and every element, once for each time that it is in one."""
+def covered(plan: Plan, ranges: list[Range], chunk_bytes: int) -> list[tuple[object, ...]]:
+    """Every byte of every source of the chunks, as often as it is in one."""
     found: list[tuple[object, ...]] = []
-    for run in runs:
-        for chunk in chunks(slice_plan(plan, run), chunk_bytes):
+    for range_ in ranges:
+        for chunk in chunks(slice_plan(plan, range_), chunk_bytes):
             for k, (file, offset, nbytes) in enumerate(chunk.sources):
                 found += [(chunk.path, k, file.path, offset + i) for i in range(nbytes)]
             at = [source.offset for source in chunk.sources]
@@ -52,48 +52,51 @@ def covered(plan: Plan, runs: list[Range], chunk_bytes: int) -> list[tuple[objec
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_parts_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
+def test_chunks_cover_every_byte_once(plan: Plan, data: st.DataObject) -> None:
     edges = data.draw(st.lists(st.integers(0, plan.whole.end), max_size=6))
     chunk_bytes = data.draw(st.sampled_from([8, 100, 4096]))
     cuts = [0, *sorted(edges), plan.whole.end]
-    runs = [Range(a, b) for a, b in pairwise(cuts)]
-    found = covered(plan, runs, chunk_bytes)
+    ranges = [Range(a, b) for a, b in pairwise(cuts)]
+    found = covered(plan, ranges, chunk_bytes)
     assert len(found) == len(set(found)) and set(found) == set(covered(plan, [plan.whole], 1 << 20))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_shares_are_disjoint_whole_and_even(plan: Plan, data: st.DataObject) -> None:
-    lots = data.draw(st.integers(1, 7))
+def test_shards_are_disjoint_complete_and_even(plan: Plan, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 7))
     [done] = partition(plan, [plan.whole], 1)
     edges = sorted(
         data.draw(
-            st.lists(st.sampled_from([r.end for lot in partition(plan, done, 9) for r in lot]), max_size=4)
+            st.lists(
+                st.sampled_from([r.end for shard in partition(plan, done, 9) for r in shard]), max_size=4
+            )
         )
     )
     todo = subtract(plan.whole, [Range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False)])
-    shared = partition(plan, todo, lots)
-    assert len(shared) == lots
-    everything = [run for lot in shared for run in lot]
+    shards = partition(plan, todo, count)
+    assert len(shards) == count
+    everything = [range_ for shard in shards for range_ in shard]
     assert everything == sorted(everything) and subtract(plan.whole, everything) == subtract(plan.whole, todo)
     assert all(a.end <= b.begin for a, b in pairwise(everything))
     moved = [
         sum(
             e.sources[0].nbytes + sum(s.nbytes for s in e.sources)
-            for run in lot
-            for e in slice_plan(plan, run)
+            for range_ in shard
+            for e in slice_plan(plan, range_)
         )
-        for lot in shared
+        for shard in shards
     ]
     # Cut between elements, of at most 8 bytes in the output and in each version.
     assert max(moved) - min(moved) <= 2 * 8 * (len(plan.models) + 2)
-    # What is cut is cut between elements: each part is as long as the run that it was made of.
+    # What is cut is cut between elements: each range has as many bytes as it says.
     assert all(
-        sum(e.sources[0].nbytes for e in slice_plan(plan, run)) == run.end - run.begin for run in everything
+        sum(e.sources[0].nbytes for e in slice_plan(plan, range_)) == range_.end - range_.begin
+        for range_ in everything
     )
 
 
-def test_what_is_left() -> None:
+def test_subtract() -> None:
     assert subtract(Range(0, 9), []) == [Range(0, 9)]
     assert subtract(Range(0, 9), [Range(5, 9), Range(0, 2), Range(1, 3)]) == [Range(3, 5)]
     assert subtract(Range(0, 9), [Range(0, 9)]) == [] and subtract(Range(0, 0), []) == []

@@ -1,4 +1,4 @@
-"""Interrupted merges that go on: the same bytes as without an interruption, and nothing that looks like an output before."""
+"""Resumed merges: the same bytes as without an interruption, and nothing that looks like an output before."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.processes
 KILLS = int(os.environ.get("NEGMERGE_KILLS", "8"))
 
 
-def test_goes_on_where_it_was(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_is_resumed(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(folder, monkeypatch)
     assert not (folder / "out").exists()
     seen = []
-    # With other strokes than before.
+    # With other chunks than before.
     report = merge(folder, memory_budget="6MB", progress=lambda done, total: seen.append((done, total)))
     assert weights(folder / "out") == weights(made / "expected")
     assert 0.2 < report.bytes_done_before / (report.bytes_done_before + report.bytes_written) < 0.9
@@ -60,7 +60,7 @@ def test_what_was_done_is_not_read_again(folder: Path, monkeypatch: pytest.Monke
     assert sum(counted) < 0.7 * size and report.bytes_read < 0.7 * 3 * size
 
 
-def test_without_resume_it_is_made_anew_and_with_it_kept(
+def test_without_resume_unfinished_output_is_replaced_or_removed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(folder, monkeypatch)
@@ -79,7 +79,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("options", "reason"), CHANGES.values(), ids=CHANGES)
-def test_another_job_is_refused(
+def test_unfinished_output_of_another_job_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], reason: str
 ) -> None:
     interrupt(folder, monkeypatch)
@@ -112,7 +112,7 @@ def test_a_damaged_journal_or_output(made: Path, folder: Path, monkeypatch: pyte
     interrupt(folder, monkeypatch)
     [path] = folder.glob(".out.negmerge/journal-0")
     lines = path.read_bytes().splitlines(keepends=True)
-    # Cut short by a crash, or garbage of a disk that lost its power: what is before it counts.
+    # A crash cut the last line short: the lines before it count.
     path.write_bytes(b"".join(lines[:3]) + lines[3][:-5])
     first = [run for line in lines[1:3] for run in json.loads(line[9:])["runs"]]
     [output] = list((folder / ".out.negmerge" / "output").glob("model-00001-of-*"))
@@ -127,7 +127,7 @@ def test_a_damaged_journal_or_output(made: Path, folder: Path, monkeypatch: pyte
     assert weights(folder / "out") == weights(made / "expected")
 
 
-def test_a_journal_without_any_whole_line_is_none(made: Path, folder: Path) -> None:
+def test_a_journal_without_a_complete_line_counts_as_none(made: Path, folder: Path) -> None:
     (folder / ".out.negmerge").mkdir()
     (folder / ".out.negmerge" / "lock").touch()
     (folder / ".out.negmerge" / "journal-0").write_bytes(b"1234 {}\n")
@@ -135,8 +135,10 @@ def test_a_journal_without_any_whole_line_is_none(made: Path, folder: Path) -> N
     assert weights(folder / "out") == weights(made / "expected")
 
 
-def test_a_record_is_kept_after_what_it_speaks_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on record was written and synced before: else a crash would leave holes that nobody fills."""
+def test_a_record_is_written_after_its_bytes_are_synced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a crash would leave holes that no run fills."""
     order: list[tuple[str, int]] = []
     write, sync, append = Writer.write, Writer.sync, journal.Journal.append
     moved = [0, 0]
@@ -184,7 +186,7 @@ def torch_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str,
     save_file(tensors, path, metadata=metadata)
 
 
-def test_counted_nonfinite_are_no_longer_an_error_that_could_be_missed(
+def test_nonfinite_elements_of_an_earlier_run_are_an_error_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("base", "ft-0", "ft-1"):
@@ -200,8 +202,8 @@ def test_counted_nonfinite_are_no_longer_an_error_that_could_be_missed(
     assert merge(folder, nonfinite="keep-base").nonfinite == 1 << 17
 
 
-def test_what_was_published_is_finished(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is killed when all that is left to do is to tidy up; or one that is started once more."""
+def test_a_published_output_is_finished(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed while it tidied up, or one that is started again."""
 
     def killed(self: Staging) -> None:
         raise Stop

@@ -1,4 +1,4 @@
-"""Files merged through a GPU: the pipeline itself on the CPU, with streams that do nothing before somebody waits for them."""
+"""Files merged through a GPU; without one, through a fake stream on which nothing runs before it is waited for."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ NAMES = ("base", "ft-0", "ft-1", "ft-2")
 @pytest.fixture
 def tensors(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
     made = family()
-    for model in made:  # long enough for many pieces
+    for model in made:  # long enough for many chunks
         model["long"] = torch.randn(9973, generator=torch.Generator().manual_seed(len(model)))
-    made[1]["long"] = made[0]["long"].double() + 1  # converted by the kernel, not on the way
+    made[1]["long"] = made[0]["long"].double() + 1  # converted by the kernel, not by the copy
     made[2]["long"] = made[0]["long"].bfloat16() + 1
     names = list(made[0])
     for name, model in zip(NAMES, made, strict=True):
@@ -52,17 +52,17 @@ def prepare(folder: Path, **options: Any) -> api.Job:
 
 
 def run(job: api.Job, **options: Any) -> None:
-    """Does a job; one that hangs is a failure, too."""
+    """Run a job, and fail if it hangs or leaves a thread."""
     before = threading.active_count()
     raised: list[BaseException] = []
 
-    def work() -> None:
+    def run_job() -> None:
         try:
             job.run(**options)
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run_job, daemon=True)
     thread.start()
     thread.join(60)
     assert not thread.is_alive(), "it hangs"
@@ -71,12 +71,12 @@ def run(job: api.Job, **options: Any) -> None:
         raise raised[0]
 
 
-@pytest.mark.parametrize("stroke", [512, 4096, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [512, 4096, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 5])
 def test_the_same_bytes_as_on_the_cpu(
-    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, stroke: int, threads: int
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, threads: int
 ) -> None:
-    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", stroke)
+    monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", chunk_bytes)
     timeline = Timeline()
     run(prepare(tmp_path, threads=threads), timeline=timeline)
     check(tmp_path / "out", tensors)
@@ -85,7 +85,7 @@ def test_the_same_bytes_as_on_the_cpu(
     assert {worker for worker, *_ in timeline.spans} <= {f"worker {k}" for k in range(threads + 2)}
 
 
-def test_lanes_wait_beside_each_other(
+def test_two_workers_wait_at_the_same_time(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 512)
@@ -102,15 +102,17 @@ def test_lanes_wait_beside_each_other(
     check(tmp_path / "out", tensors)
 
 
-def test_an_error_that_is_kept_keeps_no_memory(
+def test_an_error_that_is_held_holds_no_memory(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, empty = [], LateStream.empty
-    monkeypatch.setattr(LateStream, "empty", lambda self, size: there.append(empty(self, size)) or there[-1])
-    the_link_fails(monkeypatch)
-    with pytest.raises(RuntimeError, match="the link failed"):
+    memories, empty = [], LateStream.empty
+    monkeypatch.setattr(
+        LateStream, "empty", lambda self, size: memories.append(empty(self, size)) or memories[-1]
+    )
+    copies_fail(monkeypatch)
+    with pytest.raises(RuntimeError, match="the copy failed"):
         run(prepare(tmp_path, threads=3))
-    assert there and not any(memory.untyped_storage().nbytes() for memory in there)
+    assert memories and not any(memory.untyped_storage().nbytes() for memory in memories)
 
 
 def test_short_reads(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +134,11 @@ def fails(error: BaseException) -> Callable[..., Any]:
     return raises
 
 
-def the_end_comes_early(patch: pytest.MonkeyPatch) -> None:
+def file_ends_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "preadv", lambda *_: 0)
 
 
-def no_memory_there(patch: pytest.MonkeyPatch) -> None:
+def no_memory_on_device(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LateStream, "empty", fails(torch.cuda.OutOfMemoryError("out of memory on the device")))
 
 
@@ -144,11 +146,11 @@ def pages_stay_unlocked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LateStream, "lock", fails(RuntimeError("cannot lock pages")))
 
 
-def the_link_fails(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SyncStream, "copy", fails(RuntimeError("the link failed")))
+def copies_fail(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SyncStream, "copy", fails(RuntimeError("the copy failed")))
 
 
-def a_launch_fails(patch: pytest.MonkeyPatch) -> None:
+def launches_fail(patch: pytest.MonkeyPatch) -> None:
     stage = LateStream.stage
 
     def some(self: LateStream, name: str) -> AbstractContextManager[None]:
@@ -183,11 +185,11 @@ def nothing_can_be_unlocked(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = {
-    "ends at byte": the_end_comes_early,
-    "out of memory on the device": no_memory_there,
+    "ends at byte": file_ends_early,
+    "out of memory on the device": no_memory_on_device,
     "cannot lock pages": pages_stay_unlocked,
-    "the link failed": the_link_fails,
-    "cannot launch": a_launch_fails,
+    "the copy failed": copies_fail,
+    "cannot launch": launches_fail,
     "the device is lost": the_device_is_lost,
     "^the device is lost$": nothing_can_be_unlocked,
     "No space left": the_disk_is_full,
@@ -209,7 +211,7 @@ def test_a_fault_at_any_stage_leaves_nothing(
     assert nothing_left(tmp_path)
 
 
-def test_stopped_while_lanes_are_under_way(
+def test_a_job_is_stopped_while_chunks_are_under_way(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "MAX_DEVICE_CHUNK_BYTES", 4096)
@@ -218,7 +220,7 @@ def test_stopped_while_lanes_are_under_way(
     assert nothing_left(tmp_path)
 
 
-def test_what_is_not_finite_is_named(tmp_path: Path, tensors: Any, gpu: None) -> None:
+def test_a_nonfinite_element_is_named(tmp_path: Path, tensors: Any, gpu: None) -> None:
     tensors[2]["embed"][3, 5] = float("nan")
     save_model(tmp_path / "ft-1", tensors[2])
     for old in (tmp_path / "ft-1").glob("model-*"):
@@ -234,10 +236,10 @@ def test_memory_is_bounded_by_what_is_free(
 ) -> None:
     usual = prepare(tmp_path, threads=6)
     assert usual.workers == 8 and usual.memory <= 1 << 30
-    told = dataclasses.replace(
+    measured = dataclasses.replace(
         usual, placement=usual.placement._replace(throughput=Throughput(1e9, False, 2e9, 5e9))
     )
-    assert f"and as much on {DEVICE}" in "\n".join(text.plan_lines(told))
+    assert f"and as much on {DEVICE}" in "\n".join(text.plan_lines(measured))
     for module, name, at in (
         (device_module, "available_bytes", lambda _: 64 << 20),
         (memory, "free_memory", lambda: 128 << 20),
@@ -265,7 +267,7 @@ def test_memory_is_bounded_by_what_is_free(
         (Throughput(30e9, False, 4e9), DEVICE, r"4\.0 GB/s on the CPU, 30\.0 GB/s through cuda:0"),
     ],
 )
-def test_the_way_of_a_job_is_chosen_by_its_costs(
+def test_a_job_is_placed_by_its_bandwidths(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch, found: Throughput, device: str, why: str
 ) -> None:  # fmt: skip
     monkeypatch.setattr(placement, "measure_throughput", lambda *_: found)
@@ -285,7 +287,7 @@ def test_the_way_of_a_job_is_chosen_by_its_costs(
         assert prepare(tmp_path, device="auto", backend=backend).placement.device == there
 
 
-def test_a_gpu_that_nobody_asked_for_stops_no_job(
+def test_a_gpu_that_fails_is_not_used_unless_asked_for(
     tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "measure_throughput", lambda *_: Throughput(50e9, True, 20e9))
@@ -315,7 +317,9 @@ def test_a_gpu_that_nobody_asked_for_stops_no_job(
     assert prepare(tmp_path, device="auto").placement.device == DEVICE
 
 
-def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidths_are_measured(
+    tmp_path: Path, tensors: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     describe = prepare(tmp_path).throughput()
     assert (
         describe
@@ -331,14 +335,14 @@ def test_costs_are_measured(tmp_path: Path, tensors: Any, gpu: None, monkeypatch
     probes.h2d_bandwidth.cache_clear()
     monkeypatch.setattr(LateStream, "lock", fails(RuntimeError("no pages")))
     assert list(placement.describe([DEVICE]))[1] == "host to cuda:0 cannot be measured: no pages"
-    # One stroke from the disk, and it is the disk; one of which nobody knows, and nobody knows.
+    # If one read came from the disk, the disk is measured; if one is unknown and none from the disk, it is unknown.
     for answers, cached in (([True], True), ([True, None], None), ([True, None, False], False)):
         with monkeypatch.context() as patch:
             patch.setattr(Reader, "read_into", lambda *_, a=answers: a.pop(0) if len(a) > 1 else a[0])
             assert probes.read_bandwidth(on_cpu.plan, 2)[1] is cached
 
 
-def test_a_sample_is_strewn_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_spread_over_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_SAMPLE_BYTES", 64)
     names = [f"t{k}" for k in range(40)]
     models = [{n: torch.randn(1 if n != "t7" else 99_999) for n in names} for _ in range(2)]
@@ -368,7 +372,7 @@ def test_through_a_gpu(tmp_path: Path, tensors: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_in_place_on_a_gpu_without_more_memory() -> None:
     base, *models = [torch.randn(1 << 24, device=DEVICE) for _ in range(4)]
-    nm.merge_(base, models, scale=0.9)  # the kernel is tried, and loaded
+    nm.merge_(base, models, scale=0.9)  # the kernel is tested, and loaded
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

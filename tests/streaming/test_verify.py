@@ -1,4 +1,4 @@
-"""negmerge verify: finds every damage, says which; and a wrong element, where the inputs are at hand."""
+"""negmerge verify: it finds and names every damage and, given the inputs, every wrong element."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def merge(**options: Any) -> None:
     nm.merge_checkpoints("base", list(INPUTS[1:]), "out", **{"scale": 0.9, **options})
 
 
-def rechecked(path: Path = Path("out")) -> None:
-    """Makes the manifest agree with the files: what is wrong then is wrong by the inputs only."""
+def update_checksums(path: Path = Path("out")) -> None:
+    """Make the manifest agree with the files, so that only the inputs show what is wrong."""
     manifest = json.loads((path / "negmerge.json").read_text())
     for name, entry in manifest["files"].items():
         content = (path / name).read_bytes()
@@ -74,7 +74,7 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
 
 
 def swap() -> None:
-    """Two files of one size change places."""
+    """Exchange two files of the same size."""
     save_model(Path("base"), {n: torch.ones(9) * k for k, n in enumerate("ab")}, ["a", "b"])
     for k in range(3):
         shutil.rmtree(f"ft-{k}")
@@ -88,7 +88,7 @@ def swap() -> None:
 
 
 def manifest_with(**changes: Any) -> Callable[[], object]:
-    """The manifest with other values; None: without; dotted keys reach inside."""
+    """Change values of the manifest; None removes one; a dotted key is a path."""
 
     def change() -> None:
         path = Path("out/negmerge.json")
@@ -171,7 +171,7 @@ BAD: dict[str, tuple[Callable[[], object], int, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_said(folder: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_named(folder: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A line for each damaged file, or one for what can't be verified."""
     merge()
     spoil, status, messages = BAD[case]
@@ -217,7 +217,7 @@ def test_the_command(folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_it_waits_for_no_torch_and_stops_when_told(folder: Path) -> None:
+def test_it_imports_no_torch_and_stops_at_a_signal(folder: Path) -> None:
     merge()
     start = "import sys; sys.argv = ['negmerge', 'verify', 'out']\nfrom negmerge_fast.cli import main\nfrom negmerge_fast.streaming import verify\n"
     lean = "try: main.main()\nfinally: assert 'torch' not in sys.modules"
@@ -254,7 +254,7 @@ def test_options_are_those_of_the_manifest(folder: Path, case: str) -> None:
         nm.verify_checkpoint("out", INPUTS)
 
 
-def test_what_is_not_finite(folder: Path) -> None:
+def test_nonfinite_elements(folder: Path) -> None:
     base, finetuned = random_models(3, 5000, torch.bfloat16, [torch.float16, torch.float32], seed=3)
     for name, tensor in zip(INPUTS, (base, *finetuned), strict=True):
         shutil.rmtree(name)
@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_other_inputs_than_those_of_the_merge(folder: Path, case: str) -> None:
+def test_other_inputs_are_refused(folder: Path, case: str) -> None:
     spoil, against, message = WRONG[case]
     merge()
     spoil()
@@ -322,12 +322,12 @@ def element(name: str, index: int) -> tuple[Path, int]:
     ],
 )
 def test_a_wrong_element_is_named(folder: Path, name: str, index: int, place: str) -> None:
-    """Though the manifest knows nothing of it."""
+    """Though the checksums agree."""
     merge()
     right = load_model(Path("out"))[name].flatten()[index]
     path, at = element(name, index)
     flip(path, at)
-    rechecked()
+    update_checksums()
     nm.verify_checkpoint("out")
     wrong = load_model(Path("out"))[name].flatten()[index]
     with pytest.raises(nm.DamageError) as error:
@@ -339,7 +339,7 @@ def test_a_wrong_element_is_named(folder: Path, name: str, index: int, place: st
     assert line.startswith(f"{path}: tensor '{name}': ") and f" at {place}, expected " in line
 
 
-def test_a_wrong_byte_of_what_is_copied_is_named(folder: Path) -> None:
+def test_a_wrong_byte_of_a_copy_is_named(folder: Path) -> None:
     merge()
     path, at = element("ids", 3)
     for file, place, message in (
@@ -348,14 +348,14 @@ def test_a_wrong_byte_of_what_is_copied_is_named(folder: Path) -> None:
         (Path("out/config.json"), 4, "byte 4 is 0x65, expected 0x64 as in base"),
     ):
         flip(file, place)
-        rechecked()
+        update_checksums()
         with pytest.raises(nm.DamageError, match=f"^{file}: {message}"):
             nm.verify_checkpoint("out", INPUTS)
         flip(file, place)
 
 
-def test_models_in_another_order_of_the_same_shapes(folder: Path) -> None:
-    """Whose headers are the same: the bits tell."""
+def test_models_in_another_order(folder: Path) -> None:
+    """Their headers are the same, so only the bits tell."""
     models = [{"w": torch.randn(4000, generator=torch.Generator().manual_seed(k))} for k in range(4)]
     for name, tensors in zip(INPUTS, models, strict=True):
         shutil.rmtree(name)
@@ -369,7 +369,7 @@ def test_models_in_another_order_of_the_same_shapes(folder: Path) -> None:
 
 
 def test_the_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the number that was asked for, by the seed, in order; and large pieces are in it more often than small ones."""
+    """It has as many chunks as asked for, in order, depends on the seed, and has large chunks more often than small ones."""
     monkeypatch.setattr(verify, "_CHUNK_BYTES", 256)
     plan = make_plan(open_checkpoint("base"), [open_checkpoint(name) for name in INPUTS[1:]])
     every = verify._sample(plan, 10**6, 0)
@@ -394,7 +394,7 @@ def test_one_wrong_element_is_found_when_all_blocks_are_drawn(
     total = nm.verify_checkpoint("out", INPUTS, blocks=10**6).blocks
     path, at = element("embed", 333)
     flip(path, at)
-    rechecked()
+    update_checksums()
     with pytest.raises(nm.DamageError, match=r"'embed': .* at \(20, 13\)"):
         nm.verify_checkpoint("out", INPUTS, blocks=total)
     found = 0
@@ -407,7 +407,7 @@ def test_one_wrong_element_is_found_when_all_blocks_are_drawn(
 
 
 def test_progress_and_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte is told once; and long files are read in long strokes, that cut no block."""
+    """Every byte is reported once, and long files are read in long chunks that cut no block."""
     monkeypatch.setattr(verify, "_CHUNK_BYTES", 1)
     large = {"w": torch.zeros(3 << 18), "v": torch.zeros(5)}
     for name in INPUTS:

@@ -1,7 +1,7 @@
-"""make fuzz: as many models as can be tried in the time, chosen by what code they reach (atheris, libFuzzer).
+"""make fuzz: random models for a given time, chosen by the code that they reach (atheris, libFuzzer).
 
-A model that crashes, hangs, takes too much memory, or gets no proper answer ends it; its choices are saved in the folder,
-and `python tests/fuzz.py FILE` tries it again.
+It ends at a model that crashes, hangs, takes too much memory or gets no proper answer. The model's choices are saved in the
+folder, and `python tests/support/fuzz.py FILE` tries it again.
 """
 
 from __future__ import annotations

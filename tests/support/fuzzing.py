@@ -1,4 +1,4 @@
-"""Models with a few things wrong, or right after all."""
+"""Random models, most of them with a few mistakes."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ class Weights(NamedTuple):
 
 
 class Models(NamedTuple):
-    """files: contents by path; strange: what is put in the place of some; paths: base and fine-tuned versions.
+    """files: contents by path. strange: what replaces some of them. paths: of the base and its versions.
 
-    nonfinite: what the command line is told of it.
+    nonfinite: the option of the command line.
     """
 
     files: dict[str, bytes]
@@ -136,7 +136,7 @@ def hostile() -> st.SearchStrategy[Any]:
 
 
 def change_tree(draw: st.DrawFn, tree: Object) -> None:
-    """One thing in a JSON value is replaced, moved a little, renamed, left out, or there twice."""
+    """Replace, shift, rename, drop or repeat one thing in a JSON value."""
     places = list(containers(tree))
     place = places[draw(st.integers(0, len(places) - 1))]
     at = draw(st.integers(0, len(place) - 1))
@@ -182,7 +182,7 @@ def some(draw: st.DrawFn, most: int) -> range:
 
 @st.composite
 def models(draw: st.DrawFn) -> Models:
-    """A base and one or two versions of it, and up to three changes of them all, on whatever level."""
+    """A base and one or two versions of it, with up to three changes on any level."""
     kind = draw(st.sampled_from(["sharded", "single", "file", "npy"]))
     count = draw(st.integers(2, 3))
     if kind == "npy":
@@ -237,7 +237,7 @@ def models(draw: st.DrawFn) -> Models:
     strange = {}
     for _ in some(draw, 1):
         if draw(st.integers(0, 3)) == 0:
-            # Beside the base's weights, a terabyte is no mistake: it would be copied, if there were room.
+            # A terabyte beside the base's weights is no mistake: it would be copied, if the disk had space.
             places = [path for path in files if path in jsons or not path.startswith("m0/")]
             strange[draw(st.sampled_from(places))] = draw(st.sampled_from(list(STRANGE)))
     return Models(files, strange, paths, draw(NONFINITE))
@@ -268,7 +268,7 @@ TRIED: Counter[str] = Counter()
 
 
 def try_models(given: Models) -> None:
-    """Merge them, or be refused, as promised; anything else is an AssertionError."""
+    """Merge models, or be refused; anything else is an AssertionError."""
     here = Path.cwd()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         os.chdir(folder)
@@ -312,7 +312,7 @@ def check_output(paths: list[str], out: str) -> None:
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
-    """As the libraries load it: what we take, they take."""
+    """Load as the libraries do: they accept what negmerge accepts."""
     if path.suffix == ".npy":
         return {"": torch.from_numpy(np.load(path))}
     if path.is_file():

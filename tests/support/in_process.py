@@ -1,4 +1,4 @@
-"""The command line again and again in one process, and that process under limits: what is refused is so in bounded time and memory.
+"""The command line, run many times in one process with limits of time and memory.
 
 As a program it reads {"folder", "arguments", "user"} from standard input, a line each, and answers {"status", "out", "err"}. What hangs
 or crashes has no answer.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from negmerge_fast.cli import main, signals
 
 # Bytes of address space on top of what the process has when it begins, and seconds.
-_ROOM, JOIN_TIMEOUT_S = 512 << 20, 20.0
+_MEMORY_BYTES, _TIMEOUT_S = 512 << 20, 20.0
 
 
 class Answer(NamedTuple):
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 
 def negmerge(*arguments: str) -> Answer:
-    """What the console script does in the current directory; whatever it lets through is a traceback."""
+    """Run the console script in the current directory; an exception that it lets through is printed as a traceback."""
     handlers = {number: signal.getsignal(number) for number in signals._STATUS}
     out, err = io.StringIO(), io.StringIO()
     given, sys.argv = sys.argv, ["negmerge", *arguments]
@@ -52,7 +52,7 @@ def negmerge(*arguments: str) -> Answer:
 
 
 class Process:
-    """Such a process, from its user's side."""
+    """Such a process, from the caller's side."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -88,9 +88,9 @@ def _serve() -> None:
 
     answers = sys.stdout
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, size + _ROOM))
+    resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY_BYTES, size + _MEMORY_BYTES))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, JOIN_TIMEOUT_S)
+        signal.setitimer(signal.ITIMER_REAL, _TIMEOUT_S)
         answer = _answer(**json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer._asdict()), file=answers, flush=True)

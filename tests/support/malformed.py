@@ -1,4 +1,4 @@
-"""The contents of files as an attacker, a broken disk or a broken download makes them, each with a part of what is said of it."""
+"""Malformed contents of files, by attackers, broken disks or downloads, each with a part of its error."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ BITS = {
 
 
 def headers() -> Iterator[tuple[str, bytes, str]]:
-    """Contents of a .safetensors file, each with a part of what is said of it."""
+    """Contents of a .safetensors file, each with a part of its error."""
     for text in NOT_SIZES:
         yield f"shape {text}", one(shape=text), "tensor 'a': shape "
     for text in TOO_LARGE:
@@ -190,7 +190,7 @@ assert len(HEADERS) == len({content for content, _ in HEADERS.values()})
 
 
 def many(begin: int, end: int) -> bytes:
-    """100,000 tensors, of which the last one is elsewhere."""
+    """100,000 tensors, of which the last one has other offsets."""
     places = [(8 * i, 8 * i + 8) for i in range(99_999)] + [(begin, end)]
     text = '"t%d":{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
     return raw(f"{{{','.join(text % (i, *place) for i, place in enumerate(places))}}}".encode(), bytes(end))

@@ -1,6 +1,6 @@
-"""Models that cannot be merged: directories in disorder, files that are none, and versions that do not fit their base.
+"""Models that cannot be merged: broken directories, special files, and versions that do not fit their base.
 
-A Case spoils the model in a folder; of the one line that refuses it, `message` is a part, and `culprit` names what is at fault.
+A Case spoils the model in a folder. `message` is a part of the line that refuses it, and `culprit` names the file at fault.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MAP = {"a": SHARD, "b": OTHER, "c": SHARD}
 
 
 def put(name: str, make: Spoil) -> Spoil:
-    """Make something else in the place of a file."""
+    """Replace a file."""
 
     def spoil(model: Path) -> None:
         (model / name).unlink()
@@ -61,7 +61,7 @@ def put(name: str, make: Spoil) -> Spoil:
     return spoil
 
 
-def link(to: str) -> Spoil:
+def symlink_to(to: str) -> Spoil:
     return lambda path: path.symlink_to(to)
 
 
@@ -94,18 +94,18 @@ STRANGE: dict[str, tuple[Spoil, str]] = {
     "a FIFO": (os.mkfifo, "not a regular file"),
     "a socket": (bind_socket, "not a regular file"),
     "a directory": (Path.mkdir, "not a regular file"),
-    "a link to nothing": (link("nowhere"), "No such file or directory, expected a file"),
+    "a link to nothing": (symlink_to("nowhere"), "No such file or directory, expected a file"),
     "a link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
-    "a link to a directory": (link("."), "not a regular file"),
-    "a link through a file": (link("config.json/x"), "Not a directory, expected a file"),
-    "a link to /dev/zero": (link("/dev/zero"), "not a regular file"),
-    "a link to /dev/null": (link("/dev/null"), "not a regular file"),
-    "a link to /dev/stdin": (link("/dev/stdin"), "not a regular file"),
-    "a link to /proc/self/status": (link("/proc/self/status"), ""),
-    "a link to /proc/self/mem": (link("/proc/self/mem"), ""),
-    "a link to /proc/self/root": (link("/proc/self/root"), "not a regular file"),
-    "a link to /proc/sys": (link("/proc/sys/kernel/ostype"), ""),
-    "a link to /sys": (link("/sys/kernel/mm/transparent_hugepage/enabled"), ""),
+    "a link to a directory": (symlink_to("."), "not a regular file"),
+    "a link through a file": (symlink_to("config.json/x"), "Not a directory, expected a file"),
+    "a link to /dev/zero": (symlink_to("/dev/zero"), "not a regular file"),
+    "a link to /dev/null": (symlink_to("/dev/null"), "not a regular file"),
+    "a link to /dev/stdin": (symlink_to("/dev/stdin"), "not a regular file"),
+    "a link to /proc/self/status": (symlink_to("/proc/self/status"), ""),
+    "a link to /proc/self/mem": (symlink_to("/proc/self/mem"), ""),
+    "a link to /proc/self/root": (symlink_to("/proc/self/root"), "not a regular file"),
+    "a link to /proc/sys": (symlink_to("/proc/sys/kernel/ostype"), ""),
+    "a link to /sys": (symlink_to("/sys/kernel/mm/transparent_hugepage/enabled"), ""),
     "empty": (content(""), ""),
     "zeros": (content(bytes(5000)), ""),
     "a terabyte of nothing": (sparse(2**40), ""),
@@ -232,7 +232,8 @@ def directories() -> Iterator[tuple[str, Case]]:
         "two indexes",
         Case(
             lambda m: (
-                [os.link(m / INDEX, m / f"{x}.safetensors.index.json") for x in "xy"] + [(m / INDEX).unlink()]
+                [os.link(m / INDEX, m / f"{x}.safetensors.index.json") for x in "xy"]
+                + [(m / INDEX).unlink()]
             ),
             "2 files end in",
         ),
@@ -319,7 +320,7 @@ PATHS: dict[str, Case] = {
     "a text": Case(
         spoil_path(content("weights")), "expected a directory, a .safetensors file or a .npy file"
     ),
-    "a link to /proc": Case(spoil_path(link("/proc/self")), "no weights"),
+    "a link to /proc": Case(spoil_path(symlink_to("/proc/self")), "no weights"),
 }
 
 
