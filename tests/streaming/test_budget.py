@@ -14,7 +14,7 @@ from negmerge_fast.runtime import memory
 from negmerge_fast.streaming import api, budget
 from negmerge_fast.streaming.options import MergeOptions
 
-BENCH = Path(__file__).parents[2] / "bench"
+PROCESSES = Path(__file__).parents[2] / "bench" / "processes"
 
 
 @pytest.mark.parametrize("given", [None, "auto"])
@@ -49,8 +49,8 @@ def test_a_merge_takes_no_more_than_half_of_what_is_free(
 
 def test_a_merge_within_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of 128 MiB each, whose usual buffers take 192 MiB, in a group that may use 96 MiB: the same bytes as without."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    import processes
+    monkeypatch.syspath_prepend(str(PROCESSES))
+    import process
 
     if reason := processes.why_not():
         pytest.skip(reason)
