@@ -126,10 +126,10 @@ class ChunkPruner:
         return found
 
     def _segment(self, tensor: _Tensor, size: int, dtypes: Sequence[str]) -> Segment:
-        places = zip(self._addresses, tensor.begins, tensor.sizes, dtypes, strict=False)
+        versions = zip(self._addresses, tensor.begins, tensor.sizes, dtypes, strict=False)
         base, *models = [
             Operand(address + begin + tensor.ruled_out * bytes_each, dtype, self._owner)
-            for address, begin, bytes_each, dtype in places
+            for address, begin, bytes_each, dtype in versions
         ]
         return Segment(min(size, tensor.numel - tensor.ruled_out), base, models, None)
 

@@ -1,4 +1,4 @@
-"""What is not read: the same bytes come out, and nothing is left unread that could change one."""
+"""Data skipping: the same bytes come out, and everything is read that could change one."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_what_one_tensor_needs(tmp_path: Path, name: str) -> None:
 
 
 def test_a_witness_is_enough(tmp_path: Path) -> None:
-    """The last element of each piece, alone."""
+    """Only the last element of each chunk changes."""
     base = torch.zeros(4096)
     changed = base.clone()
     changed[1023::1024] = 1
@@ -162,7 +162,7 @@ def test_a_wrong_number_would_be_found(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @given(st.data())
-def test_what_is_left_after_each_model(data: st.DataObject) -> None:
+def test_pruning_after_each_model(data: st.DataObject) -> None:
     """A block gives up what cannot agree, and nothing else, whatever is in it."""
     n = data.draw(st.integers(1, 9))
     min_agreement = data.draw(st.sampled_from([1.0, 0.75, 0.51]))
@@ -196,10 +196,10 @@ def test_what_is_left_after_each_model(data: st.DataObject) -> None:
             np.maximum((d[:k] > 0).sum(0), (d[:k] < 0).sum(0)).max(initial=-n) >= rule.required(n) - (n - k)
             for d in differences
         ]
-        at, runs = 0, list(pruner.byte_ranges(0))
+        at, ranges = 0, list(pruner.byte_ranges(0))
         for numel, types, can in zip(sizes, dtypes, possible, strict=True):
             end = at + numel * FLOAT_SIZES[types[0]]
-            read = any(begin <= at and end <= stop for begin, stop in runs)
+            read = any(begin <= at and end <= stop for begin, stop in ranges)
             assert read or not can
             at = end
         beyond = k - shared.max_dissenters
@@ -266,7 +266,7 @@ def test_a_third_of_the_tensors_touched(
 
 
 def test_nothing_is_expected_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for one piece at each border."""
+    """Except for a few chunks at each border between tensors."""
     monkeypatch.setattr(api.registry, "usual_threads", lambda: 1)
     made = a_third(6, 1 << 14)  # of 16 chunks each
     check(tmp_path, made)
@@ -275,7 +275,7 @@ def test_nothing_is_expected_that_is_not_read(tmp_path: Path, monkeypatch: pytes
     report = job.run()
     expected = sum(size for _, _, size in asked["expect"])
     of_models = sum(size for folder, _, size in asked["read"] if folder.isdecimal() and folder != "0")
-    # At each of two borders, two lanes may take three pieces for such as the last.
+    # At each of two borders, two workers may expect of three chunks what the last one needed.
     assert report.bytes_skipped and of_models <= expected <= of_models + 2 * 3 * 7 * 4096
     asked["expect"].clear()
     whole.run()
