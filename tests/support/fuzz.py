@@ -25,7 +25,7 @@ from fuzzing import TRIED, fuzzed
 # Per model, with all that was imported; seconds and MB.
 _LIMITS = ("-timeout=20", "-rss_limit_mb=2048", "-verbosity=0", "-len_control=0")
 # Bytes that a model is chosen by, at most; models to begin with; and after how many it is told how far it is.
-_MAX_CHUNK_BYTES, _SEEDS, MAX_REPORTED = 2048, 200, 10_000
+_MAX_INPUT_BYTES, _SEEDS, MAX_REPORTED = 2048, 200, 10_000
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             os._exit(0)
 
     saved = f"-artifact_prefix={given.found.resolve()}/"
-    options = (*_LIMITS, f"-max_len={_MAX_CHUNK_BYTES}", f"-seed={given.seed + 1}", saved)
+    options = (*_LIMITS, f"-max_len={_MAX_INPUT_BYTES}", f"-seed={given.seed + 1}", saved)
     atheris.Setup([sys.argv[0], *options, *given.files, *folders], try_one)
     atheris.Fuzz()
 
@@ -64,7 +64,7 @@ def seeds(seed: int) -> str:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     generator = random.Random(seed)
     for k in range(_SEEDS):
-        (folder / str(k)).write_bytes(generator.randbytes(_MAX_CHUNK_BYTES))
+        (folder / str(k)).write_bytes(generator.randbytes(_MAX_INPUT_BYTES))
     return str(folder)
 
 
