@@ -25,7 +25,7 @@ from fuzzing import TRIED, fuzzed
 # Per model, with all that was imported; seconds and MB.
 _LIMITS = ("-timeout=20", "-rss_limit_mb=2048", "-verbosity=0", "-len_control=0")
 # Bytes that a model is chosen by, at most; models to begin with; and after how many it is told how far it is.
-_MAX_INPUT_BYTES, _SEEDS, MAX_REPORTED = 2048, 200, 10_000
+_MAX_INPUT_BYTES, _SEEDS, _REPORT_INTERVAL = 2048, 200, 10_000
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         nonlocal told
         fuzzed.hypothesis.fuzz_one_input(choices)
         tried, over = TRIED.total(), time.monotonic() > ends
-        if tried >= told + MAX_REPORTED or over:
+        if tried >= told + _REPORT_INTERVAL or over:
             told = tried
             print(
                 f"{tried:,} models tried: {TRIED['merged']:,} merged, {TRIED['refused']:,} refused",
