@@ -55,5 +55,7 @@ def open_file(path: Path) -> Checkpoint:
     if head.tell() + nbytes != file.size:
         raise InputError(f"{path}: {file.size} bytes, expected {head.tell() + nbytes} for shape {shape}")
     file = replace(file, header=hash_of(head.getbuffer()[: head.tell()]))
-    tensor = TensorRef(TensorSpec(NUMPY_DTYPES[dtype.str], tuple(shape)), ByteRange(file, head.tell(), nbytes))
+    tensor = TensorRef(
+        TensorSpec(NUMPY_DTYPES[dtype.str], tuple(shape)), ByteRange(file, head.tell(), nbytes)
+    )
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})

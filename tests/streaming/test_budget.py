@@ -52,7 +52,7 @@ def test_a_merge_within_a_control_group(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(PROCESSES))
     import process
 
-    if reason := processes.why_not():
+    if reason := process.why_not():
         pytest.skip(reason)
     models(tmp_path, 1 << 25)
     merge = (
@@ -71,9 +71,9 @@ def test_a_merge_within_a_control_group(tmp_path: Path, monkeypatch: pytest.Monk
     )
     limit = 96 << 20
     for out, options in (("budget", ["--memory-budget", "16MiB"]), ("auto", [])):
-        with processes.limited(limit) as group:
+        with process.limited(limit) as group:
             command = [sys.executable, "-m", "negmerge_fast", *merge, out, *options]
-            done = processes.ended(command, group, tmp_path)
+            done = process.ended(command, group, tmp_path)
             assert (done.status, done.said) == (0, "")
             assert 0 < (group.peak() or 1) <= limit
     assert negmerge(*merge, "free", cwd=tmp_path).returncode == 0

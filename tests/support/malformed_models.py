@@ -232,8 +232,7 @@ def directories() -> Iterator[tuple[str, Case]]:
         "two indexes",
         Case(
             lambda m: (
-                [os.link(m / INDEX, m / f"{x}.safetensors.index.json") for x in "xy"]
-                + [(m / INDEX).unlink()]
+                [os.link(m / INDEX, m / f"{x}.safetensors.index.json") for x in "xy"] + [(m / INDEX).unlink()]
             ),
             "2 files end in",
         ),
