@@ -19,7 +19,13 @@ def main() -> NoReturn:
     """Run the command and exit with its status."""
     _fill_standard_streams()
     signals = Signals()  # before the slow imports, so that Ctrl-C during one is no traceback
-    status = _run(signals)
+    try:
+        from .commands import negmerge
+
+        status = negmerge.main(prog_name="negmerge", standalone_mode=False, obj=signals) or 0
+        sys.stdout.flush()
+    except BaseException as error:
+        status = _report(error, signals)
     try:
         sys.stdout.flush()
     except OSError:  # reported above; the interpreter would report it again
@@ -30,39 +36,35 @@ def main() -> NoReturn:
     sys.exit(status)
 
 
-def _run(signals: Signals) -> int:
-    """Run the command, report an error in one line, and return the exit status."""
+def _report(error: BaseException, signals: Signals) -> int:
+    """Report an error in one line, and return the exit status; raise what is a defect."""
     import click
 
     from ..core.errors import InputError
     from ..runtime.distributed import PeerError
 
-    try:
-        from .commands import negmerge
-
-        status: int | None = negmerge.main(prog_name="negmerge", standalone_mode=False, obj=signals)
-        sys.stdout.flush()
-        return status or 0
-    except Stopped:
-        return signals.stopped()
-    except PeerError as error:
-        return 2 if isinstance(error, InputError) else 1
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 2
-    except click.ClickException as error:
-        return fail(error.format_message(), 2)
-    except click.Abort:
-        return fail("interrupted", 130)
-    except InputError as error:
-        return fail(str(error), 2)
-    except BrokenPipeError:
-        return 1  # the reader of the output has closed it
-    except (OSError, MemoryError, ImportError, RuntimeError) as error:  # torch's device errors too
-        # When one of several ranks has died, torchrun stops the others: their errors from then on are not reported.
-        if signals.received is not None and signals.ranks and signals.ranks.count > 1:
+    match error:
+        case Stopped():
             return signals.stopped()
-        return fail(signals.rank_prefix() + _describe(error), 1)
+        case PeerError():
+            return 2 if isinstance(error, InputError) else 1
+        case click.exceptions.NoArgsIsHelpError():
+            print(error.format_message())
+            return 2
+        case click.ClickException():
+            return fail(error.format_message(), 2)
+        case click.Abort():
+            return fail("interrupted", 130)
+        case InputError():
+            return fail(str(error), 2)
+        case BrokenPipeError():
+            return 1  # the reader of the output has closed it
+        case OSError() | MemoryError() | ImportError() | RuntimeError():  # torch's device errors too
+            # When one of several ranks has died, torchrun stops the others: their errors from then on are not reported.
+            if signals.received is not None and signals.ranks and signals.ranks.count > 1:
+                return signals.stopped()
+            return fail(signals.rank_prefix() + _describe(error), 1)
+    raise error
 
 
 def _fill_standard_streams() -> None:
