@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from backend_cases import quicken_interpreter
 from checkpoint_files import family, save_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heed_ctrl_c() -> Iterator[None]:
+    """A shell has Ctrl-C ignored in what it starts in the background, and the processes of tests would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
