@@ -43,10 +43,17 @@ def compiled(target: tuple[Any, ...], result: str, model: str, n: int, unanimous
     constants = kernel.constants(signature, unanimous, launch)
     types = dict.fromkeys(kernel.merge_tiles.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
     types |= {"memory": "*i64", "counts": "*i64", "scale": "*fp64"}
-    source = ASTSource(fn=kernel.merge_tiles, signature=types, constexprs=constants)
-    return triton.compile(
-        source, target=GPUTarget(*target), options=kernel.options(launch, GPUTarget(*target))
-    )
+    source = ASTSource(kernel.merge_tiles, types, constants)  # the last has another name in Triton 3.2
+    if target == SM_100 and kernel.VERSION < (3, 3):
+        pytest.skip("Triton 3.2 knows no sm_100")
+    try:
+        return triton.compile(
+            source, target=GPUTarget(*target), options=kernel.options(launch, GPUTarget(*target))
+        )
+    except Exception as error:
+        if "ROCm linker" in str(error):
+            pytest.skip("this version of Triton needs a linker of ROCm")
+        raise
 
 
 def machine_code(cubin: bytes, folder: Path) -> str:
@@ -71,7 +78,7 @@ def test_machine_code(
     """It loads 16 bytes at a time of every operand, uses no local memory, divides as IEEE does and fuses nothing."""
     kernel = compiled(target, result, model, n, unanimous)
     launch, loads = wide_loads(result, model, n, unanimous)
-    double = "F64" in (result, model)
+    double = "F64" in (result, model) or divides_in_double()
     if target[0] == "hip":
         code = kernel.asm["amdgcn"]
         assert len(re.findall(r"\bglobal_load_dwordx4\b", code)) >= loads
@@ -91,6 +98,13 @@ def test_machine_code(
     narrow = launch.elements * min(SIZES[result], SIZES[model]) < 16
     assert set(widths) <= {"v4.b32", "v2.b64"} | ({"v2.b32"} if narrow else set())
     assert not re.search(r"\b(LDL|STL)\b", machine_code(kernel.asm["cubin"], tmp_path)), "uses local memory"
+
+
+def divides_in_double() -> bool:
+    """Whether float32 is divided as float64, as it is before Triton 3.6."""
+    from negmerge_fast.kernels import merge as kernel
+
+    return bool(kernel.DIV_RN_FLUSHES.value)
 
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
