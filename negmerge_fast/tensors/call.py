@@ -95,6 +95,8 @@ def _named(model: Any, where: str, arrays: bool) -> dict[str, Any]:
     if is_single(model, arrays):
         return {SINGLE: model}
     if isinstance(model, torch.nn.Module):
+        if torch.compiler.is_compiling():  # torch 2.6 and 2.7 cannot trace how a module makes its own dict
+            return dict(model.state_dict(destination={}))
         return dict(model.state_dict())
     if isinstance(model, Mapping):
         return dict(model.items())

@@ -13,9 +13,7 @@ from ..core.errors import InputError
 
 def is_dtensor(value: object) -> bool:
     """Whether a value is a DTensor. Where the module that defines them was not imported there is none."""
-    # The second module had it before torch 2.5.
-    modules = map(sys.modules.get, ("torch.distributed.tensor", "torch.distributed._tensor"))
-    return any(type(value) is getattr(module, "DTensor", None) for module in modules)
+    return type(value) is getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def mismatches(

@@ -358,13 +358,16 @@ def test_gradient_through_a_compiled_graph() -> None:
     ],
 )
 def test_refused_while_a_graph_is_traced(finetuned: Any, keywords: Any, message: str) -> None:
+    expected = message.replace("'", r"\\?'")
+    if torch.__version__.startswith(("2.7.", "2.8.")):  # their compiler tells only what class of error it is
+        expected += "|InputError"
     for function in (nm.merge, nm.merge_):
         compiled = torch.compile(
             lambda b, f, function=function: function(b, f, scale=0.5, **keywords),
             fullgraph=True,
             backend="aot_eager",
         )
-        with pytest.raises(Exception, match=message.replace("'", r"\\?'")):
+        with pytest.raises(Exception, match=expected):
             compiled({"a": ones(2)}, finetuned)
 
 
