@@ -16,6 +16,8 @@ import pytest
 from checkpoint_files import nothing_left
 from interrupted import ARGUMENTS, SLOW, contents, finish, make_models, start, under_way
 
+from negmerge_fast.runtime.distributed import SINGLE
+
 pytestmark = pytest.mark.processes
 
 
@@ -216,3 +218,12 @@ def test_one_that_is_told_to_stop_stops_the_others(folder: Path) -> None:
     assert [said for *_, said in ended] == ["negmerge: rank 1 of 2 was stopped\n", ""]
     assert [status for status, *_ in ended] == [1, 1]
     assert nothing_left(folder)
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()])
+def test_a_block_of_one_process_fails_with_its_own_error(error: BaseException) -> None:
+    with SINGLE.failing_together():
+        pass
+    with pytest.raises(type(error)) as raised, SINGLE.failing_together():
+        raise error
+    assert raised.value is error
