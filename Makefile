@@ -41,6 +41,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/terms.py
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

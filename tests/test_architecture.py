@@ -69,3 +69,15 @@ def test_the_kernels_know_no_files_and_no_torch() -> None:
         if name.endswith((".h", ".cpp", ".cu")):
             text = (ROOT.parent / "csrc" / name).read_text(encoding="utf-8")
             assert set(re.findall(r'#include [<"](.*)[>"]', text)) <= allowed | own, name
+
+
+def test_triton_kernels_import_only_core() -> None:
+    """kernels/ has no __init__.py, so import-linter does not see it."""
+    for path in (ROOT.parent / "kernels").glob("*.py"):
+        imported = re.findall(
+            r"^\s*(?:from|import) (\.[\w.]*)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        assert all(re.fullmatch(r"\.\.core\.\w+|\.\w+", module) for module in imported), (path, imported)
+        assert "negmerge_fast." not in " ".join(
+            re.findall(r"^\s*(?:from|import) (negmerge.*)", path.read_text(), re.MULTILINE)
+        )
