@@ -2,8 +2,8 @@
 
 streaming/probes.py measures similar bandwidths for another purpose. A probe chooses a placement within a fraction of
 a second: it takes the best of a few short rounds, on buffers as small as a worker's. A roofline takes turns with a
-candidate in every round, on as many bytes, and its median is reported. One cannot stand in for the other, so they
-share no code.
+candidate in every round, on as many bytes, and its median is reported. A probe reads files as a merge does, through
+checkpoints/reader.py; a roofline of that would be lower than what bare positioned reads reach. So they share no code.
 """
 
 from __future__ import annotations
