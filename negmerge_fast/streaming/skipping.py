@@ -2,7 +2,8 @@
 
 After the first k of n models, an element can still agree if all but n - k of the models that must agree do so already. That is
 the rule for k models with fewer required, so a merge that only counts finds such elements. Non-finite elements count as such.
-A tensor of a chunk without any is dropped: the output is the base's, whatever the other models hold.
+A tensor of a chunk without any is dropped: the output is the base's, whatever the other models hold. All that was read of it is
+counted before that, so that no non-finite element in it is missed.
 
 Most models change everything that is merged. Tensors are therefore probed only where the first bytes of a model are the
 base's, now and then, and everywhere while something is skipped.
@@ -10,19 +11,21 @@ base's, now and then, and everywhere while something is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..core.batch import Batch, Merge, Operand, Segment, Signature
+from ..core.batch import Batch, Merge, Segment, Signature, segment_at
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 from .progress import ChunkCounts
 
 # Elements of the first probe: dense changes show in it. Each further probe of a tensor is so many times longer.
 _FIRST_PROBE, _PROBE_GROWTH = 1024, 16
+# Tensors shorter than this fraction of a chunk are grouped with their neighbours: each group costs as much as a short one.
+_MIN_GROUP_FRACTION = 1 / 16
 # Bytes compared with the base's. While nothing is skipped, one chunk in so many is probed whatever they are.
 _SAMPLE_BYTES, _PROBE_INTERVAL = 256, 16
 
@@ -55,95 +58,122 @@ class Skipping:
         self.expected_models, self.full_chunks = needed, 0 if skipped else self.full_chunks + 1
 
 
-class _Tensor:
-    """The elements that a chunk has of a tensor: where each version's bytes begin and end, and how many elements are ruled out."""
+class _Group:
+    """Neighbouring elements of a chunk that are dropped together: those of a tensor, or of short tensors of one signature."""
 
     def __init__(self, tensor_slice: TensorSlice, begins: Sequence[int]) -> None:
-        self.signature, self.numel, self.sizes = (
-            tensor_slice.signature,
-            tensor_slice.numel,
-            tensor_slice.sizes,
-        )
-        self.begins = begins
-        self.ends = [begin + self.numel * size for begin, size in zip(begins, self.sizes, strict=True)]
-        self.ruled_out = 0
+        self.signature, self.sizes, self.begins = tensor_slice.signature, tensor_slice.sizes, begins
+        self.numel, self.ends = 0, list(begins)
+        # Where the last probe found an element that can agree, and how many elements from there on the present one has counted.
+        self.start = self.counted = 0
+        self.extend(tensor_slice.numel)
+
+    def extend(self, numel: int) -> None:
+        self.numel += numel
+        self.ends = [end + numel * size for end, size in zip(self.ends, self.sizes, strict=True)]
+
+    def next_range(self, size: int) -> tuple[int, int]:
+        """The first of the next elements to count, and how many: to the end, then from the beginning to start."""
+        first, end = self.start + self.counted, self.numel
+        if first >= end:
+            first, end = first - end, self.start
+        return first, min(size, end - first)
+
+
+def _groups(chunk: Extent) -> list[_Group]:
+    min_bytes = chunk.sources[0].nbytes * _MIN_GROUP_FRACTION
+    groups: list[_Group] = []
+    ends = [0] * len(chunk.sources)
+    for tensor_slice in chunk.slices:
+        last = groups[-1] if groups else None
+        nbytes = max(tensor_slice.numel * tensor_slice.sizes[0], last.ends[0] - last.begins[0] if last else 0)
+        if last and last.signature == tensor_slice.signature and nbytes < min_bytes:
+            last.extend(tensor_slice.numel)
+        else:
+            groups.append(_Group(tensor_slice, ends))
+        ends = groups[-1].ends
+    return groups
 
 
 class ChunkPruner:
-    """The tensors of a chunk that can still agree, while its versions are read to these addresses."""
+    """The elements of a chunk that can still agree, while its versions are read to these addresses."""
 
     def __init__(
         self, skipping: Skipping, chunk: Extent, buffers: list[memoryview], addresses: list[int], owner: Any
     ) -> None:
-        self._skipping, self._buffers, self._addresses, self._owner = skipping, buffers, addresses, owner
+        self._skipping, self._chunk, self._buffers = skipping, chunk, buffers
+        self._addresses, self._owner = addresses, owner
         self._probe_all = skipping.full_chunks % _PROBE_INTERVAL == 0
-        self._tensors, ends = [], [0] * len(addresses)
-        for tensor_slice in chunk.slices:
-            self._tensors.append(tensor := _Tensor(tensor_slice, ends))
-            ends = tensor.ends
+        self._remaining: list[_Group] | None = None  # until something may be dropped, all
 
     @property
     def can_agree(self) -> bool:
         """Whether any element can."""
-        return bool(self._tensors)
+        return bool(self._chunk.slices if self._remaining is None else self._remaining)
 
     def prune(self, models: int) -> None:
-        """Drop the tensors of which no element can agree, after so many models."""
+        """Drop the groups of which no element can agree, after so many models."""
         confirmed = models - self._skipping.max_dissenters
         if confirmed < 1 or not self._skipping.counter:
             return
+        if self._remaining is None:
+            self._remaining = _groups(self._chunk)
         probe_all = self._probe_all and confirmed & (confirmed - 1) == 0  # after 1, 2, 4, …
-        probed = [t for t in self._tensors if probe_all or self._seems_unchanged(t, models)]
+        probed = [g for g in self._remaining if probe_all or self._seems_unchanged(g, models)]
+        dropped = {id(group) for group in probed}
+        for group in probed:
+            group.counted = 0
         size = _FIRST_PROBE
-        while probed := [t for t in probed if t.ruled_out < t.numel]:
-            counts = self._count(probed, size, models)
-            probed = [t for t, count in zip(probed, counts, strict=True) if not count]
-            for tensor in probed:  # no model brings back an element that cannot agree
-                tensor.ruled_out += size
+        while probed := [g for g in probed if g.counted < g.numel]:
+            ranges = [group.next_range(size) for group in probed]
+            counts = self._count(probed, ranges, models)
+            for group, (first, numel), count in zip(probed, ranges, counts, strict=True):
+                if count:
+                    group.start, group.counted = first, group.numel
+                    dropped.discard(id(group))
+                else:
+                    group.counted += numel
             size *= _PROBE_GROWTH
-        self._tensors = [t for t in self._tensors if t.ruled_out < t.numel]
+        self._remaining = [group for group in self._remaining if id(group) not in dropped]
 
-    def _seems_unchanged(self, tensor: _Tensor, version: int) -> bool:
+    def _seems_unchanged(self, group: _Group, version: int) -> bool:
         def sample(version: int) -> memoryview:
-            begin, end = tensor.begins[version], tensor.ends[version]
+            begin, end = group.begins[version], group.ends[version]
             return self._buffers[version][begin : min(begin + _SAMPLE_BYTES, end)]
 
-        return not any(sample(version)) if tensor.signature.task_vectors else sample(version) == sample(0)
+        return not any(sample(version)) if group.signature.task_vectors else sample(version) == sample(0)
 
-    def _count(self, tensors: Sequence[_Tensor], size: int, models: int) -> list[int]:
-        """Of the next elements of each tensor, those that can agree or are not finite."""
+    def _count(self, groups: Sequence[_Group], ranges: Sequence[tuple[int, int]], models: int) -> list[int]:
+        """In a range of each group, the elements that can agree or are not finite."""
         rows: dict[Signature, list[int]] = {}
-        for row, tensor in enumerate(tensors):
-            rows.setdefault(tensor.signature, []).append(row)
-        found = [0] * len(tensors)
+        for row, group in enumerate(groups):
+            rows.setdefault(group.signature, []).append(row)
+        found = [0] * len(groups)
         for (result, dtypes, task_vectors), same in rows.items():
             signature = Signature(result, dtypes[:models], task_vectors)
-            segments = [self._segment(tensors[row], size, (result, *dtypes[:models])) for row in same]
+            segments = [self._segment(groups[row], *ranges[row], signature) for row in same]
             assert self._skipping.counter
             counts = self._skipping.counter(Batch("cpu", signature, segments), self._skipping.rule, 1)
             for row, count in zip(same, counts.tolist(), strict=True):
                 found[row] = sum(count)
         return found
 
-    def _segment(self, tensor: _Tensor, size: int, dtypes: Sequence[str]) -> Segment:
-        versions = zip(self._addresses, tensor.begins, tensor.sizes, dtypes, strict=False)
-        base, *models = [
-            Operand(address + begin + tensor.ruled_out * bytes_each, dtype, self._owner)
-            for address, begin, bytes_each, dtype in versions
-        ]
-        return Segment(min(size, tensor.numel - tensor.ruled_out), base, models, None)
+    def _segment(self, group: _Group, first: int, numel: int, signature: Signature) -> Segment:
+        versions = range(1 + len(signature.models))
+        at = [self._addresses[v] + group.begins[v] + first * group.sizes[v] for v in versions]
+        return segment_at(numel, signature, at, [self._owner] * len(at))._replace(out=None)
 
-    def byte_ranges(self, version: int) -> Iterator[tuple[int, int]]:
-        """The bytes to read of a version, 0 being the base; neighbouring tensors are one range."""
-        begin = end = 0
-        for tensor in self._tensors:
-            if tensor.begins[version] > end:
-                if end > begin:
-                    yield begin, end
-                begin = tensor.begins[version]
-            end = tensor.ends[version]
-        if end > begin:
-            yield begin, end
+    def byte_ranges(self, version: int) -> list[tuple[int, int]]:
+        """The bytes to read of a version, 0 being the base; neighbouring groups are one range."""
+        if self._remaining is None:
+            return [(0, self._chunk.sources[version].nbytes)]
+        ranges: list[tuple[int, int]] = []
+        for group in self._remaining:
+            begin, end = group.begins[version], group.ends[version]
+            if ranges and ranges[-1][1] == begin:
+                begin = ranges.pop()[0]
+            ranges.append((begin, end))
+        return ranges
 
 
 def none_agreed(chunk: Extent) -> list[ChunkCounts]:

@@ -90,7 +90,7 @@ class Worker:
             if k == prefetched and not cached:  # nor are the models, then: the disk may fetch several at once
                 self._prefetch(models, range(k, expected), pruner)
                 prefetched, expected = expected, len(models)
-            ranges = list(pruner.byte_ranges(k + 1))
+            ranges = pruner.byte_ranges(k + 1)
             if omitted := source.nbytes - sum(end - begin for begin, end in ranges):
                 skipped += omitted
                 np.frombuffer(buffer, np.uint8).fill(0)

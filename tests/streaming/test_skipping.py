@@ -196,7 +196,7 @@ def test_pruning_after_each_model(data: st.DataObject) -> None:
             np.maximum((d[:k] > 0).sum(0), (d[:k] < 0).sum(0)).max(initial=-n) >= rule.required(n) - (n - k)
             for d in differences
         ]
-        at, ranges = 0, list(pruner.byte_ranges(0))
+        at, ranges = 0, pruner.byte_ranges(0)
         for numel, types, can in zip(sizes, dtypes, possible, strict=True):
             end = at + numel * FLOAT_SIZES[types[0]]
             read = any(begin <= at and end <= stop for begin, stop in ranges)
@@ -291,6 +291,17 @@ def test_numbers_that_are_not_finite(tmp_path: Path, value: float) -> None:
     made[1]["a2.same"][2000] = value  # of a model that is read: all of them are
     assert check(tmp_path, made).nonfinite == 1
     with pytest.raises(nm.InputError, match=r"tensor 'a2\.same': (nan|inf) at \(2000,\)"):
+        merge(tmp_path, made, True, nonfinite="error")
+
+
+def test_a_nonfinite_element_that_was_read_is_counted(tmp_path: Path) -> None:
+    """Also where it cannot agree any more when the model that has it is read."""
+    made: list[Tensors] = [{"w": torch.zeros(512)} for _ in range(9)]
+    for model in made[1:3]:
+        model["w"][100] = 1
+    made[2]["w"][5] = float("nan")  # model 1 has ruled it out; model 3 rules out the last one, element 100
+    assert check(tmp_path, made).nonfinite == 1
+    with pytest.raises(nm.InputError, match=r"tensor 'w': nan at \(5,\)"):
         merge(tmp_path, made, True, nonfinite="error")
 
 
