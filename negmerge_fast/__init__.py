@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .core.errors import InputError
+    from .core.errors import InputError, MergeWarning
     from .core.rule import Rule
     from .core.stats import Stats, TensorStats
     from .streaming.api import merge_checkpoints
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DamageError": "streaming.verify",
     "InputError": "core.errors",
+    "MergeWarning": "core.errors",
     "Report": "streaming.report",
     "Rule": "core.rule",
     "Stats": "core.stats",
@@ -38,6 +39,7 @@ _HOMES = {
 __all__ = [
     "DamageError",
     "InputError",
+    "MergeWarning",
     "Report",
     "Rule",
     "Stats",

@@ -23,7 +23,7 @@ import negmerge_fast as nm
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 NAMES = [
-    "DamageError", "InputError", "Report", "Rule", "Stats", "TensorStats", "Verified", "__version__",
+    "DamageError", "InputError", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified", "__version__",
     "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "verify_checkpoint",
 ]  # fmt: skip
 
@@ -40,7 +40,7 @@ SIGNATURES = {
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
     "Report": (
         "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
-        "bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, tensors)"
+        "bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, tensors)"
     ),
     "Rule": "(scale, min_agreement=1.0)",
     "Stats": "()",
@@ -130,7 +130,7 @@ ARGUMENTS = {
 
 REPORT = [
     "base", "models", "output", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
-    "nonfinite", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "tensors",
+    "nonfinite", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "tensors",
     "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite",
 ]  # fmt: skip
 
@@ -230,6 +230,7 @@ def test_names() -> None:
     assert isinstance(nm.__version__, str)
     assert issubclass(nm.InputError, ValueError)
     assert issubclass(nm.DamageError, RuntimeError)
+    assert issubclass(nm.MergeWarning, UserWarning)
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

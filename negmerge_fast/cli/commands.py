@@ -12,7 +12,16 @@ from .._version import __version__
 from ..backends.registry import NAMES
 from ..core.errors import InputError
 from .signals import Signals, fail
-from .text import contents, plan_lines, print_lines, print_skipped_files, progress_bar, summary, verified
+from .text import (
+    contents,
+    plan_lines,
+    print_lines,
+    print_notes,
+    print_skipped_files,
+    progress_bar,
+    summary,
+    verified,
+)
 
 if TYPE_CHECKING:
     from ..streaming.job import Job
@@ -104,11 +113,14 @@ def merge(
         select_own_gpu()
     options["inputs"] = "task_vectors" if task_vectors else "finetuned"
     job = _prepare(signals, base, finetuned, output, options, report)
+    if ranks.rank == 0 and not quiet:
+        print_notes(job.notes)
     if dry_run:
         if ranks.rank == 0:
             print_lines(*plan_lines(job))
             print_skipped_files(job.plan.base)
         return
+    said = len(job.notes)
     signals.guarded = True
     signals.check()
     with progress_bar("merge", signals, quiet or ranks.rank > 0) as progress:
@@ -119,6 +131,7 @@ def merge(
         with open(report, "w", encoding="utf-8") as file:
             file.write(done.to_json())
     if not quiet:
+        print_notes(done.notes[said:])
         print_lines(summary(job, done))
         print_skipped_files(job.plan.base)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,12 @@ def plan_lines(job: Job) -> list[str]:
         f"backend   {job.backend} on {device} ({job.placement.reason})",
         *([f"bandwidth {throughput}"] if throughput else []),
     ]
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know of a merge, on standard error."""
+    for note in notes:
+        print(escape(f"negmerge: note: {note}"), file=sys.stderr)
 
 
 def print_skipped_files(base: Checkpoint) -> None:

@@ -28,6 +28,10 @@ class InputError(ValueError):
         return escape(super().__str__())
 
 
+class MergeWarning(UserWarning):
+    """Something about a merge that its user should know, in one line. The merge goes on."""
+
+
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise InputError unless the value of an option is one of its choices."""
     if value not in (allowed := tuple(choices)):

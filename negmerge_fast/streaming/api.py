@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..backends import registry
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.formats import open_checkpoint
-from ..core.errors import InputError
+from ..core.errors import InputError, MergeWarning
 from ..core.rule import Inputs, NonFinite
 from ..output.manifest import Input, Recipe, holds
 from ..output.publish import Destination, check
@@ -88,7 +89,10 @@ def merge_checkpoints(
         scale, min_agreement, inputs, nonfinite, include, exclude, backend, device, memory_budget, threads,
         skip_unchanged, overwrite, resume,
     )  # fmt: skip
-    return prepare(base, finetuned, output, options).run(progress)
+    report = prepare(base, finetuned, output, options).run(progress)
+    for note in report.notes:
+        warnings.warn(note, MergeWarning, stacklevel=2)
+    return report
 
 
 @without_gc()
@@ -128,6 +132,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         placement,
         *allocate(plan, options, placement.device, (backend, counter_name)),
         Skipping(options.rule, len(models), counter),
+        list(plan.notes),
         finished,
     )
 

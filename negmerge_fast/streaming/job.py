@@ -58,6 +58,7 @@ class Job:
         workers: Chunks under way at once.
         chunk_bytes: The most bytes of a version in a chunk.
         memory: The bytes that it will allocate, on the host and again on a device.
+        notes: What a user should know of the merge, a line each: of the plan, and what is found while it runs.
         finished: Whether the output is complete already, by an earlier run that was stopped at its very end.
     """
 
@@ -74,6 +75,7 @@ class Job:
     chunk_bytes: int
     memory: int
     skipping: Skipping
+    notes: list[str]
     finished: bool = False
 
     @property
@@ -320,5 +322,6 @@ class Job:
             bytes_written=written,
             bytes_done_before=self.plan.whole.end - written,
             seconds=seconds,
+            notes=list(self.notes),
             tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
         )

@@ -57,6 +57,7 @@ class Plan:
         files: The files of the base by their names in the output, which mirrors them.
         extents: The output in order.
         unchanged: How many tensors are copied from the base.
+        notes: What a user should know of the merge, a line each.
     """
 
     base: Checkpoint
@@ -64,6 +65,7 @@ class Plan:
     files: dict[str, File]
     extents: list[Extent]
     unchanged: int
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:

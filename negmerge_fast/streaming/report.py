@@ -29,6 +29,7 @@ class Report:
         bytes_written: Bytes that this run wrote.
         bytes_done_before: Bytes of the output that an earlier, interrupted run had done.
         seconds: Wall time of this run.
+        notes: What a user should know of the merge, a line each.
         tensors: name, elements, agreed and nonfinite of each tensor.
     """
 
@@ -48,6 +49,7 @@ class Report:
     bytes_written: int
     bytes_done_before: int
     seconds: float
+    notes: list[str]
     tensors: list[dict[str, Any]]
 
     def to_json(self) -> str:
