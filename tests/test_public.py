@@ -32,7 +32,7 @@ SIGNATURES = {
     "merge_": "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', backend='auto')",
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
-        "exclude=None, backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
+        "exclude=None, rename=(), keep=(), drop=(), backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
         "overwrite=False, resume=False, progress=None)"
     ),
     "merge_task_vectors": "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', backend='auto')",
@@ -84,6 +84,9 @@ COMMANDS = {
         "--nonfinite error|keep-base = error",
         "--include RE text = None",
         "--exclude RE text = None",
+        "--rename RE=TEXT text = ()",
+        "--keep GLOB text = ()",
+        "--drop GLOB text = ()",
         "--backend auto|cuda|triton|cpu|torch = auto",
         "--device auto|cpu|cuda:0 text = auto",
         "--memory-budget SIZE text = auto",
@@ -138,13 +141,13 @@ REPORT = [
 MANIFEST = [
     "negmerge_fast", "base", "base.path", "base.files", "base.files{}", "base.files{}.size", "base.files{}.header",
     "models", "models[].path", "models[].files", "models[].files{}", "models[].files{}.size", "models[].files{}.header",
-    "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude",
+    "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude", "rename", "keep", "drop",
     "counted", "counted.elements", "counted.agreed", "counted.nonfinite",
     "block", "files", "files{}", "files{}.size", "files{}.checksum",
 ]  # fmt: skip
 
 JOURNAL_HEAD = [
-    "negmerge_fast", "scale", "min_agreement", "inputs", "include", "exclude", "models", "files", "files{}",
+    "negmerge_fast", "scale", "min_agreement", "inputs", "include", "exclude", "rename", "keep", "drop", "models", "files", "files{}",
 ]  # fmt: skip
 JOURNAL_RECORD = ["runs", "read", "skipped", "tensors", "tensors{}"]
 

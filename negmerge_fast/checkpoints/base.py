@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core.schema import TensorSpec
 from .reader import File, Reader
@@ -53,6 +53,7 @@ class Checkpoint:
         tensors: The tensors by name.
         weights: The files that hold them, by names relative to path.
         extra_files: What else belongs to the model (config, tokenizer), by names relative to path.
+        configs: config.json of the model and of its parts, by the folder relative to path; "" is the root.
         skipped_files: Names of files beside them that are neither: other weights, archives and hidden files.
     """
 
@@ -62,6 +63,7 @@ class Checkpoint:
     weights: dict[str, File]
     extra_files: dict[str, File]
     skipped_files: tuple[str, ...] = ()
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def is_directory(self) -> bool:

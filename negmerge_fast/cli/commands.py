@@ -33,6 +33,16 @@ def negmerge() -> None:
     """Make a trained model forget by merging fine-tuned versions of it (NegMerge, arXiv 2410.05583)."""
 
 
+def _renames(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Split each RE=TEXT at its last "=": a regular expression may have more."""
+    for value in given:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r}, expected RE=TEXT", context, parameter)
+    return tuple((value.rpartition("=")[0], value.rpartition("=")[2]) for value in given)
+
+
 @negmerge.command()
 @click.argument("base")
 @click.argument("finetuned", nargs=-1)
@@ -57,6 +67,20 @@ def negmerge() -> None:
 )
 @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
 @click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE.")
+@click.option(
+    "--rename",
+    metavar="RE=TEXT",
+    multiple=True,
+    callback=_renames,
+    help="Replace matches in the names of FINETUNED's tensors; repeatable.",
+)
+@click.option(
+    "--keep",
+    metavar="GLOB",
+    multiple=True,
+    help="Copy files of BASE that may hold weights, as they are; repeatable.",
+)
+@click.option("--drop", metavar="GLOB", multiple=True, help="Do not copy these files of BASE; repeatable.")
 @click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True)
 @click.option(
     "--device",

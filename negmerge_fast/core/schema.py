@@ -23,24 +23,22 @@ def mismatches(
     base: Mapping[str, TensorSpec],
     models: Sequence[Mapping[str, TensorSpec]],
     where: Callable[[int | None, str], str],
-    task_vectors: bool = False,
     reference: str = "base",
 ) -> list[str]:
     """Find why the models cannot be merged into the base.
 
-    Integer and bool tensors are copied from the base, so task vectors need not have them.
+    Integer and bool tensors are copied from the base, so models need not have them, and may have more.
 
     Args:
         base: The specs of the base's tensors.
         models: The specs of each model's tensors.
         where: Names a tensor, of the base (None) or of a model (its number from 0).
-        task_vectors: Whether the models are task vectors.
         reference: What messages call the base.
 
     Returns:
         One phrase for each mismatch, at most MAX_REPORTED and then how many more there are; empty if all fits.
     """
-    found = _mismatches(base, models, task_vectors, reference)
+    found = _mismatches(base, models, reference)
     messages = [f"{where(k, name)}: {problem}" for k, name, problem in islice(found, MAX_REPORTED)]
     if more := sum(1 for _ in found):
         messages.append(f"and {more:,} more")
@@ -50,7 +48,6 @@ def mismatches(
 def _mismatches(
     base: Mapping[str, TensorSpec],
     models: Sequence[Mapping[str, TensorSpec]],
-    task_vectors: bool,
     reference: str,
 ) -> Iterator[tuple[int | None, str, str]]:
     for name, spec in base.items():
@@ -61,10 +58,10 @@ def _mismatches(
             if name in model:
                 if problem := _difference(spec, model[name], reference):
                     yield k, name, problem
-            elif spec.dtype in FLOAT_SIZES or not task_vectors:
+            elif spec.dtype not in INTEGER_DTYPES:
                 yield k, name, f"missing, expected {spec.dtype} {spec.shape} like {reference}"
         for name, spec in model.items():
-            if name not in base and not (task_vectors and spec.dtype in INTEGER_DTYPES):
+            if name not in base and spec.dtype not in INTEGER_DTYPES:
                 yield k, name, f"not in {reference}"
 
 

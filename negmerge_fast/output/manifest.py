@@ -57,6 +57,9 @@ class Recipe:
     nonfinite: NonFinite
     include: str | None
     exclude: str | None
+    rename: tuple[tuple[str, str], ...] = ()
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -69,6 +72,9 @@ class Recipe:
             "nonfinite": self.nonfinite,
             "include": self.include,
             "exclude": self.exclude,
+            "rename": [list(pair) for pair in self.rename],
+            "keep": list(self.keep),
+            "drop": list(self.drop),
         }
 
 
@@ -119,6 +125,9 @@ def read(path: Path) -> Manifest:
         validator.choice(found, "nonfinite", "error", "keep-base"),
         validator.field(found, "include", _is_text_or_none, "text or null"),
         validator.field(found, "exclude", _is_text_or_none, "text or null"),
+        tuple((pattern, text) for pattern, text in validator.listed(found, "rename", _is_pair)),
+        tuple(validator.listed(found, "keep", _is_text)),
+        tuple(validator.listed(found, "drop", _is_text)),
     )
     version = validator.field(found, "negmerge_fast", _is_text, "a version")
     block = validator.field(
@@ -168,6 +177,13 @@ class _Validator:
             raise InputError(f"{self.path}: {key} is {repr(found[key])[:120]}, expected {expected}")
         return found[key]
 
+    def listed(self, found: dict[str, Any], key: str, is_valid: Callable[[Any], bool]) -> list[Any]:
+        """A list, which manifests of earlier versions do not have."""
+        value = found.get(key, [])
+        return list(
+            self.field({key: value}, key, lambda v: _is_list(v) and all(map(is_valid, v)), "a list of text")
+        )
+
     def choice(self, found: dict[str, Any], key: str, *choices: str) -> Any:
         return self.field(found, key, lambda v: _is_text(v) and v in choices, f"one of {', '.join(choices)}")
 
@@ -209,6 +225,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_text_or_none(value: Any) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
 
 
 def _is_number(value: Any) -> bool:

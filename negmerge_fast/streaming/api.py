@@ -11,6 +11,7 @@ from ..backends import registry
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.formats import open_checkpoint
 from ..core.errors import InputError, MergeWarning
+from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
 from ..output.manifest import Input, Recipe, holds
 from ..output.publish import Destination, check
@@ -40,6 +41,9 @@ def merge_checkpoints(
     nonfinite: NonFinite = "error",
     include: str | None = None,
     exclude: str | None = None,
+    rename: Rename = (),
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     backend: str = "auto",
     device: str = "auto",
     memory_budget: int | str | None = None,
@@ -66,6 +70,10 @@ def merge_checkpoints(
             base's bits.
         include: A regular expression. Only tensors whose name matches are merged; the others are copied from base.
         exclude: A regular expression. Tensors whose name matches are copied from base.
+        rename: Regular expressions and what replaces their matches in the names of tensors of finetuned, in order. What
+            then differs by a prefix of all names, or by the spelling of wrappers and old versions, is matched by itself.
+        keep: Patterns of files of the base (fnmatch) that are copied though they may hold weights.
+        drop: Patterns of files of the base that are not copied.
         backend: "auto", "cuda", "triton", "cpu" or "torch".
         device: "cpu", or a device of torch through which all data is streamed. "auto" compares measured bandwidths.
         memory_budget: The most bytes to allocate, on the host and once more on a device; an int or text such as "512MiB".
@@ -86,8 +94,8 @@ def merge_checkpoints(
         TypeError: If finetuned is one path.
     """
     options = MergeOptions(
-        scale, min_agreement, inputs, nonfinite, include, exclude, backend, device, memory_budget, threads,
-        skip_unchanged, overwrite, resume,
+        scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
+        backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
     )  # fmt: skip
     report = prepare(base, finetuned, output, options).run(progress)
     for note in report.notes:
@@ -113,6 +121,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         task_vectors=options.inputs == "task_vectors",
         include=options.include,
         exclude=options.exclude,
+        rename=options.rename,
     )
     recipe = _recipe(plan, options)
     destination, finished = _check_destination(Path(output), plan, recipe, options)
@@ -144,16 +153,29 @@ def _open(base: PathLike, finetuned: Sequence[PathLike]) -> tuple[Checkpoint, li
         raise InputError("finetuned: no models, expected at least one")
     opened, models = open_checkpoint(base), [open_checkpoint(path) for path in finetuned]
     own = {file.identity for file in opened.weights.values()}
+    seen: dict[frozenset[tuple[int, ...]], Path] = {}
     for model in models:
-        if {file.identity for file in model.weights.values()} <= own:
+        files = frozenset(file.identity for file in model.weights.values())
+        if files <= own:
             raise InputError(f"{model.path}: is the base itself, expected a fine-tuned version of it")
+        if (other := seen.setdefault(files, model.path)) is not model.path:
+            raise InputError(f"{model.path}: the same files as {other}, expected another fine-tuned version")
     return opened, models
 
 
 def _recipe(plan: Plan, options: MergeOptions) -> Recipe:
     base, *models = [Input.of(checkpoint) for checkpoint in (plan.base, *plan.models)]
     return Recipe(
-        base, models, options.rule, options.inputs, options.nonfinite, options.include, options.exclude
+        base,
+        models,
+        options.rule,
+        options.inputs,
+        options.nonfinite,
+        options.include,
+        options.exclude,
+        rename_pairs(options.rename),
+        tuple(options.keep),
+        tuple(options.drop),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..backends import registry
 from ..core.errors import InputError, require_choice
+from ..core.pairing import Rename, compile_renames
 from ..core.rule import Inputs, NonFinite, Rule
 
 MAX_THREADS = 1024
@@ -23,6 +25,10 @@ class MergeOptions:
         nonfinite: With "error" a NaN or an infinity publishes nothing; with "keep-base" such elements keep the base's bits.
         include: A regular expression. Only tensors whose name matches are merged; the others are copied from the base.
         exclude: A regular expression. Tensors whose name matches are copied from the base.
+        rename: Regular expressions and what replaces their matches in the names of the models' tensors, in order. What
+            then differs by a prefix of all names, or by the spelling of wrappers and old versions, is matched by itself.
+        keep: Patterns of files of the base (fnmatch) that are copied though they may hold weights.
+        drop: Patterns of files of the base that are not copied.
         backend: "auto", "cuda", "triton", "cpu" or "torch".
         device: "cpu", or a device of torch through which all data is streamed. "auto" compares measured bandwidths.
         memory_budget: The most bytes to allocate, on the host and once more on a device; an int or text such as "512MiB".
@@ -43,6 +49,9 @@ class MergeOptions:
     nonfinite: NonFinite = "error"
     include: str | None = None
     exclude: str | None = None
+    rename: Rename = ()
+    keep: Sequence[str] = ()
+    drop: Sequence[str] = ()
     backend: str = "auto"
     device: str = "auto"
     memory_budget: int | str | None = None
@@ -55,6 +64,7 @@ class MergeOptions:
         _ = self.rule  # checks its own two
         require_choice("inputs", self.inputs, ("finetuned", "task_vectors"))
         require_choice("nonfinite", self.nonfinite, ("keep-base", "error"))
+        compile_renames(self.rename)
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise InputError(f"threads: {self.threads}, expected 1 … {MAX_THREADS}")
 

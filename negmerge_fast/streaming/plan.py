@@ -1,4 +1,4 @@
-"""The plan of a merge of checkpoints: what to read, merge and write. No file is opened here.
+"""The plan of a merge of checkpoints: what to read, merge and write.
 
 An extent is a range of one output file. One with slices holds tensors that are neighbours in the base and in every model's
 file, so that each version is read in one go. One without slices is copied from the base. Together extents cover every byte
@@ -7,7 +7,6 @@ of every output file, in order: a position in a plan counts those bytes. Chunks 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.reader import File
 from ..core.batch import Signature
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError, short_repr
+from ..core.errors import InputError
+from ..core.pairing import Rename
 from ..core.ranges import Range
-from ..core.schema import mismatches
+from .pairing import pair
 
 
 class TensorSlice(NamedTuple):
@@ -99,6 +99,7 @@ def make_plan(
     task_vectors: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    rename: Rename = (),
 ) -> Plan:
     """Pair the tensors of all checkpoints by name, and lay out the output.
 
@@ -108,61 +109,36 @@ def make_plan(
         task_vectors: Whether models are task vectors.
         include: A regular expression. Only tensors whose name matches are merged.
         exclude: A regular expression. Tensors whose name matches are copied from the base.
+        rename: Regular expressions and what replaces their matches in the models' names.
 
     Raises:
-        InputError: If names, shapes or types do not fit; the line says what.
+        InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    chosen = _choose(base.tensors, include, exclude)
-    chosen_in = [_choose(model.tensors, include, exclude) for model in models]
-    if (include or exclude) and not chosen:
-        raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
-
-    def where(k: int | None, name: str) -> str:
-        checkpoint = base if k is None else models[k]
-        path = checkpoint.tensors[name].source.file.path if name in checkpoint.tensors else checkpoint.path
-        return f"{path}: tensor {short_repr(name)}"
-
-    specs = {name: tensor.spec for name, tensor in chosen.items()}
-    model_specs = [{name: tensor.spec for name, tensor in held.items()} for held in chosen_in]
-    if problems := mismatches(specs, model_specs, where, task_vectors):
-        raise InputError("; ".join(problems))
-
-    merged = [name for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES]
+    tensors, versions, notes = pair(
+        base, models, task_vectors=task_vectors, include=include, exclude=exclude, rename=rename
+    )
+    if not tensors:
+        raise InputError(f"{base.path}: no floating-point tensor, expected at least one to merge")
     held: dict[Path, list[tuple[str, TensorRef]]] = {file.path: [] for file in base.weights.values()}
-    for name in merged:
-        held[chosen[name].source.file.path].append((name, chosen[name]))
+    for name, tensor in tensors.items():
+        held[tensor.source.file.path].append((name, tensor))
     extents: list[Extent] = []
     for path, file in base.weights.items():
-        extents += _extents(path, file, held[file.path], models, task_vectors)
+        extents += _extents(path, file, held[file.path], versions, task_vectors)
     extents += [
         Extent(name, [ByteRange(file, 0, file.size)], [])
         for name, file in base.extra_files.items()
         if file.size
     ]
     files = {**base.weights, **base.extra_files}
-    return Plan(base, list(models), files, extents, len(base.tensors) - len(merged))
-
-
-def _choose(
-    tensors: Mapping[str, TensorRef], include: str | None, exclude: str | None
-) -> dict[str, TensorRef]:
-    def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
-        try:
-            return re.compile(default if text is None else text)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
-
-    if include is None and exclude is None:
-        return dict(tensors)
-    wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
-    return {n: t for n, t in tensors.items() if wanted.search(n) and not unwanted.search(n)}
+    return Plan(base, list(models), files, extents, len(base.tensors) - len(tensors), tuple(notes))
 
 
 def _extents(
     path: str,
     file: File,
     held: list[tuple[str, TensorRef]],
-    models: Sequence[Checkpoint],
+    models: Sequence[Mapping[str, TensorRef]],
     task_vectors: bool,
 ) -> Iterator[Extent]:
     """Cover one file of the base, which holds these tensors to merge."""
@@ -176,7 +152,7 @@ def _extents(
         return Extent(path, sources, slices)
 
     for name, tensor in sorted(held, key=lambda item: item[1].source[1:]):
-        versions = [tensor, *(model.tensors[name] for model in models)]
+        versions = [tensor, *(model[name] for model in models)]
         sources = [version.source for version in versions]
         if neighbours and not all(map(_adjacent, neighbours[-1], sources)):
             yield finished()

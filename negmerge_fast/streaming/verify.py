@@ -177,6 +177,7 @@ def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
         task_vectors=recipe.inputs == "task_vectors",
         include=recipe.include,
         exclude=recipe.exclude,
+        rename=recipe.rename,
     )
     if base.is_directory != out.path.is_dir():
         raise InputError(f"{base.path}: is a {base.kind}, expected one like {out.path}")

@@ -163,7 +163,7 @@ def misfits(
     base: dict[str, Any], models: list[dict[str, Any]], where: Label, task_vectors: bool, reference: str
 ) -> list[str]:
     """Differences that keep models from being merged into the base: in names, dtypes and shapes, else in devices."""
-    return mismatches(specs(base), [specs(m) for m in models], where, task_vectors, reference) or [
+    return mismatches(specs(base), [specs(m) for m in models], where, reference) or [
         f"{where(k, name)}: {problem}"
         for k, model in enumerate(models)
         for name, tensor in base.items()

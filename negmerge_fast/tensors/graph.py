@@ -87,7 +87,7 @@ def _pair(
         for k, model in enumerate(name_tensors(base, listed, where, arrays=False))
     ]
     base_specs, *model_specs = [specs(model) for model in (named, *models)]
-    if problems := mismatches(base_specs, model_specs, where, inputs == "task_vectors"):
+    if problems := mismatches(base_specs, model_specs, where):
         raise InputError("; ".join(problems))
     return named, models, [name for name, spec in base_specs.items() if spec.dtype in FLOAT_SIZES]
 

@@ -1,0 +1,221 @@
+"""Pairing of opened checkpoints: which tensor of a model is the version of which of the base's, and what cannot be merged.
+
+Only tensors that decide this are read: weights that may be tied, and integers, which have to be equal in all versions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from ..checkpoints.base import Checkpoint, TensorRef
+from ..checkpoints.reader import Reader
+from ..core import pairing, unmergeable
+from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
+from ..core.errors import InputError, short_repr
+from ..core.schema import TensorSpec, mismatches
+
+Tensors: TypeAlias = Mapping[str, TensorRef]
+
+_CHUNK_BYTES = 1 << 20
+_MAX_OPEN_FILES = 16
+
+
+class Paired(NamedTuple):
+    """Tensors that are merged, by the base's names.
+
+    Attributes:
+        base: Those of the base.
+        models: Those of each model.
+        notes: What was done to pair them, a line each.
+    """
+
+    base: dict[str, TensorRef]
+    models: list[dict[str, TensorRef]]
+    notes: list[str]
+
+
+def pair(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    task_vectors: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    rename: pairing.Rename = (),
+) -> Paired:
+    """Pair the tensors of all checkpoints by name.
+
+    Args:
+        base: The base.
+        models: The fine-tuned models, or task vectors.
+        task_vectors: Whether models are task vectors.
+        include: A regular expression. Only tensors whose name in the base matches are merged.
+        exclude: A regular expression. Tensors whose name in the base matches are not merged.
+        rename: Regular expressions and what replaces their matches in the models' names.
+
+    Raises:
+        InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
+    """
+    for checkpoint in (base, *models):
+        for part, config in checkpoint.configs.items():
+            if method := unmergeable.quantization_of(config):
+                where = checkpoint.path / part / "config.json"
+                raise InputError(f"{where}: {method}: quantized weights, expected floating-point weights")
+    is_chosen = _choice(include, exclude)
+    chosen = {name: tensor for name, tensor in base.tensors.items() if is_chosen(name)}
+    if (include or exclude) and not chosen:
+        raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
+    renames = pairing.compile_renames(rename)
+    base_specs, notes = _specs(base.tensors), _Notes()
+    with Reader(_MAX_OPEN_FILES) as reader:
+        held = []
+        for model in models:
+            paired = pairing.pair_names(
+                base_specs,
+                _specs(model.tensors),
+                _twins(base.tensors, reader),
+                _twins(model.tensors, reader),
+                is_chosen,
+                renames,
+                str(model.path),
+            )
+            notes.add(model, pairing.notes(paired))
+            held.append({n: model.tensors[own] for n, own in paired.names.items() if is_chosen(n)})
+        _refuse_unmergeable(base, chosen, models, held)
+        _refuse_misfits(base, chosen, models, held)
+        if not task_vectors:
+            _refuse_different_integers(base, chosen, models, held, reader)
+    merged = {name: tensor for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES}
+    return Paired(merged, [{name: tensors[name] for name in merged} for tensors in held], list(notes))
+
+
+def _choice(include: str | None, exclude: str | None) -> Callable[[str], bool]:
+    def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
+        try:
+            return re.compile(default if text is None else text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
+
+    wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
+    return lambda name: bool(wanted.search(name) and not unwanted.search(name))
+
+
+def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
+    return {name: tensor.spec for name, tensor in tensors.items()}
+
+
+class _Notes:
+    """Lines about models; one that is said of several models is given once."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, list[Checkpoint]] = {}
+
+    def add(self, model: Checkpoint, phrases: Sequence[str]) -> None:
+        for phrase in phrases:
+            self._models.setdefault(phrase, []).append(model)
+
+    def __iter__(self) -> Iterator[str]:
+        for phrase, models in self._models.items():
+            more = f" and {len(models) - 1} more" if len(models) > 1 else ""
+            yield f"{models[0].path}{more}: {phrase}"
+
+
+def _label(checkpoint: Checkpoint, name: str, tensors: Tensors) -> str:
+    path = tensors[name].source.file.path if name in tensors else checkpoint.path
+    return f"{path}: tensor {short_repr(name)}"
+
+
+def _refuse_unmergeable(
+    base: Checkpoint, chosen: Tensors, models: Sequence[Checkpoint], held: Sequence[Tensors]
+) -> None:
+    for checkpoint, tensors in ((base, chosen), *zip(models, held, strict=True)):
+        specs = _specs(tensors)
+        if name := unmergeable.lora_factor(specs):
+            raise InputError(
+                f"{_label(checkpoint, name, tensors)}: a LoRA factor, expected whole weights: merge each adapter into its model first"
+            )
+        if found := unmergeable.quantized_tensor(specs):
+            name, reason = found
+            raise InputError(
+                f"{_label(checkpoint, name, tensors)}: {reason}, expected floating-point weights"
+            )
+
+
+def _refuse_misfits(
+    base: Checkpoint, chosen: Tensors, models: Sequence[Checkpoint], held: Sequence[Tensors]
+) -> None:
+    def where(k: int | None, name: str) -> str:
+        return _label(base, name, chosen) if k is None else _label(models[k], name, held[k])
+
+    problems = mismatches(_specs(chosen), [_specs(tensors) for tensors in held], where)
+    if problems:
+        hints = (pairing.hint(chosen.keys(), tensors.keys()) for tensors in held)
+        problems += [hint for hint in hints if hint][:1]
+        raise InputError("; ".join(problems))
+
+
+def _refuse_different_integers(
+    base: Checkpoint,
+    chosen: Tensors,
+    models: Sequence[Checkpoint],
+    held: Sequence[Tensors],
+    reader: Reader,
+) -> None:
+    """Refuse integers that training changed: they are weights in a form of their own, and would stay the base's."""
+    for name, tensor in chosen.items():
+        if tensor.spec.dtype in INTEGER_DTYPES and not unmergeable.is_counter(name, tensor.spec):
+            for model, tensors in zip(models, held, strict=True):
+                if name in tensors and not _equal(tensor, tensors[name], reader):
+                    raise InputError(
+                        f"{_label(model, name, tensors)}: {tensor.spec.dtype}, differs from base, expected equal integers: "
+                        f"they are not merged (--exclude '^{re.escape(name)}$' keeps base's)"
+                    )
+
+
+def _twins(tensors: Tensors, reader: Reader) -> pairing.Twins:
+    def twins(name: str, others: Collection[str]) -> list[str]:
+        """Tensors with the same bytes, if these are not all equal: many a bias is all zeros."""
+        this = tensors[name]
+        same = [other for other in others if _equal(this, tensors[other], reader)]
+        return same if same and not _is_constant(this, reader) else []
+
+    return twins
+
+
+def _equal(left: TensorRef, right: TensorRef, reader: Reader) -> bool:
+    are_integers = {left.spec.dtype, right.spec.dtype} <= INTEGER_DTYPES
+    if left.spec.shape != right.spec.shape or (left.spec.dtype != right.spec.dtype and not are_integers):
+        return False
+    if left.source == right.source:
+        return True
+    pairs = zip(_values(left, reader), _values(right, reader), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _is_constant(tensor: TensorRef, reader: Reader) -> bool:
+    first = None
+    for values in _values(tensor, reader):
+        first = values[:1] if first is None else first
+        if (values != first).any():
+            return False
+    return True
+
+
+def _values(tensor: TensorRef, reader: Reader) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield a tensor's elements in chunks: integers as such, all else as bits."""
+    size = tensor.source.nbytes // max(tensor.numel, 1)
+    dtype = _NUMPY_INTEGERS.get(tensor.spec.dtype, f"<u{size}")
+    count = _CHUNK_BYTES // 8
+    for begin in range(0, tensor.numel, count):
+        buffer = bytearray(min(count, tensor.numel - begin) * size)
+        tensor.source.read_into(reader, memoryview(buffer), begin * size)
+        yield np.frombuffer(buffer, dtype)
+
+
+_NUMPY_INTEGERS = {
+    name: f"<{name[0].lower()}{int(name[1:]) // 8}" for name in INTEGER_DTYPES if name != "BOOL"
+}
