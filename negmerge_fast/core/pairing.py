@@ -214,11 +214,11 @@ def notes(pairing: Pairing, reference: str = "base", ties: bool = True) -> list[
     for name, owner in pairing.tied.items() if ties else ():
         said.append(f"lacks {short_repr(name)}, which {reference} ties to {short_repr(owner)}: that is taken")
     for name, owner in pairing.surplus.items() if ties else ():
-        said.append(f"{short_repr(name)} is not in {reference}, but tied to {short_repr(owner)}: left out")
+        said.append(f"{short_repr(name)} is not in {reference}, but tied to {short_repr(owner)}: skipped")
     if names := pairing.missing_integers:
         said.append(f"lacks {_some(names)}: {reference} has integers there, which are kept")
     if names := pairing.surplus_integers:
-        said.append(f"{_some(names)} of integers: not in {reference}, left out")
+        said.append(f"{_some(names)} of integers: not in {reference}, skipped")
     return said
 
 

@@ -65,6 +65,9 @@ def test_the_fields_of_a_manifest(folder: Path) -> None:
         "nonfinite": "error",
         "include": "n",
         "exclude": "^brain$",
+        "rename": [],
+        "keep": [],
+        "drop": [],
         "counted": {"elements": report.elements, "agreed": report.agreed, "nonfinite": 0},
     }
 
@@ -130,11 +133,11 @@ def test_an_unknown_file_where_the_manifest_of_a_single_file_goes(folder: Path, 
         "deep": lambda: manifest.write_text('{"files":' * 100_000),
     }
     make[kind]()
-    before = manifest.lstat()
+    before = manifest.lstat()[:7]  # not the times: reading it moves one of them
     for overwrite in (False, True):
         with pytest.raises(nm.InputError, match=r"out\.safetensors\.negmerge\.json: not negmerge's"):
             merge_single(folder, overwrite=overwrite)
-    assert manifest.lstat() == before and not (folder / "out.safetensors").exists()
+    assert manifest.lstat()[:7] == before and not (folder / "out.safetensors").exists()
 
 
 def test_a_crash_between_the_manifest_and_its_single_file(
