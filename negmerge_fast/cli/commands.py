@@ -255,11 +255,14 @@ def verify(
 def inspect(paths: tuple[str, ...]) -> None:
     """Print the contents of each PATH and, of several, whether the others can be merged into the first."""
     from ..checkpoints.formats import open_checkpoint
+    from ..streaming.pairing import refuse_unmergeable
     from ..streaming.plan import make_plan
 
     checkpoints = [open_checkpoint(path) for path in paths]
     for checkpoint in checkpoints:
         print_lines(contents(checkpoint))
+    for checkpoint in checkpoints:
+        refuse_unmergeable(checkpoint, checkpoint.tensors)
     if len(checkpoints) > 1:
         plan = make_plan(checkpoints[0], checkpoints[1:])
         print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from typing import NamedTuple
 
 from .dtypes import FLOAT_SIZES, INTEGER_DTYPES
@@ -55,14 +55,20 @@ def _mismatches(
             yield None, name, f"dtype {spec.dtype}, expected {', '.join(FLOAT_SIZES)} or an integer type"
     for k, model in enumerate(models):
         for name, spec in base.items():
-            if name in model:
-                if problem := _difference(spec, model[name], reference):
-                    yield k, name, problem
-            elif spec.dtype not in INTEGER_DTYPES:
-                yield k, name, f"missing, expected {spec.dtype} {spec.shape} like {reference}"
-        for name, spec in model.items():
-            if name not in base and spec.dtype not in INTEGER_DTYPES:
-                yield k, name, f"not in {reference}"
+            if name in model and (problem := _difference(spec, model[name], reference)):
+                yield k, name, problem
+        missing = (
+            (k, name, f"missing, expected {spec.dtype} {spec.shape} like {reference}")
+            for name, spec in base.items()
+            if name not in model and spec.dtype not in INTEGER_DTYPES
+        )
+        surplus = (
+            (k, name, f"not in {reference}")
+            for name, spec in model.items()
+            if name not in base and spec.dtype not in INTEGER_DTYPES
+        )
+        # In turn, so that a message of bounded length has some of both.
+        yield from filter(None, chain.from_iterable(zip_longest(missing, surplus)))
 
 
 def _difference(base: TensorSpec, model: TensorSpec, reference: str) -> str | None:

@@ -60,11 +60,6 @@ def pair(
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    for checkpoint in (base, *models):
-        for part, config in checkpoint.configs.items():
-            if method := unmergeable.quantization_of(config):
-                where = checkpoint.path / part / "config.json"
-                raise InputError(f"{where}: {method}: quantized weights, expected floating-point weights")
     is_chosen = _choice(include, exclude)
     chosen = {name: tensor for name, tensor in base.tensors.items() if is_chosen(name)}
     if (include or exclude) and not chosen:
@@ -85,7 +80,8 @@ def pair(
             )
             notes.add(model, pairing.notes(paired))
             held.append({n: model.tensors[own] for n, own in paired.names.items() if is_chosen(n)})
-        _refuse_unmergeable(base, chosen, models, held)
+        for checkpoint, tensors in ((base, chosen), *zip(models, held, strict=True)):
+            refuse_unmergeable(checkpoint, tensors)
         _refuse_misfits(base, chosen, models, held)
         if not task_vectors:
             _refuse_different_integers(base, chosen, models, held, reader)
@@ -129,20 +125,19 @@ def _label(checkpoint: Checkpoint, name: str, tensors: Tensors) -> str:
     return f"{path}: tensor {short_repr(name)}"
 
 
-def _refuse_unmergeable(
-    base: Checkpoint, chosen: Tensors, models: Sequence[Checkpoint], held: Sequence[Tensors]
-) -> None:
-    for checkpoint, tensors in ((base, chosen), *zip(models, held, strict=True)):
-        specs = _specs(tensors)
-        if name := unmergeable.lora_factor(specs):
-            raise InputError(
-                f"{_label(checkpoint, name, tensors)}: a LoRA factor, expected whole weights: merge each adapter into its model first"
-            )
-        if found := unmergeable.quantized_tensor(specs):
-            name, reason = found
-            raise InputError(
-                f"{_label(checkpoint, name, tensors)}: {reason}, expected floating-point weights"
-            )
+def refuse_unmergeable(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    """Raise InputError if tensors of a checkpoint are quantized weights or LoRA factors."""
+    for part, config in checkpoint.configs.items():
+        if method := unmergeable.quantization_of(config):
+            where = checkpoint.path / part / "config.json"
+            raise InputError(f"{where}: {method}: quantized weights, expected floating-point weights")
+    specs = _specs(tensors)
+    if name := unmergeable.lora_factor(specs):
+        found = f"{_label(checkpoint, name, tensors)}: a LoRA factor"
+        raise InputError(f"{found}, expected whole weights: merge each adapter into its model first")
+    if quantized := unmergeable.quantized_tensor(specs):
+        name, reason = quantized
+        raise InputError(f"{_label(checkpoint, name, tensors)}: {reason}, expected floating-point weights")
 
 
 def _refuse_misfits(
