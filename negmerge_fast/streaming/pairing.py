@@ -25,16 +25,16 @@ _MAX_OPEN_FILES = 16
 
 
 class Paired(NamedTuple):
-    """Tensors that are merged, by the base's names.
+    """Tensors by the base's names.
 
     Attributes:
-        base: Those of the base.
-        models: Those of each model.
+        base: Those of the base that are merged.
+        models: Those of each model; these and perhaps more.
         notes: What was done to pair them, a line each.
     """
 
-    base: dict[str, TensorRef]
-    models: list[dict[str, TensorRef]]
+    base: Tensors
+    models: list[Tensors]
     notes: list[str]
 
 
@@ -61,43 +61,55 @@ def pair(
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
     is_chosen = _choice(include, exclude)
-    chosen = {name: tensor for name, tensor in base.tensors.items() if is_chosen(name)}
-    if (include or exclude) and not chosen:
+    renames, notes = pairing.compile_renames(rename), _Notes()
+    chosen = _chosen(base.tensors, is_chosen)
+    if is_chosen and not chosen:
         raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
-    renames = pairing.compile_renames(rename)
-    base_specs, notes = _specs(base.tensors), _Notes()
     with Reader(_MAX_OPEN_FILES) as reader:
         held = []
         for model in models:
-            paired = pairing.pair_names(
-                base_specs,
-                _specs(model.tensors),
-                _twins(base.tensors, reader),
-                _twins(model.tensors, reader),
-                is_chosen,
-                renames,
-                str(model.path),
-            )
-            notes.add(model, pairing.notes(paired))
-            held.append({n: model.tensors[own] for n, own in paired.names.items() if is_chosen(n)})
-        for checkpoint, tensors in ((base, chosen), *zip(models, held, strict=True)):
-            refuse_unmergeable(checkpoint, tensors)
+            tensors: Tensors = model.tensors
+            if renames or tensors.keys() != base.tensors.keys():
+                paired = pairing.pair_names(
+                    _specs(base.tensors),
+                    _specs(tensors),
+                    _twins(base.tensors, reader),
+                    _twins(tensors, reader),
+                    is_chosen or (lambda name: True),
+                    renames,
+                    str(model.path),
+                )
+                notes.add(model, pairing.notes(paired))
+                tensors = {name: tensors[own] for name, own in paired.names.items()}
+            held.append(_chosen(tensors, is_chosen))
+        refuse_unmergeable(base, chosen)
+        for model, tensors in zip(models, held, strict=True):
+            # Under the base's names there is what there is in the base, or it does not fit.
+            refuse_unmergeable(model, {n: tensors[n] for n in sorted(tensors.keys() - chosen.keys())})
         _refuse_misfits(base, chosen, models, held)
         if not task_vectors:
             _refuse_different_integers(base, chosen, models, held, reader)
     merged = {name: tensor for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES}
-    return Paired(merged, [{name: tensors[name] for name in merged} for tensors in held], list(notes))
+    return Paired(merged, held, list(notes))
 
 
-def _choice(include: str | None, exclude: str | None) -> Callable[[str], bool]:
+def _choice(include: str | None, exclude: str | None) -> Callable[[str], bool] | None:
+    """Whether a tensor is merged, by its name in the base; None if all are."""
+
     def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
         try:
             return re.compile(default if text is None else text)
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
 
+    if include is None and exclude is None:
+        return None
     wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
     return lambda name: bool(wanted.search(name) and not unwanted.search(name))
+
+
+def _chosen(tensors: Tensors, is_chosen: Callable[[str], bool] | None) -> Tensors:
+    return tensors if is_chosen is None else {n: t for n, t in tensors.items() if is_chosen(n)}
 
 
 def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
