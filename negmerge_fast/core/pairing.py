@@ -209,17 +209,28 @@ def notes(pairing: Pairing, reference: str = "base", ties: bool = True) -> list[
     renamed = [(own, n) for n, own in pairing.names.items() if n != own and n not in pairing.tied]
     if renamed:
         own, name = renamed[0]
-        more = f", and {len(renamed) - 1:,} more names in the same way" if len(renamed) > 1 else ""
-        said.append(f"{short_repr(own)} is taken for {short_repr(name)}{more}")
-    for name, owner in pairing.tied.items() if ties else ():
-        said.append(f"lacks {short_repr(name)}, which {reference} ties to {short_repr(owner)}: that is taken")
-    for name, owner in pairing.surplus.items() if ties else ():
-        said.append(f"{short_repr(name)} is not in {reference}, but tied to {short_repr(owner)}: skipped")
+        said.append(f"{short_repr(own)} is taken for {short_repr(name)}{_more(renamed)}")
+    if ties and pairing.tied:
+        name, owner = next(iter(pairing.tied.items()))
+        more = _more(pairing.tied)
+        said.append(
+            f"lacks {short_repr(name)}, which {reference} ties to {short_repr(owner)}: that is taken{more}"
+        )
+    if ties and pairing.surplus:
+        name, owner = next(iter(pairing.surplus.items()))
+        more = _more(pairing.surplus)
+        said.append(
+            f"{short_repr(name)} is not in {reference}, but tied to {short_repr(owner)}: skipped{more}"
+        )
     if names := pairing.missing_integers:
         said.append(f"lacks {_some(names)}: {reference} has integers there, which are kept")
     if names := pairing.surplus_integers:
         said.append(f"{_some(names)} of integers: not in {reference}, skipped")
     return said
+
+
+def _more(names: Collection[object]) -> str:
+    return f", and {len(names) - 1:,} more in the same way" if len(names) > 1 else ""
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:
