@@ -82,7 +82,12 @@ def choose(
         # On the CPU Triton is an interpreter, for tests.
         if (backend, name, device) == ("auto", "triton", "cpu"):
             continue
-        reason = why_not(name, device) or (rule and _selftest_failure(name, device, rule, signatures))
+        reason = why_not(name, device)
+        if reason is None and rule and name in _NEED_SELFTEST:
+            signatures = dict.fromkeys(
+                signatures
+            )  # not an iterator, of which the next backend would see only the rest
+            reason = _selftest_failure(name, device, rule, signatures)
         if reason is None:
             return name, _merge_of(name)
         reasons.append(f"{name}: {reason}")
@@ -90,9 +95,7 @@ def choose(
 
 
 def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
-    """Tell why a backend must not be used for one of the signatures; None if it passes or needs no self-test."""
-    if name not in _NEED_SELFTEST:
-        return None
+    """Tell why a backend must not be used for one of the signatures; None if it passes."""
     from . import selftest
 
     merge = _merge_of(name)
@@ -100,12 +103,18 @@ def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[S
         from ..kernels.merge import merge_in_few_programs
 
         merge = merge_in_few_programs
+    if name == "cuda":
+        from .native import merge_cuda_in_few_blocks
+
+        merge = merge_cuda_in_few_blocks
     failures = (selftest.failure(name, merge, device, signature, rule) for signature in signatures)
     return next(filter(None, failures), None)
 
 
 def selftest(name: str, device: str) -> str | None:
-    """Self-test a backend on a device for every dtype; returns why it is not used, None if it passes."""
+    """Self-test a backend on a device for every dtype; returns why it is not used, None if it passes or needs none."""
+    if name not in _NEED_SELFTEST:
+        return None
     signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
     return _selftest_failure(name, device, Rule(1.0), signatures)
 
