@@ -51,12 +51,13 @@ constexpr int kGroup = NEGMERGE_CUDA_GROUP;           // models whose loads are 
 constexpr int kBaseBytes = NEGMERGE_CUDA_BASE_BYTES;  // of the base, for a thread at a time
 
 // segments: the number of tiles before each segment, and whether all its addresses are multiples of 16. one_type: all
-// models are stored as `type`, so that their types need not be loaded.
+// models are stored as `type`, so that their types need not be loaded. max_blocks: of the launch.
 struct Tiling {
   const std::int64_t* segments;
   std::int64_t tiles;
   bool one_type;
   Dtype type;
+  std::int64_t max_blocks;
 };
 
 // reciprocal: 1 / n, rounded; NaN if n is too large for quick_quotient.
@@ -352,7 +353,8 @@ void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t s
   int processors = 0, resident = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "no code for this device");
-  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(tiling.tiles, std::int64_t{processors} * resident * kWaves));
+  const auto blocks =
+      static_cast<unsigned>(std::min({tiling.tiles, tiling.max_blocks, std::int64_t{processors} * resident * kWaves}));
   void* arguments[] = {&args};
   check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream), "launch");
 }
@@ -385,7 +387,8 @@ void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t s
 
 }  // namespace
 
-void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, int device, std::uint64_t stream_address) {
+void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, std::int64_t max_blocks, int device,
+                std::uint64_t stream_address) {
   if (!tiles) return;
   const OnDevice current(device);
   const PlainArithmetic plain;  // λ is rounded here
@@ -397,7 +400,7 @@ void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t til
   on_device.dtypes = reinterpret_cast<const Dtype*>(on_device.row(batch.segments));
   const auto* types = batch.dtypes;
   const bool one_type = std::all_of(types, types + batch.n, [=](Dtype dtype) { return dtype == types[0]; });
-  const Tiling tiling{memory, tiles, one_type, types[0]};
+  const Tiling tiling{memory, tiles, one_type, types[0], max_blocks};
   is_double(batch) ? launch<double>(on_device, tiling, device, stream) : launch<float>(on_device, tiling, device, stream);
 }
 

@@ -16,8 +16,9 @@ constexpr std::int64_t kCudaTile = NEGMERGE_CUDA_TILE;
 
 // Launches a merge on a stream of a device, and does not wait for it. batch.descriptors is not used. batch.counts, memory and
 // all addresses in it are in the device's memory; pack_for_device of negmerge_fast/core/descriptors.py says what memory holds.
-// tiles: of all segments. Throws std::runtime_error with CUDA's reason, also for a stream of another device, and
+// tiles: of all segments. max_blocks: of the launch. Throws std::runtime_error with CUDA's reason, also for a stream of another device, and
 // std::invalid_argument for memory that is not the device's.
-void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, int device, std::uint64_t stream);
+void merge_cuda(const Batch& batch, const std::int64_t* memory, std::int64_t tiles, std::int64_t max_blocks, int device,
+                std::uint64_t stream);
 
 }  // namespace negmerge

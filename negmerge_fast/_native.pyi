@@ -26,6 +26,7 @@ def merge_cuda(
     memory: int,
     counts: int,
     tiles: int,
+    max_blocks: int,
     device: int,
     stream: int,
 ) -> None: ...

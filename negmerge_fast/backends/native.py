@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# CUDA launches no more.
+MAX_BLOCKS = 2**31 - 1
+
+
 class BuildInfo(TypedDict):
     """What setup.py recorded of the build.
 
@@ -105,6 +109,15 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
 
 def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there without waiting."""
+    return _launch_cuda(batch, rule, MAX_BLOCKS)
+
+
+def merge_cuda_in_few_blocks(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
+    """merge_cuda with several tiles for each block however small the batch is, as in large batches: for the self-test."""
+    return _launch_cuda(batch, rule, 3)
+
+
+def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int) -> torch.Tensor:
     import torch
 
     from .. import _native
@@ -119,6 +132,7 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
             on_device.data_ptr(),
             counts.data_ptr(),
             tiles,
+            max_blocks,
             on_device.device.index,
             torch.cuda.current_stream().cuda_stream,
         )

@@ -15,9 +15,11 @@ from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 from . import pytorch
 
-# The segments of the self-test: elements, kind, and bytes by which the addresses are misaligned.
+# The segments of the self-test: elements, kind, and bytes by which the addresses are misaligned. The first two are aligned to
+# 16 bytes. The CUDA kernel has 9 tiles of them: of its 3 blocks one goes on from a segment to two tiles of the next, one begins
+# within that, one has the empty segment on its way.
 _SEGMENTS = (
-    (4096, "in place", 0), (1029, "apart", 0), (517, "no base", 0), (300, "in place", 1), (1, "apart", 0),
+    (1031, "apart", 0), (4355, "in place", 0), (517, "no base", 0), (300, "in place", 1), (1, "apart", 0),
     (0, "in place", 0), (2, "count", 0), (259, "count", 1),
 )  # fmt: skip
 

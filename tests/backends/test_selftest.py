@@ -12,6 +12,7 @@ import torch
 from backend_cases import merge_on_host
 
 import negmerge_fast as nm
+import negmerge_fast.ops
 from negmerge_fast.backends import native, registry, selftest
 from negmerge_fast.cli import info
 from negmerge_fast.core.batch import Batch, Signature
@@ -100,6 +101,37 @@ def test_selftest_finds_faults_of_kernels(fault: str, dtype: str, task_vectors: 
     assert (found is None) == (fault == "none"), found
 
 
+# Faults of the loop over the tiles of a block: none shows where each block has one tile.
+LOOP_FAULTS = {
+    "only the first tile of a segment": ("whole = (last - first) * kCudaTile", "whole = (tile + 1 - first) * kCudaTile"),
+    "only one segment": ("tile = last;", "tile = end;"),
+    "a segment begun anew by each block": ("element = (tile - first) * kCudaTile", "element = 0"),
+    "nothing after an empty segment": ("const std::int64_t last =", "if (next == first) break; const std::int64_t last ="),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+@pytest.mark.parametrize(
+    "fault",
+    [next(iter(LOOP_FAULTS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(LOOP_FAULTS)[1:])],
+)
+def test_selftest_of_cuda_gives_a_block_several_tiles(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = []
+
+    def launch(batch: Batch, rule: Rule, max_blocks: int, wrong: Any = None) -> Any:
+        blocks.append(max_blocks)
+        return merge_on_host(batch, rule, wrong=wrong, max_blocks=max_blocks)
+
+    def failure() -> str | None:
+        monkeypatch.setattr(selftest, "_results", {})
+        return registry._selftest_failure("cuda", "cpu", Rule(0.9), [Signature("F32", ("F32",) * 2, False)])
+
+    monkeypatch.setattr(native, "_launch_cuda", launch)
+    assert failure() is None and set(blocks) == {3}
+    monkeypatch.setattr(native, "_launch_cuda", partial(launch, wrong=LOOP_FAULTS[fault]))
+    assert "not the reference's" in (failure() or "")
+
+
 @pytest.mark.parametrize("kind", ["in place", "apart", "no base", "count", "odd address"])
 def test_selftest_covers_every_kind_of_segment(kind: str) -> None:
     def merge(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
@@ -114,6 +146,40 @@ def test_selftest_covers_every_kind_of_segment(kind: str) -> None:
 
     found = selftest._run_case(merge, "cpu", Signature("BF16", ("BF16",), False), Rule(0.9))
     assert found == f"failed its self-test on cpu: ValueError: {kind}"
+
+
+@pytest.mark.parametrize("by_operator", [False, True], ids=["functions", "operators"])
+def test_the_next_backend_is_selftested_for_all_signatures(
+    by_operator: bool, wrong_kernel: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_NEED_SELFTEST", {"cpu", "torch"})
+    dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float64}
+    base, model = ({name: torch.full((9,), x, dtype=t) for name, t in dtypes.items()} for x in (0.0, 1.0))
+
+    def merge() -> list[torch.Tensor]:
+        if by_operator:
+            merged, _ = torch.ops.negmerge.merge(list(base.values()), list(model.values()), 1.0)
+            return list(merged)
+        return list(nm.merge(base, [model], scale=1.0).values())
+
+    assert all((merged == -1).all() for merged in merge())
+    tried = [
+        (name, signature.result, why is None) for (name, _, signature, _), why in selftest._results.items()
+    ]
+    assert tried == [
+        ("cpu", "F32", False),
+        ("torch", "F32", True),
+        ("torch", "BF16", True),
+        ("torch", "F64", True),
+    ]
+
+    # It is not used either where it fails for the last one.
+    def failure(name: str, merge: Any, device: str, signature: Signature, rule: Rule) -> str | None:
+        return "is wrong" if name == "cpu" or signature.result == "F64" else None
+
+    monkeypatch.setattr(selftest, "failure", failure)
+    with pytest.raises(nm.InputError, match="cpu: is wrong; torch: is wrong"):
+        merge()
 
 
 def test_selftest_runs_once_per_signature_and_rule(wrong_kernel: list[str]) -> None:

@@ -101,17 +101,16 @@ def quicken_interpreter() -> None:
 
 @cache
 def _library(wrong: tuple[str, str] | None = None) -> Any:
-    """The CUDA kernel compiled for the host. wrong: text of merge_rule.h, and what replaces it."""
+    """The CUDA kernel compiled for the host. wrong: text of a file in csrc/, and what replaces it."""
     source = HERE / "cuda_on_host" / "library.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
         csrc = shutil.copytree(ROOT / "csrc", f"{folder}/csrc")
         shutil.copytree(source.parent, copy := Path(folder, "tests", "support", "cuda_on_host"))
         if wrong:
-            rule = Path(csrc, "merge_rule.h")
-            text = rule.read_text(encoding="utf-8")
-            assert wrong[0] in text
-            rule.write_text(text.replace(*wrong), encoding="utf-8")
+            texts = {file: file.read_text(encoding="utf-8") for file in Path(csrc).iterdir()}
+            [spoilt] = [file for file, text in texts.items() if wrong[0] in text]
+            spoilt.write_text(texts[spoilt].replace(*wrong), encoding="utf-8")
         built = f"{folder}/library.so"
         subprocess.run(["g++", *flags, f"-I{copy}", str(copy / source.name), "-o", built], check=True)
         library = ctypes.CDLL(built)
@@ -120,7 +119,11 @@ def _library(wrong: tuple[str, str] | None = None) -> Any:
 
 
 def merge_on_host(
-    batch: Batch, rule: Rule, threads: int | None = None, wrong: tuple[str, str] | None = None
+    batch: Batch,
+    rule: Rule,
+    threads: int | None = None,
+    wrong: tuple[str, str] | None = None,
+    max_blocks: int = native.MAX_BLOCKS,
 ) -> np.ndarray[Any, Any]:
     library = _library(wrong)
     memory, tiles = pack_for_device(batch, library.tile())
@@ -129,7 +132,7 @@ def merge_on_host(
     library.merge_on_host(
         result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
         ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_void_p(counts.ctypes.data),
-        ctypes.c_int64(tiles),
+        ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
     )  # fmt: skip
     return counts
 

@@ -45,8 +45,8 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const 
   *found = {cudaMemoryTypeDevice, 0};
   return cudaSuccess;
 }
-// Seven blocks: segments begin and end in the middle of a block's tiles.
-inline cudaError_t cudaDeviceGetAttribute(int* count, cudaDeviceAttr, int) { return *count = 7, cudaSuccess; }
+// One processor, which runs one block at a time: segments of many tiles begin and end in the middle of a block's.
+inline cudaError_t cudaDeviceGetAttribute(int* count, cudaDeviceAttr, int) { return *count = 1, cudaSuccess; }
 template <class K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, K, int, std::size_t) {
   return *count = 1, cudaSuccess;

@@ -3,10 +3,10 @@
 
 extern "C" void merge_on_host(int result, const char* dtypes, std::int64_t models, bool task_vectors, double scale,
                               std::int64_t required, std::int64_t segments, const std::int64_t* memory,
-                              std::int64_t* counts, std::int64_t tiles) {
+                              std::int64_t* counts, std::int64_t tiles, std::int64_t max_blocks) {
   const negmerge::Batch batch{static_cast<negmerge::Dtype>(result), reinterpret_cast<const negmerge::Dtype*>(dtypes),
                               models, task_vectors, scale, required, segments, nullptr, counts};
-  negmerge::merge_cuda(batch, memory, tiles, 0, 0);
+  negmerge::merge_cuda(batch, memory, tiles, max_blocks, 0, 0);
 }
 
 extern "C" std::int64_t tile() { return negmerge::kCudaTile; }
