@@ -235,19 +235,22 @@ template <class T, class S, bool kSameDtype, int E, class Accumulator>
 __device__ void accumulate_all(const KernelArgs<T>& args, const std::int64_t* addresses, std::int64_t element,
                                const Elements<S, E>& base, Accumulator (&accumulators)[E]) {
   const Batch& batch = args.batch;
-  if constexpr (kSameDtype) return accumulate<T, S, S, E>(addresses, batch.n, element, base, batch.task_vectors, accumulators);
-  for (std::int64_t k = 0, same; k < batch.n; k += same) {
-    const Dtype dtype = args.tiling.one_type ? args.tiling.type : batch.dtypes[k];
-    if (args.tiling.one_type) same = batch.n;
-    else for (same = 1; k + same < batch.n && batch.dtypes[k + same] == dtype;) ++same;
-    switch (dtype) {
-      case kF64:
-        if constexpr (sizeof(T) == 8)
-          accumulate<T, S, F64, E>(addresses + k, same, element, base, batch.task_vectors, accumulators);
-        break;
-      case kF32: accumulate<T, S, F32, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
-      case kF16: accumulate<T, S, F16, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
-      case kBF16: accumulate<T, S, BF16, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
+  if constexpr (kSameDtype) {
+    accumulate<T, S, S, E>(addresses, batch.n, element, base, batch.task_vectors, accumulators);
+  } else {
+    for (std::int64_t k = 0, same; k < batch.n; k += same) {
+      const Dtype dtype = args.tiling.one_type ? args.tiling.type : batch.dtypes[k];
+      if (args.tiling.one_type) same = batch.n;
+      else for (same = 1; k + same < batch.n && batch.dtypes[k + same] == dtype;) ++same;
+      switch (dtype) {
+        case kF64:
+          if constexpr (sizeof(T) == 8)
+            accumulate<T, S, F64, E>(addresses + k, same, element, base, batch.task_vectors, accumulators);
+          break;
+        case kF32: accumulate<T, S, F32, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
+        case kF16: accumulate<T, S, F16, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
+        case kBF16: accumulate<T, S, BF16, E>(addresses + k, same, element, base, batch.task_vectors, accumulators); break;
+      }
     }
   }
 }
