@@ -26,6 +26,9 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().with_name("csrc")
 
+# Where NVIDIA's installers put CUDA.
+CUDA = "/usr/local/cuda"
+
 
 class NotBuilt(Exception):
     """Why the library, or one with CUDA, was not built: one line."""
@@ -41,17 +44,19 @@ def cuda_wanted(value: str | None) -> bool | None:
 def architectures(listed: str, gpus_here: list[int] | None = None) -> list[int]:
     """The GPU architectures to compile for, of those that `nvcc --list-gpu-arch` lists in no order.
 
-    gpus_here: this machine's, for a build that stays on it; None for a wheel. A wheel gets 80, 90 and the newest. A build
-    that stays gets those of its GPUs; without a GPU the oldest of the wheel's, since each takes a third of the time. GPUs
-    between two architectures, and newer ones, start from the intermediate code that comes along for each.
+    gpus_here: this machine's, for a build that stays on it; None for a wheel. A wheel gets the lowest of each major version:
+    its code runs on the others of that version. A build that stays gets those of its GPUs; without a GPU the oldest of the
+    wheel's, since each takes nvcc as long again (11 s). Other GPUs, newer ones among them, compile the intermediate code that
+    comes along for each when they first use it, which takes 7 to 10 s.
     """
     known = {int(number) for number in re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)}
+    known = {number for number in known if number >= 80}  # what the kernel needs
     if not known:
-        raise NotBuilt("nvcc lists no GPU architectures")
-    all_gpus = sorted(known & {80, 90, max(known)})
+        raise NotBuilt("nvcc lists no GPU architectures from 80 on, expected CUDA 12 or 13")
+    lowest = {number // 10: number for number in sorted(known, reverse=True)}
     if gpus_here is None:
-        return all_gpus
-    oldest = all_gpus[0]
+        return sorted(lowest.values())
+    oldest = min(known)
     found = {max(k for k in known if oldest <= k <= gpu) for gpu in gpus_here if gpu >= oldest}
     return sorted(found) or [oldest]
 
@@ -99,12 +104,32 @@ def program(*names: str) -> str:
     raise NotBuilt(f"no {' or '.join(names)} on PATH")
 
 
+def cuda_compiler() -> str:
+    """What CUDACXX names, or the nvcc of CUDA_HOME, of CUDA_PATH or of PATH, in the order of torch's own builds.
+
+    Where neither CUDA_HOME nor CUDA_PATH is set, not even to nothing, also that of /usr/local/cuda.
+    """
+    if named := os.environ.get("CUDACXX"):
+        return named
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders = [
+        *(f"{home}/bin" for home in homes if home),
+        os.environ.get("PATH", os.defpath),
+        *([] if homes else [f"{CUDA}/bin"]),
+    ]
+    if found := shutil.which("nvcc", path=os.pathsep.join(folders)):
+        return found
+    raise NotBuilt(
+        f"no nvcc in CUDA_HOME or CUDA_PATH, {'or on PATH' if homes else f'on PATH or in {CUDA}/bin'}"
+    )
+
+
 def build(library: Path, cuda: bool, stays_here: bool) -> list[int]:
     """Builds the library, and returns the GPU architectures that it has code for."""
     options = {}
     gpus = []
     if cuda:
-        nvcc = os.environ.get("CUDACXX") or program("nvcc")
+        nvcc = cuda_compiler()
         gpus = architectures(run(nvcc, "--list-gpu-arch"), installed_gpus() if stays_here else None)
         options = {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(map(str, gpus))}
     if "CXX" not in os.environ:

@@ -34,13 +34,22 @@ def test_other_values_of_the_variable_are_refused(value: str) -> None:
 @pytest.mark.parametrize(
     ("listed", "chosen"),
     [
-        ("compute_75 compute_80 compute_90 compute_100 compute_110 compute_103 compute_121", [80, 90, 121]),
+        # CUDA 13.0, 12.9, 12.0 and 11.1; and one to come.
+        (
+            "compute_75 compute_80 compute_86 compute_87 compute_88 compute_89 compute_90 compute_100 compute_110 "
+            "compute_103 compute_120 compute_121",
+            [80, 90, 100, 110, 120],
+        ),
+        (
+            "compute_50 compute_75 compute_80 compute_89 compute_90 compute_100 compute_101 compute_120 compute_121",
+            [80, 90, 100, 120],
+        ),
         ("compute_50 compute_80 compute_86 compute_90 compute_90a", [80, 90]),
-        ("compute_52 compute_70 compute_80 compute_86", [80, 86]),
-        ("compute_90 compute_100 compute_100f compute_140 compute_140a", [90, 140]),
+        ("compute_52 compute_70 compute_80 compute_86", [80]),
+        ("compute_90 compute_103 compute_100f compute_141 compute_140a", [90, 103, 141]),
     ],
 )
-def test_architectures_are_80_and_90_and_the_newest(listed: str, chosen: list[int]) -> None:
+def test_architectures_are_the_lowest_of_each_major_version(listed: str, chosen: list[int]) -> None:
     assert setup.architectures(listed.replace(" ", "\n") + "\n") == chosen
 
 
@@ -68,9 +77,45 @@ def test_the_gpus_of_a_machine_are_those_of_nvidia_smi(
     assert setup.installed_gpus() == []
 
 
-def test_a_compiler_that_lists_no_gpus_is_none() -> None:
-    with pytest.raises(setup.NotBuilt, match="no GPU architectures"):
-        setup.architectures("usage: nvcc\n")
+def test_nvcc_is_looked_for_where_cuda_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nvcc_in(folder: str) -> str:
+        program = tmp_path / folder / "nvcc"
+        program.parent.mkdir(parents=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        return str(program)
+
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(setup, "CUDA", str(tmp_path / "usual"))
+    with pytest.raises(
+        setup.NotBuilt, match=rf"^no nvcc in CUDA_HOME or CUDA_PATH, on PATH or in {tmp_path}/usual/bin$"
+    ):
+        setup.cuda_compiler()
+    usual = nvcc_in("usual/bin")
+    assert setup.cuda_compiler() == usual
+    monkeypatch.setenv("CUDA_HOME", "")  # there is none, whatever lies in the usual place
+    with pytest.raises(setup.NotBuilt, match=r"^no nvcc in CUDA_HOME or CUDA_PATH, or on PATH$"):
+        setup.cuda_compiler()
+    on_path = nvcc_in("path")
+    assert setup.cuda_compiler() == on_path
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert setup.cuda_compiler() == on_path
+        expected = nvcc_in(f"{name}/bin")
+        assert setup.cuda_compiler() == expected
+        on_path = expected  # CUDA_HOME comes before CUDA_PATH
+    monkeypatch.setenv("CUDACXX", "another")
+    assert setup.cuda_compiler() == "another"
+
+
+@pytest.mark.parametrize("listed", ["usage: nvcc\n", "compute_52\ncompute_75\n"])
+def test_a_compiler_that_lists_no_such_gpus_is_none(listed: str) -> None:
+    with pytest.raises(
+        setup.NotBuilt, match=r"^nvcc lists no GPU architectures from 80 on, expected CUDA 12 or 13$"
+    ):
+        setup.architectures(listed)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +180,12 @@ def test_cuda_that_cannot_be_compiled_is_skipped_or_an_error(monkeypatch: pytest
 
 def build_without_compilers(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {
-        name: value for name, value in os.environ.items() if name not in ("CXX", "CUDACXX", "NEGMERGE_CUDA")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CXX", "CUDACXX", "CUDA_PATH", "NEGMERGE_CUDA")
     }
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
-    environment = {**inherited, "PATH": str(folder / "empty"), **environment}
+    environment = {**inherited, "PATH": str(folder / "empty"), "CUDA_HOME": "", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -156,7 +203,7 @@ def test_without_a_compiler_the_build_succeeds_and_removes_an_earlier_library(tm
 
     done = build_without_compilers(tmp_path, NEGMERGE_CUDA="1")
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("NEGMERGE_CUDA=1, but ")
+    assert re.fullmatch("NEGMERGE_CUDA=1, but .*: no nvcc in .*", done.stderr.splitlines()[-1])
     assert list(library.parent.iterdir()) == []
 
 

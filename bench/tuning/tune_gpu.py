@@ -62,8 +62,10 @@ def compiler(device: str) -> list[str]:
     """The command that compiles SOURCE for a device's architecture, as csrc/CMakeLists.txt does."""
     if torch.version.cuda is None:
         raise RuntimeError("this torch is not built for CUDA")
-    if not shutil.which(nvcc := os.environ.get("CUDACXX", "nvcc")):
-        raise RuntimeError("no nvcc on PATH or in CUDACXX")
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    folders = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    if not (nvcc := shutil.which(os.environ.get("CUDACXX", "nvcc"), path=os.pathsep.join(folders))):
+        raise RuntimeError("no nvcc in CUDACXX, CUDA_HOME or CUDA_PATH, on PATH or in /usr/local/cuda/bin")
     major, minor = torch.cuda.get_device_capability(device)
     return [
         nvcc, "-O3", "--fmad=false", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}",
