@@ -42,22 +42,28 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     """Launch parameters chosen by reasoning. bench/tuning/tune_gpu.py measures them beside all candidates."""
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
     double = signature.arithmetic == "F64"
-    # 16 bytes of the narrowest operand. Eight doubles of each running value of a majority would not fit the registers.
-    elements = 16 // min(sizes) if unanimous or not double else min(4, 16 // min(sizes))
+    # 16 bytes of the narrowest operand, or four elements: eight of 16 bits took 123 registers instead of 80. On an H100, eight had
+    # 0.68 (BF16) and 0.75 (F16) of a device copy for 2 models and four 0.77 and 0.83; for 8 models all had 0.93 to 0.94; for 32,
+    # eight had 0.98 and four 0.99 and 0.93, bench/results/tune_gpu.jsonl. Majorities and mixtures were not measured.
+    elements = min(4, 16 // min(sizes))
     # 8 models of 16 bytes for each thread hide memory's latency: 64 KiB of a processor at a quarter of its threads. More
     # bytes, or a majority's doubles, leave registers for fewer: tests/kernels/test_merge.py holds that no local memory is used.
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
     if double and not unanimous and elements == 4:
         group = 2
+    # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster. With 2^20 they were far
+    # slower for few models, bench/results/tune_gpu.jsonl.
+    return Launch(
+        elements, group, threads=128, programs=16384, registers=_registers(elements, double, unanimous)
+    )
+
+
+def _registers(elements: int, double: bool, unanimous: bool) -> int:
     # Without a limit, NVIDIA's compiler keeps some values of a majority, or of eight elements, in local memory to run more
     # programs at once.
     if unanimous:
-        registers = 128 if elements == 8 and not double else 0
-    else:
-        registers = 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
-    # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster. With 2^20 they were far
-    # slower for few models, bench/results/tune_gpu.jsonl.
-    return Launch(elements, group, threads=128, programs=16384, registers=registers)
+        return 128 if elements == 8 else 0
+    return 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
 
 
 LaunchMerge = Callable[[Batch, Rule, Launch], Any]
@@ -95,12 +101,17 @@ def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
     """The launch parameters that a search compares, the usual ones first."""
     usual = usual_launch(signature, unanimous)
     yield usual
-    # On an H100 neither twice the elements nor 512 threads were the best for any dtype, bench/results/tune_gpu.jsonl.
-    for elements in {max(1, usual.elements // 2), usual.elements}:
+    # 16 bytes of the narrowest operand, and half of that; eight doubles of each running value would not fit the registers. On an
+    # H100 neither twice these elements nor 512 threads were the best for any dtype, bench/results/tune_gpu.jsonl.
+    double = signature.arithmetic == "F64"
+    narrowest = min(FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models))
+    elements_of_16_bytes = min(4 if double else 8, 16 // narrowest)
+    for elements in (elements_of_16_bytes // 2, elements_of_16_bytes):
+        registers = _registers(elements, double, unanimous)
         for group in (2, 4, 8):
             for threads in (128, 256):
                 for programs in (4096, 16384):
-                    launch = Launch(elements, group, threads, programs, usual.registers)
+                    launch = Launch(elements, group, threads, programs, registers)
                     if launch != usual:
                         yield launch
 

@@ -13,6 +13,15 @@ from negmerge_fast.core.rule import Rule
 triton = pytest.importorskip("triton")
 
 
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_the_usual_launch_for_16_bits_is_the_fastest_that_was_measured(dtype: str) -> None:
+    from negmerge_fast.kernels import launch as kernel
+
+    for n in (2, 8, 32):
+        usual = kernel.usual_launch(Signature(dtype, (dtype,) * n, False), True)
+        assert usual == kernel.FOUND["NVIDIA H100 80GB HBM3", dtype, dtype, True]
+
+
 def test_launch_parameters_are_searched_and_printed_to_be_pasted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
