@@ -20,6 +20,9 @@ SUITE = HERE / "results" / "suite.jsonl"
 TUNER = HERE / "results" / "tune_gpu.jsonl"
 BEGIN, END = "<!-- written by bench/docs.py -->", "<!-- until here -->"
 OURS = ("cuda", "triton", "cpu", "torch", "merge_")
+# Rows of code that was taken back after them, by commit, kernel and dtype: of Triton's minimum and maximum for doubles, which
+# were slower than the comparisons of the run before. Those are the code since then.
+TAKEN_BACK = {("d19b937", "triton", "F64")}
 NO_GPU = "No GPU has been measured yet: where there is one, `make bench` measures the kernels there beside the same baselines."
 NO_SUITE = "The suite has not been run on this GPU yet: `make bench` measures there whole models, streaming and the same baselines, too."
 
@@ -87,6 +90,23 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
     return lines
 
 
+def kernel_of(row: Row) -> str:
+    return str(row["way"].partition(",")[0])
+
+
+def latest_tuned(rows: list[Row]) -> dict[str, list[Row]]:
+    """The last run of each device, and before it the last rows of what that run did not measure: kernels and dtypes."""
+    rows = [row for row in rows if (row["commit"], kernel_of(row), row["dtype"]) not in TAKEN_BACK]
+    found = latest(rows)
+    for device, last in found.items():
+        measured = {(kernel_of(row), row["dtype"]) for row in last}
+        lacking = [
+            row for row in rows if row["device"] == device and (kernel_of(row), row["dtype"]) not in measured
+        ]
+        found[device] = [*latest(lacking).get(device, []), *last]
+    return found
+
+
 def of_tuner(rows: list[Row]) -> list[str]:
     """The table of a GPU of which there is only what the tuner measured: CUDA's best constants, Triton's best launch by type."""
     last = rows[-1]
@@ -98,19 +118,23 @@ def of_tuner(rows: list[Row]) -> list[str]:
         for dtype in dtypes:
             candidates: dict[str, list[Row]] = {}
             for row in rows:
-                if row["way"].startswith(kernel) and dtype in (None, row["dtype"]):
+                if kernel_of(row) == kernel and dtype in (None, row["dtype"]):
                     candidates.setdefault(row["way"], []).append(row)
             max_rows = max(map(len, candidates.values()), default=0)
             whole = [found for found in candidates.values() if len(found) == max_rows]
             chosen += max(whole, key=_fraction, default=[])
-    named = [{**row, "way": f"{row['way'].partition(',')[0]}, {row['dtype']}"} for row in chosen]
+    named = [{**row, "way": f"{kernel_of(row)}, {row['dtype']}"} for row in chosen]
     limits = sorted(row["limit GB/s"] for row in chosen)
+    older = {row["way"]: row["commit"] for row in named if row["commit"] != last["commit"]}
+    of_other_commits = "".join(
+        f" The rows of {candidate} are of commit {commit}." for candidate, commit in older.items()
+    )
     return [
         f"**{last['device']}**, driver {last['driver']}, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}",
         "",
         *crossed(named, "n", speed, f"by the tuner, n models: GB/s (share of the limit, {last['limit']})"),
         "",
-        f"One tensor, {last['bytes'] / 1e9:.2g} GB in all. The limit beside them was between {limits[0]:.4g} and {limits[-1]:.4g} GB/s. {NO_SUITE}",
+        f"One tensor, {last['bytes'] / 1e9:.2g} GB in all. The limit beside them was between {limits[0]:.4g} and {limits[-1]:.4g} GB/s.{of_other_commits} {NO_SUITE}",
     ]
 
 
@@ -144,7 +168,7 @@ def text(suite: Path, tuner: Path) -> str:
     )
     lines = [line for device, found in latest(rows).items() for line in (*of_device(device, found), "")]
     measured = {row["device"] for row in rows}
-    for device, found in latest(tuned).items():
+    for device, found in latest_tuned(tuned).items():
         if device not in measured:
             lines += [*of_tuner(found), ""]
     if not any(row["driver"] for row in (*rows, *tuned)):

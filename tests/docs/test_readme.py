@@ -31,6 +31,19 @@ def test_generated_tables_are_those_of_the_latest_rows() -> None:
     assert subprocess.run(command).returncode == 0, "run bench/docs.py, or drop the rows"
 
 
+def test_rows_of_code_that_was_taken_back_are_not_in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import docs
+
+    rows = [row for row in docs.read(docs.TUNER) if row["commit"] in ("d0fa4c0", "d19b937")]
+    [(_, tuned)] = docs.latest_tuned(rows).items()
+    commits = {(docs.kernel_of(row), row["dtype"]): row["commit"] for row in tuned}
+    assert commits.pop(("triton", "F64")) == "d0fa4c0" and set(commits.values()) == {"d19b937"}
+    # A run that measures all of it again takes the place of both.
+    again = [{**row, "commit": "abc1234"} for row in tuned]
+    assert docs.latest_tuned([*tuned, *again]) == {again[0]["device"]: again}
+
+
 def in_memory() -> list[str]:
     """GB/s and share of the limit of one tensor, as the generated tables have them."""
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
