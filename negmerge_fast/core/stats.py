@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .batch import Counts
 
@@ -57,6 +58,10 @@ class Stats:
                 before = self._counted.get(name, TensorStats())
                 self._counted[name] = before + TensorStats(numel, agreed, nonfinite)
         self._pending.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._count()  # what is pending may belong to a device
+        return self.__dict__
 
     @property
     def tensors(self) -> Mapping[str, TensorStats]:

@@ -147,7 +147,8 @@ def merge_(
 
     Returns:
         Counts for each tensor and in all: elements, agreed, nonfinite, consensus_ratio. They stay on the device until
-            one is read. Of DTensors they are what this rank holds; where each element is on one rank, as in FSDP, the
+            one is read, on any stream: reading waits for the merge. Only counts of a CUDA graph or of a graph of
+            torch.compile have to be waited for by the caller. Of DTensors they are what this rank holds; where each element is on one rank, as in FSDP, the
             sums over the ranks are the model's.
 
     Raises:

@@ -217,12 +217,36 @@ def run_batches(
     return results
 
 
-def stats_of(results: Iterable[tuple[list[tuple[str, int]], Counts]]) -> Stats:
-    """The statistics of what run_batches returned."""
+def stats_of(results: Sequence[tuple[list[tuple[str, int]], Counts]]) -> Stats:
+    """The statistics of what run_batches returned, which may be read on any stream."""
     stats = Stats()
+    gpus = {counts.device for _, counts in results if isinstance(counts, torch.Tensor) and counts.is_cuda}
+    events: dict[Any, Any] = {device: event for device in gpus if (event := _event_now(device))}
     for segments, counts in results:
-        stats.add(segments, counts)
+        event = events.get(getattr(counts, "device", None))
+        stats.add(segments, StreamCounts(counts, event) if event else counts)
     return stats
+
+
+class StreamCounts(NamedTuple):
+    """Counts that a stream writes. Their reader may have another current stream, and Stats does not show them to it."""
+
+    counts: Counts
+    written: torch.cuda.Event
+
+    def tolist(self) -> Any:
+        self.written.synchronize()
+        return self.counts.tolist()
+
+
+def _event_now(device: torch.device) -> torch.cuda.Event | None:
+    """An event on the current stream of a device. None in a capture: counts are written by replays, which no event tells."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 class Call:
@@ -305,9 +329,9 @@ class Call:
 
     def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
         """Merge items into their outputs, and return the outputs by name."""
-        self._refuse_nonfinite(
-            items, rule, stats_of(run_batches(items, rule, self.task_vectors, self.backend))
-        )
+        results = run_batches(items, rule, self.task_vectors, self.backend)
+        if self.nonfinite != "keep-base":
+            self._refuse_nonfinite(items, rule, stats_of(results))
         return {item.name: item.out for item in items}
 
     def run_in_place(self, rule: Rule) -> Stats:
@@ -336,9 +360,7 @@ class Call:
         return result[SINGLE] if self.is_single else result
 
     def _refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
-        """Raise InputError for the first non-finite element, if the call is not to keep the base there."""
-        if self.nonfinite == "keep-base":
-            return
+        """Raise InputError for the first non-finite element."""
         # All ranks raise or none: a model must not be merged on some of them only.
         if not dtensor.on_any_rank(self._dtensors.values(), stats.nonfinite > 0):
             return
