@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-from negmerge_fast.runtime.memory import control_groups
+from negmerge_fast.core.control_groups import control_groups
 
 # Files of control groups, version 1 and 2: the limit, and the peak.
 _FILES = (("memory.limit_in_bytes", "memory.max_usage_in_bytes"), ("memory.max", "memory.peak"))

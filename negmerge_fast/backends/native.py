@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from ..core.batch import Batch
+from ..core.control_groups import granted_cpus
 from ..core.descriptors import pack_descriptors, pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES
 from ..core.errors import InputError, first_line
@@ -150,11 +151,23 @@ def instruction_set() -> str:
 
 
 def usual_threads() -> int:
-    """The usual number of threads: torch's if torch is loaded, else OpenMP's, else one for each processor of ours."""
+    """The usual number of threads: torch's if torch is loaded, else OpenMP's, else one for each processor of ours.
+
+    No more than the control groups grant CPUs: more threads would be halted for a part of each period.
+    """
+    return min(_configured_threads(), granted_cpus())
+
+
+def _configured_threads() -> int:
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    try:
+        return len(os.sched_getaffinity(0))
+    except OSError:  # in some sandboxes
+        return os.cpu_count() or 1
 
 
 def kernel_arguments(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:

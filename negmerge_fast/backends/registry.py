@@ -135,7 +135,7 @@ def _merge_of(name: str) -> Merge:
 
 
 def usual_threads() -> int:
-    """The number of threads that merge on the CPU unless told otherwise: torch's, or what it would be."""
+    """The number of threads that merge on the CPU unless told otherwise: torch's, or what it would be, within the quota."""
     from . import native
 
     return native.usual_threads()

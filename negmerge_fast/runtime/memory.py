@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from ..core.control_groups import control_groups, text_of
 from ..core.errors import InputError
 
 
@@ -29,52 +29,22 @@ def free_memory(root: Path = Path("/")) -> int:
     Args:
         root: The folder that holds /proc and /sys.
     """
-    available = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", text_of(root / "proc/meminfo"), re.MULTILINE)
     machine = int(available[1]) * 1024 if available else 1 << 62
     return min([machine, *(_free_in(group) for group in control_groups(root))])
 
 
-def control_groups(root: Path = Path("/")) -> Iterator[Path]:
-    """Yield the directories of this process's memory control groups, each followed by its parents up to the mount.
-
-    Args:
-        root: The folder that holds /proc and /sys.
-    """
-    mounts = [line.split(" - ") for line in _text(root / "proc/self/mountinfo").splitlines()]
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and "memory" not in controllers.split(","):
-            continue
-        for mount, filesystem in mounts:
-            kind, *_, options = filesystem.split()
-            if kind != ("cgroup2" if number == "0" else "cgroup"):
-                continue
-            if number != "0" and "memory" not in options.split(","):
-                continue
-            _, _, _, top, mounted, *_ = mount.split()
-            # In a container the path may be the host's. Then only its end is mounted, or nothing of it.
-            path_in_group = PurePosixPath(path)
-            inside = path_in_group.relative_to(top) if path_in_group.is_relative_to(top) else PurePosixPath()
-            inside = PurePosixPath() if ".." in inside.parts else inside
-            yield from (root / mounted.lstrip("/") / each for each in (inside, *inside.parents))
-
-
 def _free_in(group: Path) -> int:
     """Return the bytes that a control group (version 1 or 2) may still use; its cached file pages count as free."""
-    stated = [_text(group / name).strip() for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    stated = [
+        text_of(group / name).strip() for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
+    ]
     limits = [int(text) for text in stated if text.isdigit()]
-    used = _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
+    used = text_of(group / "memory.current") or text_of(group / "memory.usage_in_bytes")
     if not used or not limits:
         return 1 << 62
-    stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+    stat = dict(line.split() for line in text_of(group / "memory.stat").splitlines())
     # In version 1 only the "total_" fields include the child groups.
     total = "total_" if "total_active_file" in stat else ""
     reclaimable = sum(int(stat.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))
     return max(0, min(limits) - max(0, int(used) - reclaimable))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
