@@ -10,12 +10,14 @@ import click
 
 from .._version import __version__
 from ..backends.registry import NAMES
+from ..checkpoints.reader import naming
 from ..core.errors import InputError
 from .signals import Signals, fail
 from .text import (
     contents,
     plan_lines,
     print_lines,
+    print_note,
     print_notes,
     print_skipped_files,
     progress_bar,
@@ -97,7 +99,10 @@ def _renames(
     help="The most memory to allocate, and once more on a GPU.",
 )
 @click.option(
-    "--threads", type=int, metavar="N", help="Threads that read and compute; torch's number by default."
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Threads that read and compute; torch's number by default, or less within a quota.",
 )
 @click.option(
     "--skip-unchanged/--no-skip-unchanged",
@@ -132,7 +137,7 @@ def merge(
     """
     from ..runtime.distributed import ranks_from_environment, select_own_gpu
 
-    signals.ranks = ranks = ranks_from_environment(signals.check)
+    signals.ranks = ranks = ranks_from_environment(signals.check, None if quiet else print_note)
     if ranks.count > 1 and options["device"] in ("auto", "cuda"):
         select_own_gpu()
     options["inputs"] = "task_vectors" if task_vectors else "finetuned"
@@ -152,7 +157,7 @@ def merge(
     if ranks.rank > 0:
         return
     if report is not None:
-        with open(report, "w", encoding="utf-8") as file:
+        with naming(Path(report)), open(report, "w", encoding="utf-8") as file:
             file.write(done.to_json())
     if not quiet:
         print_notes(done.notes[said:])

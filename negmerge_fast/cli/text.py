@@ -79,7 +79,12 @@ def plan_lines(job: Job) -> list[str]:
 def print_notes(notes: Iterable[str]) -> None:
     """Print what a user should know of a merge, on standard error."""
     for note in notes:
-        print(escape(f"negmerge: note: {note}"), file=sys.stderr)
+        print_note(note)
+
+
+def print_note(note: str) -> None:
+    """Print a note, at once."""
+    print(escape(f"negmerge: note: {note}"), file=sys.stderr, flush=True)
 
 
 def print_skipped_files(base: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any, TypeVar
 
 from ..core.errors import InputError, first_line
@@ -23,6 +23,7 @@ from ..core.errors import InputError, first_line
 _T = TypeVar("_T")
 
 JOIN_TIMEOUT_S = 600  # a rank waits that long for the others to start
+QUIET_WAIT_S = 1.5  # a rank that waits longer for the others to start says so
 LEAVE_TIMEOUT_S = 10  # rank 0 keeps the store that long for the others
 POLL_INTERVAL_S = 0.01  # between two requests for a key
 PEER_CHECK_INTERVAL_S = 0.5  # between two checks of the other ranks
@@ -104,31 +105,55 @@ class Ranks(SingleProcess):
         rank: The number of this rank.
         count: The number of ranks.
         on_wait: Called while this rank waits. It may raise to stop the job.
+        on_late: Called with one line if others have not come after a moment.
     """
 
-    def __init__(self, rank: int, count: int, on_wait: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        count: int,
+        on_wait: Callable[[], None],
+        on_late: Callable[[str], None] | None = None,
+    ) -> None:
         self.rank, self.count, self._on_wait = rank, count, on_wait
+        # Who came, for the line that says so; empty if another rank says it.
+        self._found = f"{_address()} does not answer" if rank else f"1 of {count} ranks came to {_address()}"
+        self._step, self._polled, self._moved_by_peers = 0, 0.0, 0
+        self._processes: dict[int, tuple[str, int]] = {}  # empty until all ranks have joined
         _end_with_launcher()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # errors are one line
+        if (
+            "TORCHELASTIC_RUN_ID" in os.environ
+        ):  # a launcher: the others will come, and all import torch first
+            self._import_distributed()
+        late = Timer(QUIET_WAIT_S, self._say_late, (on_late,))
+        late.daemon = True
+        late.start()
+        try:
+            self._join(self._import_distributed())
+        finally:
+            late.cancel()
+
+    def _import_distributed(self) -> Any:
         try:
             import torch.distributed
-
-            distributed: Any = torch.distributed
         except ImportError as error:
-            raise InputError(f"{count} ranks: torch cannot be imported ({error})") from None
+            raise InputError(f"{self.count} ranks: torch cannot be imported ({error})") from None
+        return torch.distributed
+
+    def _join(self, distributed: Any) -> None:
+        timeout = timedelta(seconds=JOIN_TIMEOUT_S)
         try:
+            # As if for one process: for the others it would wait in silence. They are awaited below.
             store, *_ = _in_daemon_thread(
-                lambda: next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
+                lambda: next(distributed.rendezvous("env://?world_size=1", timeout=timeout))
             )
         except (RuntimeError, ValueError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RuntimeError(
-                f"rank {rank} of {count}: no store at {address} ({first_line(error)[:200]})"
+                f"rank {self.rank} of {self.count}: no store at {_address()} ({first_line(error)[:200]})"
             ) from None
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store: Any = distributed.PrefixStore(f"negmerge/{restart}", store)
-        self._step, self._polled, self._moved_by_peers = 0, 0.0, 0
-        self._processes: dict[int, tuple[str, int]] = {}  # empty until all ranks have joined
         own = (_process_namespace(), os.getpid())
         self._processes = dict(enumerate(self.all_gather(lambda: own)))
 
@@ -171,7 +196,7 @@ class Ranks(SingleProcess):
 
     def dead_peer(self) -> str | None:
         for rank, (host, process) in self._processes.items():
-            if host == _process_namespace() and not _is_alive(process):
+            if rank != self.rank and host == _process_namespace() and not _is_alive(process):
                 return f"rank {rank} of {self.count} (process {process}) died"
         return None
 
@@ -197,12 +222,29 @@ class Ranks(SingleProcess):
         began = time.monotonic()
         while not self._check(key):
             self._on_wait()
+            if not self._processes:
+                self._count_ranks()
             if (dead_peer := self.dead_peer()) is not None:
                 raise RuntimeError(dead_peer)
             if not self._processes and time.monotonic() - began > JOIN_TIMEOUT_S:
                 raise RuntimeError(f"rank {rank} of {self.count} has not come within {JOIN_TIMEOUT_S} s")
             time.sleep(POLL_INTERVAL_S)
         return bytes(self._store.get(key))
+
+    def _count_ranks(self) -> None:
+        """Note who came, for the line that says so; the first rank says it once it is there."""
+        came = [self._check(f"{self._step}/{rank}") for rank in range(self.count)]
+        first_is_here = self.rank > 0 and came[0]
+        self._found = "" if first_is_here else f"{sum(came)} of {self.count} ranks came to {_address()}"
+
+    def _say_late(self, on_late: Callable[[str], None] | None) -> None:
+        """Say whom this rank waits for, and why."""
+        if on_late and self._found:
+            variables = ", ".join(f"{name}={os.environ[name]}" for name in _VARIABLES)
+            on_late(
+                f"rank {self.rank} of {self.count} waits for the others: {self._found} ({variables}; "
+                "without these variables one process merges alone)"
+            )
 
     def _set(self, key: str, value: bytes) -> None:
         self._call(lambda: self._store.set(key, value))
@@ -223,11 +265,14 @@ class PeerInputError(PeerError, InputError):
     """The failure of another rank because of its input."""
 
 
-def ranks_from_environment(on_wait: Callable[[], None]) -> SingleProcess:
+def ranks_from_environment(
+    on_wait: Callable[[], None], on_late: Callable[[str], None] | None = None
+) -> SingleProcess:
     """Join the ranks that torchrun's environment variables describe.
 
     Args:
         on_wait: Called while this rank waits for others. It may raise to stop the job.
+        on_late: Called with one line, to be printed, if others have not come after a moment.
 
     Returns:
         SINGLE if there is one process.
@@ -242,7 +287,11 @@ def ranks_from_environment(on_wait: Callable[[], None]) -> SingleProcess:
     rank, count = given[:2]
     if not (str(rank).isdecimal() and str(count).isdecimal() and int(str(rank)) < int(str(count))):
         raise InputError(f"RANK={rank}, WORLD_SIZE={count}: expected a rank below the number of ranks")
-    return Ranks(int(str(rank)), int(str(count)), on_wait)
+    return Ranks(int(str(rank)), int(str(count)), on_wait, on_late)
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def select_own_gpu() -> None:
@@ -281,9 +330,15 @@ def _end_with_launcher() -> None:
 
 
 def _process_namespace() -> str:
-    """Return an identifier of the machine and its PID namespace; host names may be shared by containers."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    """Return an identifier of the machine and its PID namespace, as host names may be shared by containers.
+
+    Without /proc it is another for each process: then nothing is known of the others.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{os.uname().nodename} {os.getpid()}"
 
 
 def _in_daemon_thread(task: Callable[[], _T]) -> _T:

@@ -23,6 +23,7 @@ from negmerge_fast.runtime import distributed
 from negmerge_fast.checkpoints.reader import Reader
 read = Reader.read_into
 wait = float(os.environ.get("TEST_WAIT", "0.004"))
+distributed.QUIET_WAIT_S = 60.0
 if os.environ.get("RANK") == os.environ.get("TEST_LATE"):
     distributed.POLL_INTERVAL_S = 2.0
 def slow(self, *a):
