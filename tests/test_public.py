@@ -139,8 +139,9 @@ REPORT = [
 
 # {}: a name of a file or a tensor.
 MANIFEST = [
-    "negmerge_fast", "base", "base.path", "base.files", "base.files{}", "base.files{}.size", "base.files{}.header",
+    "negmerge_fast", "base", "base.path", "base.files", "base.files{}", "base.files{}.size", "base.files{}.header", "base.files{}.sample",
     "models", "models[].path", "models[].files", "models[].files{}", "models[].files{}.size", "models[].files{}.header",
+    "models[].files{}.sample",
     "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude", "rename", "keep", "drop",
     "counted", "counted.elements", "counted.agreed", "counted.nonfinite",
     "block", "files", "files{}", "files{}.size", "files{}.checksum",

@@ -10,12 +10,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.hashing import hash_of
+
+# What a system call answers that this file system, kernel or sandbox does not have (524: as NFS lets it out of the kernel).
+# A call that is there for speed or safety is then done without. Real faults, such as EIO, ENOSPC and EACCES, are not among them.
+NOT_HERE = frozenset({
+    errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.ENODEV, errno.ENOLCK, 524,
+})  # fmt: skip
+
+# Blocks of a file's sample, and bytes of each: a disk reads them in a fraction of a second, and versions of a model differ in one.
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 @dataclass(frozen=True, eq=False)  # as a key, it is itself: what it holds is slow to hash
@@ -28,6 +39,7 @@ class File:
         identity: Device, inode and time of the last change.
         mode: Its permissions.
         header: The hash of its header, or of a whole index; empty if neither was read.
+        changed_ns: When its content or its inode changed last, in ns.
     """
 
     path: Path
@@ -35,6 +47,7 @@ class File:
     identity: tuple[int, int, int]
     mode: int
     header: str = ""
+    changed_ns: int = 0
 
     @classmethod
     def at(cls, path: Path) -> File:
@@ -47,7 +60,9 @@ class File:
         # Checked before it is opened: opening a FIFO would wait for ever.
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: not a regular file")
-        return cls(path, found.st_size, _identity(found), stat.S_IMODE(found.st_mode) & 0o666)
+        identity = found.st_dev, found.st_ino, found.st_mtime_ns
+        mode = stat.S_IMODE(found.st_mode) & 0o666
+        return cls(path, found.st_size, identity, mode, changed_ns=found.st_ctime_ns)
 
     def open(self) -> int:
         """Return a descriptor for positioned reads."""
@@ -61,23 +76,57 @@ class File:
 
     def refuse_change(self, descriptor: int) -> None:
         """Raise OSError if an open file is not the one that was inspected."""
-        found = os.fstat(descriptor)
-        if _identity(found) != self.identity or found.st_size != self.size:
+        with naming(self.path):
+            found = os.fstat(descriptor)
+        device, inode, modified_ns = self.identity
+        # A link to a file moves its ctime, FUSE may number inodes anew: both at once are another file.
+        same = (found.st_dev, found.st_ino) == (device, inode) or found.st_ctime_ns == self.changed_ns
+        if not same or (found.st_size, found.st_mtime_ns) != (self.size, modified_ns):
             raise OSError(f"{self.path}: the file changed while it was being read")
 
     def read(self, offset: int, size: int) -> bytearray:
         """Return a few bytes, while a checkpoint is opened."""
-        buffer = bytearray(size)
+        return self._read([range(offset, offset + size)])
+
+    @cached_property
+    def sample(self) -> str:
+        """The hash of a few blocks from the first to the last, or of all of a short file."""
+        if self.size <= _SAMPLES * _SAMPLE_BYTES:
+            return hash_of(self._read([range(self.size)]))
+        last = self.size - _SAMPLE_BYTES
+        begins = (last * k // (_SAMPLES - 1) for k in range(_SAMPLES))
+        return hash_of(self._read([range(begin, begin + _SAMPLE_BYTES) for begin in begins]))
+
+    def _read(self, ranges: Sequence[range]) -> bytearray:
+        """Return the bytes of a few ranges, one after the other."""
+        read, at = bytearray(sum(map(len, ranges))), 0
         try:
-            with Reader(1) as reader:
-                reader.read_into(self, offset, memoryview(buffer))
+            descriptor = self.open()
+            try:
+                for each in ranges:  # a disk may fetch them together
+                    advise(descriptor, each.start, len(each), os.POSIX_FADV_WILLNEED)
+                for each in ranges:
+                    self.fill(descriptor, each.start, memoryview(read)[at : at + len(each)])
+                    at += len(each)
+                self.refuse_change(descriptor)
+            finally:
+                os.close(descriptor)
         except PermissionError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
         except OSError as error:
             if error.errno is not None:
                 raise
             raise InputError(str(error)) from None  # shorter than its size says, as files of /sys are
-        return buffer
+        return read
+
+    def fill(self, descriptor: int, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer from a position in this file, which is open."""
+        done = 0
+        with naming(self.path):
+            while done < len(buffer):
+                if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
+                    raise OSError(f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes")
+                done += got
 
 
 # Missing in Pythons that were built for an old C library.
@@ -112,7 +161,7 @@ class Reader:
 
     def expect(self, file: File, offset: int, size: int) -> None:
         """Tell the system what will be read next, so that it may fetch it meanwhile."""
-        os.posix_fadvise(self.descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
+        advise(self.descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool | None:
         """Fill a buffer from a position in a file.
@@ -132,20 +181,15 @@ class Reader:
         if not buffer:
             return True
         descriptor = self.descriptor(file)
-        try:
+        with naming(file.path):
             found = _read_cached(descriptor, offset, buffer)
-            done, cached = found or 0, None if found is None else found == len(buffer)
-            if not cached:
-                # One hint for the whole read: the kernel's own read-ahead is shorter.
-                os.posix_fadvise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
-            while done < len(buffer):
-                if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
-                    raise OSError(f"{file.path}: ends at byte {offset + done}, expected {file.size} bytes")
-                done += got
-            if release:
-                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise _named(error, file.path) from None
+        done, cached = found or 0, None if found is None else found == len(buffer)
+        if not cached:
+            # One hint for the whole read: the kernel's own read-ahead is shorter.
+            advise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
+            file.fill(descriptor, offset + done, buffer[done:])
+        if release:
+            advise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
         return cached
 
     def descriptor(self, file: File) -> int:
@@ -176,9 +220,23 @@ def _read_cached(descriptor: int, offset: int, buffer: memoryview) -> int | None
     except OSError as error:
         if error.errno == errno.EAGAIN:
             return 0
-        if error.errno == errno.EOPNOTSUPP:
+        if error.errno in NOT_HERE:
             return None
         raise
+
+
+def advise(descriptor: int, offset: int, size: int, advice: int) -> None:
+    """Give the system a hint. It may not take hints."""
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, offset, size, advice)
+
+
+def same_file(first: os.stat_result, second: os.stat_result) -> bool:
+    """Whether two answers are of one file. FUSE may number inodes anew: then the times and the number of names tell."""
+    if os.path.samestat(first, second):
+        return True
+    kept = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_nlink) for s in (first, second)]
+    return kept[0] == kept[1]
 
 
 @contextmanager
@@ -187,14 +245,6 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _named(error, path) from None
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    if error.errno is None or error.filename is not None:
-        return error
-    return OSError(error.errno, error.strerror, str(path))
-
-
-def _identity(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -20,7 +20,7 @@ from ..checkpoints.strict_json import are_sizes, parse_json
 from ..core.errors import InputError, short_repr
 from ..core.ranges import Range
 from ..core.stats import Stats, TensorStats
-from .filesystem import sync_directory
+from .filesystem import sync, sync_directory
 
 # Seconds between records. A crash costs at most that, and what was being written.
 INTERVAL_S = 5.0
@@ -121,7 +121,7 @@ class Journal:
                 file.seek(self._size)
                 file.write(lines)
                 file.flush()
-                os.fsync(descriptor)
+                sync(descriptor)
         if not self._size:
             sync_directory(self.path.parent)
         self._size += len(lines)
@@ -161,7 +161,7 @@ def _file_difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if path not in was:
             return f"was not made of {path}"
         if was[path] != now[path]:
-            return f"was made of another {path}: (size, time in ns, header) {short_repr(was[path])}, expected {now[path]}"
+            return f"was made of another {path}: (size, time in ns, header, sample) {short_repr(was[path])}, expected {now[path]}"
     return f"was made of {short_repr(next(path for path in was if path not in now))}, too"
 
 
@@ -173,7 +173,8 @@ def _line(value: Mapping[str, Any]) -> bytes:
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The complete lines at the beginning of a journal, and their size in bytes."""
     try:
-        raw = path.read_bytes()
+        with naming(path):
+            raw = path.read_bytes()
     except FileNotFoundError:
         return [], 0
     found: list[dict[str, Any]] = []

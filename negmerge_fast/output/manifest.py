@@ -1,22 +1,25 @@
 """The manifest of an output: its inputs, its options and the checksums of its files.
 
-Nothing in it depends on the machine, the backend, memory or time. Same inputs and options give the same manifest.
+Nothing in it depends on the machine, the backend, memory or time, nor on where the inputs lie. Same inputs and options give the
+same manifest.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._version import __version__
 from ..checkpoints.base import MANIFEST, Checkpoint
-from ..checkpoints.reader import File
+from ..checkpoints.reader import File, Reader
 from ..checkpoints.strict_json import parse_json
 from ..core.errors import InputError
 from ..core.rule import Inputs, NonFinite, Rule
+from .checksums import Checksums
 
 # The bound of an index; and blocks small enough for each thread to hold one.
 _MAX_BYTES, _BLOCK_SIZES = 100_000_000, range(1 << 12, (1 << 24) + 1)
@@ -27,23 +30,50 @@ def manifest_path(output: Path, directory: bool) -> Path:
     return output / MANIFEST if directory else output.with_name(f"{output.name}.{MANIFEST}")
 
 
+class InputFile(NamedTuple):
+    """A file of an input: its size, the hash of its header, and that of a sample of it (empty in early manifests)."""
+
+    size: int
+    header: str
+    sample: str
+
+    def difference(self, recorded: InputFile) -> str | None:
+        """How this file differs from what was recorded; None if it does not."""
+        if self.size != recorded.size:
+            return f"{self.size} bytes, expected {recorded.size}"
+        if self.header != recorded.header:
+            return f"header {self.header}, expected {recorded.header}"
+        if recorded.sample and self.sample != recorded.sample:
+            return f"sample {self.sample}, expected {recorded.sample}"
+        return None
+
+
 @dataclass(frozen=True)
 class Input:
     """A checkpoint as it was when it was merged.
 
     Attributes:
-        path: Its path, as given.
-        files: Size and hash of the header of the weights and their index, by name. Other files of the base are copied, so
-            the output's checksums cover them; those of models are not read.
+        path: The last part of its path. Early manifests have all of it.
+        files: The weights and their index, by name. Other files of the base are copied, so the output's checksums cover
+            them; those of models are not read.
     """
 
     path: str
-    files: dict[str, tuple[int, str]]
+    files: dict[str, InputFile]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Input:
-        every = sorted({**checkpoint.weights, **checkpoint.extra_files}.items())
-        return cls(str(checkpoint.path), {n: (file.size, file.header) for n, file in every if file.header})
+        """Describe a checkpoint. This reads samples of its files."""
+        path = checkpoint.path
+        name = path.name if path.name not in ("", "..") else Path(os.path.realpath(path)).name
+        files = {n: InputFile(f.size, f.header, f.sample) for n, f in sorted(files_read(checkpoint).items())}
+        return cls(name, files)
+
+
+def files_read(checkpoint: Checkpoint) -> dict[str, File]:
+    """The files of a checkpoint that tell what it holds: the weights and their index."""
+    every = {**checkpoint.weights, **checkpoint.extra_files}
+    return {name: file for name, file in every.items() if file.header}
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,11 @@ class Recipe:
     rename: tuple[tuple[str, str], ...] = ()
     keep: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> list[Input]:
+        """The base and the models."""
+        return [self.base, *self.models]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -79,8 +114,7 @@ class Recipe:
 
 
 def _input_json(given: Input) -> dict[str, object]:
-    files = {name: {"size": size, "header": header} for name, (size, header) in given.files.items()}
-    return {"path": given.path, "files": files}
+    return {"path": given.path, "files": {name: file._asdict() for name, file in given.files.items()}}
 
 
 @dataclass(frozen=True)
@@ -138,30 +172,65 @@ def read(path: Path) -> Manifest:
     return Manifest(version, recipe, block, files)
 
 
-def holds(path: Path, recipe: Recipe, files: Iterable[File]) -> bool:
-    """Whether a manifest lists a complete output of the same recipe.
+def holds(
+    path: Path, recipe: Recipe, checkpoints: Sequence[Checkpoint], copied_files: Mapping[str, File]
+) -> bool:
+    """Whether a manifest lists a complete output of the same inputs and options.
+
+    What was read must be older than the manifest. If it was not written since, but its inode changed (by a link to it, another
+    mode, or a copy that took over a time), its sample decides. What was copied is compared with the output's checksums.
 
     Args:
         path: The manifest's path.
         recipe: The inputs and options of the current job.
-        files: The files of the inputs, which must be older than the manifest.
+        checkpoints: The inputs, the base first.
+        copied_files: The files of the base that are copied, by their names in the output.
     """
     try:
         found, written = read(path), path.stat().st_mtime_ns
     except (InputError, OSError):
         return False
     outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
-    complete = all(file.is_file() and file.stat().st_size == size for file, size in outputs.items())
-    # The later of both times: a copy may keep the time of modification.
-    older = all(max(file.identity[2], file.path.stat().st_ctime_ns) < written for file in files)
-    return (
-        complete and older and found.version == __version__ and _resolved(found.recipe) == _resolved(recipe)
+    if not all(file.is_file() and file.stat().st_size == size for file, size in outputs.items()):
+        return False
+    if found.version != __version__ or not _is_same_recipe(found.recipe, recipe):
+        return False
+    sampled = all(file.sample for each in found.recipe.checkpoints for file in each.files.values())
+    sources = chain.from_iterable(files_read(checkpoint).values() for checkpoint in checkpoints)
+    if not all(_is_older(file, written, sampled) for file in sources):
+        return False
+    others = found.files.keys() - checkpoints[0].weights.keys() if checkpoints[0].is_directory else set()
+    return others == copied_files.keys() and all(
+        _is_older(file, written, False) or found.files[name] == (file.size, _checksum(file, found.block))
+        for name, file in copied_files.items()
     )
 
 
-def _resolved(recipe: Recipe) -> Recipe:
-    base, *models = (replace(i, path=os.path.realpath(i.path)) for i in (recipe.base, *recipe.models))
-    return replace(recipe, base=base, models=models)
+def _is_older(file: File, written: int, sampled: bool) -> bool:
+    return file.identity[2] < written and (sampled or file.changed_ns < written)
+
+
+def _checksum(file: File, block: int) -> str:
+    sums = Checksums({"": file.size}, block)
+    with Reader(1) as reader:
+        for offset, size in sums.gaps(""):
+            buffer = memoryview(bytearray(size))
+            reader.read_into(file, offset, buffer)
+            sums.add("", offset, buffer)
+    return sums.of("")
+
+
+def _is_same_recipe(recorded: Recipe, current: Recipe) -> bool:
+    if replace(recorded, base=current.base, models=current.models) != current:
+        return False
+    pairs = list(zip_longest(recorded.checkpoints, current.checkpoints))
+    return all(was and now and _is_same_input(was, now) for was, now in pairs)
+
+
+def _is_same_input(recorded: Input, current: Input) -> bool:
+    was, now = recorded.files, current.files
+    same_name = Path(recorded.path).name == current.path
+    return same_name and was.keys() == now.keys() and not any(now[n].difference(was[n]) for n in now)
 
 
 class _Validator:
@@ -197,7 +266,15 @@ class _Validator:
 
     def input(self, found: dict[str, Any], key: str) -> Input:
         value = self.field(found, key, _is_object, "an object with path and files")
-        return Input(self.field(value, "path", _is_text, "text"), self.files(value, "files", "header"))
+        files = {
+            name: InputFile(size, header, self.sample(value["files"][name]))
+            for name, (size, header) in self.files(value, "files", "header").items()
+        }
+        return Input(self.field(value, "path", _is_text, "text"), files)
+
+    def sample(self, entry: dict[str, Any]) -> str:
+        sample: str = self.field({"sample": "", **entry}, "sample", _is_text, "a hash")
+        return sample
 
     def files(self, found: dict[str, Any], key: str, hash_key: str) -> dict[str, tuple[int, str]]:
         files: dict[str, tuple[int, str]] = {}
@@ -260,10 +337,8 @@ def _file_differences(recorded: Input, checkpoint: Checkpoint) -> str | None:
     if missing := sorted(expected.keys() ^ current.keys()):
         problem = "is missing" if missing[0] in expected else "was not there"
         return f"{checkpoint.path}: {missing[0]} {problem}, expected the files of {recorded.path}"
-    for name, (size, header) in current.items():
-        path = checkpoint.path / name if checkpoint.is_directory else checkpoint.path
-        if size != expected[name][0]:
-            return f"{path}: {size} bytes, expected {expected[name][0]} as in {recorded.path}"
-        if header != expected[name][1]:
-            return f"{path}: header {header}, expected {expected[name][1]} as in {recorded.path}"
+    for name, file in current.items():
+        if differs := file.difference(expected[name]):
+            path = checkpoint.path / name if checkpoint.is_directory else checkpoint.path
+            return f"{path}: {differs} as in {recorded.path}"
     return None

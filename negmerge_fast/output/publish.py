@@ -1,11 +1,11 @@
 """Where an output goes: whether negmerge may write there, and moving a finished output from its staging directory.
 
-One rename publishes an output, so OUT is the old one or the new one, and never a part of either.
+One rename publishes an output, so OUT is the old one or the new one, and never a part of either. Where a file system cannot
+exchange directories, replacing one takes two renames, and OUT is missing in between.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,11 @@ from pathlib import Path
 
 from ..checkpoints.base import MANIFEST
 from ..checkpoints.formats import open_checkpoint
-from ..checkpoints.reader import File
+from ..checkpoints.reader import File, naming
 from ..core.errors import InputError
-from .filesystem import RENAME_EXCHANGE, RENAME_NOREPLACE, rename, sync_directory
+from .filesystem import exchange, rename_to_new, sync_directory
 from .manifest import load, manifest_path
 from .staging import Staging, staging_path
-
-_RENAME_UNSUPPORTED = errno.EINVAL, errno.ENOSYS
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,13 @@ class Destination:
 def check(destination: Destination, inputs: Iterable[Path]) -> None:
     """Refuse a destination that must not be written, because of an input or of another file there."""
     path, staging = destination.path, staging_path(destination.path)
-    try:
-        os.lstat(staging)
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # its name is too long, say
-        raise InputError(f"{path}: {error.strerror}, expected a path to a new place") from None
+    for each in (staging, destination.manifest_path):
+        try:
+            os.lstat(each)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # its name is too long, say
+            raise InputError(f"{path}: {error.strerror}, expected a path to a new place") from None
     _refuse_overlap(path, staging, inputs)
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
@@ -86,8 +85,7 @@ def _check_existing(destination: Destination) -> None:
         raise InputError(f"{manifest}: not negmerge's, expected no other file of this name")
     if not os.path.lexists(path):
         return
-    if not destination.overwrite:
-        raise InputError(f"{path}: exists already (--overwrite replaces what negmerge wrote)")
+    refuse_existing(destination)
     if path.is_symlink() or path.is_dir() != directory:
         kind = "directory" if directory else "regular file"
         raise InputError(f"{path}: exists and is not a {kind}: not replaced")
@@ -97,6 +95,12 @@ def _check_existing(destination: Destination) -> None:
         _refuse_unknown_files(destination, path)
     else:
         open_checkpoint(path)
+
+
+def refuse_existing(destination: Destination) -> None:
+    """Refuse an older output, unless it is to be replaced."""
+    if os.path.lexists(destination.path) and not destination.overwrite:
+        raise InputError(f"{destination.path}: exists already (--overwrite replaces what negmerge wrote)")
 
 
 def _refuse_unknown_files(destination: Destination, folder: Path) -> None:
@@ -135,7 +139,8 @@ def _move_with_manifest(destination: Destination, staging: Staging) -> None:
     next merge replaces it. In the other order a crash would leave an output with no manifest, or with that of another.
     """
     [name], manifest = destination.files, destination.manifest_path
-    former = manifest.read_bytes() if manifest.exists() else None
+    with naming(manifest):
+        former = manifest.read_bytes() if manifest.exists() else None
     try:
         os.replace(staging.file(MANIFEST), manifest)
         _move(destination, staging, staging.file(name))
@@ -143,41 +148,34 @@ def _move_with_manifest(destination: Destination, staging: Staging) -> None:
         if former is None:
             manifest.unlink(missing_ok=True)
         else:
-            manifest.write_bytes(former)
+            with naming(manifest):
+                manifest.write_bytes(former)
         raise
 
 
 def _move(destination: Destination, staging: Staging, staged: Path) -> None:
     """Move a directory or a file to the destination by one rename."""
     if not (destination.overwrite and os.path.lexists(destination.path)):
-        _move_to_new(staged, destination.path)
+        rename_to_new(staged, destination.path)
     elif destination.directory:
         _exchange(destination, staging)
     else:
         os.replace(staged, destination.path)
 
 
-def _move_to_new(staged: Path, path: Path) -> None:
-    try:
-        rename(staged, path, RENAME_NOREPLACE)
-    except OSError as error:
-        if error.errno not in _RENAME_UNSUPPORTED:
-            raise
-        os.rename(staged, path)
-
-
 def _exchange(destination: Destination, staging: Staging) -> None:
     """Exchange an older output with the new one; the staging directory then holds the older."""
     staging.mark_exchange()
+    if exchange(staging.staged, destination.path):
+        _refuse_late_unknown_files(destination, staging)
+        return
+    os.rename(destination.path, staging.former)
     try:
-        rename(staging.staged, destination.path, RENAME_EXCHANGE)
-    except OSError as error:
-        if error.errno not in _RENAME_UNSUPPORTED:
-            raise
-        raise OSError(
-            f"{destination.path}: this file system cannot exchange directories: remove it first"
-        ) from None
-    _refuse_late_unknown_files(destination, staging)
+        _refuse_unknown_files(destination, staging.former)
+        os.rename(staging.staged, destination.path)
+    except BaseException:
+        staging.put_back()
+        raise
 
 
 def _refuse_late_unknown_files(destination: Destination, staging: Staging) -> None:
@@ -185,5 +183,5 @@ def _refuse_late_unknown_files(destination: Destination, staging: Staging) -> No
     try:
         _refuse_unknown_files(destination, staging.staged)
     except InputError:
-        rename(staging.staged, destination.path, RENAME_EXCHANGE)
+        exchange(staging.staged, destination.path)
         raise

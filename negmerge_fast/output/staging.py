@@ -1,7 +1,8 @@
 """The staging directory of an output: .OUT.negmerge/ beside OUT, where all files are complete before any of them is published.
 
 A lock marks the directory as in use. A directory that a killed run left behind is not locked: the next run clears it, or
-resumes it. Several processes may write one output: rank 0 creates the files and publishes, and all hold the lock.
+resumes it. Several processes may write one output: rank 0 creates the files and publishes, and all hold the lock. Where a file
+system has no locks, the directory is used without one; preflight.py says so.
 """
 
 from __future__ import annotations
@@ -17,9 +18,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..checkpoints.reader import File, naming
+from ..checkpoints.base import MANIFEST
+from ..checkpoints.reader import NOT_HERE, File, naming, same_file
 from ..core.errors import InputError
-from .filesystem import TMPFS, allocate, filesystem_type, sync_directory, write_json
+from ..core.hashing import hash_of
+from .filesystem import (
+    TMPFS,
+    allocate,
+    filesystem_type,
+    lock,
+    remove_empty,
+    remove_tree,
+    set_size,
+    sync_directory,
+    write_json,
+)
 
 
 def staging_path(destination_path: Path) -> Path:
@@ -33,15 +46,20 @@ class Staging:
         destination_path: Where the output will be.
         files: The files of the base, by their names in the output. Each has a file of its size here.
         resume: Whether unfinished output is kept for the next run.
+
+    Attributes:
+        former: Where an older output is for a moment, if it cannot be exchanged with the new one in one step.
     """
 
     def __init__(self, destination_path: Path, files: Mapping[str, File], *, resume: bool = False) -> None:
         self.destination_path, self.files, self.resume = destination_path, files, resume
         self.path = staging_path(destination_path)
         self.staged = self.path / "output"
+        self.former = self.path / "former"
         self._lock_path = self.path / "lock"
         self._exchange_path = self.path / "exchange"
         self._lock = -1
+        self._is_locked = False  # False where there are no locks
         self._is_owner = True
 
     def file(self, name: str) -> Path:
@@ -64,17 +82,22 @@ class Staging:
         finally:
             os.close(self._lock)
             self._lock = -1
+        # Only now: FUSE and NFS keep what is removed while it is open, by this rank or another.
+        if not os.path.lexists(self._lock_path):
+            remove_empty(self.path)
 
     def open(self) -> None:
         """Lock the directory for this process alone. It may resume or clear what an earlier run left."""
         self._acquire(fcntl.LOCK_EX)
+        self.put_back()
         if self._was_exchanged():
             self._clear()
 
     def let_join(self) -> None:
         """Let the other ranks share the lock."""
-        with naming(self._lock_path):
-            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if self._is_locked:
+            with naming(self._lock_path):
+                lock(self._lock, fcntl.LOCK_SH)
 
     def join(self) -> None:
         """Share the lock of rank 0, which creates the files and publishes."""
@@ -83,9 +106,11 @@ class Staging:
 
     def _is_last(self) -> bool:
         """Whether no other process holds the lock: then none writes, and none can join."""
+        if not self._is_locked:
+            return self._is_owner
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self._lock), os.stat(self._lock_path))
+            lock(self._lock, fcntl.LOCK_EX)
+            return same_file(os.fstat(self._lock), os.stat(self._lock_path))
         except OSError:
             return False
 
@@ -93,18 +118,34 @@ class Staging:
         while self._lock == -1:
             if self.path.is_symlink():
                 raise InputError(f"{self.path}: a symbolic link, expected a directory of negmerge's own")
+            is_new = not self.path.exists()
             self.path.mkdir(exist_ok=True)
             try:
                 self._refuse_unlocked_files()
-                descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._open_lock(kind)
             except FileNotFoundError:  # its holder has just finished and removed the directory
                 continue
-            try:
-                if self._try_lock(descriptor, kind):
+            except OSError:
+                if is_new:
+                    self._lock_path.unlink(missing_ok=True)
+                    remove_empty(self.path)
+                raise
+
+    def _open_lock(self, kind: int) -> None:
+        """Open the lock file and lock it, unless its holder has just removed it."""
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with naming(self._lock_path):
+                self._is_locked = lock(descriptor, kind)
+                if same_file(os.fstat(descriptor), os.stat(self._lock_path)):
                     self._lock = descriptor
-            finally:
-                if self._lock != descriptor:
-                    os.close(descriptor)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.destination_path}: another negmerge is writing it (it holds {self._lock_path})"
+            ) from None
+        finally:
+            if self._lock != descriptor:
+                os.close(descriptor)
 
     def _refuse_unlocked_files(self) -> None:
         """Refuse a directory without the lock file that all of negmerge's files lie beside."""
@@ -112,19 +153,6 @@ class Staging:
             raise InputError(
                 f"{self.path / found[0]}: not negmerge's, expected nothing of others in {self.path}"
             )
-
-    def _try_lock(self, descriptor: int, kind: int) -> bool:
-        """Lock an open lock file; False if its holder has just removed it."""
-        try:
-            with naming(self._lock_path):
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._lock_path))
-        except BlockingIOError:
-            raise InputError(
-                f"{self.destination_path}: another negmerge is writing it (it holds {self._lock_path})"
-            ) from None
-        except FileNotFoundError:
-            return False
 
     def journals(self) -> list[Path]:
         """The journals that an earlier run left."""
@@ -138,7 +166,9 @@ class Staging:
         write_json(self._rank_path(rank), value)
 
     def read_rank_result(self, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._rank_path(rank).read_text(encoding="utf-8"))
+        path = self._rank_path(rank)
+        with naming(path):
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
     def _rank_path(self, rank: int) -> Path:
@@ -147,28 +177,39 @@ class Staging:
     def mark_exchange(self) -> None:
         """Mark that OUT is about to be exchanged, so that a run after a crash ignores the journals.
 
-        They speak of the new output, and the staging directory then holds the old one.
+        They speak of the new output, and the staging directory then holds the old one. What is marked is the new manifest's
+        hash: the number of an inode may change.
         """
-        write_json(self._exchange_path, self.staged.stat().st_ino)
+        write_json(self._exchange_path, self._hash_of_manifest(self.staged))
         sync_directory(self.path)
 
     def _was_exchanged(self) -> bool:
         try:
-            return bool(json.loads(self._exchange_path.read_text()) == os.stat(self.destination_path).st_ino)
+            marked = json.loads(self._exchange_path.read_text())
+            if not isinstance(marked, str):  # of an early version: the journals may speak of anything
+                return True
+            return marked == self._hash_of_manifest(self.destination_path)
         except (OSError, ValueError):
             return False
+
+    @staticmethod
+    def _hash_of_manifest(output: Path) -> str:
+        with naming(output / MANIFEST):
+            return hash_of((output / MANIFEST).read_bytes())
+
+    def put_back(self) -> None:
+        """Give an older output its place again, if a run was killed while nothing was there."""
+        if self.former.exists() and not os.path.lexists(self.destination_path):
+            os.rename(self.former, self.destination_path)
+            sync_directory(self.destination_path.parent)
 
     def create(self) -> None:
         """Create the files of a new output, in place of any unfinished one."""
         self._clear()
-        needed = sum(file.size for file in self.files.values())
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
-            folder = str(self.destination_path.parent)
-            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", folder)
+        refuse_full_disk(self.path, self.destination_path.parent, self.files)
         self.staged.mkdir()
         # tmpfs reserves a page by fetching it, on one thread; the workers fetch pages faster as they write.
-        reserve = os.ftruncate if filesystem_type(self.path) == TMPFS else allocate
+        reserve = set_size if filesystem_type(self.path) == TMPFS else allocate
         for name, like in self.files.items():
             path = self.file(name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,8 +239,10 @@ class Staging:
             for path in found:
                 path.unlink()
             sync_directory(self.path)
+        self.put_back()
+        remove_tree(self.former)
         if self.staged.is_dir():
-            shutil.rmtree(self.staged)
+            remove_tree(self.staged)
         else:
             self.staged.unlink(missing_ok=True)
         for pattern in ("rank-*", "share-*", "exchange"):  # share-*: the name of rank files in early versions
@@ -210,8 +253,24 @@ class Staging:
         self._clear()
         # The lock file last: until it is gone, no other process can hold the lock.
         self._lock_path.unlink(missing_ok=True)
-        try:
-            self.path.rmdir()
-        except OSError as error:  # an unknown file, or the next run has just created its own
-            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                raise
+
+
+def refuse_full_disk(path: Path, folder: Path, files: Mapping[str, File], reclaimed: int = 0) -> None:
+    """Raise OSError if files do not fit.
+
+    Args:
+        path: A directory on the file system.
+        folder: The directory to name.
+        files: What will be written.
+        reclaimed: Bytes that will be removed before.
+    """
+    needed = sum(file.size for file in files.values())
+    try:
+        disk = shutil.disk_usage(path)
+    except OSError as error:
+        if error.errno not in NOT_HERE:
+            raise
+        return
+    # Some network file systems know of no size at all.
+    if disk.total and needed > disk.free + reclaimed:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {disk.free:,} are free", str(folder))

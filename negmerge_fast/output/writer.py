@@ -9,13 +9,15 @@ from threading import Lock
 from types import TracebackType
 
 from ..checkpoints.base import MANIFEST
-from ..checkpoints.reader import naming
+from ..checkpoints.reader import advise, naming
 from .checksums import BLOCK, Checksums
 from .filesystem import (
     REFLINK_FILESYSTEMS,
     filesystem_type,
     reflink,
     start_writing_back,
+    sync,
+    sync_data,
     sync_directory,
     write_json,
 )
@@ -41,7 +43,7 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in list(self._open):
-            self._close(name, sync=False)
+            self._close(name, is_complete=False)
 
     def expect(self, sizes: Mapping[str, int]) -> None:
         """Set how many bytes of each file this process will write."""
@@ -83,12 +85,12 @@ class Writer:
         Raises:
             OSError: Also if a file that was complete could not be synced.
         """
-        with self._lock:
+        with self._lock, naming(self.destination.path):
             unfinished = [os.dup(descriptor) for descriptor in self._open.values()]
         try:
             with naming(self.destination.path):
                 for descriptor in unfinished:
-                    os.fdatasync(descriptor)
+                    sync_data(descriptor)
         finally:
             for descriptor in unfinished:
                 os.close(descriptor)
@@ -136,14 +138,14 @@ class Writer:
                 self._open[name] = os.open(self.staging.file(name), os.O_WRONLY | os.O_CLOEXEC)
             return self._open[name]
 
-    def _close(self, name: str, sync: bool = True, release: bool = False) -> None:
+    def _close(self, name: str, is_complete: bool = True, release: bool = False) -> None:
         descriptor = self._open[name]
         try:
-            if sync:
+            if is_complete:
                 with naming(self.destination.path):
-                    os.fsync(descriptor)
+                    sync(descriptor)
             if release:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self._sync_error = error
             raise
@@ -151,4 +153,5 @@ class Writer:
             # Not earlier: sync() has to sync it too until it is on the disk.
             with self._lock:
                 del self._open[name]
-            os.close(descriptor)
+            with naming(self.destination.path):
+                os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from threading import current_thread
 from typing import Any
@@ -64,7 +64,8 @@ class WorkerBuffers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # An error that is kept holds its frames, and they hold this memory: release the pages now.
-        self._mapping.madvise(mmap.MADV_DONTNEED)
+        with suppress(OSError):  # locked memory keeps its pages
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def reserve(self, sizes: Sequence[int]) -> list[memoryview]:
         """Lay out the versions of the next chunk.

@@ -14,10 +14,11 @@ from ..core.errors import InputError, MergeWarning
 from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
 from ..output.manifest import Input, Recipe, holds
+from ..output.preflight import try_destination, try_inputs
 from ..output.publish import Destination, check
 from ..output.staging import Staging
 from ..output.writer import Writer
-from ..runtime.interrupts import without_gc
+from ..runtime.interrupts import without_gc, without_interrupts
 from .budget import allocate
 from .job import Job
 from .options import MergeOptions
@@ -78,7 +79,7 @@ def merge_checkpoints(
         device: "cpu", or a device of torch through which all data is streamed. "auto" compares measured bandwidths.
         memory_budget: The most bytes to allocate, on the host and once more on a device; an int or text such as "512MiB".
             None is half of what the machine and its control groups have free.
-        threads: How many threads read and compute. None is torch's number.
+        threads: How many threads read and compute. None is torch's number, or less within a CPU quota.
         skip_unchanged: Do not read what cannot change the output: versions of a block in which no element can agree any more.
             A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only.
         overwrite: Replace output if negmerge wrote, or would write, every file in it.
@@ -125,6 +126,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     )
     recipe = _recipe(plan, options)
     destination, finished = _check_destination(Path(output), plan, recipe, options)
+    notes = [] if finished else _try_out(plan, destination)
     staging = Staging(destination.path, plan.files, resume=options.resume)
     placement = choose_placement(plan, options)
     backend, merge = registry.choose(options.backend, placement.device, options.rule, plan.signatures)
@@ -141,7 +143,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         placement,
         *allocate(plan, options, placement.device, (backend, counter_name)),
         Skipping(options.rule, len(models), counter),
-        list(plan.notes),
+        [*plan.notes, *notes],
         finished,
     )
 
@@ -188,7 +190,19 @@ def _check_destination(
         raise InputError(f"{path}: expected a file name that ends in {base.path.suffix}, like base")
     destination = Destination.at(path, plan.files, directory=base.is_directory, overwrite=options.overwrite)
     files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
-    finished = options.resume and not options.overwrite and holds(destination.manifest_path, recipe, files)
+    copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}
+    finished = (
+        options.resume
+        and not options.overwrite
+        and holds(destination.manifest_path, recipe, checkpoints, copied_files)
+    )
     if not finished:
         check(destination, [*(c.path for c in checkpoints), *(file.path for file in files)])
     return destination, finished
+
+
+def _try_out(plan: Plan, destination: Destination) -> list[str]:
+    """Try what the job will need, and return what is less safe here than elsewhere."""
+    try_inputs(plan.files.values())
+    with without_interrupts():  # nothing of it is left behind
+        return try_destination(destination)

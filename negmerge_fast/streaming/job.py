@@ -29,7 +29,7 @@ from ..core.stats import Stats, TensorStats
 from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
 from ..output.manifest import Recipe, load
-from ..output.publish import Destination, publish
+from ..output.publish import Destination, publish, refuse_existing
 from ..output.staging import Staging
 from ..output.writer import Writer
 from ..runtime import memory
@@ -154,6 +154,7 @@ class Job:
     def _resume(self) -> ProgressRecord:
         """Open the staging directory; return what an earlier run did there, or create the output."""
         self.staging.open()
+        refuse_existing(self.destination)  # it was put back, or has come since the check
         found = self.staging.journals() if self.staging.resume else []
         done = summed(record for path in found for record in read_journal(path, self._fingerprint))
         if not done.ranges:
@@ -180,7 +181,10 @@ class Job:
         return {
             **{k: v for k, v in recipe.items() if k not in ("base", "models", "nonfinite")},
             "models": [os.path.realpath(checkpoint.path) for checkpoint in checkpoints],
-            "files": {os.path.realpath(f.path): [f.size, f.identity[2], f.header] for f in files},
+            "files": {
+                os.path.realpath(f.path): [f.size, f.identity[2], f.header, f.sample if f.header else ""]
+                for f in files
+            },
         }
 
     @property
@@ -306,8 +310,8 @@ class Job:
     def _report(self, done: ProgressRecord, written: int, seconds: float) -> Report:
         stats = done.stats
         return Report(
-            base=self.recipe.base.path,
-            models=[model.path for model in self.recipe.models],
+            base=str(self.plan.base.path),
+            models=[str(model.path) for model in self.plan.models],
             scale=self.rule.scale,
             min_agreement=self.rule.min_agreement,
             output=str(self.destination.path),

@@ -33,7 +33,7 @@ class MergeOptions:
         device: "cpu", or a device of torch through which all data is streamed. "auto" compares measured bandwidths.
         memory_budget: The most bytes to allocate, on the host and once more on a device; an int or text such as "512MiB".
             None or "auto" is half of what the machine and its control groups have free.
-        threads: How many threads read and compute. None is torch's number.
+        threads: How many threads read and compute. None is torch's number, or less within a CPU quota.
         skip_unchanged: Do not read what cannot change the output: versions of a block in which no element can agree any more.
             A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only.
         overwrite: Replace the output if negmerge wrote, or would write, every file in it.

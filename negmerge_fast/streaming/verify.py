@@ -93,7 +93,7 @@ def verify_checkpoint(
             again by the reference, and the output must have the same bits.
         blocks: How many blocks to sample, each of up to 1 MiB, drawn evenly by bytes. All of them if there are fewer.
         seed: The seed of the sample.
-        threads: How many threads read and compute checksums. None is torch's number.
+        threads: How many threads read and compute checksums. None is torch's number, or less within a CPU quota.
         progress: Called with (bytes done, bytes in all). It may raise to stop.
 
     Returns:

@@ -15,7 +15,7 @@ from resumable import Stop, folder, interrupt, made, merge, weights  # noqa: F40
 from small_chunks import record_every_chunk
 
 import negmerge_fast as nm
-from negmerge_fast.output import journal, publish
+from negmerge_fast.output import filesystem, journal, publish
 from negmerge_fast.output.staging import Staging
 
 pytestmark = pytest.mark.processes
@@ -102,15 +102,17 @@ def test_a_crash_right_after_the_exchange(made: Path, folder: Path, often: pytes
 
 def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pytest.MonkeyPatch) -> None:
     merge(folder, scale=0.5)
-    rename = publish.rename
+    rename = filesystem.rename
 
-    def crash(*arguments: Any) -> None:
-        raise Stop
+    def crash(source: Path, *arguments: Any) -> None:
+        if source.name == "output":  # not of what is tried before
+            raise Stop
+        rename(source, *arguments)
 
-    often.setattr(publish, "rename", crash)
+    often.setattr(filesystem, "rename", crash)
     with pytest.raises(Stop):
         merge(folder, overwrite=True)
-    often.setattr(publish, "rename", rename)
+    often.setattr(filesystem, "rename", rename)
     assert merge(folder, overwrite=True).bytes_done_before > 0
     assert weights(folder / "out") == weights(made / "expected")
 

@@ -39,10 +39,12 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The size of a file, and the hash of its header by the definition of the format."""
+    """The size of a file, and the hashes of its header, by the definition of the format, and of its sample: all of it."""
     content = path.read_bytes()
     length = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(content)
-    return {"size": len(content), "header": "xxh3_128:" + xxh3_128_hexdigest(content[:length])}
+    length = 128 if path.suffix == ".npy" else length
+    header, sample = ("xxh3_128:" + xxh3_128_hexdigest(part) for part in (content[:length], content))
+    return {"size": len(content), "header": header, "sample": sample}
 
 
 def test_the_fields_of_a_manifest(folder: Path) -> None:
@@ -99,10 +101,8 @@ def test_single_files(folder: Path, suffix: str) -> None:
     paths = [f"{name}.{suffix}" for name in INPUTS]
     out = Path(f"out.{suffix}")
     nm.merge_checkpoints(paths[0], paths[1:], out, scale=0.9)
-    head = 128 if suffix == "npy" else 8 + int.from_bytes(Path(paths[0]).read_bytes()[:8], "little")
     base = json.loads(Path(f"{out}.negmerge.json").read_text())["base"]
-    known = "xxh3_128:" + xxh3_128_hexdigest(Path(paths[0]).read_bytes()[:head])
-    assert base["files"] == {paths[0]: {"size": Path(paths[0]).stat().st_size, "header": known}}
+    assert base["files"] == {paths[0]: header(Path(paths[0]))}
     done = nm.verify_checkpoint(out, paths)
     assert (done.files, done.bytes, done.not_listed) == (1, out.stat().st_size, [])
     for moved in (out, Path(f"{out}.negmerge.json"), Path(paths[0])):  # under other names

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from interrupted import contents
 from small_models import folder, merge  # noqa: F401
 
 import negmerge_fast as nm
-from negmerge_fast.output import publish
+from negmerge_fast.output import filesystem, publish
 
 
 def test_overwrite_replaces_what_negmerge_wrote(folder: Path) -> None:
@@ -104,31 +106,92 @@ def test_every_file_is_on_the_disk_before_it_is_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: set[str] = set()
-    fsync, rename = os.fsync, publish.rename
+    fsync, rename = os.fsync, filesystem.rename
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
         synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
 
     def after(staged: Path, path: Path, flags: int) -> None:
-        assert synced >= {file.name for file in staged.iterdir()}
+        if staged.name == "output":  # not of what is tried before
+            assert synced >= {file.name for file in staged.iterdir()}
         rename(staged, path, flags)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(publish, "rename", after)
+    monkeypatch.setattr(filesystem, "rename", after)
     merge(folder)
     assert contents(folder / "out").keys() <= synced
 
 
-def test_a_file_system_without_exchange(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new output is moved by a plain rename; an older one is not replaced."""
-
+@pytest.fixture
+def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*arguments: Any) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(publish, "rename", unsupported)
+    monkeypatch.setattr(filesystem, "rename", unsupported)
+
+
+def test_a_file_system_without_exchange(folder: Path, without_exchange: None) -> None:
+    """Two renames replace an older output; that is said."""
+    merge(folder, min_agreement=0.6)
+    assert merge(folder, overwrite=True).notes == [
+        f"{folder}/out: cannot be replaced in one step here: for a moment there will be no output"
+    ]
+    replaced = contents(folder / "out")
+    shutil.rmtree(folder / "out")
     merge(folder)
-    before = contents(folder / "out")
-    with pytest.raises(OSError, match="this file system cannot exchange directories: remove it first"):
-        merge(folder, overwrite=True, min_agreement=0.6)
+    assert contents(folder / "out") == replaced and not (folder / ".out.negmerge").exists()
+
+
+def test_an_older_output_is_put_back_if_the_new_one_cannot_take_its_place(
+    folder: Path, without_exchange: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(folder)
+    before, rename = contents(folder / "out"), os.rename
+
+    def failing(source: Path, destination: Path) -> None:
+        if source.name == "output":
+            raise OSError(errno.EIO, "Input/output error", str(destination))
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match=r"Input/output error: '.*out'"):
+        merge(folder, overwrite=True)
     assert contents(folder / "out") == before and not (folder / ".out.negmerge").exists()
+    monkeypatch.setattr(os, "rename", rename)
+    (folder / "out" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(publish, "_check_existing", lambda _: None)  # as if it had come later
+    with pytest.raises(nm.InputError, match=r"out/notes.txt: not negmerge's"):
+        merge(folder, overwrite=True)
+    assert contents(folder / "out") == {**before, "notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("done", [1, 2])
+def test_killed_between_the_two_renames(folder: Path, done: int, resume: bool) -> None:
+    """Or right after them: the next run finds the older output, or the new one."""
+    code = (
+        "import os, negmerge_fast as nm\n"
+        "from negmerge_fast.output import filesystem, journal\n"
+        "journal.INTERVAL_S = 0.0\n"
+        "def unsupported(*_): raise OSError(22, 'Invalid argument')\n"
+        "filesystem.rename, rename, renames = unsupported, os.rename, []\n"
+        "def killed(source, destination):\n"
+        "    rename(source, destination)\n"
+        "    renames.extend([1] * (os.path.basename(os.path.dirname(source)) == '.out.negmerge' or str(source).endswith('/out')))\n"
+        f"    if len(renames) == {done}: os._exit(9)\n"
+        "os.rename = killed\n"
+        f"nm.merge_checkpoints('base', ['ft-0', 'ft-1'], 'out', scale=0.9, overwrite=True, resume={resume})"
+    )
+    merge(folder)
+    expected = contents(folder / "out")
+    merge(folder, min_agreement=0.6, overwrite=True)
+    older = contents(folder / "out")
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 9
+    assert (folder / "out").exists() == (done == 2)
+    if done == 1:
+        with pytest.raises(nm.InputError, match="out: exists already"):
+            merge(folder, resume=resume)
+        assert contents(folder / "out") == older
+    merge(folder, overwrite=True, resume=resume)
+    assert contents(folder / "out") == expected and not (folder / ".out.negmerge").exists()

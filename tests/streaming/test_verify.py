@@ -355,12 +355,23 @@ def test_a_wrong_byte_of_a_copy_is_named(folder: Path) -> None:
 
 
 def test_models_in_another_order(folder: Path) -> None:
-    """Their headers are the same, so only the bits tell."""
+    """Their headers are the same: their samples tell, or the bits where an early manifest has no samples."""
     models = [{"w": torch.randn(4000, generator=torch.Generator().manual_seed(k))} for k in range(4)]
     for name, tensors in zip(INPUTS, models, strict=True):
         shutil.rmtree(name)
         save_model(Path(name), {"w": tensors["w"] * 0.1 + 1 if name != "base" else tensors["w"] * 0.1})
     merge()
+    nm.verify_checkpoint("out", INPUTS)
+    with pytest.raises(
+        nm.InputError, match=r"ft-2/model.safetensors: sample \w+:\w+, expected \w+:\w+ as in ft-0"
+    ):
+        nm.verify_checkpoint("out", ("base", "ft-2", "ft-1", "ft-0"))
+    manifest = json.loads(Path("out/negmerge.json").read_text())
+    for number, each in enumerate([manifest["base"], *manifest["models"]]):
+        each["path"] = f"/models/{INPUTS[number]}"
+        for file in each["files"].values():
+            del file["sample"]
+    Path("out/negmerge.json").write_text(json.dumps(manifest))
     nm.verify_checkpoint("out", INPUTS)
     with pytest.raises(nm.DamageError, match=r"tensor 'w': .* expected"):
         nm.verify_checkpoint("out", ("base", "ft-2", "ft-1", "ft-0"))
