@@ -1,4 +1,4 @@
-"""What publishing will need beside a destination, tried on small scratch files before anything is merged."""
+"""What publishing will need beside a destination, tried out with small scratch files before anything is merged."""
 
 from __future__ import annotations
 

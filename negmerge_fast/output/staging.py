@@ -48,6 +48,7 @@ class Staging:
         resume: Whether unfinished output is kept for the next run.
 
     Attributes:
+        notes: What a user should know of the end of a merge, a line each.
         former: Where an older output is for a moment, if it cannot be exchanged with the new one in one step.
     """
 
@@ -61,6 +62,7 @@ class Staging:
         self._lock = -1
         self._is_locked = False  # False where there are no locks
         self._is_owner = True
+        self.notes: list[str] = []
 
     def file(self, name: str) -> Path:
         """The path of an output's file while it is here."""
@@ -78,7 +80,7 @@ class Staging:
             may_remove = self._is_owner if kind is None else self._is_last()
             kept = kind is not None and self.resume and self.journals()
             if may_remove and not kept:
-                self._remove()
+                self._remove_unless_in_use(is_published=kind is None)
         finally:
             os.close(self._lock)
             self._lock = -1
@@ -248,6 +250,15 @@ class Staging:
         for pattern in ("rank-*", "share-*", "exchange"):  # share-*: the name of rank files in early versions
             for path in self.path.glob(pattern):
                 path.unlink()
+
+    def _remove_unless_in_use(self, is_published: bool) -> None:
+        """Remove the directory. On NFS it stays while others have a file of an older output open, which is no failure."""
+        try:
+            self._remove()
+        except OSError as error:
+            if not is_published or error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise
+            self.notes.append(f"{self.path}: in use by another program: the next merge to here removes it")
 
     def _remove(self) -> None:
         self._clear()

@@ -129,6 +129,7 @@ class Job:
                 if ranks.rank == 0:
                     records = [done, *self._peer_records(ranks.count)]
                     done = self._publish(before, records, lambda: on_moved(remaining_bytes))
+        self.notes.extend(self.staging.notes)
         written = sum(range_.end - range_.begin for shard in shards for range_ in shard)
         return self._report(done, written, time.perf_counter() - began)
 

@@ -105,7 +105,7 @@ def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pyte
     rename = filesystem.rename
 
     def crash(source: Path, *arguments: Any) -> None:
-        if source.name == "output":  # not of what is tried before
+        if source.name == "output":  # the preflight renames others
             raise Stop
         rename(source, *arguments)
 

@@ -113,7 +113,7 @@ def test_every_file_is_on_the_disk_before_it_is_published(
         synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
 
     def after(staged: Path, path: Path, flags: int) -> None:
-        if staged.name == "output":  # not of what is tried before
+        if staged.name == "output":  # the preflight renames others
             assert synced >= {file.name for file in staged.iterdir()}
         rename(staged, path, flags)
 
