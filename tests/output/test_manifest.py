@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from small_chunks import set_chunk_bytes
 from xxhash import xxh3_128_hexdigest
 
 import negmerge_fast as nm
+from negmerge_fast.checkpoints.reader import File
 from negmerge_fast.output import publish
 
 INPUTS = ("base", "ft-0", "ft-1", "ft-2")
@@ -195,3 +197,118 @@ def test_names_of_files_that_are_not_utf_8(folder: Path) -> None:
     (folder / "base" / name).unlink()
     merge(overwrite=True)
     assert not (folder / "out" / name).exists()
+
+
+def test_the_same_inputs_give_the_same_manifest_wherever_they_lie(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = []
+    for place, base in (("someone", "base"), ("else/where", "../where/base"), ("there", ".")):
+        (folder / place).mkdir(parents=True)
+        for name in INPUTS:
+            shutil.copytree(folder / name, folder / place / name)
+        models = [folder / place / name for name in INPUTS[1:]]
+        monkeypatch.chdir(folder / place / ("base" if base == "." else ""))
+        nm.merge_checkpoints(base, models, folder / place / "out", scale=0.9)
+        manifests.append((folder / place / "out" / "negmerge.json").read_bytes())
+    assert len(set(manifests)) == 1 and str(folder).encode() not in manifests[0]
+
+
+@pytest.fixture
+def finished(folder: Path) -> Path:
+    """A folder with a finished output, and models longer than a sample of them; one was not merged."""
+    shutil.copytree("ft-2", "other")
+    for k, name in enumerate((*INPUTS, "other")):
+        values = torch.randn(1 << 17, generator=torch.Generator().manual_seed(k))
+        save_file({"w": values}, folder / name / "model.safetensors")
+        for extra in (folder / name).glob("model*-of-*"):
+            extra.unlink()
+        (folder / name / "model.safetensors.index.json").unlink(missing_ok=True)
+    merge(resume=True)
+    return folder
+
+
+def is_finished() -> bool:
+    """Whether the same command has nothing to do; else OUT is in its way."""
+    try:
+        return merge(resume=True).bytes_written == 0
+    except nm.InputError as error:
+        assert "out: exists already" in str(error)
+        return False
+
+
+def copied_over(path: Path, other: Path) -> None:
+    """As `cp -p` does it: the copy has the other's time, which is older than the output."""
+    shutil.copy2(other, path)
+
+
+def with_one_byte(path: Path, at: int) -> None:
+    before = path.stat()
+    flip(path, at)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+UNCHANGED: dict[str, Callable[[], object]] = {
+    "nothing": lambda: None,
+    "a hard link to a model": lambda: os.link("ft-1/model.safetensors", "backup"),
+    "a hard link to the base": lambda: os.link("base/model.safetensors", "backup"),
+    "a hard link to a side file": lambda: os.link("base/config.json", "backup"),
+    "another mode": lambda: Path("ft-0/model.safetensors").chmod(0o640),
+    "a side file of a model": lambda: Path("ft-0/config.json").write_text("{'other'}"),
+    "a side file that was written again": lambda: Path("base/config.json").write_bytes(Path("base/config.json").read_bytes()),
+    "all of it moved": lambda: [Path(name).rename("moved").rename(name) for name in INPUTS],
+}  # fmt: skip
+CHANGED: dict[str, Callable[[], object]] = {
+    "another version in its place": lambda: copied_over(Path("ft-1/model.safetensors"), Path("ft-2/model.safetensors")),
+    "another version by a link": lambda: Path("ft-1").rename("x") and Path("ft-1").symlink_to("other"),
+    "names that changed places": lambda: Path("ft-1").rename("x") and Path("ft-2").rename("ft-1") and Path("x").rename("ft-2"),
+    "the first byte": lambda: with_one_byte(Path("ft-0/model.safetensors"), 100),
+    "the last byte": lambda: with_one_byte(Path("base/model.safetensors"), -1),
+    "a byte in the middle of a sampled block": lambda: with_one_byte(Path("ft-0/model.safetensors"), (524_000 // 15) * 7 + 9),
+    "written again": lambda: Path("ft-0/model.safetensors").write_bytes(Path("ft-0/model.safetensors").read_bytes()),
+    "a side file's content": lambda: with_one_byte(Path("base/config.json"), 3),
+    "another side file": lambda: Path("base/more.txt").write_text("x"),
+    "no side file": lambda: Path("base/tokenizer.json").unlink(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNCHANGED)
+def test_a_finished_output_stays_finished(finished: Path, case: str) -> None:
+    """What moves an input's ctime is no other content."""
+    UNCHANGED[case]()
+    assert is_finished()
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_an_output_of_other_inputs_is_not_finished(finished: Path, case: str) -> None:
+    CHANGED[case]()
+    assert not is_finished()
+
+
+def test_a_manifest_with_whole_paths_and_no_samples(finished: Path) -> None:
+    """As early versions wrote them: verified and replaced, and finished while no input's inode changed."""
+    manifest = json.loads(Path("out/negmerge.json").read_text())
+    for number, each in enumerate([manifest["base"], *manifest["models"]]):
+        each["path"] = str(finished / INPUTS[number])
+        for file in each["files"].values():
+            del file["sample"]
+    early = json.dumps(manifest)
+    Path("out/negmerge.json").write_text(early)
+    assert is_finished()
+    nm.verify_checkpoint("out", INPUTS)
+    os.link("ft-1/model.safetensors", "backup")
+    assert not is_finished()
+    assert merge(overwrite=True).bytes_written > 0
+    assert Path("out/negmerge.json").read_text() != early
+
+
+def test_a_sample(tmp_path: Path) -> None:
+    """Sixteen blocks of 4 KiB, the first and the last among them; all of a short file."""
+    content = os.urandom(300_000)
+    (tmp_path / "long").write_bytes(content)
+    begins = [(300_000 - 4096) * k // 15 for k in range(16)]
+    sampled = b"".join(content[begin : begin + 4096] for begin in begins)
+    assert File.at(tmp_path / "long").sample == "xxh3_128:" + xxh3_128_hexdigest(sampled)
+    for size in (0, 1, 4096, 65_536):
+        (tmp_path / "short").write_bytes(content[:size])
+        assert File.at(tmp_path / "short").sample == "xxh3_128:" + xxh3_128_hexdigest(content[:size])

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import nothing_left
-from interrupted import ARGUMENTS, SLOW, contents, finish, make_models, start, under_way
+from interrupted import ARGUMENTS, SLOW, contents, finish, free_port, make_models, start, under_way
 
-from negmerge_fast.runtime.distributed import SINGLE
+from negmerge_fast.runtime import distributed
+from negmerge_fast.runtime.distributed import SINGLE, Ranks
 
 pytestmark = pytest.mark.processes
 
@@ -227,3 +228,70 @@ def test_a_block_of_one_process_fails_with_its_own_error(error: BaseException) -
     with pytest.raises(type(error)) as raised, SINGLE.failing_together():
         raise error
     assert raised.value is error
+
+
+def waiting(
+    folder: Path, rank: int, port: int, *more: str, ranks: int = 3, **variables: str
+) -> subprocess.Popen[str]:
+    """Start one rank of several with the plain command."""
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), **addresses, **variables}
+    return subprocess.Popen(
+        [sys.executable, "-m", "negmerge_fast", *ARGUMENTS, *more],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_ranks_that_never_come(folder: Path) -> None:
+    """The first rank says for whom it waits, where, and which variables say so; another one does if there is no first."""
+    for rank, found in ((0, "1 of 3 ranks came to {}"), (1, "{} does not answer")):
+        port = free_port()
+        process = waiting(folder, rank, port)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        out, more = process.communicate(timeout=60)
+        address = f"127.0.0.1:{port}"
+        assert line == (
+            f"negmerge: note: rank {rank} of 3 waits for the others: {found.format(address)} (RANK={rank}, WORLD_SIZE=3, "
+            f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}; without these variables one process merges alone)\n"
+        )
+        assert (out, more) == ("", "negmerge: terminated\n" if rank == 0 else "")
+    assert nothing_left(folder)
+
+
+def test_ranks_that_came_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all but the first rank leave the line to it."""
+    for name, value in zip(distributed._VARIABLES, ("0", "3", "here", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    for rank, came, said in ((0, "1/0 1/2", "2 of 3"), (1, "1/1 1/2", "2 of 3"), (1, "1/0 1/1", None)):
+        ranks = object.__new__(Ranks)
+        ranks.rank, ranks.count, ranks._step = rank, 3, 1
+        monkeypatch.setattr(Ranks, "_check", lambda self, key, came=came: key in came.split())
+        ranks._count_ranks()
+        lines: list[str] = []
+        ranks._say_late(lines.append)
+        ranks._say_late(None)
+        assert len(lines) == (said is not None)
+        assert all(
+            f"rank {rank} of 3 waits for the others: {said} ranks came to here:1 (" in line for line in lines
+        )
+
+
+@pytest.mark.slow
+def test_quiet_ranks_wait_in_silence(folder: Path) -> None:
+    process = waiting(folder, 0, free_port(), "--quiet")
+    time.sleep(8)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "negmerge: terminated\n")
+
+
+def test_without_proc_nothing_is_known_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> str:
+        raise OSError(2, "No such file or directory", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    ranks = object.__new__(Ranks)
+    ranks.rank, ranks.count = 0, 2
+    ranks._processes = {0: (distributed._process_namespace(), os.getpid()), 1: ("another", 1)}
+    assert ranks.dead_peer() is None and ranks.is_lowest_alive()
