@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ..checkpoints.reader import File, naming
+from ..checkpoints.reader import File
 from ..core.errors import InputError
 from .filesystem import exchange, lock, remove_tree, rename_to_new, sync, sync_directory
 from .publish import Destination
@@ -46,8 +46,9 @@ def try_destination(destination: Destination) -> list[str]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(staging)) from None
     try:
-        with naming(path):
-            notes = list(_missing(destination, scratch))
+        notes = list(_missing(destination, scratch))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         remove_tree(scratch)
     refuse_full_disk(path.parent, path.parent, destination.files, _bytes_in(staging))
@@ -61,12 +62,12 @@ def _missing(destination: Destination, scratch: Path) -> Iterator[str]:
     """Yield what is not here, and name what will be less safe for it."""
     path = destination.path
     with open(scratch / "file", "wb+") as file:
-        file.write(b"\0")
-        file.flush()
-        locked, synced = lock(file.fileno(), fcntl.LOCK_EX), sync(file.fileno())
+        locked = lock(file.fileno(), fcntl.LOCK_EX)
+        # The directory first: the file, which is empty, is on the disk with it.
+        synced = sync_directory(scratch) and sync(file.fileno()) and _may(path.parent, os.R_OK)
     if not locked:
         yield f"{path}: there are no file locks here: do not start two merges to it at once"
-    if not (sync_directory(scratch) and sync_directory(path.parent) and synced):
+    if not synced:
         yield f"{path}: not everything can be synced here: a power loss soon after the merge may damage it"
     if not destination.directory:
         if not rename_to_new(scratch / "file", scratch / "moved"):
@@ -105,7 +106,10 @@ def _refuse_irremovable(path: Path) -> None:
     parent, own = os.lstat(path.parent), os.lstat(path)
     if parent.st_mode & stat.S_ISVTX and os.geteuid() not in (0, own.st_uid, parent.st_uid):
         raise InputError(f"{path}: another user's, who alone may replace it in this directory")
-    effective = os.access in os.supports_effective_ids
     for folder, _, _ in os.walk(path):
-        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
+        if not _may(folder, os.W_OK | os.X_OK):
             raise InputError(f"{folder}: cannot be written, so {path} is not replaced")
+
+
+def _may(path: str | Path, what: int) -> bool:
+    return os.access(path, what, effective_ids=os.access in os.supports_effective_ids)
