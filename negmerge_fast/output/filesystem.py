@@ -110,13 +110,33 @@ def rename_to_new(source: Path, destination: Path) -> bool:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two directories; returns False where that cannot be done in one step."""
+    """Exchange two directories; returns False where that cannot be done in one step.
+
+    overlayfs renames no directory of a lower layer, such as an image's.
+    """
+    return _or_not_here(lambda: rename(first, second, RENAME_EXCHANGE), NOT_HERE | {errno.EXDEV})
+
+
+def move_directory(source: Path, destination: Path, first: str) -> bool:
+    """Move a directory; returns False if that was done file by file, by one name before the others.
+
+    What a killed call has moved may be there already. No file is replaced.
+    """
     try:
-        rename(first, second, RENAME_EXCHANGE)
+        os.rename(source, destination)
         return True
     except OSError as error:
-        if error.errno not in NOT_HERE:
+        if error.errno not in (errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
             raise
+    destination.mkdir(exist_ok=True)
+    with os.scandir(source) as found:
+        entries = sorted(found, key=lambda entry: (entry.name != first, entry.name))
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            move_directory(source / entry.name, destination / entry.name, first)
+        else:
+            rename_to_new(source / entry.name, destination / entry.name)
+    os.rmdir(source)
     return False
 
 

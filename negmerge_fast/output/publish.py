@@ -15,9 +15,9 @@ from ..checkpoints.base import MANIFEST
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File, naming
 from ..core.errors import InputError
-from .filesystem import exchange, rename_to_new, sync_directory
+from .filesystem import exchange, move_directory, rename_to_new, sync_directory
 from .manifest import load, manifest_path
-from .staging import Staging, staging_path
+from .staging import FORMER, Staging, staging_path
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,10 @@ def refuse_existing(destination: Destination) -> None:
 
 def _refuse_unknown_files(destination: Destination, folder: Path) -> None:
     """Refuse to replace a directory, which is or was at the destination, with files that negmerge did not write."""
-    known = {*destination.files, MANIFEST, *_listed(folder / MANIFEST)}
+    former = (
+        staging_path(destination.path) / FORMER
+    )  # a part of the output, if a run was killed while it moved it
+    known = {*destination.files, MANIFEST, *_listed(folder / MANIFEST), *_listed(former / MANIFEST)}
     for found in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
         if (name := str(found.relative_to(folder))) not in known:
             raise InputError(
@@ -169,8 +172,11 @@ def _exchange(destination: Destination, staging: Staging) -> None:
     if exchange(staging.staged, destination.path):
         _refuse_late_unknown_files(destination, staging)
         return
-    os.rename(destination.path, staging.former)
     try:
+        if not move_directory(destination.path, staging.former, MANIFEST):
+            staging.notes.append(
+                f"{destination.path}: was replaced file by file: its directory cannot be moved"
+            )
         _refuse_unknown_files(destination, staging.former)
         os.rename(staging.staged, destination.path)
     except BaseException:

@@ -27,12 +27,16 @@ from .filesystem import (
     allocate,
     filesystem_type,
     lock,
+    move_directory,
     remove_empty,
     remove_tree,
     set_size,
     sync_directory,
     write_json,
 )
+
+# Where an older output is moved, in the staging directory.
+FORMER = "former"
 
 
 def staging_path(destination_path: Path) -> Path:
@@ -56,7 +60,7 @@ class Staging:
         self.destination_path, self.files, self.resume = destination_path, files, resume
         self.path = staging_path(destination_path)
         self.staged = self.path / "output"
-        self.former = self.path / "former"
+        self.former = self.path / FORMER
         self._lock_path = self.path / "lock"
         self._exchange_path = self.path / "exchange"
         self._lock = -1
@@ -200,9 +204,9 @@ class Staging:
             return hash_of((output / MANIFEST).read_bytes())
 
     def put_back(self) -> None:
-        """Give an older output its place again, if a run was killed while nothing was there."""
-        if self.former.exists() and not os.path.lexists(self.destination_path):
-            os.rename(self.former, self.destination_path)
+        """Give an older output its place again, if a run was stopped while it was moved away."""
+        if self.former.exists() and not self._was_exchanged():
+            move_directory(self.former, self.destination_path, MANIFEST)
             sync_directory(self.destination_path.parent)
 
     def create(self) -> None:

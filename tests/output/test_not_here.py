@@ -210,6 +210,7 @@ def fuse(tmp_path: Path) -> Iterator[Path]:
     )
 
 
+@pytest.mark.filterwarnings("ignore::negmerge_fast.MergeWarning")
 @pytest.mark.parametrize(("kind", "mode"), ALL)
 def test_on_fuse_nothing_is_left(fuse: Path, kind: str, mode: str) -> None:
     """There an open file that is removed stays under another name until it is closed."""

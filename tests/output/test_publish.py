@@ -131,6 +131,7 @@ def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystem, "rename", unsupported)
 
 
+@pytest.mark.filterwarnings("ignore::negmerge_fast.MergeWarning")
 def test_a_file_system_without_exchange(folder: Path, without_exchange: None) -> None:
     """Two renames replace an older output; that is said."""
     merge(folder, min_agreement=0.6)
@@ -194,4 +195,66 @@ def test_killed_between_the_two_renames(folder: Path, done: int, resume: bool) -
             merge(folder, resume=resume)
         assert contents(folder / "out") == older
     merge(folder, overwrite=True, resume=resume)
+    assert contents(folder / "out") == expected and not (folder / ".out.negmerge").exists()
+
+
+# As overlayfs with an output in a lower layer: its directory cannot be renamed. Killed after some moves of its files, and of what
+# takes their place.
+OVERLAY = """
+import os, sys
+from pathlib import Path
+import negmerge_fast as nm
+from negmerge_fast.output import filesystem, journal
+journal.INTERVAL_S = 0.0
+rename, rename_with, moved = os.rename, filesystem.rename, []
+def refuse(source, destination):
+    if Path(source).name == "out" or (Path(destination).name == "out" and os.path.exists(destination)):
+        raise OSError(18, "Invalid cross-device link", str(source))
+def count(source):
+    moved.extend([source] * (".negmerge-" not in str(source)))
+    if len(moved) == int(sys.argv[1]):
+        os._exit(9)
+def plain(source, destination):
+    refuse(source, destination)
+    rename(source, destination)
+    count(source)
+def with_flags(source, destination, flags):
+    refuse(source, destination)
+    rename_with(source, destination, flags)
+    count(source)
+os.rename, filesystem.rename = plain, with_flags
+report = nm.merge_checkpoints("base", ["ft-0", "ft-1"], "out", scale=0.9, overwrite=True, resume=sys.argv[2] == "True")
+print(*report.notes)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("moves", [1, 2, 3, 4, 5])
+def test_an_output_that_can_only_be_moved_file_by_file(folder: Path, moves: int, resume: bool) -> None:
+    merge(folder)
+    expected = contents(folder / "out")
+    merge(folder, min_agreement=0.6, overwrite=True)
+    older = contents(folder / "out")
+    assert len(older) == 4, "each is moved"
+
+    def overlay(moves: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", OVERLAY, str(moves), str(resume)]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    assert overlay(moves).returncode == 9
+    if moves == 5:  # the new one has just taken its place
+        assert contents(folder / "out") == expected
+    else:
+        left = contents(folder / ".out.negmerge" / "former")
+        assert len(left) == moves and {**contents(folder / "out"), **left} == older
+        with pytest.raises(nm.InputError, match="out: exists already"):
+            merge(folder, resume=resume)
+    if moves == 2:
+        merge(folder, resume=resume, overwrite=True)
+    else:
+        done = overlay(100)
+        assert done.stdout.rstrip().endswith(
+            "out: was replaced file by file: its directory cannot be moved"
+        ), done
     assert contents(folder / "out") == expected and not (folder / ".out.negmerge").exists()
