@@ -105,9 +105,8 @@ def refuse_existing(destination: Destination) -> None:
 
 def _refuse_unknown_files(destination: Destination, folder: Path) -> None:
     """Refuse to replace a directory, which is or was at the destination, with files that negmerge did not write."""
-    former = (
-        staging_path(destination.path) / FORMER
-    )  # a part of the output, if a run was killed while it moved it
+    # A run that was killed may have moved a part of the output there, its manifest first.
+    former = staging_path(destination.path) / FORMER
     known = {*destination.files, MANIFEST, *_listed(folder / MANIFEST), *_listed(former / MANIFEST)}
     for found in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
         if (name := str(found.relative_to(folder))) not in known:
