@@ -50,11 +50,15 @@ class Checkpoint:
     Attributes:
         path: The directory or file.
         kind: "directory", "safetensors" or "npy".
-        tensors: The tensors by name.
+        tensors: The tensors by name. A tensor of a part has the part's name and a slash in front.
         weights: The files that hold them, by names relative to path.
         extra_files: What else belongs to the model (config, tokenizer), by names relative to path.
-        configs: config.json of the model and of its parts, by the folder relative to path; "" is the root.
         skipped_files: Names of files beside them that are neither: other weights, archives and hidden files.
+        parts: The folders that hold weights, relative to path; "" is the directory itself.
+        unindexed: Tensors that the weight files hold and their index omits, by name.
+        configs: The config.json of each part; empty where there is none.
+        quantization_files: Names of files beside the weights that only quantized models have.
+        notes: What a user should know of how it was opened, a line each.
     """
 
     path: Path
@@ -63,7 +67,11 @@ class Checkpoint:
     weights: dict[str, File]
     extra_files: dict[str, File]
     skipped_files: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ("",)
+    unindexed: dict[str, TensorRef] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quantization_files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_directory(self) -> bool:

@@ -6,15 +6,31 @@ There is one module per format. No file is trusted: every length, offset and nam
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import InputError
 from . import huggingface, npy, safetensors
 from .base import Checkpoint
+from .parts import quantization_files, read_config
+from .side_files import Globs
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    extra_files: bool = True,
+) -> Checkpoint:
     """Open a Hugging Face directory, a .safetensors file or a .npy vector.
+
+    Args:
+        path: The directory or file.
+        keep: Patterns for files of a directory to copy that would be left out, such as weights in another format.
+        drop: Patterns for files of a directory to leave out that would be copied.
+        extra_files: Whether to look for the files beside the weights. Of fine-tuned models none is needed.
 
     Raises:
         InputError: If something is missing or malformed; the line names the file.
@@ -25,9 +41,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if is_directory:
-        return huggingface.open_directory(path)
+        return huggingface.open_directory(path, keep, drop, extra_files)
+    if extra_files:
+        for option, patterns in (("--keep", keep), ("--drop", drop)):
+            Globs(option, patterns).refuse_unmatched(path)
     if path.suffix == ".safetensors":
-        return safetensors.open_file(path)
+        beside = path.parent
+        return replace(
+            safetensors.open_file(path),
+            configs={"": read_config(beside)},
+            quantization_files=tuple(quantization_files(beside)),
+        )
     if path.suffix == ".npy":
         return npy.open_file(path)
     if not path.exists():

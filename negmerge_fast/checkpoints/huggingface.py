@@ -1,147 +1,168 @@
-"""A Hugging Face model directory: one .safetensors file, or shards with an index, and the files beside them."""
+"""A Hugging Face model directory: weights in .safetensors files, in one or several parts, and the files beside them."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..core.errors import InputError, short_repr
-from ..core.hashing import hash_of
-from .base import MANIFEST, Checkpoint, TensorRef
+from .base import Checkpoint, TensorRef
+from .contents import ModelShapes, is_weights, may_be_weights
+from .parts import find_parts, quantization_files, read_config
 from .reader import File
-from .safetensors import read_header
-from .strict_json import parse_json
-
-# The names that transformers looks for, in its order; another name is taken if it is the only one.
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_INDEX_SUFFIX = ".safetensors.index.json"
-
-# Weights in other formats, and archives, are not copied: they may contain what the merged weights forgot. Any part of a
-# name behind a dot tells them: model.onnx.data, model.ckpt.index, model.safetensors.bak.
-_OTHER_WEIGHTS = frozenset({
-    "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "keras", "msgpack", "onnx", "onnx_data", "ort", "gguf",
-    "ggml", "npy", "npz", "pkl", "pickle", "joblib", "tflite", "mlmodel", "mlpackage", "ot", "pdparams", "nemo",
-    "distcp", "engine", "zip", "tar", "tgz", "gz", "bz2", "xz", "zst", "7z",
-})  # fmt: skip
-
-# As for the header of a .safetensors file.
-_MAX_INDEX_BYTES = 100_000_000
-
-# The bound of Linux.
-_MAX_NAME_BYTES = 255
-
-# Levels of directories below that of a model.
-_MAX_DEPTH = 64
+from .side_files import ADAPTER_CONFIG, Globs, SideFiles
+from .weights import INDEX, SINGLE, Weights, is_adapter, read_weights
 
 
-def open_directory(path: Path) -> Checkpoint:
-    """Open a model directory."""
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if "adapter_config.json" in names:
-        raise InputError(
-            f"{path}: holds LoRA factors, expected whole weights: merge each adapter into its model first"
-        )
-    found = _weights_name(path, names)
-    if found.endswith(_INDEX_SUFFIX):
-        tensors, weights, index = _read_shards(path, found, names)
-        extra_files = {found: index}
+class _Part(NamedTuple):
+    """A folder with weights; what it holds has names relative to it."""
+
+    weights: Weights
+    config: dict[str, Any]
+    names: list[str]
+
+
+def open_directory(
+    path: Path, keep: Sequence[str] = (), drop: Sequence[str] = (), extra_files: bool = True
+) -> Checkpoint:
+    """Open a model directory.
+
+    Args:
+        path: The directory.
+        keep: Patterns for files to copy that would be left out.
+        drop: Patterns for files to leave out that would be copied.
+        extra_files: Whether to look for the files beside the weights.
+    """
+    kept, dropped = Globs("--keep", keep), Globs("--drop", drop)
+    parts = _open_parts(path, kept)
+    tensors = _tensors(path, parts)
+    weights = {_join(part, n): f for part, held in parts.items() for n, f in held.weights.files.items()}
+    indexes = {_join(part, n): f for part, held in parts.items() for n, f in held.weights.index.items()}
+    notes = [note for held in parts.values() for note in held.weights.notes]
+    side = SideFiles(path)
+    if extra_files:
+        model = ModelShapes.of(tensors.values())
+        side.find({*weights, *indexes}, kept, dropped, lambda file, name: is_weights(file, name, model))
     else:
-        tensors, file = read_header(path / found)
-        weights, extra_files = {found: file}, {}
-    skipped_files = _find_extra_files(path, weights, extra_files)
-    return Checkpoint(path, "directory", tensors, weights, extra_files, tuple(skipped_files))
+        notes += [note for part, held in parts.items() for note in _adapters(path / part, held.names)]
+    return Checkpoint(
+        path,
+        "directory",
+        tensors,
+        weights,
+        {**indexes, **side.copied},
+        tuple(side.skipped),
+        parts=tuple(parts),
+        unindexed={
+            _join(part, n): t for part, held in parts.items() for n, t in held.weights.unindexed.items()
+        },
+        configs={part: held.config for part, held in parts.items()},
+        quantization_files=tuple(_join(part, n) for part in parts for n in quantization_files(path / part)),
+        notes=(*notes, *side.notes),
+    )
 
 
-def _weights_name(path: Path, names: list[str]) -> str:
-    for usual in (_SINGLE, _INDEX):
-        if usual in names:
-            return usual
-    for suffix in (_INDEX_SUFFIX, ".safetensors"):
-        fitting = [name for name in names if name.endswith(suffix)]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
+def _join(part: str, name: str) -> str:
+    return f"{part}/{name}" if part else name
+
+
+def _open_parts(path: Path, kept: Globs) -> dict[str, _Part]:
+    """Open the weights of each part of a model."""
+    listed = _list(path)
+    parts: dict[str, _Part] = {}
+    for part, named_by in find_parts(path).items():
+        names = [name for name in (_list(path / part) if part else listed) if not name.startswith(".")]
+        config = read_config(path / part)
+        weights = read_weights(path / part, names, config)
+        if weights is not None:
+            parts[part] = _Part(weights, config, names)
+        elif named_by is not None:
+            _refuse_other_weights(path, part, names, named_by, kept)
+    if not parts:
+        raise _no_weights(path, listed)
+    return parts
+
+
+def _list(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from None
+
+
+def _refuse_other_weights(path: Path, part: str, names: Sequence[str], named_by: Path, kept: Globs) -> None:
+    """Refuse a part whose weights cannot be merged and would be left out, unless they are copied as they are."""
+    folder = path / part
+    if any(map(is_adapter, names)):
+        raise _only_adapter(folder)
+    others = [name for name in names if _is_other_weights(folder, name)]
+    for name in others:
+        if not kept.match(_join(part, name)):
             raise InputError(
-                f"{path}: {len(fitting)} files end in {suffix} ({', '.join(fitting[:3])}, …), expected {_INDEX}"
+                f"{folder / name}: other weights than .safetensors, but {named_by.name} names their folder: expected {SINGLE}, "
+                f"or --keep '{_join(part, name)}' to copy them as they are"
             )
-    if not names:
-        raise InputError(f"{path}: empty directory, expected {_SINGLE} or {_INDEX}")
-    other = next(filter(_is_other_weights, names), None)
-    only = f"only {other} and the like" if other else "no weights"
-    raise InputError(f"{path}: {only}, expected {_SINGLE} or {_INDEX}")
 
 
-def _read_shards(
-    path: Path, index: str, present: list[str]
-) -> tuple[dict[str, TensorRef], dict[str, File], File]:
-    """Return the tensors, the shards and the index, given the names in the directory."""
-    file = File.at(path / index)
-    if file.size > _MAX_INDEX_BYTES:
-        raise InputError(f"{file.path}: {file.size} bytes, expected an index of at most {_MAX_INDEX_BYTES}")
-    raw = file.read(0, file.size)
-    weight_map = parse_json(raw, file.path, "index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{file.path}: no weight_map, expected one of tensor names to shard files")
-    for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or shard in ("", ".", "..", MANIFEST)
-            or "/" in shard
-            or "\\" in shard
-            or "\0" in shard
-            or len(shard) > _MAX_NAME_BYTES
-        ):
-            raise InputError(
-                f"{file.path}: tensor {short_repr(name)} is in {short_repr(shard)}, expected a file of this directory"
-            )
+def _is_other_weights(folder: Path, name: str) -> bool:
+    """Whether a file is weights in another format, and not what a trainer leaves."""
+    return (
+        may_be_weights(name)
+        and os.path.isfile(folder / name)
+        and is_weights(File.at(folder / name), name, ModelShapes.of(()))
+    )
+
+
+def _tensors(path: Path, parts: dict[str, _Part]) -> dict[str, TensorRef]:
+    if list(parts) == [""]:
+        return parts[""].weights.tensors
     tensors: dict[str, TensorRef] = {}
-    weights: dict[str, File] = {}
-    if missing := set(weight_map.values()).difference(present):
-        raise InputError(f"{path / min(missing)}: missing, but named in {index}")
-    for shard in sorted(set(weight_map.values())):
-        held, weights[shard] = read_header(path / shard)
-        for name, tensor in held.items():
-            if weight_map.get(name) != shard:
-                raise InputError(
-                    f"{path / shard}: tensor {short_repr(name)} is not in {index}, expected {index} to name it there"
-                )
-            tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise InputError(f"{path / shard}: tensor {short_repr(name)} is missing, but {index} names it")
-    return tensors, weights, replace(file, header=hash_of(raw))
+    for part, held in parts.items():
+        named = {_join(part, name): tensor for name, tensor in held.weights.tensors.items()}
+        if twice := named.keys() & tensors.keys():
+            raise InputError(f"{path / part}: tensor {short_repr(min(twice))} is in another part, too")
+        tensors.update(named)
+    return tensors
 
 
-def _is_other_weights(name: str) -> bool:
-    return not _OTHER_WEIGHTS.isdisjoint(name.lower().split(".")[1:])
+def _adapters(folder: Path, names: Sequence[str]) -> list[str]:
+    """Say which adapters lie beside the weights of a fine-tuned model."""
+    adapters = [name for name in names if is_adapter(name)] if ADAPTER_CONFIG in names else []
+    return [f"{folder / name}: an adapter beside the weights, not merged" for name in adapters]
 
 
-def _find_extra_files(path: Path, weights: dict[str, File], extra_files: dict[str, File]) -> list[str]:
-    """Add the files that belong to the model but are no weights to extra_files; return the names of the rest."""
-    skipped_files: list[str] = []
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        if folder.count("/") > _MAX_DEPTH:
-            raise InputError(f"{path / folder}: expected at most {_MAX_DEPTH} directories in each other")
-        try:
-            with os.scandir(path / folder) as found:
-                entries = sorted(found, key=lambda e: e.name)
-            for entry in entries:
-                name = folder + entry.name
-                if name in weights or name in extra_files:
-                    continue
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    pending.append(name + "/")
-                # os.path.isfile is False for a link that leads to itself; the entry's method would raise.
-                elif entry.name.startswith(".") or _is_other_weights(entry.name) or not os.path.isfile(entry):
-                    skipped_files.append(name)
-                elif name != MANIFEST:
-                    extra_files[name] = File.at(path / name)
-        except OSError as error:
-            raise InputError(f"{path / folder}: {error.strerror}") from None
-    return skipped_files
+def _only_adapter(folder: Path) -> InputError:
+    return InputError(
+        f"{folder}: holds LoRA factors, expected whole weights: merge each adapter into its model first"
+    )
+
+
+def _no_weights(path: Path, names: Sequence[str]) -> InputError:
+    """The error of a directory in which no part has weights."""
+    if ADAPTER_CONFIG in names or any(map(is_adapter, names)):
+        return _only_adapter(path)
+    if not names:
+        return InputError(f"{path}: empty directory, expected {SINGLE} or {INDEX}")
+    if snapshot := _snapshot(path, names):
+        return InputError(f"{path}: a cache of the hub, expected a model in it, such as {snapshot}")
+    other = next((name for name in names if not name.startswith(".") and may_be_weights(name)), None)
+    only = f"only {other} and the like" if other else "no weights"
+    return InputError(f"{path}: {only}, expected {SINGLE} or {INDEX}")
+
+
+def _snapshot(path: Path, names: Sequence[str]) -> Path | None:
+    """The folder of a model in the hub's cache: in that of one model, or in the cache's root."""
+    try:
+        if "snapshots" in names:
+            found = sorted(os.listdir(path / "snapshots"))
+            main = path / "refs" / "main"
+            current = main.read_text().strip() if main.is_file() else ""
+            return path / "snapshots" / (current if current in found else found[0]) if found else None
+        for name in names:
+            if name.startswith("models--") and (snapshot := _snapshot(path / name, os.listdir(path / name))):
+                return snapshot
+        return _snapshot(path / "hub", os.listdir(path / "hub")) if "hub" in names else None
+    except (OSError, ValueError):
+        return None

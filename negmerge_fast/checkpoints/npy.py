@@ -7,6 +7,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ..core.errors import InputError, first_line, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
 from .base import ByteRange, Checkpoint, TensorRef
+from .lfs import refuse_pointer
 from .reader import File
 from .strict_json import is_shape
 
@@ -28,19 +30,13 @@ _MAX_HEADER_BYTES = 65_536 + 12
 def open_file(path: Path) -> Checkpoint:
     """Open a .npy file of fp64, fp32 or fp16 in row-major order."""
     file = File.at(path)
-    head = io.BytesIO(file.read(0, min(file.size, _MAX_HEADER_BYTES)))
+    raw = file.read(0, min(file.size, _MAX_HEADER_BYTES))
+    refuse_pointer(path, raw)
+    head = io.BytesIO(raw)
     try:
-        version = np.lib.format.read_magic(head)
-        if version not in ((1, 0), (2, 0)):
-            raise InputError(f"{path}: .npy version {version[0]}.{version[1]}, expected 1.0 or 2.0")
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a header that Python 2 wrote
-            shape, fortran, dtype = read(head)
-    except InputError:
-        raise
+        shape, fortran, dtype = read_array_header(head)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # NumPy's parser of headers raises errors of many types
         raise InputError(f"{path}: not a .npy file ({first_line(error)[:120]})") from None
     if dtype.str not in NUMPY_DTYPES:
@@ -59,3 +55,19 @@ def open_file(path: Path) -> Checkpoint:
         TensorSpec(NUMPY_DTYPES[dtype.str], tuple(shape)), ByteRange(file, head.tell(), nbytes)
     )
     return Checkpoint(path, "npy", {NAME: tensor}, {path.name: file}, {})
+
+
+def read_array_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of an array: its shape, whether it is in column-major order, and its dtype.
+
+    Raises:
+        InputError: If its version is unknown.
+        Exception: If it is malformed.
+    """
+    version = np.lib.format.read_magic(head)
+    if version not in ((1, 0), (2, 0)):
+        raise InputError(f".npy version {version[0]}.{version[1]}, expected 1.0 or 2.0")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a header that Python 2 wrote
+        return read(head)

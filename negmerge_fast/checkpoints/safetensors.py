@@ -16,11 +16,17 @@ from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.schema import TensorSpec
 from .base import ByteRange, Checkpoint, TensorRef
+from .lfs import refuse_pointer
 from .reader import File
 from .strict_json import are_sizes, is_shape, parse_json
 
 # The library's own bound.
 _MAX_HEADER_BYTES = 100_000_000
+
+_KEYS = {"dtype", "shape", "data_offsets"}
+
+# Levels of lists and objects in the value of an unknown key. The library takes 128, the header's own included.
+_MAX_DEPTH = 100
 
 
 def open_file(path: Path) -> Checkpoint:
@@ -35,6 +41,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     if file.size < 8:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
     head = file.read(0, 8)
+    if head == b"version ":
+        refuse_pointer(path, file.read(0, min(file.size, 99)))
     length = int.from_bytes(head, "little")
     if length > _MAX_HEADER_BYTES:
         raise InputError(
@@ -71,8 +79,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
 
 
 def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpec, TensorSpec]) -> TensorRef:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise _malformed(file, name, "expected dtype, shape and data_offsets in the header")
+    if len(entry) > len(_KEYS) and not all(_is_ignored(entry[key]) for key in entry.keys() - _KEYS):
+        raise _malformed(file, name, "expected only dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _malformed(file, name, f"unknown dtype {short_repr(dtype)}")
@@ -88,6 +98,14 @@ def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpe
     spec = TensorSpec(sys.intern(dtype), tuple(shape))
     source = ByteRange(file, start + offsets[0], offsets[1] - offsets[0])
     return TensorRef(specs.setdefault(spec, spec), source)
+
+
+def _is_ignored(value: Any, depth: int = 0) -> bool:
+    """Whether the library ignores the value of an unknown key: it counts levels, and refuses infinite numbers."""
+    if isinstance(value, (list, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return depth < _MAX_DEPTH and all(_is_ignored(item, depth + 1) for item in items)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _malformed(file: File, name: str, problem: str) -> InputError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, first_line, short_repr
+from .lfs import refuse_pointer
 
 # Lists and objects take up to forty times the memory of their text. In real headers and indexes at most one byte in sixteen is
 # a bracket.
@@ -21,7 +22,19 @@ _ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_MAX_INTEGER_DIGITS + 1))
 
 
 def parse_json(raw: bytearray, path: Path, what: str, surrogates: bool = False) -> dict[str, Any]:
-    """Parse a JSON object without repeated keys, lone surrogates, NaN and very long numbers; -0 becomes a float.
+    """Parse a JSON object strictly, as parse_value does.
+
+    Raises:
+        InputError: If it is none.
+    """
+    value = parse_value(raw, path, what, surrogates)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def parse_value(raw: bytearray, path: Path, what: str, surrogates: bool = False) -> Any:
+    """Parse JSON without repeated keys, lone surrogates, NaN and very long numbers; -0 becomes a float.
 
     Args:
         raw: UTF-8 text.
@@ -30,8 +43,9 @@ def parse_json(raw: bytearray, path: Path, what: str, surrogates: bool = False) 
         surrogates: Whether lone surrogates are allowed: they stand for names of files that are not UTF-8.
 
     Raises:
-        InputError: If it is none.
+        InputError: If it is none, or a Git LFS pointer.
     """
+    refuse_pointer(path, raw)
     if len(raw) > _MIN_CHECKED_BYTES and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
         raise InputError(f"{path}: {what} is mostly brackets, expected names of tensors")
 
@@ -57,8 +71,6 @@ def parse_json(raw: bytearray, path: Path, what: str, surrogates: bool = False) 
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path}: {what} is not JSON ({reason[:120]})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
     return value
 
 

@@ -263,7 +263,7 @@ def inspect(paths: tuple[str, ...]) -> None:
     from ..streaming.pairing import refuse_unmergeable
     from ..streaming.plan import make_plan
 
-    checkpoints = [open_checkpoint(path) for path in paths]
+    checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(paths)]
     for checkpoint in checkpoints:
         print_lines(contents(checkpoint))
     for checkpoint in checkpoints:

@@ -115,7 +115,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     Raises:
         InputError: If an input or option is bad.
     """
-    opened, models = _open(base, finetuned)
+    opened, models = _open(base, finetuned, options)
     plan = make_plan(
         opened,
         models,
@@ -148,12 +148,15 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     )
 
 
-def _open(base: PathLike, finetuned: Sequence[PathLike]) -> tuple[Checkpoint, list[Checkpoint]]:
+def _open(
+    base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions
+) -> tuple[Checkpoint, list[Checkpoint]]:
     if isinstance(finetuned, (str, os.PathLike)):
         raise TypeError("finetuned: one path, expected a list of paths")
     if not finetuned:
         raise InputError("finetuned: no models, expected at least one")
-    opened, models = open_checkpoint(base), [open_checkpoint(path) for path in finetuned]
+    opened = open_checkpoint(base, keep=options.keep, drop=options.drop)
+    models = [open_checkpoint(path, keep=options.keep, extra_files=False) for path in finetuned]
     own = {file.identity for file in opened.weights.values()}
     seen: dict[frozenset[tuple[int, ...]], Path] = {}
     for model in models:

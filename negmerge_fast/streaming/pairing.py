@@ -60,20 +60,21 @@ def pair(
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    is_chosen = _choice(include, exclude)
+    is_chosen = _choice(include, exclude, base.unindexed)
     renames, notes = pairing.compile_renames(rename), _Notes()
     chosen = _chosen(base.tensors, is_chosen)
     if is_chosen and not chosen:
         raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
+    all_of_base = _all(base)
     with Reader(_MAX_OPEN_FILES) as reader:
         held = []
         for model in models:
-            tensors: Tensors = model.tensors
-            if renames or tensors.keys() != base.tensors.keys():
+            tensors = _all(model, all_of_base)
+            if renames or tensors.keys() != all_of_base.keys():
                 paired = pairing.pair_names(
-                    _specs(base.tensors),
+                    _specs(all_of_base),
                     _specs(tensors),
-                    _twins(base.tensors, reader),
+                    _twins(all_of_base, reader),
                     _twins(tensors, reader),
                     is_chosen or (lambda name: True),
                     renames,
@@ -93,8 +94,18 @@ def pair(
     return Paired(merged, held, list(notes))
 
 
-def _choice(include: str | None, exclude: str | None) -> Callable[[str], bool] | None:
-    """Whether a tensor is merged, by its name in the base; None if all are."""
+def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors:
+    """The tensors that are loaded, also those that an index omits; of these, if like is given, only those named in it."""
+    if not checkpoint.unindexed:
+        return checkpoint.tensors
+    omitted = {n: t for n, t in checkpoint.unindexed.items() if like is None or n in like}
+    return {**omitted, **checkpoint.tensors}
+
+
+def _choice(
+    include: str | None, exclude: str | None, unindexed: Collection[str]
+) -> Callable[[str], bool] | None:
+    """Whether a tensor is merged, by its name in the base; None if all are. What the base's index omits is not."""
 
     def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
         try:
@@ -102,10 +113,12 @@ def _choice(include: str | None, exclude: str | None) -> Callable[[str], bool] |
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
 
-    if include is None and exclude is None:
+    if include is None and exclude is None and not unindexed:
         return None
     wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
-    return lambda name: bool(wanted.search(name) and not unwanted.search(name))
+    return lambda name: bool(
+        wanted.search(name) and not unwanted.search(name) and name not in unindexed
+    )
 
 
 def _chosen(tensors: Tensors, is_chosen: Callable[[str], bool] | None) -> Tensors:

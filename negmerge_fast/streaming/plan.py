@@ -131,7 +131,9 @@ def make_plan(
         if file.size
     ]
     files = {**base.weights, **base.extra_files}
-    return Plan(base, list(models), files, extents, len(base.tensors) - len(tensors), tuple(notes))
+    notes = [note for checkpoint in (base, *models) for note in checkpoint.notes] + notes
+    unchanged = len(base.tensors) + len(base.unindexed) - len(tensors)
+    return Plan(base, list(models), files, extents, unchanged, tuple(notes))
 
 
 def _extents(

@@ -167,8 +167,9 @@ def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
     """Plan the merge that made an output again; refuse checkpoints that are not its inputs."""
     if len(against) < 2:
         raise InputError("against: expected the base and at least one fine-tuned model")
-    base, *models = [open_checkpoint(path) for path in against]
     recipe = out.manifest.recipe
+    base = open_checkpoint(against[0], keep=recipe.keep, drop=recipe.drop)
+    models = [open_checkpoint(path, keep=recipe.keep, extra_files=False) for path in against[1:]]
     if differs := manifest.differences([recipe.base, *recipe.models], [base, *models]):
         raise InputError(differs)
     plan = make_plan(

@@ -62,8 +62,8 @@ NOT_DTYPES = [
 ]  # fmt: skip
 NOT_ENTRIES = {
     "number": "3", "null": "null", "list": "[]", "text": '"x"', "true": "true", "none": "{}", "no dtype": '{"shape":[2],"data_offsets":[0,8]}',
-    "no shape": '{"dtype":"F32","data_offsets":[0,8]}', "no offsets": '{"dtype":"F32","shape":[2]}', "one more": A[:-1] + ',"more":1}',
-    "one renamed": A.replace("shape", "Shape"), "an empty key": A[:-1] + ',"":0}',
+    "no shape": '{"dtype":"F32","data_offsets":[0,8]}', "no offsets": '{"dtype":"F32","shape":[2]}',
+    "one renamed": A.replace("shape", "Shape"), "a key of no sense, infinite": A[:-1] + ',"more":1e999}', "the same, inside": A[:-1] + ',"more":{"x":[-1e999]}}',
 }  # fmt: skip
 NOT_JSON = {
     "unfinished": '{"a":', "nothing after it": "{", "two": "{}{}", "a comma": '{"a":' + A + ",}", "a NUL after it": "{}\0",
@@ -87,9 +87,10 @@ NOT_METADATA = [
 ]
 NO_HEADER = {
     "zip": b"PK\x03\x04\x14\0\0\0" + bytes(60), "pickle": pickle.dumps({"a": [1] * 99}), "GGUF": b"GGUF\x03\0\0\0" + bytes(60), "HDF5": b"\x89HDF\r\n\x1a\n" * 8,
-    "npy": b"\x93NUMPY\x01\0v\0{" + bytes(60), "a page": b"<!DOCTYPE html><html>Not found</html>", "large file storage": b"version https://git-lfs.github.com/spec/v1\n",
+    "npy": b"\x93NUMPY\x01\0v\0{" + bytes(60), "a page": b"<!DOCTYPE html><html>Not found</html>",
     "text": b"garbage!" * 9, "zeros": bytes(1000), "ones": b"\xff" * 1000, "the header's length only": bytes(8),
 }  # fmt: skip
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 12\n" % (b"0" * 64)
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -121,7 +122,7 @@ def headers() -> Iterator[tuple[str, bytes, str]]:
         yield (
             f"entry: {name}",
             raw(b'{"a":%b}' % text.encode(), bytes(8)),
-            "tensor 'a': expected dtype, shape and data_offsets",
+            "dtype, shape and data_offsets in the header",
         )
     for name, text in NOT_JSON.items():
         yield f"JSON: {name}", raw(text.encode(), bytes(8)), "header is not JSON"
@@ -133,6 +134,7 @@ def headers() -> Iterator[tuple[str, bytes, str]]:
         )
     for name, content in NO_HEADER.items():
         yield name, content, "not a safetensors file"
+    yield "large file storage", POINTER, "a Git LFS pointer"
     for dtype, bits in BITS.items():
         bad = raw({"a": entry(0, 3 * bits // 8 - 1, dtype, (3,))}, bytes(3 * bits // 8 - 1))
         yield f"{dtype}, a byte less", bad, f"expected {3 * bits // 8} for {dtype} of shape (3,)"
@@ -164,6 +166,7 @@ def headers() -> Iterator[tuple[str, bytes, str]]:
     twice = {
         "a name": f'{{"a":{A},"a":{A}}}', "a name, escaped": f'{{"a":{A},"\\u0061":{A}}}', "metadata": f'{{"__metadata__":{{}},"a":{A},"__metadata__":{{}}}}',
         "a key of metadata": f'{{"__metadata__":{{"b":"","b":""}},"a":{A}}}', "a key of an entry": f'{{"a":{A[:-1]},"shape":[2]}}}}',
+        "a key of no sense": f'{{"a":{A[:-1]},"more":1,"more":1}}}}',
     }  # fmt: skip
     for name, text in twice.items():
         yield f"twice: {name}", raw(text.encode(), bytes(8)), " twice"
@@ -291,6 +294,7 @@ def vectors() -> Iterator[tuple[str, bytes, str]]:
     yield "a header of 64 KiB", npy(array(), length=65_535), "not a .npy file"
     yield "no Latin", npy(array().replace("descr", "d\xe9scr")), "not a .npy file"
     yield "a pickle", pickle.dumps({"a": 1}), "not a .npy file"
+    yield "large file storage", POINTER, "a Git LFS pointer"
     yield "a zip", b"PK\x03\x04" + bytes(60), "not a .npy file"
     yield "zeros", bytes(1000), "not a .npy file"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint_files import entry, raw
-from malformed import CONTROLS, deep
+from malformed import CONTROLS, POINTER, deep
 
 INDEX, SHARD, OTHER = (
     "model.safetensors.index.json",
@@ -110,7 +110,7 @@ STRANGE: dict[str, tuple[Spoil, str]] = {
     "zeros": (content(bytes(5000)), ""),
     "a terabyte of nothing": (sparse(2**40), ""),
 }
-OUTSIDE = ["", ".", "..", "../x", "../base/config.json", "/etc/passwd", "a/b", f"./{SHARD}", f"{SHARD}/", "..\\x", "a\0b", "negmerge.json", "n" * 256, "é" * 1_000_000]  # fmt: skip
+OUTSIDE = ["", ".", "..", "../x", "../base/config.json", "/etc/passwd", f"./{SHARD}", f"{SHARD}/", "..\\x", "a\0b", "negmerge.json", "n" * 256, "é" * 1_000_000]  # fmt: skip
 NO_INDEX = {
     "nothing": "{}", "null": '{"weight_map":null}', "a list": f'{{"weight_map":[["a","{SHARD}"]]}}', "text": f'{{"weight_map":"{SHARD}"}}',
     "a number": '{"weight_map":3}', "true": '{"weight_map":true}', "an empty one": '{"weight_map":{}}', "another key": '{"Weight_map":{"a":"b"}}',
@@ -150,8 +150,117 @@ def rename_to(suffix: str) -> Spoil:
     ]
 
 
-def nest(model: Path) -> None:
-    (model / "/".join("d" * 70)).mkdir(parents=True)
+def linked_shards(model: Path) -> None:
+    (model / "weights").symlink_to(".")
+    put(INDEX, mapped(a=f"weights/{SHARD}"))(model)
+
+
+def two_copies(model: Path) -> None:
+    """The index names the first copy, and the last is loaded."""
+    (model / OTHER).write_bytes(shard(a=entry(), b=entry(8, 20, shape=(3,))))
+
+
+def three_models(model: Path) -> None:
+    (model / INDEX).unlink()
+    for name in "ab":
+        os.link(model / SHARD, model / f"{name}.safetensors")
+
+
+def two_variants(model: Path) -> None:
+    for name in (INDEX, OTHER):
+        (model / name).unlink()
+    (model / SHARD).rename(model / "model.fp16.safetensors")
+    os.link(model / "model.fp16.safetensors", model / "model.bf16.safetensors")
+
+
+def only_adapter(model: Path) -> None:
+    for name in (INDEX, OTHER):
+        (model / name).unlink()
+    (model / SHARD).rename(model / "adapter_model.safetensors")
+    (model / "adapter_config.json").touch()
+
+
+def hub_cache(prefix: str) -> Spoil:
+    """The hub's cache, in place of the folder of one snapshot."""
+
+    def spoil(model: Path) -> None:
+        kept = model.rename(model.with_name("kept"))
+        snapshot = model / f"{prefix}snapshots" / "0123"
+        snapshot.parent.mkdir(parents=True)
+        kept.rename(snapshot)
+        for name in ("refs", "blobs"):
+            (model / prefix / name).mkdir()
+        (model / prefix / "refs" / "main").write_text("0123")
+
+    return spoil
+
+
+def module(path: Any, **others: Any) -> str:
+    return json.dumps([{"idx": 0, "name": "0", "path": path, "type": "x.Dense", **others}])
+
+
+def part(folder: str = "2_Dense", name: str = "model.safetensors", data: bytes = b"") -> Spoil:
+    """A model with a module in a folder, which holds one file."""
+
+    def spoil(model: Path) -> None:
+        (model / "modules.json").write_text(module(folder))
+        (model / folder).mkdir(parents=True)
+        (model / folder / name).write_bytes(data)
+
+    return spoil
+
+
+def linked_part(to: str) -> Spoil:
+    def spoil(model: Path) -> None:
+        (model / "modules.json").write_text(module("2_Dense"))
+        (model / "2_Dense").symlink_to(to)
+
+    return spoil
+
+
+def parts() -> Iterator[tuple[str, Case]]:
+    for outside in ("..", "../ft-0", "/etc", "a/../../ft-0", "a\\b", "a\0b", "n" * 256):
+        named = lambda m, path=outside: (m / "modules.json").write_text(module(path))  # noqa: E731
+        yield f"a part {outside[:9]!r}", Case(named, "expected a folder of this directory", "modules.json")
+        if outside != "a\\b":
+            continue
+        pipeline = lambda m, path=outside: (m / "model_index.json").write_text(
+            f'{{{json.dumps(path)}:["a","B"]}}'
+        )  # noqa: E731
+        yield f"a component {outside!r}", Case(pipeline, "expected a folder of this", "model_index.json")
+    for text in ('["x"]', "[{}]", '[{"path":3}]', '[{"path":null}]', "[[]]", "[3]"):
+        broken = lambda m, text=text: (m / "modules.json").write_text(text)  # noqa: E731
+        yield f"modules {text}", Case(broken, "expected an object with a path", "modules.json")
+    for index in ("modules.json", "model_index.json", "router_config.json"):
+        for name, data in {"no JSON": b"{", "deep": b"[" * 100_000, "zeros": bytes(99)}.items():
+            broken_index = lambda m, index=index, data=data: (m / index).write_bytes(data)  # noqa: E731
+            yield f"{index} is {name}", Case(broken_index, "index is not JSON", index)
+        pointer = lambda m, index=index: (m / index).write_bytes(POINTER)  # noqa: E731
+        yield f"{index} is a pointer", Case(pointer, "a Git LFS pointer", index)
+        long = lambda m, index=index: sparse(10_000_001)(m / index)  # noqa: E731
+        yield f"{index} is long", Case(long, "expected an index of at most", index)
+    for to in (".", "..", "../ft-0", "/"):
+        yield f"a part that is a link to {to}", Case(linked_part(to), "a symbolic link, but ", "2_Dense")
+    yield "a part of other weights", Case(part(name="pytorch_model.bin"), "--keep '2_Dense/pytorch_model.bin'", "2_Dense/pytorch_model.bin")  # fmt: skip
+    yield (
+        "a part of an adapter",
+        Case(part(name="adapter_model.safetensors"), "holds LoRA factors", "2_Dense"),
+    )
+    yield (
+        "a part cut off",
+        Case(part(data=b"12"), "expected a safetensors header", "2_Dense/model.safetensors"),
+    )
+    yield (
+        "a part that is a pointer",
+        Case(part(data=POINTER), "a Git LFS pointer", "2_Dense/model.safetensors"),
+    )
+    yield "a part of two models", Case(two_in_a_part, "2 models (a.safetensors, b.safetensors)", "2_Dense")
+    yield "a pipeline of nothing", Case(lambda m: (m / "model_index.json").write_text("{}"), "and the like")
+
+
+def two_in_a_part(model: Path) -> None:
+    part(name="a.safetensors")(model)
+    (model / "2_Dense" / "b.safetensors").touch()
 
 
 def both_hold_all(model: Path) -> None:
@@ -203,41 +312,62 @@ def directories() -> Iterator[tuple[str, Case]]:
     )
     yield (
         "a shard that is the index",
-        Case(put(INDEX, mapped(a=INDEX)), f"tensor 'a' is not in {INDEX}", SHARD),
+        Case(put(INDEX, mapped(a=INDEX)), "not a safetensors file", INDEX),
     )
     yield (
         "a shard that is no weights",
         Case(put(INDEX, mapped(a="config.json")), "2 bytes, expected a safetensors header", "config.json"),
     )
-    yield "in the other shard", Case(put(INDEX, mapped(a=OTHER)), f"tensor 'a' is not in {INDEX}", SHARD)
+    yield (
+        "in the other shard",
+        Case(put(INDEX, mapped(a=OTHER)), f"tensor 'a' is missing, but {INDEX} names it", OTHER),
+    )
+    yield (
+        "a folder that is not there",
+        Case(put(INDEX, mapped(a="a/b")), f"a/b: missing, but named in {INDEX}"),
+    )
+    yield "a folder that is a link", Case(linked_shards, "a symbolic link, but ", "weights")
+    yield (
+        "two copies",
+        Case(two_copies, f"'a' is in {SHARD}, but transformers loads the copy in {OTHER}", INDEX),
+    )
     yield (
         "named, but not there",
         Case(put(INDEX, mapped(zz=SHARD)), f"tensor 'zz' is missing, but {INDEX} names it", SHARD),
     )
     yield (
-        "there, but not named",
-        Case(
-            put(INDEX, content(json.dumps({"weight_map": {"a": SHARD, "b": OTHER}}))),
-            "tensor 'c' is not in",
-            SHARD,
-        ),
-    )
-    yield (
         "a long name, not there",
         Case(put(INDEX, mapped(**{"n" * 1_000_000: SHARD})), " is missing, but ", SHARD),
     )
-    yield "one file under both names", Case(both_hold_all, f"tensor 'a' is not in {INDEX}", OTHER)
-    yield "no index", Case(lambda m: (m / INDEX).unlink(), "2 files end in .safetensors")
+    yield "one file under both names", Case(both_hold_all, "tensor 'b' is missing", OTHER)
+    yield (
+        "no index, and a shard is missing",
+        Case(lambda m: [(m / name).unlink() for name in (INDEX, OTHER)], "1 of 2 shards"),
+    )
+    yield (
+        "no index, and a tensor in both shards",
+        Case(lambda m: [both_hold_all(m), (m / INDEX).unlink()], "is in another shard, too", OTHER),
+    )
+    yield "three models", Case(three_models, "3 models (a.safetensors, b.safetensors, ")
+    yield "two variants", Case(two_variants, "2 models (model.bf16.safetensors, model.fp16.safetensors)")
     yield (
         "two indexes",
         Case(
             lambda m: (
                 [os.link(m / INDEX, m / f"{x}.safetensors.index.json") for x in "xy"] + [(m / INDEX).unlink()]
             ),
-            "2 files end in",
+            "2 models (x.safetensors.index.json, y.safetensors.index.json)",
         ),
     )
-    yield "an adapter", Case(lambda m: (m / "adapter_config.json").touch(), "holds LoRA factors")
+    yield "an adapter", Case(only_adapter, "holds LoRA factors, expected whole weights")
+    yield "a Git LFS pointer", Case(put(INDEX, content(POINTER)), "a Git LFS pointer", INDEX)
+    yield (
+        "a Git LFS pointer: config",
+        Case(put("config.json", content(POINTER)), "a Git LFS pointer", "config.json"),
+    )
+    yield "the cache of one model", Case(hub_cache(""), "such as ")
+    yield "the cache", Case(hub_cache("models--a--b/"), "models--a--b/snapshots/0123")
+    yield from parts()
     yield (
         "empty",
         Case(
@@ -251,7 +381,6 @@ def directories() -> Iterator[tuple[str, Case]]:
             "no weights, expected model.safetensors",
         ),
     )
-    yield "folders without end", Case(nest, "expected at most 64 directories in each other")
 
 
 DIRECTORIES = dict(directories())
@@ -330,5 +459,4 @@ UNREADABLE = {
     "a directory, but for its names": (Path(), 0o744),
     "a shard": (Path(SHARD), 0o000),
     "the index": (Path(INDEX), 0o000),
-    "a folder in it": (Path("folder"), 0o000),
 }

@@ -1,0 +1,129 @@
+"""The files beside a model's weights: which are copied, and which are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..core.errors import InputError
+from .base import MANIFEST
+from .contents import is_weights_format
+from .lfs import refuse_pointer
+from .reader import File
+from .weights import is_adapter
+
+# Levels of folders below that of a model.
+_MAX_DEPTH = 64
+
+_MAX_POINTER_BYTES = 1024
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class Globs:
+    """Patterns for names of files, and which of them have matched any.
+
+    Args:
+        option: What they are called in errors.
+        patterns: As of the shell; * stands for slashes, too.
+    """
+
+    def __init__(self, option: str, patterns: Sequence[str]) -> None:
+        self._option, self._unmatched, self._patterns = option, list(patterns), tuple(patterns)
+
+    def match(self, name: str) -> bool:
+        matched = [pattern for pattern in self._patterns if fnmatchcase(name, pattern)]
+        self._unmatched = [pattern for pattern in self._unmatched if pattern not in matched]
+        return bool(matched)
+
+    def refuse_unmatched(self, path: Path) -> None:
+        for pattern in self._unmatched:
+            raise InputError(f"{path}: {self._option} {pattern!r} matches no file beside the weights")
+
+
+class SideFiles:
+    """The files of a directory, but for those that were opened already.
+
+    Attributes:
+        copied: Files that belong to the model, by names relative to the directory.
+        skipped: Names of the others.
+        notes: Folders that could not be looked into, a line each.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.copied: dict[str, File] = {}
+        self.skipped: list[str] = []
+        self.notes: list[str] = []
+
+    def find(
+        self, opened: Collection[str], keep: Globs, drop: Globs, is_weights: Callable[[File, str], bool]
+    ) -> None:
+        """Walk the directory.
+
+        Args:
+            opened: Names of the files that were opened: weights and indexes.
+            keep: Files to copy, whatever they are.
+            drop: Files not to copy.
+            is_weights: Tells of a file and the last part of its name whether it holds weights.
+        """
+        pending = [""]
+        while pending:
+            folder = pending.pop()
+            for entry in self._entries(folder):
+                name = folder + entry.name
+                hidden = entry.name.startswith(".")
+                if name in opened or name == MANIFEST:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if hidden or is_weights_format(entry.name):
+                        self.skipped.append(name)
+                    else:
+                        pending.append(name + "/")
+                elif drop.match(name) or not os.path.isfile(self.path / name):
+                    self.skipped.append(name)
+                elif keep.match(name):
+                    self.copied[name] = file = File.at(self.path / name)
+                    refuse_pointer(file.path, file.read(0, min(file.size, _MAX_POINTER_BYTES)))
+                elif hidden or is_weights(file := File.at(self.path / name), entry.name):
+                    self.skipped.append(name)
+                else:
+                    self.copied[name] = file
+        self._drop_openvino()
+        keep.refuse_unmatched(self.path)
+        drop.refuse_unmatched(self.path)
+        self._refuse_half_adapters()
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """List a folder. One that may not be listed, or is nested too deep, is skipped: nothing refers to it."""
+        try:
+            if folder.count("/") > _MAX_DEPTH:
+                raise OSError(None, f"more than {_MAX_DEPTH} folders in each other")
+            with os.scandir(self.path / folder) as found:
+                return sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if not folder:
+                raise InputError(f"{self.path}: {error.strerror}") from None
+            self.skipped.append(folder[:-1])
+            self.notes.append(f"{self.path / folder}: skipped ({error.strerror})")
+            return []
+
+    def _drop_openvino(self) -> None:
+        """Skip the graph of an OpenVINO model whose weights are skipped."""
+        for name in [name for name in self.copied if name.endswith(".xml")]:
+            if name.removesuffix("xml") + "bin" in self.skipped:
+                del self.copied[name]
+                self.skipped.append(name)
+
+    def _refuse_half_adapters(self) -> None:
+        """Refuse to copy the configuration of an adapter without the adapter: whether it is needed, only a user can say."""
+        for name in self.skipped:
+            folder, _, last = name.rpartition("/")
+            prefix = folder + "/" if folder else ""
+            if is_adapter(last) and prefix + ADAPTER_CONFIG in self.copied:
+                raise InputError(
+                    f"{self.path / name}: an adapter beside the weights, which is not merged: expected "
+                    f"--keep '{prefix}adapter*' to copy it as it is, or --drop '{prefix}adapter*' to go without it"
+                )
