@@ -59,6 +59,7 @@ class Checkpoint:
         configs: The config.json of each part; empty where there is none.
         quantization_files: Names of files beside the weights that only quantized models have.
         notes: What a user should know of how it was opened, a line each.
+        undecided: What has to be chosen before it can be the base of a merge, a line each.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Checkpoint:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization_files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
 
     @property
     def is_directory(self) -> bool:

@@ -55,7 +55,7 @@ _MAX_UNPACKED_BYTES = 16 << 20
 _MAX_COMPRESSED_HEAD = 1 << 20  # a block of bzip2 is at most 900 kB
 
 # Arrays of fewer elements are weights only if a tensor of the model has their shape: filters, means and tables are small.
-_MIN_ELEMENTS, _MIN_SHARE = 1 << 20, 100
+_MIN_ELEMENTS, _MIN_FRACTION = 1 << 20, 0.01
 
 # Pickles that name anything of these hold arrays; but for types and single numbers.
 _ARRAY_PACKAGES = frozenset({
@@ -80,7 +80,7 @@ class ModelShapes:
             numel += tensor.numel
         return cls(frozenset(shape for shape in shapes if len(shape) > 1), numel)
 
-    def hold(self, arrays: Iterable[tuple[int, ...]]) -> bool:
+    def match(self, arrays: Iterable[tuple[int, ...]]) -> bool:
         """Whether arrays of these shapes may be the model's weights."""
         count = 0
         for shape in arrays:
@@ -88,7 +88,7 @@ class ModelShapes:
             count += prod(shape)
             if squeezed in self.shapes or squeezed == (self.numel,):
                 return True
-        return count >= _MIN_ELEMENTS and count * _MIN_SHARE >= self.numel
+        return count >= _MIN_ELEMENTS and count >= _MIN_FRACTION * self.numel
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -119,7 +119,12 @@ def is_weights(file: File, name: str, model: ModelShapes) -> bool:
     suffix, kind = name.lower().rpartition(".")[2] if "." in name else "", _format_of(name)
     if kind in _WEIGHTS or suffix in _CLOSED_ARCHIVES or _is_index(name):
         return True
-    head = bytes(file.read(0, min(file.size, _HEAD_BYTES)))
+    try:
+        head = bytes(file.read(0, min(file.size, _HEAD_BYTES)))
+    except InputError:
+        if kind in _MAYBE_WEIGHTS:
+            return True  # it may not be read, and need not be
+        raise
     if kind in _MAYBE_WEIGHTS and suffix not in _ARCHIVES:
         return not head or is_pointer(head) or not _is_something_else(head)
     refuse_pointer(file.path, head)
@@ -136,14 +141,14 @@ def _look_into(file: File, kind: str, head: bytes, model: ModelShapes) -> bool:
     if kind in _COMPRESSED:
         return _compressed_holds_weights(file)
     if kind == "zip":
-        return _any_weights(zipfile.ZipFile(_Window(file)).namelist())
+        return _any_weights(zipfile.ZipFile(_BoundedFile(file)).namelist())
     if kind == "tar":
-        with tarfile.open(fileobj=_Window(file), mode="r:") as archive:
+        with tarfile.open(fileobj=_BoundedFile(file), mode="r:") as archive:
             return _any_weights(archive.getnames())
     if kind == "npz":
         return _npz_holds_weights(file, model)
     if kind == "npy":
-        return model.hold([_array_shape(io.BytesIO(head))])
+        return model.match([_array_shape(io.BytesIO(head))])
     if kind in _PICKLES:
         return file.size > _MAX_PICKLE_BYTES or _pickle_holds_arrays(bytes(file.read(0, file.size)))
     return _begins_as_weights(head, file.size)
@@ -167,7 +172,7 @@ def _format_of(name: str) -> str:
 
 
 def _any_weights(names: Iterable[str]) -> bool:
-    """Whether members of an archive are weights, or archives and arrays that may hold some."""
+    """Whether entries of an archive are weights, or archives and arrays that may hold some."""
     return any(may_be_weights(name.rpartition("/")[2]) for name in names)
 
 
@@ -221,12 +226,12 @@ def _decompress(packed: bytes, size: int) -> bytes:
 
 
 def _npz_holds_weights(file: File, model: ModelShapes) -> bool:
-    with zipfile.ZipFile(_Window(file)) as archive:
+    with zipfile.ZipFile(_BoundedFile(file)) as archive:
         shapes = []
         for name in archive.namelist():
-            with archive.open(name) as member:
-                shapes.append(_array_shape(io.BytesIO(member.read(_HEAD_BYTES))))
-    return model.hold(shapes)
+            with archive.open(name) as array:
+                shapes.append(_array_shape(io.BytesIO(array.read(_HEAD_BYTES))))
+    return model.match(shapes)
 
 
 def _array_shape(head: io.BytesIO) -> tuple[int, ...]:
@@ -267,7 +272,7 @@ def _pickle_holds_arrays(raw: bytes) -> bool:
     return False
 
 
-class _Window(io.RawIOBase):
+class _BoundedFile(io.RawIOBase):
     """A file for libraries that read archives. It raises OSError when they read much."""
 
     def __init__(self, file: File) -> None:

@@ -28,8 +28,8 @@ def open_checkpoint(
 
     Args:
         path: The directory or file.
-        keep: Patterns for files of a directory to copy that would be left out, such as weights in another format.
-        drop: Patterns for files of a directory to leave out that would be copied.
+        keep: Patterns for files of a directory to copy that would be skipped, such as weights in another format.
+        drop: Patterns for files of a directory to skip that would be copied.
         extra_files: Whether to look for the files beside the weights. Of fine-tuned models none is needed.
 
     Raises:
@@ -46,11 +46,10 @@ def open_checkpoint(
         for option, patterns in (("--keep", keep), ("--drop", drop)):
             Globs(option, patterns).refuse_unmatched(path)
     if path.suffix == ".safetensors":
-        beside = path.parent
         return replace(
             safetensors.open_file(path),
-            configs={"": read_config(beside)},
-            quantization_files=tuple(quantization_files(beside)),
+            configs={"": read_config(path.parent)},
+            quantization_files=tuple(quantization_files(path.parent)),
         )
     if path.suffix == ".npy":
         return npy.open_file(path)

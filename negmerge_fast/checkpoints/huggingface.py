@@ -31,8 +31,8 @@ def open_directory(
 
     Args:
         path: The directory.
-        keep: Patterns for files to copy that would be left out.
-        drop: Patterns for files to leave out that would be copied.
+        keep: Patterns for files to copy that would be skipped.
+        drop: Patterns for files to skip that would be copied.
         extra_files: Whether to look for the files beside the weights.
     """
     kept, dropped = Globs("--keep", keep), Globs("--drop", drop)
@@ -61,6 +61,7 @@ def open_directory(
         configs={part: held.config for part, held in parts.items()},
         quantization_files=tuple(_join(part, n) for part in parts for n in quantization_files(path / part)),
         notes=(*notes, *side.notes),
+        undecided=tuple(side.undecided),
     )
 
 
@@ -93,7 +94,7 @@ def _list(folder: Path) -> list[str]:
 
 
 def _refuse_other_weights(path: Path, part: str, names: Sequence[str], named_by: Path, kept: Globs) -> None:
-    """Refuse a part whose weights cannot be merged and would be left out, unless they are copied as they are."""
+    """Refuse a part whose weights cannot be merged and would be skipped, unless they are copied as they are."""
     folder = path / part
     if any(map(is_adapter, names)):
         raise _only_adapter(folder)

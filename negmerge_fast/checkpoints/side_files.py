@@ -50,6 +50,7 @@ class SideFiles:
         copied: Files that belong to the model, by names relative to the directory.
         skipped: Names of the others.
         notes: Folders that could not be looked into, a line each.
+        undecided: What only a user can say whether it is needed, a line each.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +58,7 @@ class SideFiles:
         self.copied: dict[str, File] = {}
         self.skipped: list[str] = []
         self.notes: list[str] = []
+        self.undecided: list[str] = []
 
     def find(
         self, opened: Collection[str], keep: Globs, drop: Globs, is_weights: Callable[[File, str], bool]
@@ -94,7 +96,7 @@ class SideFiles:
         self._drop_openvino()
         keep.refuse_unmatched(self.path)
         drop.refuse_unmatched(self.path)
-        self._refuse_half_adapters()
+        self._find_half_adapters()
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """List a folder. One that may not be listed, or is nested too deep, is skipped: nothing refers to it."""
@@ -117,13 +119,13 @@ class SideFiles:
                 del self.copied[name]
                 self.skipped.append(name)
 
-    def _refuse_half_adapters(self) -> None:
-        """Refuse to copy the configuration of an adapter without the adapter: whether it is needed, only a user can say."""
+    def _find_half_adapters(self) -> None:
+        """Find adapters that would be skipped while their configuration is copied."""
         for name in self.skipped:
             folder, _, last = name.rpartition("/")
             prefix = folder + "/" if folder else ""
             if is_adapter(last) and prefix + ADAPTER_CONFIG in self.copied:
-                raise InputError(
+                self.undecided.append(
                     f"{self.path / name}: an adapter beside the weights, which is not merged: expected "
                     f"--keep '{prefix}adapter*' to copy it as it is, or --drop '{prefix}adapter*' to go without it"
                 )

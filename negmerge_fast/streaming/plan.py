@@ -114,6 +114,8 @@ def make_plan(
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
+    if base.undecided:
+        raise InputError(base.undecided[0])
     tensors, versions, notes = pair(
         base, models, task_vectors=task_vectors, include=include, exclude=exclude, rename=rename
     )

@@ -199,7 +199,7 @@ def module(path: Any, **others: Any) -> str:
     return json.dumps([{"idx": 0, "name": "0", "path": path, "type": "x.Dense", **others}])
 
 
-def part(folder: str = "2_Dense", name: str = "model.safetensors", data: bytes = b"") -> Spoil:
+def add_part(folder: str = "2_Dense", name: str = "model.safetensors", data: bytes = b"") -> Spoil:
     """A model with a module in a folder, which holds one file."""
 
     def spoil(model: Path) -> None:
@@ -218,48 +218,50 @@ def linked_part(to: str) -> Spoil:
     return spoil
 
 
+def add(name: str, data: str | bytes) -> Spoil:
+    return lambda model: content(data)(model / name)
+
+
 def parts() -> Iterator[tuple[str, Case]]:
     for outside in ("..", "../ft-0", "/etc", "a/../../ft-0", "a\\b", "a\0b", "n" * 256):
-        named = lambda m, path=outside: (m / "modules.json").write_text(module(path))  # noqa: E731
-        yield f"a part {outside[:9]!r}", Case(named, "expected a folder of this directory", "modules.json")
-        if outside != "a\\b":
-            continue
-        pipeline = lambda m, path=outside: (m / "model_index.json").write_text(
-            f'{{{json.dumps(path)}:["a","B"]}}'
-        )  # noqa: E731
-        yield f"a component {outside!r}", Case(pipeline, "expected a folder of this", "model_index.json")
+        message = "expected a folder of this directory"
+        yield f"a part {outside[:9]!r}", Case(add("modules.json", module(outside)), message, "modules.json")
+        pipeline = json.dumps({outside: ["a", "B"]})
+        yield (
+            f"a component {outside[:9]!r}",
+            Case(add("model_index.json", pipeline), message, "model_index.json"),
+        )
     for text in ('["x"]', "[{}]", '[{"path":3}]', '[{"path":null}]', "[[]]", "[3]"):
-        broken = lambda m, text=text: (m / "modules.json").write_text(text)  # noqa: E731
-        yield f"modules {text}", Case(broken, "expected an object with a path", "modules.json")
+        yield (
+            f"modules {text}",
+            Case(add("modules.json", text), "expected an object with a path", "modules.json"),
+        )
     for index in ("modules.json", "model_index.json", "router_config.json"):
         for name, data in {"no JSON": b"{", "deep": b"[" * 100_000, "zeros": bytes(99)}.items():
-            broken_index = lambda m, index=index, data=data: (m / index).write_bytes(data)  # noqa: E731
-            yield f"{index} is {name}", Case(broken_index, "index is not JSON", index)
-        pointer = lambda m, index=index: (m / index).write_bytes(POINTER)  # noqa: E731
-        yield f"{index} is a pointer", Case(pointer, "a Git LFS pointer", index)
-        long = lambda m, index=index: sparse(10_000_001)(m / index)  # noqa: E731
-        yield f"{index} is long", Case(long, "expected an index of at most", index)
+            yield f"{index} is {name}", Case(add(index, data), "index is not JSON", index)
+        yield f"{index} is a pointer", Case(add(index, POINTER), "a Git LFS pointer", index)
+        yield f"{index} is long", Case(add(index, bytes(10_000_001)), "expected an index of at most", index)
     for to in (".", "..", "../ft-0", "/"):
         yield f"a part that is a link to {to}", Case(linked_part(to), "a symbolic link, but ", "2_Dense")
-    yield "a part of other weights", Case(part(name="pytorch_model.bin"), "--keep '2_Dense/pytorch_model.bin'", "2_Dense/pytorch_model.bin")  # fmt: skip
+    yield "a part of other weights", Case(add_part(name="pytorch_model.bin"), "--keep '2_Dense/pytorch_model.bin'", "2_Dense/pytorch_model.bin")  # fmt: skip
     yield (
         "a part of an adapter",
-        Case(part(name="adapter_model.safetensors"), "holds LoRA factors", "2_Dense"),
+        Case(add_part(name="adapter_model.safetensors"), "holds LoRA factors", "2_Dense"),
     )
     yield (
         "a part cut off",
-        Case(part(data=b"12"), "expected a safetensors header", "2_Dense/model.safetensors"),
+        Case(add_part(data=b"12"), "expected a safetensors header", "2_Dense/model.safetensors"),
     )
     yield (
         "a part that is a pointer",
-        Case(part(data=POINTER), "a Git LFS pointer", "2_Dense/model.safetensors"),
+        Case(add_part(data=POINTER), "a Git LFS pointer", "2_Dense/model.safetensors"),
     )
     yield "a part of two models", Case(two_in_a_part, "2 models (a.safetensors, b.safetensors)", "2_Dense")
-    yield "a pipeline of nothing", Case(lambda m: (m / "model_index.json").write_text("{}"), "and the like")
+    yield "a pipeline of nothing", Case(add("model_index.json", "{}"), "and the like")
 
 
 def two_in_a_part(model: Path) -> None:
-    part(name="a.safetensors")(model)
+    add_part(name="a.safetensors")(model)
     (model / "2_Dense" / "b.safetensors").touch()
 
 
