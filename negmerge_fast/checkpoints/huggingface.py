@@ -43,6 +43,7 @@ def open_directory(
     notes = [note for held in parts.values() for note in held.weights.notes]
     side = SideFiles(path)
     if extra_files:
+        notes += [note for held in parts.values() for note in held.weights.unmerged]
         model = ModelShapes.of(tensors.values())
         side.find({*weights, *indexes}, kept, dropped, lambda file, name: is_weights(file, name, model))
     else:

@@ -53,6 +53,7 @@ class Weights:
         index: The index that names the files, if there is one.
         unindexed: Tensors of these files that the index omits.
         notes: What was chosen that is not plain, a line each.
+        unmerged: What is in the files and would stay as it is in an output, a line each.
     """
 
     tensors: dict[str, TensorRef]
@@ -60,6 +61,7 @@ class Weights:
     index: dict[str, File] = field(default_factory=dict)
     unindexed: dict[str, TensorRef] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unmerged: list[str] = field(default_factory=list)
 
 
 class _Choice(NamedTuple):
@@ -226,11 +228,11 @@ def _read_indexed(folder: Path, index: str) -> Weights:
                 f"{holding[name]}, expected one: remove the other, or let the index name it"
             )
     if superseded:
-        found.notes.append(
+        found.unmerged.append(
             f"{folder / index}: {_such_as(superseded)} in other shards than it names, too: those copies are not merged"
         )
     if found.unindexed:
-        found.notes.append(
+        found.unmerged.append(
             f"{folder / index}: {_such_as(found.unindexed)} in its shards without being named: not merged "
             "(transformers loads what a shard holds)"
         )

@@ -116,9 +116,7 @@ def _choice(
     if include is None and exclude is None and not unindexed:
         return None
     wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
-    return lambda name: bool(
-        wanted.search(name) and not unwanted.search(name) and name not in unindexed
-    )
+    return lambda name: bool(wanted.search(name) and not unwanted.search(name) and name not in unindexed)
 
 
 def _chosen(tensors: Tensors, is_chosen: Callable[[str], bool] | None) -> Tensors:
