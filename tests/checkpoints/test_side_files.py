@@ -406,7 +406,7 @@ def test_folders_and_files_that_may_not_be_read() -> None:
                     assert status == 2 and f"base/{name}: Permission denied" in err, err
                 (folder / "base" / name).unlink()
             status, out, err = merge()
-            assert (status, err) == (0, "negmerge: note: base/lost+found/: skipped (Permission denied)\n")
+            assert (status, err) == (0, "negmerge: note: base/lost+found: skipped (Permission denied)\n")
             assert "skipped  lost+found\n" in out and "skipped  pytorch_model.bin\n" in out
         finally:
             process.close()
