@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from checkpoint_files import entry, raw, save_model
+from malformed import POINTER, deep
+from safetensors import safe_open
 
 from negmerge_fast.checkpoints.formats import open_checkpoint
+from negmerge_fast.core.errors import InputError
 
 
 def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:
@@ -61,3 +66,49 @@ def test_a_vector(tmp_path: Path) -> None:
         128,
         200,
     )
+
+
+@pytest.mark.parametrize(
+    "more", ["1", "null", '"x"', "[1,[2.5]]", '{"a":{"shape":[9]}}', "-0", deep("@", 90), deep('{"a":@}', 90)]
+)
+@pytest.mark.parametrize("key", ["more", "", "Shape"])
+def test_unknown_keys_of_a_tensor_are_ignored_as_by_the_library(tmp_path: Path, key: str, more: str) -> None:
+    header = json.dumps({"a": entry()})[:-2] + f',"{key}":{more}}}}}'
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(raw(header.encode(), bytes(8)))
+    with safe_open(path, "np") as opened:
+        assert list(opened.keys()) == ["a"]
+    assert open_checkpoint(path).tensors["a"].spec.shape == (2,)
+
+
+def test_the_configuration_beside_the_weights(tmp_path: Path) -> None:
+    """It tells quantized weights, also where a single file is given; as lenient as those who read it."""
+    path = save_model(tmp_path, {"a": torch.zeros(2)})
+    for text, expected in {
+        '{"a": Infinity, "a": NaN, "b": 1}': {"b": 1},
+        '{"quantization_config": {"bits": 4}}': {"quantization_config": {"bits": 4}},
+        "[]": {},
+        "{": {},
+        "[" * 100_000: {},
+        "\xff": {},
+    }.items():
+        (path / "config.json").write_bytes(text.encode("latin-1"))
+        for given in (path, path / "model.safetensors"):
+            (config,) = open_checkpoint(given).configs.values()
+            config.pop("a", None)
+            assert config == expected
+    (path / "config.json").unlink()
+    assert open_checkpoint(path).configs == {"": {}} and not open_checkpoint(path).quantization_files
+    for name in ("quantize_config.json", "hf_quant_config.json"):
+        (path / name).write_text("{}")
+    for given in (path, path / "model.safetensors"):
+        assert open_checkpoint(given).quantization_files == ("quantize_config.json", "hf_quant_config.json")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vector.npy", "config.json"])
+def test_a_pointer_of_large_file_storage(tmp_path: Path, name: str) -> None:
+    path = save_model(tmp_path, {"a": torch.zeros(2)})
+    (path / name).write_bytes(POINTER)
+    given = path / ("model.safetensors" if name == "config.json" else name)
+    with pytest.raises(InputError, match=rf'{name}: a Git LFS pointer, expected .* \(run "git lfs pull"\)'):
+        open_checkpoint(given)
