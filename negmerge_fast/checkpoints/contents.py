@@ -187,9 +187,9 @@ def _is_text(head: bytes) -> bool:
 
 
 def _is_something_else(head: bytes) -> bool:
-    """Whether a file whose name might be one of weights plainly is none: text, or a SentencePiece model."""
+    """Whether a file whose name might be one of weights plainly is none: text, a SentencePiece model, or n-grams of KenLM."""
     is_sentencepiece = head[:1] == b"\n" and any(token in head[:64] for token in (b"<unk>", b"<s>", b"<pad>"))
-    return _is_text(head) or is_sentencepiece
+    return _is_text(head) or is_sentencepiece or head.startswith(b"mmap lm http://kheafield.com/code")
 
 
 def _begins_as_weights(head: bytes, size: int) -> bool:

@@ -157,11 +157,12 @@ def _no_weights(path: Path, names: Sequence[str]) -> InputError:
 def _snapshot(path: Path, names: Sequence[str]) -> Path | None:
     """The folder of a model in the hub's cache: in that of one model, or in the cache's root."""
     try:
-        if "snapshots" in names:
-            found = sorted(os.listdir(path / "snapshots"))
-            main = path / "refs" / "main"
+        if "snapshots" in names or path.name == "snapshots":
+            folder = path if path.name == "snapshots" else path / "snapshots"
+            main = folder.parent / "refs" / "main"
             current = main.read_text().strip() if main.is_file() else ""
-            return path / "snapshots" / (current if current in found else found[0]) if found else None
+            found = sorted(os.listdir(folder))
+            return folder / (current if current in found else found[0]) if found else None
         for name in names:
             if name.startswith("models--") and (snapshot := _snapshot(path / name, os.listdir(path / name))):
                 return snapshot

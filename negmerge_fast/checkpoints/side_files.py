@@ -20,6 +20,8 @@ _MAX_DEPTH = 64
 _MAX_POINTER_BYTES = 1024
 
 ADAPTER_CONFIG = "adapter_config.json"
+# A file, and the beginning of names of weights that are loaded with it: of an adapter, or of SetFit's classifier.
+_REFERENCES = {ADAPTER_CONFIG: "adapter", "config_setfit.json": "model_head."}
 
 
 class Globs:
@@ -96,7 +98,7 @@ class SideFiles:
         self._drop_openvino()
         keep.refuse_unmatched(self.path)
         drop.refuse_unmatched(self.path)
-        self._find_half_adapters()
+        self._find_references()
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """List a folder. One that may not be listed, or is nested too deep, is skipped: nothing refers to it."""
@@ -119,13 +121,16 @@ class SideFiles:
                 del self.copied[name]
                 self.skipped.append(name)
 
-    def _find_half_adapters(self) -> None:
-        """Find adapters that would be skipped while their configuration is copied."""
+    def _find_references(self) -> None:
+        """Find weights that would be skipped while a file that refers to them is copied."""
         for name in self.skipped:
             folder, _, last = name.rpartition("/")
             prefix = folder + "/" if folder else ""
-            if is_adapter(last) and prefix + ADAPTER_CONFIG in self.copied:
-                self.undecided.append(
-                    f"{self.path / name}: an adapter beside the weights, which is not merged: expected "
-                    f"--keep '{prefix}adapter*' to copy it as it is, or --drop '{prefix}adapter*' to go without it"
-                )
+            for config, begin in _REFERENCES.items():
+                is_weights = last.startswith(begin) or (config == ADAPTER_CONFIG and is_adapter(last))
+                if is_weights and prefix + config in self.copied:
+                    drop = f"{prefix}adapter*" if config == ADAPTER_CONFIG else f"{prefix}{config}"
+                    self.undecided.append(
+                        f"{self.path / name}: not merged, but {config} refers to it: expected --keep '{name}' to copy it "
+                        f"as it is, or --drop '{drop}' to go without it"
+                    )

@@ -73,8 +73,8 @@ class _Choice(NamedTuple):
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is one that PEFT and MLX give to the weights of an adapter."""
-    return name.startswith(("adapter_model.", "adapters.safetensors", "adapter.safetensors"))
+    """Whether a name is one that PEFT, MLX and adapters give to the weights of an adapter."""
+    return name.startswith(("adapter_model.", "adapters.", "adapter.safetensors", "pytorch_adapter."))
 
 
 def is_inside(name: Any) -> bool:
@@ -247,16 +247,16 @@ def _read_index(path: Path) -> tuple[File, dict[str, str]]:
     weight_map = parse_json(raw, path, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map, expected one of tensor names to shard files")
-    checked = set()
+    checked: dict[str, str] = {}
     for name, shard in weight_map.items():
-        if isinstance(shard, str) and shard in checked:
-            continue
-        if not is_inside(shard):
-            raise InputError(
-                f"{path}: tensor {short_repr(name)} is in {short_repr(shard)}, expected a file of this directory"
-            )
-        checked.add(shard)
-    return replace(file, header=hash_of(raw)), weight_map
+        if not isinstance(shard, str) or shard not in checked:
+            plain = shard.removeprefix("./") if isinstance(shard, str) else shard
+            if not is_inside(plain):
+                raise InputError(
+                    f"{path}: tensor {short_repr(name)} is in {short_repr(shard)}, expected a file of this directory"
+                )
+            checked[shard] = plain
+    return replace(file, header=hash_of(raw)), {name: checked[shard] for name, shard in weight_map.items()}
 
 
 def _refuse_missing(folder: Path, index: str, shards: Iterable[str]) -> None:

@@ -65,7 +65,8 @@ def in_folders(path: Path, tensors: Tensors, stale: Tensors) -> None:
     first, second = halves(tensors)
     write(path / "weights" / "a" / FIRST, first)
     write(path / SECOND, second)
-    write_index(path, dict.fromkeys(first, f"weights/a/{FIRST}") | dict.fromkeys(second, SECOND))
+    names = dict.fromkeys(first, f"weights/a/{FIRST}") | dict.fromkeys(second, SECOND)
+    write_index(path, names | {next(iter(second)): f"./{SECOND}"})
 
 
 def single_beside_shards(path: Path, tensors: Tensors, stale: Tensors) -> None:

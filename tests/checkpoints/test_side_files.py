@@ -121,6 +121,7 @@ COPIED = {
     "corpus.pt.gz": gzip.compress(TEXT),
     "notes.bin": TEXT,
     "spm.bin": SENTENCEPIECE,
+    "language_model/5gram.bin": b"mmap lm http://kheafield.com/code format version 5\n\0" + RANDOM,
     "folder/dict.pt": TEXT,
 }  # fmt: skip
 
@@ -331,11 +332,13 @@ def test_an_adapter_beside_the_weights(tmp_path: Path, folder: str) -> None:
         return done.returncode, done.stderr
 
     status, err = merge()
-    assert status == 2 and f"base/{folder}adapter_model.safetensors: an adapter beside the weights" in err
-    assert f"--keep '{folder}adapter*'" in err and f"--drop '{folder}adapter*'" in err
+    assert (
+        status == 2 and f"base/{folder}adapter_model.safetensors: not merged, but adapter_config.json" in err
+    )
+    assert f"--keep '{folder}adapter_model.safetensors'" in err and f"--drop '{folder}adapter*'" in err
     assert "whole weights" not in err
     status, err = merge("--drop", f"{folder}adapter_model*")
-    assert status == 2 and "an adapter beside the weights" in err, "its configuration would be copied"
+    assert status == 2 and "adapter_config.json refers to it" in err, "its configuration would be copied"
     status, err = merge("--keep", f"{folder}adapter*", "--dry-run")
     assert status == 0
     assert ("ft/adapter_model.safetensors: an adapter beside the weights, not merged" in err) == (
@@ -349,6 +352,16 @@ def test_an_adapter_beside_the_weights(tmp_path: Path, folder: str) -> None:
     )
     assert not kept.undecided and not dropped.undecided
     assert negmerge("inspect", "base", cwd=tmp_path).returncode == 0
+
+
+def test_a_head_that_a_configuration_refers_to(tmp_path: Path) -> None:
+    """SetFit would begin with a random one if it were skipped."""
+    files = {"config_setfit.json": b"{}", "model_head.pkl": SKIPPED["numpy.pkl"]}
+    put(save_model(tmp_path, WEIGHTS), files)
+    (line,) = open_checkpoint(tmp_path).undecided
+    assert "model_head.pkl: not merged, but config_setfit.json refers to it" in line
+    for options in ({"keep": ["model_head.pkl"]}, {"drop": ["config_setfit.json"]}):
+        assert not open_checkpoint(tmp_path, **options).undecided
 
 
 def test_an_adapter_alone_is_refused_by_what_it_is(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ STRANGE: dict[str, tuple[Spoil, str]] = {
     "zeros": (content(bytes(5000)), ""),
     "a terabyte of nothing": (sparse(2**40), ""),
 }
-OUTSIDE = ["", ".", "..", "../x", "../base/config.json", "/etc/passwd", f"./{SHARD}", f"{SHARD}/", "..\\x", "a\0b", "negmerge.json", "n" * 256, "é" * 1_000_000]  # fmt: skip
+OUTSIDE = ["", ".", "..", "../x", "../base/config.json", "/etc/passwd", f"./../{SHARD}", f"{SHARD}/", "..\\x", "a\0b", "negmerge.json", "n" * 256, "é" * 1_000_000]  # fmt: skip
 NO_INDEX = {
     "nothing": "{}", "null": '{"weight_map":null}', "a list": f'{{"weight_map":[["a","{SHARD}"]]}}', "text": f'{{"weight_map":"{SHARD}"}}',
     "a number": '{"weight_map":3}', "true": '{"weight_map":true}', "an empty one": '{"weight_map":{}}', "another key": '{"Weight_map":{"a":"b"}}',
