@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import posixpath
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +14,7 @@ from .base import MANIFEST
 from .contents import is_weights_format
 from .lfs import refuse_pointer
 from .reader import File
-from .weights import is_adapter
+from .weights import ADAPTERS
 
 # Levels of folders below that of a model.
 _MAX_DEPTH = 64
@@ -20,8 +22,11 @@ _MAX_DEPTH = 64
 _MAX_POINTER_BYTES = 1024
 
 ADAPTER_CONFIG = "adapter_config.json"
-# A file, and the beginning of names of weights that are loaded with it: of an adapter, or of SetFit's classifier.
-_REFERENCES = {ADAPTER_CONFIG: "adapter", "config_setfit.json": "model_head."}
+# A file, and how names of weights begin that are loaded with it: of an adapter, or of SetFit's classifier.
+_REFERENCES: dict[str, tuple[str, ...]] = {ADAPTER_CONFIG: ADAPTERS, "config_setfit.json": ("model_head.",)}
+
+# Of configurations; a vocabulary may be longer, and names no file.
+_MAX_JSON_BYTES = 1 << 20
 
 
 class Globs:
@@ -61,6 +66,7 @@ class SideFiles:
         self.skipped: list[str] = []
         self.notes: list[str] = []
         self.undecided: list[str] = []
+        self._weights: set[str] = set()  # of those that are skipped
 
     def find(
         self, opened: Collection[str], keep: Globs, drop: Globs, is_weights: Callable[[File, str], bool]
@@ -91,8 +97,11 @@ class SideFiles:
                 elif keep.match(name):
                     self.copied[name] = file = File.at(self.path / name)
                     refuse_pointer(file.path, file.read(0, min(file.size, _MAX_POINTER_BYTES)))
-                elif hidden or is_weights(file := File.at(self.path / name), entry.name):
+                elif hidden:
                     self.skipped.append(name)
+                elif is_weights(file := File.at(self.path / name), entry.name):
+                    self.skipped.append(name)
+                    self._weights.add(name)
                 else:
                     self.copied[name] = file
         self._drop_openvino()
@@ -123,14 +132,35 @@ class SideFiles:
 
     def _find_references(self) -> None:
         """Find weights that would be skipped while a file that refers to them is copied."""
+        named = self._named_in_json() if self._weights else {}
         for name in self.skipped:
             folder, _, last = name.rpartition("/")
             prefix = folder + "/" if folder else ""
-            for config, begin in _REFERENCES.items():
-                is_weights = last.startswith(begin) or (config == ADAPTER_CONFIG and is_adapter(last))
-                if is_weights and prefix + config in self.copied:
-                    drop = f"{prefix}adapter*" if config == ADAPTER_CONFIG else f"{prefix}{config}"
-                    self.undecided.append(
-                        f"{self.path / name}: not merged, but {config} refers to it: expected --keep '{name}' to copy it "
-                        f"as it is, or --drop '{drop}' to go without it"
-                    )
+            configs = [prefix + config for config, begin in _REFERENCES.items() if last.startswith(begin)]
+            configs = [config for config in configs if config in self.copied]
+            if name in self._weights and name in named:
+                configs.append(named[name])
+            for config in configs[:1]:
+                drop = f"{prefix}adapter*" if config == prefix + ADAPTER_CONFIG else config
+                self.undecided.append(
+                    f"{self.path / name}: not merged, but {config} refers to it: expected --keep '{name}' to copy it as it is, "
+                    f"or --drop '{drop}' to go without it"
+                )
+
+    def _named_in_json(self) -> dict[str, str]:
+        """The texts in small JSON files to copy, as names relative to the directory, each with the name of a file."""
+        named: dict[str, str] = {}
+        for name, file in self.copied.items():
+            if not name.endswith(".json") or file.size > _MAX_JSON_BYTES:
+                continue
+            try:
+                pending = [json.loads(file.read(0, file.size))]
+            except (ValueError, RecursionError):
+                continue
+            while pending:
+                value = pending.pop()
+                if isinstance(value, (list, dict)):
+                    pending += value.values() if isinstance(value, dict) else value
+                elif isinstance(value, str):
+                    named.setdefault(posixpath.join(posixpath.dirname(name), value.removeprefix("./")), name)
+        return named

@@ -36,6 +36,9 @@ _SHARD_NAME = re.compile(
 # Of a file with another name than the usual ones.
 _VARIANT = re.compile(r".+\.(fp16|fp32|bf16|fp8|float16|float32|bfloat16|ema|non_ema)")
 
+# How PEFT, MLX and the library adapters begin the names of an adapter's weights.
+ADAPTERS = ("adapter_model.", "adapters.", "adapter.safetensors", "pytorch_adapter.")
+
 # As for the header of a .safetensors file.
 _MAX_INDEX_BYTES = 100_000_000
 
@@ -73,8 +76,7 @@ class _Choice(NamedTuple):
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is one that PEFT, MLX and adapters give to the weights of an adapter."""
-    return name.startswith(("adapter_model.", "adapters.", "adapter.safetensors", "pytorch_adapter."))
+    return name.startswith(ADAPTERS)
 
 
 def is_inside(name: Any) -> bool:

@@ -333,7 +333,8 @@ def test_an_adapter_beside_the_weights(tmp_path: Path, folder: str) -> None:
 
     status, err = merge()
     assert (
-        status == 2 and f"base/{folder}adapter_model.safetensors: not merged, but adapter_config.json" in err
+        status == 2
+        and f"base/{folder}adapter_model.safetensors: not merged, but {folder}adapter_config.json" in err
     )
     assert f"--keep '{folder}adapter_model.safetensors'" in err and f"--drop '{folder}adapter*'" in err
     assert "whole weights" not in err
@@ -362,6 +363,27 @@ def test_a_head_that_a_configuration_refers_to(tmp_path: Path) -> None:
     assert "model_head.pkl: not merged, but config_setfit.json refers to it" in line
     for options in ({"keep": ["model_head.pkl"]}, {"drop": ["config_setfit.json"]}):
         assert not open_checkpoint(tmp_path, **options).undecided
+
+
+def test_weights_that_a_configuration_names(tmp_path: Path) -> None:
+    path = put(
+        save_model(tmp_path, WEIGHTS), {"voices/a.bin": RANDOM, "voices/b.bin": RANDOM, "x.json": b"["}
+    )
+    for name, value, refers in [
+        ("config.json", {"voice": ["./voices/a.bin"]}, True),
+        ("voices/config.json", {"voice": {"x": "a.bin"}}, True),
+        ("config.json", {"voice": "a.bin", "voices/a.bin": 1}, False),
+        ("config.json", "model.safetensors", False),
+    ]:
+        put(path, {name: json.dumps(value).encode()})
+        undecided = open_checkpoint(path).undecided
+        (path / name).unlink()
+        assert len(undecided) == refers
+        if refers:
+            assert f"voices/a.bin: not merged, but {name} refers to it: expected --keep" in undecided[0]
+    put(path, {"config.json": b'"voices/a.bin"'})
+    for options in ({"keep": ["voices/a.bin"]}, {"drop": ["voices/*"]}, {"drop": ["config.json"]}):
+        assert not open_checkpoint(path, **options).undecided
 
 
 def test_an_adapter_alone_is_refused_by_what_it_is(tmp_path: Path) -> None:
