@@ -109,7 +109,7 @@ def _refuse_other_weights(path: Path, part: str, names: Sequence[str], named_by:
 
 
 def _is_other_weights(folder: Path, name: str) -> bool:
-    """Whether a file is weights in another format, and not what a trainer leaves."""
+    """Whether a file holds weights in another format than .safetensors."""
     return (
         may_be_weights(name)
         and os.path.isfile(folder / name)
@@ -155,14 +155,15 @@ def _no_weights(path: Path, names: Sequence[str]) -> InputError:
 
 
 def _snapshot(path: Path, names: Sequence[str]) -> Path | None:
-    """The folder of a model in the hub's cache: in that of one model, or in the cache's root."""
+    """The folder of a model, if this is one of the hub's cache: of one model, its snapshots, or the root."""
     try:
-        if "snapshots" in names or path.name == "snapshots":
-            folder = path if path.name == "snapshots" else path / "snapshots"
-            main = folder.parent / "refs" / "main"
+        if path.name == "snapshots":
+            return _snapshot(path.parent, os.listdir(path.parent))
+        if "snapshots" in names and ("refs" in names or "blobs" in names):
+            main = path / "refs" / "main"
             current = main.read_text().strip() if main.is_file() else ""
-            found = sorted(os.listdir(folder))
-            return folder / (current if current in found else found[0]) if found else None
+            found = sorted(os.listdir(path / "snapshots"))
+            return path / "snapshots" / (current if current in found else found[0]) if found else None
         for name in names:
             if name.startswith("models--") and (snapshot := _snapshot(path / name, os.listdir(path / name))):
                 return snapshot

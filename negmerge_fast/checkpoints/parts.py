@@ -85,11 +85,11 @@ def _named_in(folder: Path) -> Iterator[tuple[Path, Any]]:
         is_component = isinstance(component, list) and len(component) == 2 and isinstance(component[1], str)
         if is_component and not name.startswith("_"):
             yield folder / _PIPELINE, name
-    router = _read(folder / _ROUTER) or read_config(folder)
-    types = router.get("types") if isinstance(router, dict) else None
-    if isinstance(types, dict) and isinstance(router.get("structure"), dict):
-        for name in types:
-            yield folder / _ROUTER, name
+    for index, router in ((_ROUTER, _read(folder / _ROUTER)), (CONFIG, read_config(folder))):
+        types = router.get("types") if isinstance(router, dict) else None
+        if isinstance(types, dict) and isinstance(router.get("structure"), dict):
+            for name in types:
+                yield folder / index, name
 
 
 def read_config(folder: Path) -> dict[str, Any]:

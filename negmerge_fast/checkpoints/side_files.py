@@ -88,7 +88,8 @@ class SideFiles:
                 if name in opened or name == MANIFEST:
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    if hidden or is_weights_format(entry.name):
+                    is_needless = hidden or is_weights_format(entry.name)
+                    if is_needless and not any(other.startswith(name + "/") for other in opened):
                         self.skipped.append(name)
                     else:
                         pending.append(name + "/")

@@ -224,6 +224,14 @@ def test_the_directory_itself_if_modules_name_only_others(tmp_path: Path, name: 
     assert (name in opened.skipped_files) != is_part
 
 
+def test_a_part_in_a_hidden_folder(tmp_path: Path) -> None:
+    save_model(tmp_path, {"a": torch.zeros(2)})
+    (tmp_path / "modules.json").write_text(modules("", ".x/2_Dense"))
+    save_part(tmp_path / ".x" / "2_Dense", {"b": torch.zeros(2)})
+    opened = open_checkpoint(tmp_path)
+    assert ".x/2_Dense/config.json" in opened.extra_files and ".x/2_Dense/b" in opened.tensors
+
+
 def test_tensors_of_the_same_name_in_two_parts(tmp_path: Path) -> None:
     save_model(tmp_path, {"2_Dense/b": torch.zeros(2)})
     (tmp_path / "modules.json").write_text(modules("", "2_Dense"))
