@@ -12,6 +12,9 @@ import torch
 from ..core.errors import InputError
 
 _EXPECTED = "expected one that torch can view without a copy"
+# np.dtype.isbuiltin of dtypes that another package has added to NumPy.
+_REGISTERED = 2
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16}
 
 
 class SupportsDLPack(Protocol):
@@ -49,14 +52,34 @@ def as_tensor(array: Any, where: str, written: bool) -> torch.Tensor:
 def _of_numpy(array: np.ndarray[Any, Any], where: str, written: bool) -> torch.Tensor:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{where}: {type(array).__name__} of numpy, expected one without a mask")
-    if written and array.dtype.kind == "f" and not array.flags.writeable:
+    dtype = _ml_dtype(array.dtype)
+    if written and (array.dtype.kind == "f" or dtype) and not array.flags.writeable:
         raise InputError(f"{where}: read-only numpy array, expected one that can be written in place")
     try:
-        return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
-    except (TypeError, ValueError):  # byte order, dtype or strides that torch does not have
+        plain = array.view(f"u{dtype.itemsize}") if dtype else array
+        tensor = torch.from_numpy(plain if plain.flags.writeable else np.asarray(_Unlocked(plain)))
+        return tensor.view(dtype) if dtype else tensor
+    except (TypeError, ValueError, RuntimeError):  # byte order, dtype or strides that torch does not have
         strides = f", strides {array.strides}" if array.dtype.isnative and array.dtype.kind in "biufc" else ""
     found = f"numpy array of dtype {array.dtype}{strides}"
     raise InputError(f"{where}: {found}, {_EXPECTED}")
+
+
+def _ml_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """The torch dtype of a dtype that NumPy has from ml_dtypes, such as bfloat16: it is told by its name.
+
+    The package need not be installed here. Whether a tensor of that dtype can be merged is not decided here.
+    """
+    found = getattr(torch, dtype.name, None) if dtype.isbuiltin == _REGISTERED and dtype.isnative else None
+    return found if isinstance(found, torch.dtype) and found.itemsize == dtype.itemsize else None
+
+
+def as_array(tensor: torch.Tensor, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """A tensor on the CPU as an array on the same memory; dtype is what the array is of that the result is like."""
+    if _ml_dtype(dtype) is not tensor.dtype:
+        return tensor.numpy()
+    array: np.ndarray[Any, Any] = tensor.view(_UNSIGNED[tensor.itemsize]).numpy().view(dtype)
+    return array
 
 
 class _Unlocked:

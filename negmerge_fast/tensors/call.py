@@ -22,7 +22,7 @@ from ..core.stats import Stats
 from ..runtime.interrupts import without_gc, without_interrupts
 from . import dtensor
 from .aliasing import plainly_apart, refuse_shared_memory, tied
-from .arrays import SupportsDLPack, as_tensor, is_array
+from .arrays import SupportsDLPack, as_array, as_tensor, is_array
 from .flatten import Item, batches, flat_item, plain, signatures, specs
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
@@ -274,7 +274,7 @@ class Call:
         self.task_vectors, self.nonfinite, self.backend = inputs == "task_vectors", nonfinite, backend
         named = name_tensors(base, listed, self.where)
         self.names = list(named[0])
-        self._arrays: set[str] = set()
+        self._arrays: dict[str, np.dtype[Any]] = {}
         self._dtensors: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
         flat = flat_items(named)
@@ -306,7 +306,7 @@ class Call:
                     named[k][name] = dtensor.local_shard(value, where)
                 elif is_array(value):
                     if k == 0 and isinstance(value, np.ndarray):
-                        self._arrays.add(name)
+                        self._arrays[name] = value.dtype
                     named[k][name] = as_tensor(value, where, written=in_place and k == 0)
                 else:
                     continue
@@ -352,7 +352,11 @@ class Call:
     def like_base(self, merged: Mapping[str, Any]) -> Any:
         """Results of the base's kind: under its names, tied where it is, with NumPy arrays and DTensors where it has them."""
         owners = {name: owner for name in self.names if (owner := self.tied.get(name, name)) in merged}
-        arrays = {owner: merged[owner].numpy() for name, owner in owners.items() if name in self._arrays}
+        arrays = {
+            owner: as_array(merged[owner], dtype)
+            for name, owner in owners.items()
+            if (dtype := self._arrays.get(name))
+        }
         made = {**merged, **self._made}
         result = {
             name: arrays[owner] if name in self._arrays else made[owner] for name, owner in owners.items()

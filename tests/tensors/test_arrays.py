@@ -280,3 +280,49 @@ def test_memory_lives_as_long_as_the_result() -> None:
 
 def test_runtime_types_are_those_of_the_type_checker() -> None:
     typed.check()
+
+
+def bfloats(*shape: int) -> list[np.ndarray]:
+    return arrays(*shape, dtype=pytest.importorskip("ml_dtypes").bfloat16)
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """A copy of a bfloat16 array, by way of its bits."""
+    return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_bfloat16_of_ml_dtypes(view: str) -> None:
+    held = [VIEWS[view](a) for a in bfloats(6, 8)]
+    plain = expected([as_tensor(a) for a in held])
+    merged = nm.merge(held[0], held[1:], scale=0.9)
+    assert type(merged) is np.ndarray and merged.dtype == held[0].dtype
+    assert same_bits(as_tensor(merged), plain) and not np.shares_memory(merged, held[0])
+    nm.merge_(held[0], held[1:], scale=0.9)
+    assert same_bits(as_tensor(held[0]), plain)
+
+
+def test_models_with_bfloat16_of_ml_dtypes() -> None:
+    """Beside tensors and other arrays; tied; as task vectors; read-only."""
+    held, others = bfloats(4, 5), arrays(3)
+    plain = expected([as_tensor(a) for a in held])
+    models: list[dict[str, Any]] = [
+        {"a": a, "tied": a[:], "b": b} for a, b in zip(held, others, strict=True)
+    ]
+    models[1]["a"] = as_tensor(held[1])
+    models[2] = {name: read_only(array) for name, array in models[2].items()}
+    merged = nm.merge(models[0], models[1:], scale=0.9)
+    assert merged["a"] is merged["tied"] and same_bits(as_tensor(merged["a"]), plain)
+    assert merged["a"].dtype == held[0].dtype and same_bits(torch.from_numpy(merged["b"]), expected(others))
+    taus = [a.astype(np.float32) for a in held]
+    assert nm.merge_task_vectors([held[0], held[1]]).dtype == held[0].dtype
+    assert nm.merge_task_vectors([held[0], taus[1]]).dtype == np.float32
+    with pytest.raises(nm.InputError, match="base: read-only numpy array"):
+        nm.merge_(models[2]["a"], [held[1]], scale=0.9)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3", "int4", "uint4"])
+def test_other_types_of_ml_dtypes_are_refused_by_name(name: str) -> None:
+    array = np.ones(3).astype(getattr(pytest.importorskip("ml_dtypes"), name))
+    with pytest.raises(nm.InputError, match=rf"base\['w'\]: .*{name}, expected"):
+        nm.merge({"w": array}, [{"w": array}], scale=0.9)
