@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def escape(text: str) -> str:
@@ -19,6 +19,12 @@ _SHORT_REPR.maxlist = _SHORT_REPR.maxtuple = 8
 def short_repr(value: object) -> str:
     """A repr of bounded length: what a file says may be a name of a megabyte or a thousand nested lists."""
     return _SHORT_REPR.repr(value)
+
+
+def some_names(names: Sequence[str], count: int = 3) -> str:
+    """A few of some names, for a line of bounded length."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(map(short_repr, names[:count])) + more
 
 
 class InputError(ValueError):

@@ -13,7 +13,7 @@ from itertools import islice, takewhile
 from typing import TypeAlias
 
 from .dtypes import FLOAT_SIZES, INTEGER_DTYPES
-from .errors import InputError, short_repr
+from .errors import InputError, short_repr, some_names
 from .schema import TensorSpec
 
 # Which of some tensors of one model are the same as another of its tensors: tied weights.
@@ -56,6 +56,25 @@ class Pairing:
     surplus: dict[str, str] = field(default_factory=dict)
     missing_integers: list[str] = field(default_factory=list)
     surplus_integers: list[str] = field(default_factory=list)
+
+
+def choice(include: str | None, exclude: str | None) -> Chosen | None:
+    """Whether a tensor is merged, by its name: if include matches it and exclude does not. None if all are.
+
+    Raises:
+        InputError: If one is no regular expression.
+    """
+
+    def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
+        try:
+            return re.compile(default if text is None else text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
+
+    if include is None and exclude is None:
+        return None
+    wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
+    return lambda name: bool(wanted.search(name) and not unwanted.search(name))
 
 
 def rename_pairs(rename: Rename) -> tuple[tuple[str, str], ...]:
@@ -223,19 +242,14 @@ def notes(pairing: Pairing, reference: str = "base", ties: bool = True) -> list[
             f"{short_repr(name)} is not in {reference}, but tied to {short_repr(owner)}: skipped{more}"
         )
     if names := pairing.missing_integers:
-        said.append(f"lacks {_some(names)}: {reference} has integers there, which are kept")
+        said.append(f"lacks {some_names(names)}: {reference} has integers there, which are kept")
     if names := pairing.surplus_integers:
-        said.append(f"{_some(names)} of integers: not in {reference}, skipped")
+        said.append(f"{some_names(names)} of integers: not in {reference}, skipped")
     return said
 
 
 def _more(names: Collection[object]) -> str:
     return f", and {len(names) - 1:,} more in the same way" if len(names) > 1 else ""
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count:,} more" if len(names) > count else ""
-    return ", ".join(map(short_repr, names[:count])) + more
 
 
 def hint(base: Collection[str], model: Collection[str]) -> str | None:

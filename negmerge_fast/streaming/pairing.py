@@ -6,7 +6,7 @@ Only tensors that decide this are read: weights that may be tied, and integers, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -104,22 +104,15 @@ def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors
 
 def _choice(
     include: str | None, exclude: str | None, unindexed: Collection[str]
-) -> Callable[[str], bool] | None:
+) -> pairing.Chosen | None:
     """Whether a tensor is merged, by its name in the base; None if all are. What the base's index omits is not."""
-
-    def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
-        try:
-            return re.compile(default if text is None else text)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
-
-    if include is None and exclude is None and not unindexed:
-        return None
-    wanted, unwanted = pattern("include", include, ""), pattern("exclude", exclude, r"(?!)")
-    return lambda name: bool(wanted.search(name) and not unwanted.search(name) and name not in unindexed)
+    is_chosen = pairing.choice(include, exclude)
+    if not unindexed:
+        return is_chosen
+    return lambda name: name not in unindexed and (is_chosen is None or is_chosen(name))
 
 
-def _chosen(tensors: Tensors, is_chosen: Callable[[str], bool] | None) -> Tensors:
+def _chosen(tensors: Tensors, is_chosen: pairing.Chosen | None) -> Tensors:
     return tensors if is_chosen is None else {n: t for n, t in tensors.items() if is_chosen(n)}
 
 
