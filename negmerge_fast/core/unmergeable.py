@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .dtypes import INTEGER_DTYPES
-from .errors import short_repr
+from .errors import short_repr, some_names
 from .schema import TensorSpec
 
 _PACKED = INTEGER_DTYPES - {"BOOL"}
@@ -42,6 +42,9 @@ _COUNTERS = re.compile(
     r"(^|[._])(num_batches_tracked|num_updates|num_steps|n_averaged|steps?|steps_trained|global_step|iterations?|iter|epochs?|"
     r"counts?|counter|num_calls)$"
 )
+
+# Variances that BatchNorm and its kin keep: of torch, and of models that came from TensorFlow and Keras.
+_VARIANCE = re.compile(r"(^|[._/])(running|moving)_(var|variance)$")
 
 # Factors by the components of their names. What is after a factor's own word is an adapter's name.
 _FACTOR = re.compile(
@@ -116,3 +119,16 @@ def lora_factor(specs: Mapping[str, TensorSpec]) -> str | None:
 def _share_rank(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     """Whether the shapes are those of A (rank, in, …) and B (out, rank, …)."""
     return len(first) > 1 and len(second) > 1 and (first[0] == second[1] or first[1] == second[0])
+
+
+def is_variance(name: str) -> bool:
+    """Whether a tensor holds variances, of a BatchNorm or the like, whose square root is taken: it must not be below zero."""
+    return name.endswith(("var", "variance")) and bool(_VARIANCE.search(name))
+
+
+def variances_below_zero(names: Sequence[str]) -> str:
+    """The line that tells of variances below zero."""
+    return (
+        f"{some_names(names)}: below zero somewhere after the merge, but the square root of a variance is taken: "
+        "a network gives NaN there (exclude them, or estimate them anew)"
+    )

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from threading import Semaphore
 
 from ..backends import registry
@@ -26,6 +27,7 @@ from ..core.errors import InputError
 from ..core.ranges import Range, subtract
 from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
+from ..core.unmergeable import variances_below_zero
 from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
 from ..output.manifest import Recipe, load
@@ -37,7 +39,7 @@ from ..runtime.buffers import Timeline
 from ..runtime.device import buffers_on
 from ..runtime.distributed import SINGLE, SingleProcess
 from ..runtime.executor import process_in_order
-from . import probes
+from . import probes, variances
 from .budget import max_open_files
 from .options import MergeOptions
 from .partition import chunks, partition, slice_plan
@@ -292,16 +294,24 @@ class Job:
         for record in (before, done):
             stats.include(record.stats.tensors)
         counted = {"elements": stats.elements, "agreed": stats.agreed, "nonfinite": stats.nonfinite}
+        self._note_variances(self.staging.file)
         self.writer.finish({**self.recipe.to_json(), "counted": counted}, on_progress)
         on_progress()  # the last moment to stop: syncing may have taken long
         publish(self.destination, self.staging)
         return done._replace(stats=stats)
+
+    def _note_variances(self, path_of: Callable[[str], Path]) -> None:
+        """Note a network that the merge has broken, though it followed the rule."""
+        if below := variances.below_zero(self.plan.extents, path_of):
+            self.notes.append(f"the output: {variances_below_zero(below)}")
 
     def _tidy_up(self, ranks: SingleProcess) -> Report:
         """Remove what the run that finished the output left; report the counts of its manifest."""
         with self.staging:
             if ranks.rank == 0:
                 self.staging.open()
+        path, directory = self.destination.path, self.destination.directory
+        self._note_variances(lambda name: path / name if directory else path)
         counted = load(self.destination.manifest_path)["counted"]
         stats = Stats()
         stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
