@@ -28,15 +28,24 @@ NAMES = [
 ]  # fmt: skip
 
 SIGNATURES = {
-    "merge": "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', backend='auto')",
-    "merge_": "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', backend='auto')",
+    "merge": (
+        "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
+        "exclude=None, rename=(), backend='auto')"
+    ),
+    "merge_": (
+        "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
+        "exclude=None, rename=(), backend='auto')"
+    ),
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
         "exclude=None, rename=(), keep=(), drop=(), backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
         "overwrite=False, resume=False, progress=None)"
     ),
-    "merge_task_vectors": "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', backend='auto')",
-    "negate_": "(base, tau, *, scale, nonfinite='keep-base', backend='auto')",
+    "merge_task_vectors": (
+        "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', include=None, exclude=None, rename=(), "
+        "backend='auto')"
+    ),
+    "negate_": "(base, tau, *, scale, nonfinite='keep-base', include=None, exclude=None, rename=(), backend='auto')",
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
     "Report": (
         "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "

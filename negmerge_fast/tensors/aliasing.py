@@ -20,18 +20,18 @@ def tied(paired: dict[str, list[torch.Tensor]], where: Callable[[int | None, str
     first: dict[tuple[Any, ...], str] = {}
     found = {}
     for name, (tensor, *models) in paired.items():
-        if not tensor.numel() or (earlier := first.setdefault(_memory(tensor), name)) == name:
+        if not tensor.numel() or (earlier := first.setdefault(memory(tensor), name)) == name:
             continue
         found[name] = earlier
         for k, (current, tied_to) in enumerate(zip(models, paired[earlier][1:], strict=True)):
-            if _memory(current) != _memory(tied_to) and not _same_bits(current, tied_to):
+            if memory(current) != memory(tied_to) and not same_bits(current, tied_to):
                 raise InputError(
                     f"{where(k, name)}: differs from {earlier!r}, expected equal: {where(None, name)} is tied to it"
                 )
     return found
 
 
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     # as_strided, not view(-1), which keeps the stride of a dimension of size 1, and that may be any number.
     as_bytes = [
         t.resolve_neg().contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (left, right)
@@ -51,7 +51,7 @@ def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -
     starts = np.array([s.address for s in operands], np.uint64).reshape(len(segments), -1)
     sizes = np.array([FLOAT_SIZES[s.dtype] for s in operands], np.uint64).reshape(starts.shape)
     ends = starts + sizes * np.array([[s.numel] for s in segments], np.uint64)
-    other_spans = np.array([_span(t) for t in others if t.numel()], np.uint64).reshape(-1, 2)
+    other_spans = np.array([span(t) for t in others if t.numel()], np.uint64).reshape(-1, 2)
     read_starts = np.concatenate([starts[:, 1:].ravel(), other_spans[:, 0]])
     read_ends = np.concatenate([ends[:, 1:].ravel(), other_spans[:, 1]])
 
@@ -69,30 +69,30 @@ def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None
     spans = []
     read: set[tuple[Any, ...]] = set()
     for tensor, written, label in uses:
-        if not tensor.numel() or (not written and _memory(tensor) in read):
+        if not tensor.numel() or (not written and memory(tensor) in read):
             continue
         if written and _overlaps_itself(tensor):
             raise InputError(f"{label}: several of its elements share memory, expected one place for each")
         if not written:
-            read.add(_memory(tensor))
-        spans.append((str(tensor.device), *_span(tensor), written, label, tensor))
+            read.add(memory(tensor))
+        spans.append((str(tensor.device), *span(tensor), written, label, tensor))
     active: list[Any] = []
-    for span in sorted(spans, key=lambda s: s[:2]):
-        device, start, _, written, label, tensor = span
+    for each in sorted(spans, key=lambda s: s[:2]):
+        device, start, _, written, label, tensor = each
         active = [a for a in active if a[0] == device and a[2] > start]
         for other in active:
             if (written or other[3]) and _shares_memory(other[5], tensor):
                 written_one, shared = (other[4], label) if other[3] else (label, other[4])
                 raise InputError(f"{shared}: shares memory with {written_one}, which is written in place")
-        active.append(span)
+        active.append(each)
 
 
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+def memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A key of a tensor's memory and of how it is read: equal for tensors that are the same."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
+def span(tensor: torch.Tensor) -> tuple[int, int]:
     """The address of a tensor's first byte, and the address after its last."""
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -6,18 +6,21 @@ signature become a batch, which is one call of a backend. Everything is checked 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import numpy as np
 import torch
 
+from ..core.pairing import Rename
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.stats import Stats
 from .arrays import SupportsDLPack
-from .call import SINGLE, Array, Call, ExtraState, Model, not_mergeable
+from .call import Call
 from .flatten import Item
-from .graph import merge_in_graph, merge_in_graph_
+from .graph import merge_in_graph, merge_in_graph_, require_no_names
+from .names import Array, Model, Names
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack  # of typing since Python 3.11
@@ -31,6 +34,9 @@ class _Options(TypedDict, total=False):
 
     min_agreement: float
     nonfinite: NonFinite
+    include: str | None
+    exclude: str | None
+    rename: Rename
     backend: str
 
 
@@ -50,7 +56,7 @@ def merge(
 @overload
 def merge(
     base: torch.nn.Module, finetuned: Sequence[Model], **options: Unpack[_Scaled]
-) -> dict[str, torch.Tensor]: ...
+) -> OrderedDict[str, torch.Tensor]: ...
 @overload
 def merge(base: SupportsDLPack, finetuned: Sequence[Model], **options: Unpack[_Scaled]) -> torch.Tensor: ...
 @overload
@@ -65,6 +71,9 @@ def merge(
     min_agreement: float = 1.0,
     inputs: Inputs = "finetuned",
     nonfinite: NonFinite = "keep-base",
+    include: str | None = None,
+    exclude: str | None = None,
+    rename: Rename = (),
     backend: str = "auto",
 ) -> Any:
     """Merge fine-tuned versions into a base model by negation of their consensus (NegMerge).
@@ -92,30 +101,39 @@ def merge(
         inputs: Whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
         nonfinite: An element with a NaN or an infinity in any version or in the result keeps the base's bits
             ("keep-base") or raises ("error").
+        include: A regular expression. Only tensors whose name matches are merged; the others are copied from base.
+        exclude: A regular expression. Tensors whose name matches are copied from base. What is not chosen is not compared.
+        rename: Regular expressions and what replaces their matches in the names of finetuned, in order: a mapping, or pairs.
+            What compilers and wrappers put before names (_orig_mod., module.), a prefix of all names and names that
+            PyTorch had earlier need none.
         backend: "auto", or one of "cuda", "triton", "cpu" and "torch". "auto" takes the compiled kernel of the device,
             else Triton on a GPU, else plain PyTorch. All give the same bits.
 
     Returns:
         What base is, in memory of its own: a tensor or array, or a dict of them. For a module, its state dict as plain
-            tensors. Dtypes, shapes, devices and DTensor placements are those of base; tied weights stay tied.
+            tensors: an OrderedDict with the _metadata of the base's. Dtypes, shapes, devices and DTensor placements are
+            those of base; tied weights stay tied.
+
+    Warns:
+        MergeWarning: If names were taken for others, integers are in some versions only, or variances of a BatchNorm are
+            below zero after the merge.
 
     Raises:
-        InputError: If versions differ in names, shapes or devices, memory cannot be viewed, an option is out of range, a
-            named backend cannot run here, or an element is non-finite with nonfinite="error". It is a ValueError, and
-            names the model and the tensor.
+        InputError: If versions differ in names, shapes or devices, or in integers that are no counters; there is nothing to
+            merge; weights are quantized, or the factors of adapters; memory cannot be viewed; an option is out of range;
+            a named backend cannot run here; or an element is non-finite with nonfinite="error". It is a ValueError,
+            and names the model and the tensor.
         TypeError: If an argument is of the wrong kind, or a tensor is not a dense one with memory of its own.
         RuntimeError: If the device fails.
     """
     if torch.compiler.is_compiling():
+        require_no_names(include, exclude, rename)
         return merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
-    rule = Rule(scale, min_agreement)
-    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend)
+    rule, names = Rule(scale, min_agreement), Names(include, exclude, rename)
+    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names)
     items = [item._replace(out=call.empty_like(item.name, item.versions[0])) for item in call.items]
     merged = call.run(items, rule)
-    for name, value in call.untouched.items():
-        is_extra = isinstance(value, ExtraState)
-        merged[name] = value.value if is_extra else call.empty_like(name, value).copy_(value)
-    return call.like_base(merged)
+    return call.like_base({**merged, **call.unmerged()})
 
 
 def merge_(
@@ -126,6 +144,9 @@ def merge_(
     min_agreement: float = 1.0,
     inputs: Inputs = "finetuned",
     nonfinite: NonFinite = "keep-base",
+    include: str | None = None,
+    exclude: str | None = None,
+    rename: Rename = (),
     backend: str = "auto",
 ) -> Stats:
     """Merge fine-tuned versions into a base model, in place.
@@ -143,6 +164,9 @@ def merge_(
         inputs: Whether finetuned holds "finetuned" weights or "task_vectors".
         nonfinite: "keep-base", or "error". With "error" nothing is written if any element is non-finite, which costs
             a second reading of everything.
+        include: As of merge; the other tensors are not written.
+        exclude: As of merge.
+        rename: As of merge.
         backend: As of merge.
 
     Returns:
@@ -151,14 +175,20 @@ def merge_(
             torch.compile have to be waited for by the caller. Of DTensors they are what this rank holds; where each element is on one rank, as in FSDP, the
             sums over the ranks are the model's.
 
+    Warns:
+        MergeWarning: As merge; also if the state dict of a module lacks some of its parameters.
+
     Raises:
-        InputError: As merge; also if a version shares memory with base. Nothing was written.
+        InputError: As merge; also if a version shares memory with base, or the state dict of a module has copies of its
+            parameters. Nothing was written.
         TypeError: If an argument is of the wrong kind.
     """
     if torch.compiler.is_compiling():
+        require_no_names(include, exclude, rename)
         return merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
-    rule = Rule(scale, min_agreement)
-    return Call(base, finetuned, "finetuned", inputs, nonfinite, backend, in_place=True).run_in_place(rule)
+    rule, names = Rule(scale, min_agreement), Names(include, exclude, rename)
+    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names, in_place=True)
+    return call.run_in_place(rule)
 
 
 def negate_(
@@ -167,6 +197,9 @@ def negate_(
     *,
     scale: float,
     nonfinite: NonFinite = "keep-base",
+    include: str | None = None,
+    exclude: str | None = None,
+    rename: Rename = (),
     backend: str = "auto",
 ) -> Stats:
     """Subtract a scaled task vector from a model, in place: base -= scale · tau.
@@ -179,6 +212,9 @@ def negate_(
         tau: One task vector of the same kind. Its integer and bool tensors may be missing.
         scale: λ, any finite number.
         nonfinite: As of merge_.
+        include: As of merge_.
+        exclude: As of merge_.
+        rename: As of merge, in the names of tau.
         backend: As of merge.
 
     Returns:
@@ -188,8 +224,9 @@ def negate_(
         InputError: As merge_.
         TypeError: If an argument is of the wrong kind.
     """
-    rule = Rule(scale)
-    return Call(base, [tau], "tau", "task_vectors", nonfinite, backend, in_place=True).run_in_place(rule)
+    rule, names = Rule(scale), Names(include, exclude, rename)
+    call = Call(base, [tau], "tau", "task_vectors", nonfinite, backend, names, in_place=True)
+    return call.run_in_place(rule)
 
 
 @overload
@@ -201,7 +238,7 @@ def merge_task_vectors(
 @overload
 def merge_task_vectors(
     task_vectors: Sequence[torch.nn.Module], **options: Unpack[_Options]
-) -> dict[str, torch.Tensor]: ...
+) -> OrderedDict[str, torch.Tensor]: ...
 @overload
 def merge_task_vectors(task_vectors: Sequence[Model], **options: Unpack[_Options]) -> Any: ...
 def merge_task_vectors(
@@ -209,6 +246,9 @@ def merge_task_vectors(
     *,
     min_agreement: float = 1.0,
     nonfinite: NonFinite = "keep-base",
+    include: str | None = None,
+    exclude: str | None = None,
+    rename: Rename = (),
     backend: str = "auto",
 ) -> Any:
     """Compute the consensus mean of task vectors, dense (arXiv 2410.05583, equation 3).
@@ -220,6 +260,9 @@ def merge_task_vectors(
             taken as by merge.
         min_agreement: The fraction of the task vectors, in (0.5, 1], that must have the same sign.
         nonfinite: Non-finite elements are 0 ("keep-base") or raise ("error").
+        include: A regular expression. Only tensors whose name in task_vectors[0] matches are in the result.
+        exclude: A regular expression. Tensors whose name matches are not.
+        rename: As of merge, in the names of all but the first.
         backend: As of merge.
 
     Returns:
@@ -230,10 +273,8 @@ def merge_task_vectors(
         InputError: As merge; also for a single tensor that is not of a floating-point type.
         TypeError: If an argument is of the wrong kind.
     """
-    rule = Rule(-1.0, min_agreement)
-    call = Call(None, task_vectors, "task_vectors", "task_vectors", nonfinite, backend)
-    if call.is_single and not call.items:
-        raise not_mergeable("task_vectors[0]", call.untouched[SINGLE].dtype)
+    rule, names = Rule(-1.0, min_agreement), Names(include, exclude, rename)
+    call = Call(None, task_vectors, "task_vectors", "task_vectors", nonfinite, backend, names)
     items = []
     for item in call.items:
         vectors = item.versions[1:]

@@ -5,8 +5,9 @@ api.py, ops.py and graph.py all build on these functions, so that a mistake has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,23 +16,42 @@ from ..backends import registry
 from ..backends.pytorch import FLOAT_NAMES
 from ..core.batch import Counts
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError, require_choice
+from ..core.errors import InputError, MergeWarning, require_choice, some_names
+from ..core.pairing import hint
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
 from ..core.stats import Stats
+from ..core.unmergeable import variances_below_zero
 from ..runtime.interrupts import without_gc, without_interrupts
-from . import dtensor
-from .aliasing import plainly_apart, refuse_shared_memory, tied
-from .arrays import SupportsDLPack, as_array, as_tensor, is_array
+from . import dtensor, modules
+from .aliasing import memory, plainly_apart, refuse_shared_memory, tied
+from .arrays import as_array, as_tensor, is_array
+from .checks import (
+    below_zero,
+    holds_integers,
+    may_have_factors,
+    refuse_different_integers,
+    refuse_factors,
+    refuse_quantized,
+)
 from .flatten import Item, batches, flat_item, plain, signatures, specs
-
-Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | SupportsDLPack"
-Model: TypeAlias = "Array | Mapping[str, torch.Tensor] | Mapping[str, Array] | torch.nn.Module"
-# Labels a tensor in errors, given the model's number from 0 (None for the base) and the tensor's name.
-Label: TypeAlias = Callable[["int | None", str], str]
-
-# The name of the tensor of a model that is a single tensor.
-SINGLE = ""
+from .names import (
+    NO_NAMES,
+    SINGLE,
+    Label,
+    Model,
+    Names,
+    copied,
+    is_extra_state,
+    is_single,
+    label_of,
+    list_models,
+    name_tensors,
+    pair_names,
+    require_one_kind,
+    specs_of,
+    viewed,
+)
 
 
 class ExtraState(NamedTuple):
@@ -40,68 +60,10 @@ class ExtraState(NamedTuple):
     value: Any
 
 
-def is_single(model: object, arrays: bool = True) -> bool:
-    """Whether a model is one tensor, or one array."""
-    return isinstance(model, torch.Tensor) or (
-        arrays and not isinstance(model, (Mapping, torch.nn.Module)) and is_array(model)
-    )
-
-
-def is_extra_state(name: str) -> bool:
-    """Whether a name of a state dict is that of a module's extra state."""
-    return str(name).endswith("_extra_state")
-
-
 def require_options(inputs: str, nonfinite: str) -> None:
     """Check the options that are choices of words."""
     require_choice("inputs", inputs, ("finetuned", "task_vectors"))
     require_choice("nonfinite", nonfinite, ("keep-base", "error"))
-
-
-def list_models(models: Any, label: str, arrays: bool = True) -> list[Any]:
-    """A list of one or more models, from any iterable but a single model."""
-    if (
-        is_single(models, arrays)
-        or isinstance(models, (Mapping, torch.nn.Module))
-        or not isinstance(models, Iterable)
-    ):
-        raise TypeError(f"{label}: {type(models).__name__}, expected a list of models")
-    if not (listed := list(models)):
-        raise InputError(f"{label}: no models, expected at least one")
-    return listed
-
-
-def label_of(models: str, reference: str = "base") -> Label:
-    """Labels for the tensors of a call. models is the name of the argument that lists them; "tau" is a single model."""
-
-    def where(k: int | None, name: str) -> str:
-        model = reference if k is None else models if models == "tau" else f"{models}[{k}]"
-        return model if name == SINGLE else f"{model}[{name!r}]"
-
-    return where
-
-
-def name_tensors(base: Any, models: list[Any], where: Label, arrays: bool = True) -> list[dict[str, Any]]:
-    """The tensors of the base and of each model, by name. All must be single tensors, or none."""
-    named = [_named(base, where(None, SINGLE), arrays)]
-    for k, model in enumerate(models):
-        if is_single(model, arrays) != is_single(base, arrays):
-            found, expected = type(model).__name__, type(base).__name__
-            raise TypeError(f"{where(k, SINGLE)}: {found}, but {where(None, SINGLE)} is {expected}")
-    return named + [_named(model, where(k, SINGLE), arrays) for k, model in enumerate(models)]
-
-
-def _named(model: Any, where: str, arrays: bool) -> dict[str, Any]:
-    if is_single(model, arrays):
-        return {SINGLE: model}
-    if isinstance(model, torch.nn.Module):
-        if torch.compiler.is_compiling():  # torch 2.6 and 2.7 cannot trace how a module makes its own dict
-            return dict(model.state_dict(destination={}))
-        return dict(model.state_dict())
-    if isinstance(model, Mapping):
-        return dict(model.items())
-    kinds = "a tensor, an array, a mapping of these" if arrays else "a tensor, a mapping of tensors"
-    raise TypeError(f"{where}: {type(model).__name__}, expected {kinds} or a module")
 
 
 def flat_items(named: list[dict[str, Any]]) -> dict[str, Item]:
@@ -110,12 +72,13 @@ def flat_items(named: list[dict[str, Any]]) -> dict[str, Item]:
 
 
 def pair(
-    named: list[dict[str, Any]], flat: Mapping[str, Item], where: Label, task_vectors: bool, reference: str
-) -> tuple[dict[str, Item], dict[str, Any]]:
+    named: list[dict[str, Any]], flat: Mapping[str, Item], where: Label, reference: str
+) -> tuple[dict[str, Item], list[dict[str, Any]]]:
     """Pair the tensors by name, and check those that are not flat.
 
     Returns:
-        The items of all floating-point tensors, in the order of the base; and everything else that the base has.
+        The items of all floating-point tensors, in the order of the base; and everything else that the base and each of the
+            models have.
 
     Raises:
         InputError: If tensors do not fit each other.
@@ -125,14 +88,17 @@ def pair(
         _checked({n: v for n, v in model.items() if n not in flat}, k - 1 if k else None, where)
         for k, model in enumerate(named)
     ]
-    if problems := misfits(base, models, where, task_vectors, reference):
+    if problems := misfits(base, models, where, reference):
+        texts = [{name: None for name in model if isinstance(name, str)} for model in named]
+        hints = (hint(texts[0], model) for model in texts[1:])
+        problems += [each for each in hints if each][:1]
         raise InputError("; ".join(problems))
     items = {
         name: flat.get(name) or Item(name, [m[name] for m in rest])
         for name in named[0]
         if name in flat or _is_float(base[name])
     }
-    return items, {name: value for name, value in base.items() if name not in items}
+    return items, [{name: value for name, value in m.items() if name not in items} for m in rest]
 
 
 def _checked(named: dict[str, Any], k: int | None, where: Label) -> dict[str, Any]:
@@ -159,9 +125,7 @@ def not_mergeable(where: str, dtype: object) -> InputError:
     )
 
 
-def misfits(
-    base: dict[str, Any], models: list[dict[str, Any]], where: Label, task_vectors: bool, reference: str
-) -> list[str]:
+def misfits(base: dict[str, Any], models: list[dict[str, Any]], where: Label, reference: str) -> list[str]:
     """Differences that keep models from being merged into the base: in names, dtypes and shapes, else in devices."""
     return mismatches(specs(base), [specs(m) for m in models], where, reference) or [
         f"{where(k, name)}: {problem}"
@@ -176,6 +140,15 @@ def other_device(tensor: torch.Tensor, like: torch.Tensor, label: str) -> str | 
     return (
         None if tensor.device == like.device else f"on {tensor.device}, expected {like.device} like {label}"
     )
+
+
+def nothing_to_merge(where: str, rest: Mapping[str, Any]) -> InputError:
+    """The error for a model without a floating-point tensor that is chosen."""
+    if SINGLE in rest:
+        return not_mergeable(where, rest[SINGLE].dtype)
+    dtypes = sorted({str(t.dtype) for t in rest.values() if isinstance(t, torch.Tensor)})
+    found = f"{len(rest):,} tensors of {', '.join(dtypes)}" if dtypes else "no tensors"
+    return InputError(f"{where}: {found}, expected a floating-point one to merge ({', '.join(FLOAT_SIZES)})")
 
 
 def refuse_aliasing(items: Sequence[Item], unwritten: Mapping[str, torch.Tensor], where: Label) -> None:
@@ -253,6 +226,11 @@ class Call:
     """One call on models of any kind: their tensors, paired and checked.
 
     Without a base (None), results are like the first of the models.
+
+    Attributes:
+        items: The tensors to merge, tied ones once.
+        untouched: All else that was chosen of the base: integers, and extra state.
+        kept: What was not chosen of the base.
     """
 
     @without_gc()
@@ -264,28 +242,83 @@ class Call:
         inputs: Inputs,
         nonfinite: NonFinite,
         backend: str,
+        names: Names = NO_NAMES,
         in_place: bool = False,
     ) -> None:
         require_options(inputs, nonfinite)
         listed = list_models(models, label)
         reference = f"{label}[0]" if base is None else "base"
+        self._has_base = base is not None
         base = listed[0] if base is None else base
         self.where, self.is_single = label_of(label, reference), is_single(base)
         self.task_vectors, self.nonfinite, self.backend = inputs == "task_vectors", nonfinite, backend
-        named = name_tensors(base, listed, self.where)
-        self.names = list(named[0])
+        self._notes: list[str] = []
         self._arrays: dict[str, np.dtype[Any]] = {}
         self._dtensors: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
-        flat = flat_items(named)
-        if len(flat) < len(self.names) and self._view(named, flat, reference, in_place):
-            flat = {name: item for name in self.names if (item := flat.get(name) or flat_item(name, named))}
-        items, self.untouched = pair(named, flat, self.where, self.task_vectors, reference)
+        self._modules = [model if isinstance(model, torch.nn.Module) else None for model in (base, *listed)]
+        for k, module in enumerate(self._modules):
+            if module is not None:
+                modules.refuse_unmergeable(module, self.where(k - 1 if k else None, SINGLE))
+        self._state = base if self._modules[0] is None else self._modules[0].state_dict()
+        named = [name_tensors(self._state, reference)]
+        require_one_kind(base, listed, self.where)
+        named += [name_tensors(model, self.where(k, SINGLE)) for k, model in enumerate(listed)]
+        self.names = list(named[0])
+        named, flat = self._paired(named, names, reference, in_place)
+        items, rest = pair(named, flat, self.where, reference)
+        self.untouched = rest[0]
+        if not items:
+            raise nothing_to_merge(reference, self.untouched)
+        if not self.task_vectors:
+            refuse_different_integers(rest, self.where)
         self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
         self._refuse_ties_across_placements(named[0])
+        self._refuse_half_of_a_tie(items)
         self.items = [item for name, item in items.items() if name not in self.tied]
-        if not self.items:
-            registry.choose(backend, "cpu")  # refuses a backend that does not exist
+        for note in self._notes:
+            warnings.warn(note, MergeWarning, stacklevel=4)
+
+    def _paired(
+        self, everything: list[dict[str, Any]], names: Names, reference: str, in_place: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, Item]]:
+        """The chosen tensors of all models by the base's names, arrays and DTensors as tensors; and the items of those that are flat."""
+        names.refuse_nothing(everything[0], reference)
+        named = [names.choose(model) for model in everything]
+        self.kept = {} if names.all_chosen else {n: v for n, v in everything[0].items() if n not in named[0]}
+        flat = flat_items(named)
+        if not names.renames and all(len(model) == len(flat) for model in named):
+            if may_have_factors(flat):
+                refuse_factors(specs_of(named[0]), lambda name: self.where(None, name))
+            return named, flat
+        if names.renames or any(model.keys() != named[0].keys() for model in named):
+            labels = [self.where(k, SINGLE) for k in range(len(named) - 1)]
+            named, notes = pair_names(everything, names, labels, reference, self.task_vectors)
+            for phrase, models in notes.items():
+                more = f" and {len(models) - 1:,} more" if len(models) > 1 else ""
+                self._notes.append(f"{labels[models[0]]}{more}: {phrase}")
+            flat = flat_items(named)
+        if self._view(named, flat, reference, in_place):
+            flat = {name: item for name in named[0] if (item := flat.get(name) or flat_item(name, named))}
+        with torch._C.DisableTorchFunctionSubclass():
+            self._refuse_unmergeable(named, flat)
+        return named, flat
+
+    def _refuse_unmergeable(self, named: list[dict[str, Any]], flat: Mapping[str, Item]) -> None:
+        """Raise InputError for adapters and quantized weights."""
+        for k, (model, module) in enumerate(zip(named, self._modules, strict=True)):
+
+            def label(name: str, k: int = k) -> str:
+                return self.where(k - 1 if k else None, name)
+
+            if may_have_factors(model):
+                refuse_factors(specs_of(model), label)
+            rest = {n: v for n, v in model.items() if n not in flat and not is_extra_state(n)}
+            has_integers = holds_integers(rest)
+            refuse_quantized(rest, specs_of(model) if has_integers else {}, label)
+            if has_integers and module is not None and (found := modules.quantized_parameter(module, model)):
+                name, kind = found
+                raise InputError(f"{label(name)}: {kind}: quantized weights, expected floating-point weights")
 
     @torch.no_grad()  # or DTensors would give their shards as views for autograd
     def _view(
@@ -320,6 +353,34 @@ class Call:
                 tie = f"{self.where(None, owner)}, whose memory it has"
                 raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
 
+    def _refuse_half_of_a_tie(self, items: Mapping[str, Item]) -> None:
+        """Raise InputError if one of two tied weights is chosen and the other is not."""
+        if not self.kept:
+            return
+        chosen = {memory(item.versions[0]): name for name, item in items.items() if item.versions[0].numel()}
+        for name, value in self.kept.items():
+            view = viewed(value)
+            if view is not None and (owner := chosen.get(memory(view))):
+                raise InputError(
+                    f"{self.where(None, name)}: is not chosen, but tied to {self.where(None, owner)}, "
+                    "which is: expected both or neither"
+                )
+
+    def unmerged(self) -> dict[str, Any]:
+        """Copies of all that the base has beside what is merged, for a result; extra state is not copied."""
+        copies: dict[str, Any] = {}
+        for name, value in self.untouched.items():
+            is_extra = isinstance(value, ExtraState)
+            copies[name] = value.value if is_extra else self.empty_like(name, value).copy_(value)
+        made: dict[Any, Any] = {}
+        for name, value in self.kept.items():
+            view = viewed(value)
+            key = id(value) if view is None or not view.numel() else (type(value), memory(view))
+            if key not in made:
+                made[key] = copied(value, self.where(None, name))
+            copies[name] = made[key]
+        return copies
+
     def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory for a result like a tensor of the base. For a DTensor it is this rank's shard of a new DTensor."""
         if name not in self._dtensors:
@@ -332,12 +393,18 @@ class Call:
         results = run_batches(items, rule, self.task_vectors, self.backend)
         if self.nonfinite != "keep-base":
             self._refuse_nonfinite(items, rule, stats_of(results))
+        self._warn_of_variances(items)
         return {item.name: item.out for item in items}
 
     def run_in_place(self, rule: Rule) -> Stats:
         """Merge all items into the base."""
-        unwritten = {n: t for n, t in self.untouched.items() if isinstance(t, torch.Tensor)}
-        refuse_aliasing(self.items, unwritten, self.where)
+        rest = {n: t if isinstance(t, torch.Tensor) else None for n, t in self.untouched.items()}
+        rest |= {name: viewed(value) for name, value in self.kept.items()}
+        refuse_aliasing(self.items, {n: t for n, t in rest.items() if t is not None}, self.where)
+        module = self._modules[0]
+        if module is not None and (unshown := modules.refuse_copies(module, self.items, rest, self.where)):
+            what = "parameters that the module's state dict does not have, which are not merged"
+            warnings.warn(f"base: {some_names(unshown)}: {what}", MergeWarning, stacklevel=3)
         if self.nonfinite == "error":
             self.run(self.items, rule)
         # Autograd must notice writes through addresses. It has a version each for a DTensor and for its shard.
@@ -347,7 +414,14 @@ class Call:
                 torch.autograd.graph.increment_version(tensor)
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with without_interrupts():
-            return stats_of(run_batches(items, rule, self.task_vectors, self.backend))
+            stats = stats_of(run_batches(items, rule, self.task_vectors, self.backend))
+        self._warn_of_variances(items)
+        return stats
+
+    def _warn_of_variances(self, items: list[Item]) -> None:
+        """Warn of a network that a merge has broken, though it followed the rule."""
+        if self._has_base and (names := below_zero({i.name: i.out for i in items if i.out is not None})):
+            warnings.warn(f"the result: {variances_below_zero(names)}", MergeWarning, stacklevel=4)
 
     def like_base(self, merged: Mapping[str, Any]) -> Any:
         """Results of the base's kind: under its names, tied where it is, with NumPy arrays and DTensors where it has them."""
@@ -355,13 +429,13 @@ class Call:
         arrays = {
             owner: as_array(merged[owner], dtype)
             for name, owner in owners.items()
-            if (dtype := self._arrays.get(name))
+            if (dtype := self._arrays.get(name)) is not None
         }
         made = {**merged, **self._made}
         result = {
             name: arrays[owner] if name in self._arrays else made[owner] for name, owner in owners.items()
         }
-        return result[SINGLE] if self.is_single else result
+        return result[SINGLE] if self.is_single else modules.like_state_dict(result, self._state)
 
     def _refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
         """Raise InputError for the first non-finite element."""

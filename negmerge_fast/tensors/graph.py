@@ -16,8 +16,16 @@ from ..core.errors import InputError
 from ..core.schema import mismatches
 from ..core.stats import Stats
 from . import ops  # noqa: F401  registers torch.ops.negmerge
-from .call import SINGLE, Label, is_extra_state, label_of, list_models, name_tensors, require_options
+from .call import nothing_to_merge, require_options
 from .flatten import specs
+from .names import SINGLE, Label, is_extra_state, label_of, list_models, name_tensors, require_one_kind
+
+
+def require_no_names(include: Any, exclude: Any, rename: Any) -> None:
+    """Raise InputError for options that choose or change names."""
+    for name, value in (("include", include), ("exclude", exclude), ("rename", rename)):
+        if value:
+            raise InputError(f"{name}: {value!r}, expected none in a graph: pass what is to be merged")
 
 
 def merge_in_graph(
@@ -31,17 +39,15 @@ def merge_in_graph(
 ) -> Any:
     """merge in a graph. Tied weights become separate tensors."""
     named, models, floats = _pair(base, finetuned, inputs, nonfinite)
-    merged = dict(named)
-    if floats:
-        tensors, _ = torch.ops.negmerge.merge(
-            [named[name] for name in floats],
-            [model[name] for model in models for name in floats],
-            scale,
-            min_agreement,
-            inputs == "task_vectors",
-            backend,
-        )
-        merged.update(zip(floats, tensors, strict=True))
+    tensors, _ = torch.ops.negmerge.merge(
+        [named[name] for name in floats],
+        [model[name] for model in models for name in floats],
+        scale,
+        min_agreement,
+        inputs == "task_vectors",
+        backend,
+    )
+    merged = {**named, **dict(zip(floats, tensors, strict=True))}
     for name, value in named.items():
         if name not in floats and isinstance(value, torch.Tensor):
             merged[name] = value.clone()
@@ -60,16 +66,15 @@ def merge_in_graph_(
     """merge_ in a graph. The numbers of the result can be read only after the graph has run."""
     named, models, floats = _pair(base, finetuned, inputs, nonfinite)
     stats = Stats()
-    if floats:
-        counts = torch.ops.negmerge.merge_(
-            [named[name] for name in floats],
-            [model[name] for model in models for name in floats],
-            scale,
-            min_agreement,
-            inputs == "task_vectors",
-            backend,
-        )
-        stats.add([(name, named[name].numel()) for name in floats], counts)
+    counts = torch.ops.negmerge.merge_(
+        [named[name] for name in floats],
+        [model[name] for model in models for name in floats],
+        scale,
+        min_agreement,
+        inputs == "task_vectors",
+        backend,
+    )
+    stats.add([(name, named[name].numel()) for name in floats], counts)
     return stats
 
 
@@ -82,14 +87,18 @@ def _pair(
         raise InputError("nonfinite: 'error', expected 'keep-base' in a graph, which looks at no numbers")
     where = label_of("finetuned")
     listed = list_models(finetuned, "finetuned", arrays=False)
+    require_one_kind(base, listed, where, arrays=False)
     named, *models = [
-        _detached(model, k - 1 if k else None, where)
-        for k, model in enumerate(name_tensors(base, listed, where, arrays=False))
+        _detached(name_tensors(model, where(k, SINGLE), arrays=False), k, where)
+        for k, model in zip([None, *range(len(listed))], [base, *listed], strict=True)
     ]
     base_specs, *model_specs = [specs(model) for model in (named, *models)]
     if problems := mismatches(base_specs, model_specs, where):
         raise InputError("; ".join(problems))
-    return named, models, [name for name, spec in base_specs.items() if spec.dtype in FLOAT_SIZES]
+    floats = [name for name, spec in base_specs.items() if spec.dtype in FLOAT_SIZES]
+    if not floats:
+        raise nothing_to_merge(where(None, SINGLE), named)
+    return named, models, floats
 
 
 def _detached(named: dict[str, Any], k: int | None, where: Label) -> dict[str, Any]:

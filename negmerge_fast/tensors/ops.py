@@ -206,7 +206,7 @@ def _named(
 def _paired(named: list[dict[str, torch.Tensor]]) -> list[Item]:
     flat = flat_items(named)
     _require_mergeable(named, flat)
-    items, _ = pair(named, flat, _where, task_vectors=False, reference="base")
+    items, _ = pair(named, flat, _where, "base")
     return list(items.values())
 
 
@@ -222,7 +222,7 @@ def _require_mergeable(named: list[dict[str, torch.Tensor]], flat: Collection[st
             raise InputError(f"{_where(None, name)}: {problem}")
     for name in to_check:
         versions = [{name: model[name]} for model in models]
-        if problems := misfits({name: base[name]}, versions, _where, False, _where(None, name)):
+        if problems := misfits({name: base[name]}, versions, _where, _where(None, name)):
             raise InputError(problems[0])
 
 

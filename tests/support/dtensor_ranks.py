@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,6 +209,54 @@ def tied(world: int) -> None:
         both = {"embed": base["embed"], "head": other}
         with refused(f"base['head']: {found} like base['embed'], whose memory it has"):
             nm.merge(both, [both], scale=0.9)
+
+
+@case
+def names_that_differ(world: int) -> None:
+    """A tied weight that versions lack, a prefix, and a choice of names."""
+    mesh, full = init_device_mesh("cpu", (world,)), versions(8, 4)
+    whole = plain_merge(full[0], full[1:], 0.9)[0]
+    base, *models = (
+        {"embed": distribute(t, mesh, Shard(0)), "norm": distribute(t, mesh, Shard(1))} for t in full
+    )
+    base["head"] = base["embed"].detach()
+    with communicating():
+        merged = nm.merge(base, models, scale=0.9)
+        assert merged["head"] is merged["embed"]
+        holds(merged["embed"], whole, base["embed"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merged = nm.merge(base, [{f"module.{n}": t for n, t in m.items()} for m in models], scale=0.9)
+        assert [w.category for w in caught] == [nm.MergeWarning]
+        holds(merged["head"], whole, base["embed"])
+        merged = nm.merge(base, models, scale=0.9, include="norm")
+        holds(merged["norm"], whole, base["norm"])
+        holds(merged["embed"], full[0], base["embed"])
+        assert merged["head"] is merged["embed"] and merged["embed"] is not base["embed"]
+        with refused(
+            "base['head']: is not chosen, but tied to base['embed'], which is: expected both or neither"
+        ):
+            nm.merge_(base, models, scale=0.9, exclude="head")
+        assert list(nm.merge_(base, models, scale=0.9, exclude="embed|head").tensors) == ["norm"]
+    holds(base["embed"], full[0], base["embed"])
+
+
+@case
+def fully_sharded_before_dtensors(world: int) -> None:
+    """FSDP 1 gathers copies for its state dict."""
+    base, *models = (network(seed) for seed in (0, 1, 2))
+    wrapped = FullyShardedDataParallel(base, device_id=torch.device("cpu"), use_orig_params=True)
+    before = [p.detach().clone() for p in wrapped.parameters()]
+    whole = nm.merge(wrapped, models, scale=0.9)
+    plain = nm.merge(network(0), models, scale=0.9)
+    assert all(same_bits(whole[name], t) for name, t in plain.items())
+    try:
+        nm.merge_(wrapped, models, scale=0.9)
+    except nm.InputError as error:
+        assert "a copy that the module's state dict gives (by a hook, or FSDP 1)" in str(error), error
+    else:
+        raise AssertionError("not refused")
+    assert all(map(same_bits, [p.detach() for p in wrapped.parameters()], before))
 
 
 @case
@@ -436,7 +485,7 @@ if __name__ == "__main__":
     # The ranks are forks of this process, so that modules are imported only once.
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module

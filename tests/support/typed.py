@@ -37,7 +37,7 @@ def check() -> None:
     of_parameter: torch.Tensor = nm.merge(parameter, [parameter], scale=1, min_agreement=0.8, backend="torch")
     of_array: Floats = nm.merge(array, [array, tensor], scale=0.9, nonfinite="error")
     of_dlpack: torch.Tensor = nm.merge(by_dlpack, [by_dlpack], scale=0.9, inputs="task_vectors")
-    of_module: dict[str, torch.Tensor] = nm.merge(module, [module, module.state_dict()], scale=0.9)
+    of_module: OrderedDict[str, torch.Tensor] = nm.merge(module, [module, module.state_dict()], scale=0.9)
     of_state: dict[str, torch.Tensor] = nm.merge(OrderedDict(module.state_dict()), [module], scale=0.9)
     of_parameters: dict[str, torch.Tensor] = nm.merge({"w": parameter}, [{"w": array}], scale=0.9)
     of_arrays: dict[str, Floats] = nm.merge({"w": array}, [{"w": tensor}], scale=0.9)
@@ -45,12 +45,13 @@ def check() -> None:
     assert type(of_tensor) is type(of_parameter) is type(of_dlpack) is torch.Tensor
     assert type(of_array) is type(of_arrays["w"]) is type(of_mixed["b"]) is np.ndarray
     assert type(of_parameters["w"]) is type(of_mixed["a"]) is torch.Tensor
-    assert type(of_module) is type(of_state) is dict and of_module.keys() == of_state.keys()
+    assert type(of_module) is type(of_state) is OrderedDict and of_module.keys() == of_state.keys()
+    assert type(of_parameters) is dict
     tau: torch.Tensor = nm.merge_task_vectors([tensor, tensor], nonfinite="error")
     array_tau: Floats = nm.merge_task_vectors([array, array])
     named_tau: dict[str, torch.Tensor] = nm.merge_task_vectors([{"w": tensor}, {"w": tensor}])
     array_taus: dict[str, Floats] = nm.merge_task_vectors([{"w": array}])
-    module_tau: dict[str, torch.Tensor] = nm.merge_task_vectors([module, module])
+    module_tau: OrderedDict[str, torch.Tensor] = nm.merge_task_vectors([module, module])
     assert type(tau) is type(named_tau["w"]) is type(module_tau["weight"]) is torch.Tensor
     assert type(array_tau) is type(array_taus["w"]) is np.ndarray
 

@@ -299,7 +299,7 @@ def test_shared_memory_is_refused_in_place_only() -> None:
     with pytest.raises(nm.InputError, match=r"base\['raw'\]: shares memory with base\['a'\]"):
         nm.merge_(
             {"a": base, "raw": base.view(torch.int32)},
-            [{"a": t, "raw": t.view(torch.int32)} for t in finetuned],
+            [{"a": t, "raw": base.view(torch.int32).clone()} for t in finetuned],
             scale=0.9,
         )
     # Columns of one matrix are interleaved, but share no element.
@@ -363,10 +363,23 @@ def test_tensors_of_all_kinds_in_one_model() -> None:
         assert stats.tensors[name].elements == plain[name].numel()
 
 
-def test_a_model_of_integers_only() -> None:
-    base = {"n": torch.arange(3)}
-    assert nm.merge_(base, [{"n": torch.zeros(3, dtype=torch.int64)}], scale=1.0).elements == 0
-    assert base["n"].tolist() == [0, 1, 2]
+def test_a_model_with_nothing_to_merge() -> None:
+    integers, floats = {"n": torch.arange(3), "flag": torch.tensor(True)}, {"w": torch.ones(2)}
+    for base, options, message in (
+        (integers, {}, r"base: 2 tensors of torch.bool, torch.int64, expected a floating-point one to merge \(F64, "),
+        ({}, {}, "base: no tensors, expected a floating-point one to merge"),
+        (torch.nn.ReLU(), {}, "base: no tensors, expected"),
+        (torch.arange(3), {}, "base: torch.int64, expected a floating-point type to merge"),
+        ({**integers, **floats}, {"exclude": "w"}, "base: 2 tensors of torch.bool, torch.int64, expected"),
+        (floats, {"include": "v"}, "base: no tensor is chosen by include 'v', exclude None"),
+    ):  # fmt: skip
+        for function in (nm.merge, nm.merge_):
+            with pytest.raises(nm.InputError, match=f"^{message}"):
+                function(base, [base], scale=1.0, **options)
+    with pytest.raises(nm.InputError, match=r"^task_vectors\[0\]: 2 tensors of torch.bool, torch.int64"):
+        nm.merge_task_vectors([integers, integers])
+    with pytest.raises(nm.InputError, match=r"^base: no tensors, expected"):
+        nm.negate_({}, {}, scale=1.0)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates some of these kinds of tensor

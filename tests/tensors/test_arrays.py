@@ -86,7 +86,7 @@ def test_merge_into_a_numpy_view_writes_nothing_else() -> None:
 def test_models_of_arrays_integers_and_tensors(mixed: bool) -> None:
     a, b = arrays(5, 4), arrays(7, dtype=np.float16)
     models: list[dict[str, Any]] = [
-        {"a": x, "b": y, "n": np.arange(k, k + 3), "flags": np.array([True, False])}
+        {"a": x, "b": y, "steps": np.arange(k, k + 3), "flags": np.array([True, False])}
         for k, (x, y) in enumerate(zip(a, b, strict=True))
     ]
     if mixed:
@@ -94,11 +94,12 @@ def test_models_of_arrays_integers_and_tensors(mixed: bool) -> None:
         models[1] = {n: torch.from_numpy(t) for n, t in models[1].items()}
         models[2]["a"] = ByDLPack(a[2])
     merged = nm.merge(models[0], models[1:], scale=0.9)
-    assert list(merged) == ["a", "b", "n", "flags"]
+    assert list(merged) == ["a", "b", "steps", "flags"]
     assert all(type(merged[n]) is (type(t) if n == "b" else np.ndarray) for n, t in models[0].items())
     for name, held in {"a": a, "b": b}.items():
         assert same_bits(torch.as_tensor(merged[name]), expected(held))
-    assert merged["n"].tolist() == [0, 1, 2] and not np.shares_memory(merged["n"], models[0]["n"])
+    assert merged["steps"].tolist() == [0, 1, 2]
+    assert not np.shares_memory(merged["steps"], models[0]["steps"])
     stats = nm.merge_(models[0], models[1:], scale=0.9)
     assert all((np.asarray(models[0][n]) == np.asarray(merged[n])).all() for n in merged)
     assert list(stats.tensors) == ["a", "b"]
@@ -168,9 +169,10 @@ def test_dlpack(old: bool) -> None:
     assert type(merged) is torch.Tensor and same_bits(merged, expected(held))
     named = nm.merge({"w": by_dlpack[0]}, [{"w": f} for f in by_dlpack[1:]], scale=0.9)
     assert same_bits(named["w"], merged)
-    integers = {"n": ByDLPack(np.arange(3), old)}
-    assert type(nm.merge(integers, [integers], scale=0.9)["n"]) is torch.Tensor
-    nm.merge_(integers, [integers], scale=0.9)  # reads it only
+    integers = {"n": ByDLPack(np.arange(3), old), "w": torch.ones(2)}
+    other = {**integers, "w": torch.zeros(2)}
+    assert type(nm.merge(integers, [other], scale=0.9)["n"]) is torch.Tensor
+    nm.merge_(integers, [other], scale=0.9)  # reads them only
     if old or not speaks_dlpack_1():
         with pytest.raises(
             nm.InputError, match="base: ByDLPack that is read-only, or does not say otherwise"
@@ -306,9 +308,7 @@ def test_models_with_bfloat16_of_ml_dtypes() -> None:
     """Beside tensors and other arrays; tied; as task vectors; read-only."""
     held, others = bfloats(4, 5), arrays(3)
     plain = expected([as_tensor(a) for a in held])
-    models: list[dict[str, Any]] = [
-        {"a": a, "tied": a[:], "b": b} for a, b in zip(held, others, strict=True)
-    ]
+    models: list[dict[str, Any]] = [{"a": a, "tied": a[:], "b": b} for a, b in zip(held, others, strict=True)]
     models[1]["a"] = as_tensor(held[1])
     models[2] = {name: read_only(array) for name, array in models[2].items()}
     merged = nm.merge(models[0], models[1:], scale=0.9)
