@@ -102,9 +102,7 @@ def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors
     return {**omitted, **checkpoint.tensors}
 
 
-def _choice(
-    include: str | None, exclude: str | None, unindexed: Collection[str]
-) -> pairing.Chosen | None:
+def _choice(include: str | None, exclude: str | None, unindexed: Collection[str]) -> pairing.Chosen | None:
     """Whether a tensor is merged, by its name in the base; None if all are. What the base's index omits is not."""
     is_chosen = pairing.choice(include, exclude)
     if not unindexed:
