@@ -1,7 +1,8 @@
 // Conversions of storage types, by bits: widened to the arithmetic type when loaded (exact), rounded when stored (to nearest,
 // ties to even). F is a float and U its bits, or packs of both (merge_rule.h).
 //
-// kOverflow: the smallest magnitude that rounds to infinity. round is only for smaller ones: nothing else is stored.
+// kExponent, kFraction: bits of these parts of a number, as in negmerge_fast/core/dtypes.py. kOverflow: the smallest magnitude
+// that rounds to infinity. round is only for smaller ones: nothing else is stored.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,7 @@ NEGMERGE_INLINE To bits_as(const From& from) {
 
 struct F64 {
   static constexpr bool kHalf = false;
+  static constexpr int kExponent = 11, kFraction = 52;
   using Bits = std::uint64_t;
   using Float = double;  // what is rounded to storage, and its bits
   using Word = std::uint64_t;
@@ -38,6 +40,7 @@ struct F64 {
 
 struct F32 {
   static constexpr bool kHalf = false;
+  static constexpr int kExponent = 8, kFraction = 23;
   using Bits = std::uint32_t;
   using Float = float;
   using Word = std::uint32_t;
@@ -50,6 +53,7 @@ struct F32 {
 
 struct BF16 {
   static constexpr bool kHalf = false;
+  static constexpr int kExponent = 8, kFraction = 7;
   using Bits = std::uint16_t;
   using Float = float;
   using Word = std::uint32_t;
@@ -69,6 +73,7 @@ struct BF16 {
 
 struct F16 {
   static constexpr bool kHalf = true;  // F16C converts it
+  static constexpr int kExponent = 5, kFraction = 10;
   using Bits = std::uint16_t;
   using Float = float;
   using Word = std::uint32_t;

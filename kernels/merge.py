@@ -1,6 +1,6 @@
 """The rule in Triton, for every GPU that Triton supports: one kernel, one launch for a batch.
 
-    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    d_k   = x_k - b                        (b rounded to the type of x_k; or x_k itself, of task vectors)
     agree = all d_k > 0  or  all d_k < 0
     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 

@@ -43,7 +43,7 @@ def test_public_names_are_all_there() -> None:
 
 def test_the_formula_stands_in_the_same_words_everywhere() -> None:
     formula = """
-d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+d_k   = x_k - b                        (b rounded to the type of x_k; or x_k itself, of task vectors)
 agree = all d_k > 0  or  all d_k < 0
 out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 """

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from .dtypes import holds
 from .rule import Rule
 
 
@@ -57,6 +58,10 @@ class Signature(NamedTuple):
     def arithmetic(self) -> str:
         """The dtype of the arithmetic: F64 if anything is stored as F64, else F32."""
         return "F64" if "F64" in (self.result, *self.models) else "F32"
+
+    def rounds_base(self, model: str) -> bool:
+        """Whether d_k of a model of this storage type subtracts the base rounded to that type."""
+        return not self.task_vectors and not holds(model, self.result)
 
 
 def segment_at(numel: int, signature: Signature, addresses: Sequence[int], owners: Sequence[Any]) -> Segment:

@@ -14,6 +14,7 @@ class Dtype(NamedTuple):
         torch: The name of PyTorch's dtype; None if tensors of this type are neither merged nor copied.
         numpy: The dtype string of a .npy file; None if such files are not merged.
         code: The number that stands for it in the kernels (csrc/batch.h, kernels/merge.py); None if it is not merged.
+        exponent, fraction: Bits of these two parts of a number, of the types that are merged.
     """
 
     name: str
@@ -21,6 +22,8 @@ class Dtype(NamedTuple):
     torch: str | None = None
     numpy: str | None = None
     code: int | None = None
+    exponent: int = 0
+    fraction: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -34,10 +37,10 @@ class Dtype(NamedTuple):
 
 
 DTYPES = (
-    Dtype("F64", 64, "float64", "<f8", code=0),
-    Dtype("F32", 32, "float32", "<f4", code=1),
-    Dtype("F16", 16, "float16", "<f2", code=2),
-    Dtype("BF16", 16, "bfloat16", code=3),
+    Dtype("F64", 64, "float64", "<f8", code=0, exponent=11, fraction=52),
+    Dtype("F32", 32, "float32", "<f4", code=1, exponent=8, fraction=23),
+    Dtype("F16", 16, "float16", "<f2", code=2, exponent=5, fraction=10),
+    Dtype("BF16", 16, "bfloat16", code=3, exponent=8, fraction=7),
     Dtype("BOOL", 8, "bool"),
     Dtype("U8", 8, "uint8"),
     Dtype("I8", 8, "int8"),
@@ -65,6 +68,14 @@ DTYPE_BITS = {dtype.name: dtype.bits for dtype in DTYPES}
 # Bytes of an element, of the types that are merged.
 FLOAT_SIZES = {dtype.name: dtype.bits // 8 for dtype in DTYPES if dtype.is_float}
 
+# Pairs of merged types (a, b) where a holds every value of b.
+_HOLDS = frozenset(
+    (a.name, b.name)
+    for a in DTYPES
+    for b in DTYPES
+    if a.is_float and b.is_float and a.exponent >= b.exponent and a.fraction >= b.fraction
+)
+
 INTEGER_DTYPES = frozenset(dtype.name for dtype in DTYPES if dtype.is_integer)
 
 # Names of PyTorch's dtypes. backends/pytorch.py has the dtypes themselves: core imports no torch.
@@ -75,3 +86,8 @@ NUMPY_DTYPES = {dtype.numpy: dtype.name for dtype in DTYPES if dtype.numpy is no
 
 # Numbers that stand for dtypes in the kernels.
 DTYPE_CODES = {dtype.name: dtype.code for dtype in DTYPES if dtype.code is not None}
+
+
+def holds(dtype: str, other: str) -> bool:
+    """Whether a merged type holds every value of another one."""
+    return (dtype, other) in _HOLDS

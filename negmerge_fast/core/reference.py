@@ -1,6 +1,6 @@
 """The rule written out over whole tensors: the reference that tests compare every backend with.
 
-    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    d_k   = x_k - b                        (b rounded to the type of x_k; or x_k itself, of task vectors)
     agree = all d_k > 0  or  all d_k < 0
     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
@@ -37,7 +37,9 @@ def plain_merge(
     """
     wide = torch.float64 if torch.float64 in [base.dtype, *(m.dtype for m in models)] else torch.float32
     b = base.to(wide)
-    d = torch.stack([m.to(wide) if task_vectors else m.to(wide) - b for m in models])
+    d = torch.stack(
+        [m.to(wide) if task_vectors else m.to(wide) - _rounded(base, m.dtype).to(wide) for m in models]
+    )
     required = max(math.ceil(min_agreement * len(models) - 1e-9), len(models) // 2 + 1)
     positive, negative = (d > 0).sum(0), (d < 0).sum(0)
     agree = torch.maximum(positive, negative) >= required
@@ -48,12 +50,16 @@ def plain_merge(
         total = torch.where(has_sign, total + d[k], total)
         number = number + has_sign.to(wide)
     t = torch.tensor(scale, dtype=torch.float64).to(wide) * -(total / number)
-    result = b + t
-    if base.dtype in (torch.float16, torch.bfloat16):
-        result = result.to(torch.float32)
-    result = result.to(base.dtype)
+    result = _rounded(b + t, base.dtype)
     nonfinite = ~(b.isfinite() & d.isfinite().all(0) & (result.isfinite() | ~agree))
     agree = agree & ~nonfinite
     out = base.clone()
     out[agree] = result[agree]
     return out, int(agree.sum()), int(nonfinite.sum())
+
+
+def _rounded(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to a dtype, from float64 to 16 bits by way of float32. Nothing changes if the dtype holds all of the numbers."""
+    if dtype in (torch.float16, torch.bfloat16):
+        numbers = numbers.to(torch.float32)
+    return numbers.to(dtype)

@@ -2,13 +2,16 @@
 
 For one element, with base weight b, fine-tuned weights x_1 ... x_n and scale λ (arXiv 2410.05583, section 4):
 
-    d_k   = x_k - b                        (or x_k itself, when the inputs are task vectors)
+    d_k   = x_k - b                        (b rounded to the type of x_k; or x_k itself, of task vectors)
     agree = all d_k > 0  or  all d_k < 0
     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
 To the bit, so that every backend gives the same bits:
 
 - The arithmetic type is float64 if the base or any model is stored as F64, else float32. λ is rounded to it once.
+- Where model k is stored in a type that cannot hold every value of the base's type, d_k subtracts the base rounded to the
+  model's type, as storing rounds, then widened. A weight that fine-tuning left alone is then no difference. Rounding may
+  overflow, which makes d_k infinite. The last line takes the base as it is.
 - The sum starts at +0 and adds d_1, d_2, … in the order the models were given. The mean is one IEEE division by n.
   Then t = λ · (-mean), rounded; then b + t, rounded. There is no fused multiply-add, and subnormals are kept.
   The result is rounded to the base's storage type, to nearest even (from float64 to F16 or BF16 by way of float32).

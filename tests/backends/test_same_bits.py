@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negmerge_fast import Rule, merge, merge_
+from negmerge_fast.backends.pytorch import BITS_DTYPES
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
 from negmerge_fast.core.reference import plain_merge
 
@@ -79,6 +80,38 @@ def test_mixed_storage(
     case: BackendCase, base_dtype: str, model_dtypes: list[str], options: dict[str, object]
 ) -> None:
     check(case, *random_models(5, 4097, STORAGE[base_dtype], [STORAGE[t] for t in model_dtypes]), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"min_agreement": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "model_dtypes",
+    [
+        ["F32"],
+        ["BF16"],
+        ["F16"],
+        ["BF16", "F16"],
+        ["F16"] * 9 + ["BF16"] * 2 + ["F32"],
+        ["F64", "F16", "F32"],
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("base_dtype", STORAGE)
+def test_base_is_rounded_to_the_types_of_models(
+    case: BackendCase, base_dtype: str, model_dtypes: list[str], options: dict[str, object]
+) -> None:
+    """Bases at, beside and far from what 16 bits hold; models are the base as they store it, or the next number to that."""
+    dtypes, every = [STORAGE[dtype] for dtype in model_dtypes], torch.arange(-(1 << 15), 1 << 15)[::61]
+    numbers = torch.cat([every.to(torch.int16).view(STORAGE[dtype]).double() for dtype in ("F16", "BF16")])
+    beside = torch.cat([numbers * (1 + step * 2.0**-12) for step in (0, 0.5, 1, 1.5, 2)])
+    base = beside.to(STORAGE[base_dtype])
+    models = [(base.float() if dtype != torch.float64 else base).to(dtype) for dtype in dtypes]
+    check(case, base, models, **options)
+    for k, model in enumerate(models):
+        changed = torch.arange(len(base)) % 4 > 1
+        changed[k::97] ^= True
+        up = model.view(BITS_DTYPES[model.itemsize]) + changed.to(BITS_DTYPES[model.itemsize])
+        models[k] = up.view(model.dtype)
+    check(case, base, models, **options)
 
 
 @pytest.mark.parametrize("n", MODEL_COUNTS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from negmerge_fast.core.dtypes import DTYPE_CODES, DTYPES, FLOAT_SIZES, Dtype
+from negmerge_fast.core.dtypes import DTYPE_CODES, DTYPES, FLOAT_SIZES, TORCH_NAMES, Dtype, holds
 
 BATCH_H = Path(__file__).parents[2] / "csrc" / "batch.h"
 
@@ -27,7 +27,25 @@ def test_numpy_has_the_same_sizes(dtype: Dtype) -> None:
     assert in_numpy.itemsize * 8 == dtype.bits and in_numpy.kind == "f" and dtype.is_float
 
 
-def test_kernels_have_the_same_codes_and_sizes() -> None:
+@pytest.mark.parametrize("other", FLOAT_SIZES)
+@pytest.mark.parametrize("dtype", FLOAT_SIZES)
+def test_a_type_holds_another_if_its_hardest_numbers_survive(dtype: str, other: str) -> None:
+    wide, narrow = getattr(torch, TORCH_NAMES[other]), getattr(torch, TORCH_NAMES[dtype])
+    limits = torch.finfo(wide)
+    hardest = torch.tensor([limits.max, 1 + limits.eps, limits.tiny * limits.eps], dtype=torch.float64)
+    assert torch.equal(hardest.to(wide).double(), hardest)
+    assert holds(dtype, other) == torch.equal(hardest.to(wide).to(narrow).double(), hardest)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_SIZES)
+def test_kernels_have_numbers_of_the_same_parts(dtype: str) -> None:
+    text = BATCH_H.with_name("dtypes.h").read_text(encoding="utf-8")
+    parts = re.search(rf"struct {dtype} {{.*?kExponent = (\d+), kFraction = (\d+);", text, re.DOTALL)
+    (found,) = [each for each in DTYPES if each.name == dtype]
+    assert parts and (int(parts[1]), int(parts[2])) == (found.exponent, found.fraction)
+
+
+def test_kernels_have_the_same_the_same_codes_and_sizes() -> None:
     text = BATCH_H.read_text(encoding="utf-8")
     names = re.search(r"enum Dtype : std::uint8_t \{ (.*) \};", text)
     sizes = re.search(r"kSizes\[\] = \{(.*)\};", text)

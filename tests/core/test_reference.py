@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from bits import STORAGE, same_bits
 
 from negmerge_fast import merge
 from negmerge_fast.core.reference import plain_merge
@@ -31,3 +33,45 @@ def test_half_of_the_models_never_agree() -> None:
     base, models = torch.zeros(1), [torch.ones(1), -torch.ones(1)]
     merged, agreed, _ = plain_merge(base, models, 1.0, min_agreement=0.5 + 1e-12)
     assert merged.item() == 0.0 and agreed == 0
+
+
+# Base and model types where the model's cannot hold every value of the base's.
+NARROWER = [
+    ("F64", "F32"),
+    ("F64", "F16"),
+    ("F64", "BF16"),
+    ("F32", "F16"),
+    ("F32", "BF16"),
+    ("BF16", "F16"),
+    ("F16", "BF16"),
+]
+
+
+@pytest.mark.parametrize(("base_dtype", "model_dtype"), NARROWER)
+def test_a_model_that_is_the_base_in_another_type_has_no_differences(
+    base_dtype: str, model_dtype: str
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(5000, generator=generator, dtype=torch.float64).to(STORAGE[base_dtype])
+    base[:2500] *= 2.0**-14  # some are subnormal in F16
+    narrow = STORAGE[model_dtype]
+    saved = base.to(narrow) if base_dtype != "F64" else base.float().to(narrow)
+    assert not torch.equal(saved.double(), base.double())
+    merged, agreed, nonfinite = plain_merge(base, [saved] * 3, 0.9)
+    assert same_bits(merged, base) and (agreed, nonfinite) == (0, 0)
+    # As task vectors they are what they are, and the last line takes the base as it is.
+    trained = saved + 0.5
+    merged, agreed, _ = plain_merge(base, [trained], 1.0)
+    b = base.double() if base_dtype == "F64" else base.float()
+    expected = b - (trained.to(b.dtype) - saved.to(b.dtype))
+    assert torch.equal(merged, expected.to(base.dtype)) and agreed == 5000
+    assert plain_merge(base, [saved], 0.9, task_vectors=True)[1] == int((saved != 0).sum())
+
+
+def test_a_base_that_overflows_the_models_type_is_not_finite() -> None:
+    base = torch.tensor([1e6, -1e6, 65519.0, 65520.0])
+    merged, agreed, nonfinite = plain_merge(base, [torch.full((4,), 65504.0, dtype=torch.float16)], 1.0)
+    assert torch.equal(merged, base) and (agreed, nonfinite) == (0, 3)
+    # Another type of the same merge holds it.
+    merged, agreed, nonfinite = plain_merge(base, [torch.full((4,), 2e6, dtype=torch.bfloat16)] * 2, 1.0)
+    assert (agreed, nonfinite) == (4, 0)
