@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core.batch import Batch, Operand, Segment
+from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES, TORCH_NAMES
 from ..core.rule import Rule
 
@@ -49,12 +49,12 @@ def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     return counts
 
 
-def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
+def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, str] | None:
     """Find the first non-finite element of a batch, for an error message. Writes nothing.
 
     Returns:
         The segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
-        "result") and the value found there; None if everything is finite.
+        "result") and the value found there, as text; None if everything is finite.
     """
     with _computing(batch, rule) as workspace:
         for row, segment in enumerate(batch.segments):
@@ -62,19 +62,24 @@ def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, floa
                 size = min(workspace.block, segment.numel - start)
                 if workspace.merge_block(segment._replace(out=None), start, size)[1]:
                     index = start + int(workspace.nonfinite[:size].nonzero()[0])
-                    return row, index, *_culprit(segment, index)
+                    return row, index, *_culprit(segment, batch.signature, index)
     return None
 
 
-def _culprit(segment: Segment, index: int) -> tuple[int | str, float]:
+def _culprit(segment: Segment, signature: Signature, index: int) -> tuple[int | str, str]:
     versions: list[tuple[int | str, Operand]] = list(enumerate(segment.models))
     if segment.base is not None:
         versions.insert(0, ("base", segment.base))
     for which, operand in versions:
         value = float(_load(operand, index, 1))
         if value - value != 0:
-            return which, value
-    return "result", float("inf")
+            return which, f"{value}"
+    if segment.base is not None:
+        b = _load(segment.base, index, 1)
+        for dtype in filter(signature.rounds_base, signature.models):
+            if not rounded(b, TORCH_DTYPES[dtype]).isfinite():
+                return "base", f"{float(b)} (infinite in a model's {dtype})"
+    return "result", f"{float('inf')}"
 
 
 class _Workspace:
@@ -92,13 +97,15 @@ class _Workspace:
         ) // self.dtype.itemsize
         self.block = min(max_elements, max((s.numel for s in batch.segments), default=0)) or 1
 
-        wide, flags = (6, 3) if self.unanimous else (9, 3)
+        rounds = any(map(batch.signature.rounds_base, set(batch.signature.models)))
+        wide, flags = (6 if self.unanimous else 9) + rounds, 3
         memory = _scratch((wide * self.dtype.itemsize + flags) * self.block, device)
         numbers, bits = torch.split(memory, [len(memory) - flags * self.block, flags * self.block])
         temporaries = torch.split(numbers.view(self.dtype), self.block)
         self.b, self.x, self.d, self.least, self.greatest, self.sum = temporaries[:6]
         if not self.unanimous:
-            self.negative, self.n_positive, self.n_negative = temporaries[6:]
+            self.negative, self.n_positive, self.n_negative = temporaries[6:9]
+        self.origin = temporaries[-1] if rounds else self.b
         self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
         # Tensors on the device: on a GPU, torch divides by a Python number by multiplying with its reciprocal.
         self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
@@ -136,8 +143,14 @@ class _Workspace:
         if self.dtype == self.storage:
             return values
         # By way of float32, as all backends: a direct conversion from float64 rounds once, and differently.
-        rounded: torch.Tensor = self.x.view(self.storage)
-        return rounded[: len(values)].copy_(values.float())
+        out: torch.Tensor = self.x.view(self.storage)
+        return out[: len(values)].copy_(values.float())
+
+    def _origin(self, b: torch.Tensor, dtype: str) -> torch.Tensor:
+        """What d_k of a model of this dtype subtracts: b, or b rounded to the dtype."""
+        if not self.signature.rounds_base(dtype):
+            return b
+        return self.origin[: len(b)].copy_(rounded(b, TORCH_DTYPES[dtype]))
 
     def _all_finite(self, b: torch.Tensor, result: torch.Tensor) -> bool:
         """A cheap test: a sum is finite only if all of its terms are. A sum that overflows is a false alarm."""
@@ -148,14 +161,17 @@ class _Workspace:
         """Yield each d_k, updating the least and the greatest."""
         size = len(b)
         d, least, greatest = self.d[:size], self.least[:size], self.greatest[:size]
+        origin, origin_dtype = b, ""
         for k, operand in enumerate(segment.models):
+            if operand.dtype != origin_dtype:
+                origin, origin_dtype = self._origin(b, operand.dtype), operand.dtype
             x = _load(operand, start, size)
             if x.dtype != self.dtype:
                 x = self.x[:size].copy_(x)
             if self.signature.task_vectors:
                 d.copy_(x)
             else:
-                torch.sub(x, b, out=d)
+                torch.sub(x, origin, out=d)
             if k == 0:
                 least.copy_(d)
                 greatest.copy_(d)
@@ -207,6 +223,11 @@ def _scratch(size: int, device: torch.device) -> torch.Tensor:
         _per_thread.memory = memory = None  # freed before the new one is allocated
         memory = _per_thread.memory = torch.empty(size, dtype=torch.uint8, device=device)
     return memory[:size]
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to a storage type, to 16 bits by way of float32."""
+    return (values.float() if dtype.itemsize == 2 else values).to(dtype)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

@@ -141,7 +141,7 @@ def usual_threads() -> int:
     return native.usual_threads()
 
 
-def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, float] | None:
+def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, str] | None:
     """Find the first non-finite element of a batch, as pytorch.first_nonfinite."""
     from . import pytorch
 

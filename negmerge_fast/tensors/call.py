@@ -446,7 +446,7 @@ class Call:
             if found := registry.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 where = self.where(None if isinstance(version, str) else version, names[row])
-                what = "the result is not finite" if version == "result" else f"{value}"
+                what = "the result is not finite" if version == "result" else value
                 order = (
                     "memory order of this rank's shard" if names[row] in self._dtensors else "memory order"
                 )

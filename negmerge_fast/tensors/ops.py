@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..backends import registry
-from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES
+from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES, rounded
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
 from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
@@ -152,7 +152,10 @@ def _gradients(
     base, *models = versions
     wide = torch.float64 if torch.float64 in [t.dtype for t in versions] else torch.float32
     b, g = base.to(wide), gradient.to(wide)
-    differences = [x.to(wide) if task_vectors else x.to(wide) - b for x in models]
+    # Rounding the base to the type of a model counts as the identity.
+    differences = [
+        x.to(wide) if task_vectors else x.to(wide) - rounded(base, x.dtype).to(wide) for x in models
+    ]
     required = Rule(1.0, min_agreement).required(len(models))
     positive = sum((d > 0).to(torch.int32) for d in differences) >= required
     negative = sum((d < 0).to(torch.int32) for d in differences) >= required

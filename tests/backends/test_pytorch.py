@@ -91,9 +91,14 @@ def test_block_size_and_threads_change_no_bit(block: int, threads: int, n: int, 
         pytorch.CPU_BLOCK_BYTES = size
 
 
-def test_extra_memory_is_a_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A majority rule in double precision, rounded to another dtype, allocates the most."""
-    base, models = random_models(3, 1_000_000, torch.bfloat16, [torch.float64])
+@pytest.mark.parametrize(
+    ("base_dtype", "model_dtype"), [("BF16", "F64"), ("F64", "BF16"), ("F32", "F16")], ids=str
+)
+def test_extra_memory_is_a_few_megabytes(
+    base_dtype: str, model_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A majority rule allocates the most where results, or the base of differences, are rounded to another dtype."""
+    base, models = random_models(3, 1_000_000, STORAGE[base_dtype], [STORAGE[model_dtype]])
     monkeypatch.setattr(pytorch, "_per_thread", threading.local())
     peak = peak_allocated(lambda: merge_(base, models, scale=0.9, min_agreement=0.6, backend="torch"))
     assert pytorch.CPU_BLOCK_BYTES < peak <= pytorch.SCRATCH_BYTES

@@ -337,6 +337,16 @@ def test_exported_for_every_length() -> None:
     assert torch.equal(program.module()(torch.zeros(5), ones(5)), torch.full((5,), -0.5))
 
 
+def test_gradient_sees_no_difference_where_a_model_is_the_base_in_its_own_type() -> None:
+    base = torch.tensor([1 + 2.0**-12, 1 + 2.0**-12], requires_grad=True)
+    model = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    (out,), counts = torch.ops.negmerge.merge([base], [model], 0.5)
+    out.sum().backward()
+    assert int(counts[0, 0]) == 1
+    assert base.grad is not None and base.grad.tolist() == [1.0, 1.5]
+    assert model.grad is not None and model.grad.tolist() == [0.0, -0.5]
+
+
 def test_gradient_through_a_compiled_graph() -> None:
     def loss(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
         return (merge([base * 2], [model.sin()], 0.5)[0][0] ** 2).sum()
