@@ -152,6 +152,30 @@ NEGMERGE_INLINE bool all(Mask mask) {
 #endif
 }
 
+// b as d_k of a model of type M takes it, where M does not hold every value of the base's type.
+template <class M, class T>
+T rounded_one(T b) {
+  return static_cast<T>(as_stored<M, typename M::Word>(static_cast<typename M::Float>(b)));
+}
+template <class T>
+T rounded_one(Dtype dtype, T b) {
+  return dtype == kF32 ? rounded_one<F32>(b) : dtype == kF16 ? rounded_one<F16>(b) : rounded_one<BF16>(b);
+}
+
+// Whether a type of models holds every value of the base's type S.
+template <class S>
+bool holds(Dtype dtype) {
+  return dtype == kF64 || (dtype == kF32 ? kHolds<F32, S> : dtype == kF16 ? kHolds<F16, S> : kHolds<BF16, S>);
+}
+
+// Whether some d_k of a batch subtracts a rounded base.
+template <class S>
+bool rounds_base(const Batch& batch) {
+  bool found = false;
+  for (std::int64_t k = 0; k < batch.n; ++k) found |= !holds<S>(batch.dtypes[k]);
+  return found && !batch.task_vectors;
+}
+
 template <class T>
 NEGMERGE_INLINE T load_one(Dtype dtype, const char* from) {
   switch (dtype) {
@@ -166,11 +190,13 @@ struct Counts {
   std::int64_t agreed = 0, nonfinite = 0;
 };
 
-// A batch, and the rule's parameters in one arithmetic type.
+// A batch, and the rule's parameters in one arithmetic type. rounded: memory for a tile of a base rounded to the type of
+// models that do not hold it; null if all do.
 template <class T>
 struct KernelArgs {
   const Batch& batch;
   Constants<T> constants;
+  typename Pack<T>::N* rounded;
 };
 
 // The part of a segment that is in one tile.
@@ -211,7 +237,8 @@ __attribute__((noinline)) void merge_each(const KernelArgs<T>& args, const Tile&
     Accumulator<T, T> accumulator;
     for (std::int64_t k = 0; k < batch.n; ++k) {
       const T x = load_one<T>(batch.dtypes[k], tile.model(batch, k) + i * kSizes[batch.dtypes[k]]);
-      accumulator.accumulate(batch.task_vectors ? x : x - b);
+      const T from = holds<S>(batch.dtypes[k]) ? b : rounded_one(batch.dtypes[k], b);
+      accumulator.accumulate(batch.task_vectors ? x : x - from);
     }
     const auto outcome = finish<S>(bits, accumulator, args.constants);
     counts.agreed += outcome.agreed;
@@ -274,6 +301,24 @@ void accumulate(Dtype dtype, const char* const* x, const typename Pack<T>::N* fr
     case kF16: accumulate<T, F16, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
     case kBF16: accumulate<T, BF16, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
   }
+}
+
+// Rounds the whole packs of a base to storage type M.
+template <class T, class M>
+__attribute__((noinline)) const typename Pack<T>::N* rounded(const typename Pack<T>::N* b, typename Pack<T>::N* to, int packs) {
+  using P = Pack<T>;
+  for (int at = 0; at < packs; ++at) {
+    const auto x = convert<typename P::template Of<typename M::Float>>(b[at]);
+    to[at] = convert<typename P::N>(as_stored<M, typename P::template Of<typename M::Word>>(x));
+  }
+  return to;
+}
+
+// What d_k of models of a type subtracts: b, or b rounded where the type does not hold every value of the base's, S.
+template <class T, class S>
+const typename Pack<T>::N* origin(Dtype dtype, const typename Pack<T>::N* b, typename Pack<T>::N* to, int packs) {
+  if (holds<S>(dtype)) return b;
+  return dtype == kF32 ? rounded<T, F32>(b, to, packs) : dtype == kF16 ? rounded<T, F16>(b, to, packs) : rounded<T, BF16>(b, to, packs);
 }
 
 // Finishes the whole packs of a tile: from accumulators to stored bits. A step in which anything may not be finite is merged
@@ -341,6 +386,7 @@ void merge_tile(const KernelArgs<T>& args, const Tile& tile, const Tile& next, C
     const bool last = k + group == batch.n;
     const Ahead ahead = last ? ahead_of(batch, next, 0) : ahead_of(batch, tile, k + group);
     const Dtype dtype = batch.dtypes[k];
+    if (args.rounded && (k == 0 || dtype != batch.dtypes[k - 1])) from = origin<T, S>(dtype, b, args.rounded, packs);
     switch (group) {
       case 8: accumulate<T, Accumulator<T, N>, 8>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
       case 4: accumulate<T, Accumulator<T, N>, 4>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
@@ -350,7 +396,7 @@ void merge_tile(const KernelArgs<T>& args, const Tile& tile, const Tile& next, C
   }
   const char* next_base = next.row && next.base(batch) ? next.base(batch) : base;
   finish_packs<T, S, Accumulator>(args, tile, b, accumulators.each, packs, next_base, counts);
-  merge_each<T, S, Accumulator>(args, tile, packs * P::lanes, tile.count, counts);
+  if (const int whole = packs * P::lanes; whole < tile.count) merge_each<T, S, Accumulator>(args, tile, whole, tile.count, counts);
 }
 
 // The tile at a position, which moves behind it.
@@ -372,13 +418,17 @@ Tile tile_at(const Batch& batch, Position& position, std::int64_t& elements) {
 template <class T, class S, template <class, class> class Accumulator>
 void merge_range(const Batch& batch, Position position, std::int64_t elements) {
   const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)};
-  const KernelArgs<T> args{batch, constants};
+  alignas(64) typename Pack<T>::N rounded[Pack<T>::tile / Pack<T>::lanes];
+  const KernelArgs<T> args{batch, constants, rounds_base<S>(batch) ? rounded : nullptr};
+  Counts counts;
   for (Tile tile = tile_at<T>(batch, position, elements); tile.row;) {
     const Tile next = tile_at<T>(batch, position, elements);
-    Counts counts;
     merge_tile<T, S, Accumulator>(args, tile, next, counts);
-    __atomic_fetch_add(batch.counts + 2 * tile.segment, counts.agreed, __ATOMIC_RELAXED);
-    __atomic_fetch_add(batch.counts + 2 * tile.segment + 1, counts.nonfinite, __ATOMIC_RELAXED);
+    if (next.row != tile.row) {
+      __atomic_fetch_add(batch.counts + 2 * tile.segment, counts.agreed, __ATOMIC_RELAXED);
+      __atomic_fetch_add(batch.counts + 2 * tile.segment + 1, counts.nonfinite, __ATOMIC_RELAXED);
+      counts = {};
+    }
     tile = next;
   }
 #ifdef __AVX2__

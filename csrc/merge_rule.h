@@ -112,6 +112,17 @@ NEGMERGE_INLINE auto in_range(F x) {
   return magnitude(x) < F{} + S::kOverflow;
 }
 
+// Whether storage type M holds every value of S.
+template <class M, class S>
+constexpr bool kHolds = M::kExponent >= S::kExponent && M::kFraction >= S::kFraction;
+
+// A number as storage type M holds it: rounded, and widened again. In M's range and beyond, where it is infinite or NaN.
+// Where M does not hold every value of the base's type, d_k subtracts the base so rounded.
+template <class M, class Word, class F>
+NEGMERGE_INLINE F as_stored(F x) {
+  return in_range<M>(x) ? M::template widen<F>(M::template round<Word>(x)) : x * (F{} + __builtin_huge_valf());
+}
+
 // An element's bits to store, whether it agreed, and whether everything was finite.
 template <class Bits>
 struct Outcome {

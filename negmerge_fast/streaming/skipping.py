@@ -5,8 +5,7 @@ the rule for k models with fewer required, so a merge that only counts finds suc
 A tensor of a chunk without any is dropped: the output is the base's, whatever the other models hold. All that was read of it is
 counted before that, so that no non-finite element in it is missed.
 
-Most models change everything that is merged. Tensors are therefore probed only where the first bytes of a model are the
-base's, now and then, and everywhere while something is skipped.
+Most models change everything that is merged. Tensors are therefore probed only where a model begins as the base does, now and then, and everywhere while something is skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .progress import ChunkCounts
 _FIRST_PROBE, _PROBE_GROWTH = 1024, 16
 # Tensors shorter than this fraction of a chunk are grouped with their neighbours: each group costs as much as a short one.
 _MIN_GROUP_FRACTION = 1 / 16
-# Bytes compared with the base's. While nothing is skipped, one chunk in so many is probed whatever they are.
+# Bytes of the base that a model's first elements are compared with. While nothing is skipped, one chunk in so many is probed whatever they are.
 _SAMPLE_BYTES, _PROBE_INTERVAL = 256, 16
 
 
@@ -137,11 +136,24 @@ class ChunkPruner:
         self._remaining = [group for group in self._remaining if id(group) not in dropped]
 
     def _seems_unchanged(self, group: _Group, version: int) -> bool:
+        result, dtypes, task_vectors = group.signature
+        if not task_vectors and dtypes[version - 1] != result:
+            return not self._sample_differs(group, version)
+
         def sample(version: int) -> memoryview:
             begin, end = group.begins[version], group.ends[version]
             return self._buffers[version][begin : min(begin + _SAMPLE_BYTES, end)]
 
-        return not any(sample(version)) if group.signature.task_vectors else sample(version) == sample(0)
+        return not any(sample(version)) if task_vectors else sample(version) == sample(0)
+
+    def _sample_differs(self, group: _Group, version: int) -> bool:
+        """Whether the first elements of a model in another type than the base's differ from it, by the rule."""
+        signature = Signature(group.signature.result, (group.signature.models[version - 1],), False)
+        addresses = [self._addresses[v] + group.begins[v] for v in (0, version)]
+        numel = min(group.numel, _SAMPLE_BYTES // group.sizes[0])
+        segment = segment_at(numel, signature, addresses, [self._owner] * 2)._replace(out=None)
+        assert self._skipping.counter
+        return bool(sum(self._skipping.counter(Batch("cpu", signature, [segment]), Rule(0.0), 1).tolist()[0]))
 
     def _count(self, groups: Sequence[_Group], ranges: Sequence[tuple[int, int]], models: int) -> list[int]:
         """In a range of each group, the elements that can agree or are not finite."""

@@ -265,6 +265,23 @@ def test_a_third_of_the_tensors_touched(
     assert merge(tmp_path, made, None, nonfinite="error")[0].bytes_skipped == 0
 
 
+@pytest.mark.parametrize(
+    ("base_dtype", "dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float64, torch.float16), (torch.bfloat16, torch.float32)],
+)
+def test_a_third_of_the_tensors_touched_in_another_type(
+    tmp_path: Path, base_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """A model that is the base in another type is no reason to read on, and nothing of it agreed."""
+    base, *models = a_third(12, 1 << 12, base_dtype)
+    narrow = [{name: t.float().to(dtype) for name, t in model.items()} for model in models]
+    report = check(tmp_path, [base, *narrow])
+    counted = {tensor["name"]: tensor["agreed"] for tensor in report.tensors}
+    assert [counted[f"t{i:03d}"] > 0 for i in range(12)] == [i % 3 == 0 for i in range(12)]
+    models_bytes = 8 * 12 * (1 << 12) * dtype.itemsize
+    assert report.bytes_skipped >= 0.5 * models_bytes
+
+
 def test_nothing_is_expected_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Except for a few chunks at each border between tensors."""
     monkeypatch.setattr(api.registry, "usual_threads", lambda: 1)

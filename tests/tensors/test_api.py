@@ -336,6 +336,28 @@ def test_nonfinite_elements_keep_the_base_or_are_an_error() -> None:
         nm.merge(base[[0, 2]], [finetuned[0][[0, 2]]], scale=1.0, nonfinite="error")
 
 
+def test_a_base_beyond_the_type_of_a_model_is_named() -> None:
+    base, finetuned = torch.tensor([1.0, 1e6]), [torch.ones(2), torch.ones(2).half()]
+    assert nm.merge_(base.clone(), finetuned, scale=1.0).nonfinite == 1
+    with pytest.raises(nm.InputError) as error:
+        nm.merge(base, finetuned, scale=1.0, nonfinite="error")
+    assert str(error.value) == (
+        "base: element 1 in memory order: 1000000.0 (infinite in a model's F16), expected finite numbers"
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_one_trained_tensor_of_ten_is_a_tenth_of_the_consensus(backend: str) -> None:
+    """A float32 base with bfloat16 models: rounding is no training."""
+    generator = torch.Generator().manual_seed(1)
+    base = {f"t{i}": torch.randn(1000, generator=generator) for i in range(10)}
+    models = [{name: t.bfloat16() for name, t in base.items()} for _ in range(4)]
+    for model in models:
+        model["t3"] = (base["t3"] + 0.5).bfloat16()
+    stats = nm.merge_({name: t.clone() for name, t in base.items()}, models, scale=0.9, backend=backend)
+    assert stats.consensus_ratio == 0.1 and stats.tensors["t3"].agreed == 1000
+
+
 def test_the_order_of_names_changes_no_bit() -> None:
     tensors = {f"t{i}": versions(i + 1, seed=i) for i in range(6)}
     models = [{name: v[k] for name, v in tensors.items()} for k in range(4)]
