@@ -149,6 +149,14 @@ __device__ T widen(typename M::Bits bits) {
   return static_cast<T>(M::template widen<typename M::Float>(static_cast<typename M::Word>(bits)));
 }
 
+// What d_k of models of type M subtracts: the base, rounded where M does not hold every value of the base's type.
+template <class T, class S, class M>
+__device__ T origin(typename S::Bits base) {
+  const T b = widen<T, S>(base);
+  if constexpr (kHolds<M, S>) return b;
+  else return static_cast<T>(as_stored<M, typename M::Word>(static_cast<typename M::Float>(b)));
+}
+
 // Accumulates G models of storage type M over E elements. All loads come first, before the base is used, whose load is under
 // way, too.
 template <class T, class S, class M, int E, int G, class Accumulator>
@@ -160,7 +168,7 @@ __device__ void accumulate(const std::int64_t* addresses, std::int64_t element, 
     x[k] = load_elements<M, E>(reinterpret_cast<const char*>(__ldg(addresses + k)) + element * sizeof(typename M::Bits));
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    const T from = task_vectors ? T(0) : widen<T, S>(base.bits[e]);
+    const T from = task_vectors ? T(0) : origin<T, S, M>(base.bits[e]);
 #pragma unroll
     for (int k = 0; k < G; ++k) accumulators[e].accumulate(widen<T, M>(x[k].bits[e]) - from);
   }
