@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ..core.batch import Batch, Signature
 from ..core.descriptors import pack_for_device, upload
-from ..core.dtypes import DTYPE_CODES
+from ..core.dtypes import DTYPE_CODES, holds
 from ..core.errors import first_line
 from ..core.rule import Rule
 from .launch import Launch, launch_for, usual_launch
@@ -31,6 +31,11 @@ F32 = tl.constexpr(DTYPE_CODES["F32"])
 F16 = tl.constexpr(DTYPE_CODES["F16"])
 BF16 = tl.constexpr(DTYPE_CODES["BF16"])
 MIXED = tl.constexpr(len(DTYPE_CODES))  # the models' dtypes differ, and are loaded from memory
+
+# A bit for each pair of dtypes (a, b) where a holds every value of b: number 4 · code of a + code of b.
+HOLDS = tl.constexpr(
+    sum(1 << 4 * a + b for x, a in DTYPE_CODES.items() for y, b in DTYPE_CODES.items() if holds(x, y))
+)
 
 # An aligned segment is loaded 16 bytes at a time up to a multiple of this many elements, its rest as an unaligned one.
 WIDE = tl.constexpr(16)
@@ -136,6 +141,19 @@ def _round(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _origin(b, DTYPE: tl.constexpr, T: tl.constexpr, RESULT: tl.constexpr, TASK_VECTORS: tl.constexpr):
+    """What d_k of a model of a dtype subtracts: b, or b rounded where the dtype does not hold every value of RESULT."""
+    if TASK_VECTORS:
+        origin = tl.zeros_like(b)
+    elif HOLDS >> (4 * DTYPE + RESULT) & 1:
+        origin = b
+    else:
+        bits, _ = _round(b, DTYPE)  # to infinity if it overflows; a NaN is found in b
+        origin = _widen(bits, DTYPE, T)
+    return origin
+
+
+@triton.jit
 def _divide(a, b, T: tl.constexpr):
     if T == tl.float64:
         return a / b
@@ -167,26 +185,27 @@ def _accumulate(d, total, least, greatest, negative, n_positive, n_negative, UNA
 
 
 @triton.jit
-def _model(
-    row, dtypes, k, offsets, mask, KIND: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+def _difference(
+    row, dtypes, k, b, offsets, mask, KIND: tl.constexpr, T: tl.constexpr, RESULT: tl.constexpr,
+    TASK_VECTORS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Load the elements of model k. Its dtype is KIND, or is loaded from memory if that is MIXED."""
+    """Load the elements of model k and return d_k. Its dtype is KIND, or is loaded from memory if that is MIXED."""
     address = tl.load(row + 3 + k)
     if KIND < MIXED:
-        x = _numbers(address, offsets, mask, KIND, T, ALIGNED)
+        d = _numbers(address, offsets, mask, KIND, T, ALIGNED) - _origin(b, KIND, T, RESULT, TASK_VECTORS)
     else:
         dtype = tl.load(dtypes + k)
         if dtype == F32:
-            x = _numbers(address, offsets, mask, F32, T, ALIGNED)
+            d = _numbers(address, offsets, mask, F32, T, ALIGNED) - _origin(b, F32, T, RESULT, TASK_VECTORS)
         elif dtype == F16:
-            x = _numbers(address, offsets, mask, F16, T, ALIGNED)
+            d = _numbers(address, offsets, mask, F16, T, ALIGNED) - _origin(b, F16, T, RESULT, TASK_VECTORS)
         elif dtype == BF16:
-            x = _numbers(address, offsets, mask, BF16, T, ALIGNED)
+            d = _numbers(address, offsets, mask, BF16, T, ALIGNED) - _origin(b, BF16, T, RESULT, TASK_VECTORS)
         elif T == tl.float64:
-            x = _numbers(address, offsets, mask, F64, T, ALIGNED)
+            d = _numbers(address, offsets, mask, F64, T, ALIGNED) - _origin(b, F64, T, RESULT, TASK_VECTORS)
         else:
-            x = tl.zeros([BLOCK], T)
-    return x
+            d = tl.zeros([BLOCK], T)
+    return d
 
 
 @triton.jit
@@ -201,21 +220,25 @@ def _merge(
     stored = _load(base, offsets, tl.where(base != 0, mask, offsets < 0), RESULT, ALIGNED)
     zero = tl.zeros([BLOCK], T)
     b = _widen(stored, RESULT, T)
-    origin = zero if TASK_VECTORS else b
     total, least, greatest = zero, zero + float("inf"), zero - float("inf")
     negative, n_positive, n_negative = zero, zero, zero
     # All loads of a group are under way at once.
     if GROUP > 0:
         for first in range(0, n - REST, GROUP):
             for k in tl.static_range(GROUP):
-                x = _model(row, dtypes, first + k, offsets, mask, KIND, T, ALIGNED, BLOCK)
+                d = _difference(
+                    row, dtypes, first + k, b, offsets, mask, KIND, T, RESULT, TASK_VECTORS, ALIGNED, BLOCK
+                )
                 total, least, greatest, negative, n_positive, n_negative = _accumulate(
-                    x - origin, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
+                    d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
                 )
     for k in tl.static_range(REST):
-        x = _model(row, dtypes, n - REST + k, offsets, mask, (REST_KINDS >> (4 * k)) & 15, T, ALIGNED, BLOCK)
+        d = _difference(
+            row, dtypes, n - REST + k, b, offsets, mask, (REST_KINDS >> (4 * k)) & 15,
+            T, RESULT, TASK_VECTORS, ALIGNED, BLOCK,
+        )  # fmt: skip
         total, least, greatest, negative, n_positive, n_negative = _accumulate(
-            x - origin, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
+            d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
         )
 
     if UNANIMOUS:
