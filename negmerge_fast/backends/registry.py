@@ -112,10 +112,11 @@ def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[S
 
 
 def selftest(name: str, device: str) -> str | None:
-    """Self-test a backend on a device for every dtype; returns why it is not used, None if it passes or needs none."""
+    """Self-test a backend on a device for every dtype and a mixture; returns why it is not used, if it is not."""
     if name not in _NEED_SELFTEST:
         return None
     signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
+    signatures.append(Signature("F32", ("BF16", "F16"), False))  # the base is rounded to both
     return _selftest_failure(name, device, Rule(1.0), signatures)
 
 

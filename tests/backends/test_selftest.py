@@ -132,6 +132,25 @@ def test_selftest_of_cuda_gives_a_block_several_tiles(fault: str, monkeypatch: p
     assert "not the reference's" in (failure() or "")
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+@pytest.mark.parametrize(
+    ("base", "models"),
+    [
+        ("F64", "F32"), ("F64", "F16"), ("F64", "BF16"), ("F32", "F16"), ("F32", "BF16"), ("BF16", "F16"), ("F16", "BF16"),
+        ("F32", "F32 BF16"), ("F16", "F32 BF16 F16"),
+    ],
+)  # fmt: skip
+def test_selftest_finds_a_base_that_is_not_rounded_to_the_type_of_a_model(base: str, models: str) -> None:
+    """It is content where no model needs that, as with task vectors."""
+    merge = partial(merge_on_host, wrong=("kHolds = M::kExponent", "kHolds = true || M::kExponent"))
+    signature = Signature(base, tuple(models.split()), False)
+    found = selftest._run_case(merge, "cpu", signature, Rule(0.9))
+    assert found and found.startswith("not the reference's bits")
+    assert selftest._run_case(merge_on_host, "cpu", signature, Rule(0.9)) is None
+    for right in (Signature(base, (base, "F64"), False), signature._replace(task_vectors=True)):
+        assert selftest._run_case(merge, "cpu", right, Rule(0.9)) is None
+
+
 @pytest.mark.parametrize("kind", ["in place", "apart", "no base", "count", "odd address"])
 def test_selftest_covers_every_kind_of_segment(kind: str) -> None:
     def merge(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
