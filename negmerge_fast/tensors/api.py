@@ -80,7 +80,7 @@ def merge(
 
     For one element, with base weight b, fine-tuned weights x_1 … x_n and scale λ (arXiv 2410.05583, section 4):
 
-        d_k   = x_k - b
+        d_k   = x_k - b                        (b rounded to the type of x_k)
         agree = all d_k > 0  or  all d_k < 0
         out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 

@@ -225,3 +225,28 @@ def test_in_place_on_a_gpu_without_more_memory() -> None:
     before = torch.cuda.memory_allocated()
     nm.merge_(base, models, scale=0.9)
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+def test_one_trained_tensor_of_ten_is_a_tenth_of_the_consensus(tmp_path: Path) -> None:
+    """A float32 base with bfloat16 models: rounding is no training."""
+    generator = torch.Generator().manual_seed(1)
+    base = {f"t{i}": torch.randn(40, 25, generator=generator) for i in range(10)}
+    save_model(tmp_path / "base", base)
+    inputs = [tmp_path / f"ft-{k}" for k in range(3)]
+    for path in inputs:
+        save_model(path, {n: (t + 0.5 * (n == "t3")).bfloat16() for n, t in base.items()})
+    report = nm.merge_checkpoints(tmp_path / "base", inputs, tmp_path / "out", scale=0.9)
+    assert report.consensus_ratio == 0.1
+    assert {t["name"]: t["agreed"] for t in report.tensors if t["agreed"]} == {"t3": 1000}
+    assert nm.verify_checkpoint(tmp_path / "out", [tmp_path / "base", *inputs]).bytes_compared > 40_000
+
+
+def test_a_base_beyond_the_type_of_a_model_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", {"w": torch.tensor([[1.0, 1e6]])})
+    save_model(tmp_path / "ft", {"w": torch.ones(1, 2).half()})
+    with pytest.raises(nm.InputError) as error:
+        nm.merge_checkpoints(tmp_path / "base", [tmp_path / "ft"], tmp_path / "out", scale=0.9)
+    assert str(error.value) == (
+        f"{tmp_path}/base/model.safetensors: tensor 'w': 1000000.0 (infinite in a model's F16) at (0, 1), "
+        "expected finite numbers (or --nonfinite keep-base)"
+    )
