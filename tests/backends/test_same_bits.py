@@ -99,11 +99,11 @@ def test_mixed_storage(
 def test_base_is_rounded_to_the_types_of_models(
     case: BackendCase, base_dtype: str, model_dtypes: list[str], options: dict[str, object]
 ) -> None:
-    """Bases at, beside and far from what 16 bits hold; models are the base as they store it, or the next number to that."""
+    """Bases at, near and far from what 16 bits hold; models are the base as they store it, or the next number to that."""
     dtypes, every = [STORAGE[dtype] for dtype in model_dtypes], torch.arange(-(1 << 15), 1 << 15)[::61]
     numbers = torch.cat([every.to(torch.int16).view(STORAGE[dtype]).double() for dtype in ("F16", "BF16")])
-    beside = torch.cat([numbers * (1 + step * 2.0**-12) for step in (0, 0.5, 1, 1.5, 2)])
-    base = beside.to(STORAGE[base_dtype])
+    near = torch.cat([numbers * (1 + step * 2.0**-12) for step in (0, 0.5, 1, 1.5, 2)])
+    base = near.to(STORAGE[base_dtype])
     models = [(base.float() if dtype != torch.float64 else base).to(dtype) for dtype in dtypes]
     check(case, base, models, **options)
     for k, model in enumerate(models):
