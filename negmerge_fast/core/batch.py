@@ -87,8 +87,12 @@ class Batch:
     segments: Sequence[Segment]
 
 
+# What is counted of a segment, in this order. rule.py defines it.
+COUNTED = ("agreed", "nonfinite", "vetoed_by_zero")
+
+
 class Counts(Protocol):
-    """int64[segments, 2], agreed and non-finite elements: a NumPy array, or a tensor on the batch's device."""
+    """int64[segments, len(COUNTED)]: a NumPy array, or a tensor on the batch's device."""
 
     def tolist(self) -> Any: ...
 

@@ -22,7 +22,7 @@ def plain_merge(
     scale: float,
     min_agreement: float = 1.0,
     task_vectors: bool = False,
-) -> tuple[torch.Tensor, int, int]:
+) -> tuple[torch.Tensor, int, int, int]:
     """Merge tensors by the rule, one model after another.
 
     Args:
@@ -33,7 +33,8 @@ def plain_merge(
         task_vectors: Whether the models are task vectors.
 
     Returns:
-        The merged tensor, the number of elements that agreed, and the number that were not finite.
+        The merged tensor, the number of elements that agreed, the number that were not finite, and the number of the others
+        that would agree if each difference of zero had the sign of the majority.
     """
     wide = torch.float64 if torch.float64 in [base.dtype, *(m.dtype for m in models)] else torch.float32
     b = base.to(wide)
@@ -52,10 +53,12 @@ def plain_merge(
     t = torch.tensor(scale, dtype=torch.float64).to(wide) * -(total / number)
     result = _rounded(b + t, base.dtype)
     nonfinite = ~(b.isfinite() & d.isfinite().all(0) & (result.isfinite() | ~agree))
+    possible = torch.maximum(positive, negative) + (d == 0).sum(0) >= required
+    vetoed = possible & ~agree & ~nonfinite
     agree = agree & ~nonfinite
     out = base.clone()
     out[agree] = result[agree]
-    return out, int(agree.sum()), int(nonfinite.sum())
+    return out, int(agree.sum()), int(nonfinite.sum()), int(vetoed.sum())
 
 
 def _rounded(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

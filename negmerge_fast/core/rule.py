@@ -20,6 +20,9 @@ To the bit, so that every backend gives the same bits:
   base's bits, and is counted as non-finite and not as agreed.
 - With min_agreement t, an element agrees when the larger of #(d>0) and #(d<0) is at least ceil(t·n - 1e-9) and more
   than n/2. The mean is then over the agreeing models only, added in the same order and divided by their number.
+- An element is vetoed by zero when it is finite and does not agree, but would if each d_k of exactly zero had the sign of
+  the majority: #(d=0) and the larger of #(d>0) and #(d<0) are together enough. Elements are agreed, non-finite, vetoed by zero
+  or conflicting.
 """
 
 from __future__ import annotations

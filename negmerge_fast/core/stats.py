@@ -17,15 +17,21 @@ class TensorStats:
         elements: Elements of the tensor.
         agreed: Elements that the rule changed.
         nonfinite: Elements that kept the base's bits because something was not finite.
+        vetoed_by_zero: Finite elements that did not agree, but would have if each difference of exactly zero had the sign of
+            the majority. In the rest of the elements differences of both signs conflict.
     """
 
     elements: int = 0
     agreed: int = 0
     nonfinite: int = 0
+    vetoed_by_zero: int = 0
 
     def __add__(self, other: TensorStats) -> TensorStats:
         return TensorStats(
-            self.elements + other.elements, self.agreed + other.agreed, self.nonfinite + other.nonfinite
+            self.elements + other.elements,
+            self.agreed + other.agreed,
+            self.nonfinite + other.nonfinite,
+            self.vetoed_by_zero + other.vetoed_by_zero,
         )
 
 
@@ -54,9 +60,9 @@ class Stats:
 
     def _count(self) -> None:
         for segments, counts in self._pending:
-            for (name, numel), (agreed, nonfinite) in zip(segments, counts.tolist(), strict=True):
+            for (name, numel), counted in zip(segments, counts.tolist(), strict=True):
                 before = self._counted.get(name, TensorStats())
-                self._counted[name] = before + TensorStats(numel, agreed, nonfinite)
+                self._counted[name] = before + TensorStats(numel, *counted)
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,6 +91,11 @@ class Stats:
         return sum(t.nonfinite for t in self.tensors.values())
 
     @property
+    def vetoed_by_zero(self) -> int:
+        """Elements that only differences of exactly zero kept from agreeing. Models trained in bf16 have many."""
+        return sum(t.vetoed_by_zero for t in self.tensors.values())
+
+    @property
     def consensus_ratio(self) -> float:
         """agreed / elements; 0 if there was nothing to merge."""
         return self.agreed / self.elements if self.elements else 0.0
@@ -92,5 +103,5 @@ class Stats:
     def __repr__(self) -> str:
         return (
             f"Stats(elements={self.elements}, agreed={self.agreed}, nonfinite={self.nonfinite}, "
-            f"consensus_ratio={self.consensus_ratio:.4f})"
+            f"vetoed_by_zero={self.vetoed_by_zero}, consensus_ratio={self.consensus_ratio:.4f})"
         )

@@ -38,7 +38,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
 def check(
     case: BackendCase, base: torch.Tensor, models: list[torch.Tensor], scale: float = 0.9, **options: Any
 ) -> None:
-    expected, agreed, nonfinite = plain_merge(
+    expected, *counted = plain_merge(
         base, models, scale, options.get("min_agreement", 1.0), options.get("inputs") == "task_vectors"
     )
     models = [to_device(model, case) for model in models]
@@ -47,7 +47,7 @@ def check(
     in_place = to_device(base.clone(), case)
     stats = merge_(in_place, models, **options)
     assert same_bits(in_place.cpu(), expected)
-    assert (stats.elements, stats.agreed, stats.nonfinite) == (base.numel(), agreed, nonfinite)
+    assert [stats.agreed, stats.nonfinite, stats.vetoed_by_zero] == counted and stats.elements == base.numel()
 
 
 SIZES = [(n, length) for n in MODEL_COUNTS for length in (0, 1, 15, 127, 1024, 4097, 70_001)]
@@ -183,6 +183,23 @@ def test_a_sum_that_overflows_without_agreement_is_not_counted_as_nonfinite(case
     check(case, base, models, min_agreement=0.6)
 
 
+@pytest.mark.parametrize("inputs", ["finetuned", "task_vectors"])
+@pytest.mark.parametrize("min_agreement", [1.0, 0.75, 0.51])
+@pytest.mark.parametrize("dtypes", [["F64"], ["F32"], ["F16"], ["BF16"], ["F32", "BF16"]], ids="+".join)
+def test_vetoes_by_zero(case: BackendCase, dtypes: list[str], min_agreement: float, inputs: str) -> None:
+    """All combinations of negative, zero, positive and non-finite differences of four models, with zeros of both signs."""
+    values = [-1.0, -0.0, 0.0, 1.0, float("inf"), float("nan")]
+    differences = torch.cartesian_prod(*[torch.tensor(values)] * 4).T.contiguous()
+    types = [STORAGE[dtypes[k % len(dtypes)]] for k in range(4)]
+    for b in (0.0, -0.0, 2.0):
+        base = torch.full((differences.shape[1],), b, dtype=STORAGE[dtypes[0]])
+        models = [
+            (d if inputs == "task_vectors" else d + b).to(dtype)
+            for d, dtype in zip(differences, types, strict=True)
+        ]
+        check(case, base, models, min_agreement=min_agreement, inputs=inputs)
+
+
 def run_batch(case: BackendCase, batch: Batch, rule: Rule) -> list[list[int]]:
     with case.chosen() as run:
         return [list(row) for row in run(batch, rule).tolist()]
@@ -199,13 +216,13 @@ def placed(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> Operand:
 def test_any_address(case: BackendCase, dtype: str, offset: int) -> None:
     other = STORAGE["F32" if dtype == "BF16" else "BF16"]
     base, models = random_models(3, 1001, STORAGE[dtype], [STORAGE[dtype], other])
-    expected, agreed, nonfinite = plain_merge(base, models, 0.9)
+    expected, *counted = plain_merge(base, models, 0.9)
     memories = [to_device(torch.empty(10_000, dtype=torch.uint8), case) for _ in range(4)]
     operands = [placed(t, memory, offset) for t, memory in zip([base, *models], memories, strict=True)]
     signature = Signature(dtype, tuple(s.dtype for s in operands[1:]), False)
     segment = Segment(1001, operands[0], operands[1:], operands[0])
     counts = run_batch(case, Batch(str(memories[0].device), signature, [segment]), Rule(0.9))
-    assert counts == [[agreed, nonfinite]]
+    assert counts == [counted]
     assert same_bits(memories[0].cpu()[offset : offset + base.nbytes], expected.view(torch.uint8))
 
 
@@ -227,8 +244,8 @@ def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: boo
         operands = [placed(t, memory, at) for t, memory in zip([base, *models], memories, strict=False)]
         out = operands[0] if in_place else Operand(memories[3].data_ptr() + at, dtype, memories[3])
         segments.append(Segment(len(base), operands[0], operands[1:], out))
-        result, agreed, nonfinite = plain_merge(base, models, 0.9)
-        expected.append([agreed, nonfinite])
+        result, *counted = plain_merge(base, models, 0.9)
+        expected.append(counted)
         wanted[at : at + base.nbytes] = result.view(torch.uint8)
         at += base.nbytes + size * (len(base) % 3)
     batch = Batch(str(memories[0].device), Signature(dtype, (dtype, dtype), False), segments)
@@ -239,25 +256,25 @@ def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: boo
 
 def test_no_base_means_zeros_and_no_output_means_counting(case: BackendCase) -> None:
     base, models = random_models(2, 1500, torch.float32, [torch.bfloat16, torch.float32])
-    expected, agreed, nonfinite = plain_merge(torch.zeros_like(base), models, -1.0, task_vectors=True)
+    expected, *counts_once = plain_merge(torch.zeros_like(base), models, -1.0, task_vectors=True)
     held = [to_device(t, case) for t in (base, *models)]
     operands = [Operand(t.data_ptr(), SPELLED[t.dtype], t.view(torch.uint8)) for t in held]
     signature = Signature("F32", ("BF16", "F32"), True)
     merged = Segment(1500, None, operands[1:], operands[0])
     counted = Segment(1500, None, operands[1:], None)
     counts = run_batch(case, Batch(str(held[0].device), signature, [merged, counted]), Rule(-1.0))
-    assert counts == [[agreed, nonfinite]] * 2
+    assert counts == [counts_once] * 2
     assert same_bits(held[0].cpu(), expected)
 
 
 def test_count_only_writes_nothing(case: BackendCase) -> None:
     base, models = random_models(2, 500, torch.float32, [torch.float32])
-    _, agreed, nonfinite = plain_merge(base, models, 0.9)
+    _, *counted = plain_merge(base, models, 0.9)
     held = [to_device(t.clone(), case) for t in (base, *models)]
     operands = [Operand(t.data_ptr(), "F32", t) for t in held]
     segment = Segment(500, operands[0], operands[1:], None)
     batch = Batch(str(held[0].device), Signature("F32", ("F32", "F32"), False), [segment])
-    assert run_batch(case, batch, Rule(0.9)) == [[agreed, nonfinite]]
+    assert run_batch(case, batch, Rule(0.9)) == [counted]
     assert all(same_bits(t.cpu(), before) for t, before in zip(held, (base, *models), strict=True))
 
 
@@ -360,6 +377,9 @@ def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     with case.chosen() as run:
         counts = [run(Batch("cpu", signature, [segment]), Rule(-1.0)).tolist() for segment in segments]
     changed = [position for position in positions if position < written]
-    assert counts == [[[len(positions), 0]], [[len(changed), 0]]]
+    assert counts == [
+        [[len(positions), 0, numel - len(positions)]],
+        [[len(changed), 0, written - len(changed)]],
+    ]
     assert np.flatnonzero(held[0][:written]).tolist() == changed
     assert (held[0][changed] == 0x3F80).all()
