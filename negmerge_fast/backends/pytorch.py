@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.batch import COUNTED, Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES, TORCH_NAMES
 from ..core.rule import Rule
 
@@ -38,8 +38,8 @@ SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
 
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Merge a batch; returns int64[segments, 2], agreed and non-finite, on the batch's device."""
-    counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
+    """Merge a batch; returns int64[segments, len(COUNTED)] on the batch's device."""
+    counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=batch.device)
     with _computing(batch, rule, threads) as workspace:
         for row, segment in enumerate(batch.segments):
             for start in range(0, segment.numel, workspace.block):
@@ -98,7 +98,7 @@ class _Workspace:
         self.block = min(max_elements, max((s.numel for s in batch.segments), default=0)) or 1
 
         rounds = any(map(batch.signature.rounds_base, set(batch.signature.models)))
-        wide, flags = (6 if self.unanimous else 9) + rounds, 3
+        wide, flags = (6 if self.unanimous else 9) + rounds, 4
         memory = _scratch((wide * self.dtype.itemsize + flags) * self.block, device)
         numbers, bits = torch.split(memory, [len(memory) - flags * self.block, flags * self.block])
         temporaries = torch.split(numbers.view(self.dtype), self.block)
@@ -106,7 +106,7 @@ class _Workspace:
         if not self.unanimous:
             self.negative, self.n_positive, self.n_negative = temporaries[6:9]
         self.origin = temporaries[-1] if rounds else self.b
-        self.agree, self.nonfinite, self.flag = torch.split(bits.view(torch.bool), self.block)
+        self.agree, self.nonfinite, self.flag, self.possible = torch.split(bits.view(torch.bool), self.block)
         # Tensors on the device: on a GPU, torch divides by a Python number by multiplying with its reciprocal.
         self.n = torch.tensor(float(len(batch.signature.models)), dtype=self.dtype, device=device)
         self.minus_scale = (
@@ -119,7 +119,7 @@ class _Workspace:
         b = self.b[:size]
         b.zero_() if stored is None else b.copy_(stored)
         mean = self._unanimous_mean if self.unanimous else self._majority_mean
-        agree, nonfinite = self.agree[:size], self.nonfinite[:size]
+        agree, nonfinite, possible = (flags[:size] for flags in (self.agree, self.nonfinite, self.possible))
         t = mean(segment, start, b, agree).mul_(self.minus_scale)
         result = self._round(t.add_(b))
 
@@ -132,12 +132,14 @@ class _Workspace:
             finite &= torch.isfinite(result) | ~agree
             torch.logical_not(finite, out=nonfinite)
             agree &= finite
+            possible &= finite
         if segment.out is not None:
             kept = b.to(self.storage) if stored is None else stored
             chosen = self.d.view(BITS_DTYPES[self.storage.itemsize])[:size]
             _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
         # Not sum(), which converts every flag to int64 first.
-        return torch.stack([torch.count_nonzero(agree), torch.count_nonzero(nonfinite)])
+        agreed = torch.count_nonzero(agree)
+        return torch.stack([agreed, torch.count_nonzero(nonfinite), torch.count_nonzero(possible) - agreed])
 
     def _round(self, values: torch.Tensor) -> torch.Tensor:
         if self.dtype == self.storage:
@@ -188,6 +190,8 @@ class _Workspace:
             total.add_(d)
         torch.gt(self.least[: len(b)], 0, out=agree)
         agree |= torch.lt(self.greatest[: len(b)], 0, out=self.flag[: len(b)])
+        torch.ge(self.least[: len(b)], 0, out=self.possible[: len(b)])
+        self.possible[: len(b)] |= torch.le(self.greatest[: len(b)], 0, out=self.flag[: len(b)])
         return total.div_(self.n)
 
     def _majority_mean(
@@ -203,6 +207,9 @@ class _Workspace:
             negative.add_(torch.clamp(d, max=0, out=clamped))
             n_positive.add_(torch.gt(d, 0, out=flag))
             n_negative.add_(torch.lt(d, 0, out=flag))
+        # Zeros have the sign of the majority here.
+        n_dissenters = torch.minimum(n_positive, n_negative, out=clamped)
+        torch.le(n_dissenters, len(segment.models) - self.required, out=self.possible[:size])
         torch.ge(n_positive, self.required, out=agree)
         is_negative = torch.ge(n_negative, self.required, out=flag)
         agree |= is_negative
