@@ -10,6 +10,9 @@ namespace negmerge {
 // Storage types by code: those of negmerge_fast/core/dtypes.py.
 enum Dtype : std::uint8_t { kF64, kF32, kF16, kBF16 };
 
+// What is counted of a segment: elements that agreed, that were not finite, and that were vetoed by zero.
+constexpr int kCounted = 3;
+
 constexpr std::int64_t kSizes[] = {8, 4, 2, 2};
 
 // Segments of one signature. The descriptors of a segment are its number of elements, then the addresses of base (0: zeros),
@@ -23,7 +26,7 @@ struct Batch {
   std::int64_t required;  // how many models must agree on the sign of an element
   std::int64_t segments;
   const std::int64_t* descriptors;  // [segments, 3 + n]
-  std::int64_t* counts;             // [segments, 2]: agreed and non-finite are added
+  std::int64_t* counts;             // [segments, kCounted], to which is added
 
   NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return descriptors + segment * (3 + n); }
 };

@@ -187,7 +187,15 @@ NEGMERGE_INLINE T load_one(Dtype dtype, const char* from) {
 }
 
 struct Counts {
-  std::int64_t agreed = 0, nonfinite = 0;
+  std::int64_t agreed = 0, nonfinite = 0, vetoed = 0;
+
+  // Adds to the counts of a segment, and starts again.
+  void flush(std::int64_t* to) {
+    __atomic_fetch_add(to, agreed, __ATOMIC_RELAXED);
+    __atomic_fetch_add(to + 1, nonfinite, __ATOMIC_RELAXED);
+    __atomic_fetch_add(to + 2, vetoed, __ATOMIC_RELAXED);
+    *this = {};
+  }
 };
 
 // A batch, and the rule's parameters in one arithmetic type. rounded: memory for a tile of a base rounded to the type of
@@ -243,6 +251,7 @@ __attribute__((noinline)) void merge_each(const KernelArgs<T>& args, const Tile&
     const auto outcome = finish<S>(bits, accumulator, args.constants);
     counts.agreed += outcome.agreed;
     counts.nonfinite += !outcome.finite;
+    counts.vetoed += outcome.vetoed;
     if (out) memcpy(out + i * sizeof(Bits), &outcome.bits, sizeof(Bits));
   }
 }
@@ -309,6 +318,12 @@ __attribute__((noinline)) const typename Pack<T>::N* rounded(const typename Pack
   using P = Pack<T>;
   for (int at = 0; at < packs; ++at) {
     const auto x = convert<typename P::template Of<typename M::Float>>(b[at]);
+#ifdef __F16C__
+    if constexpr (sizeof x == 32 && M::kHalf) {
+      to[at] = (typename P::N)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+      continue;
+    }
+#endif
     to[at] = convert<typename P::N>(as_stored<M, typename P::template Of<typename M::Word>>(x));
   }
   return to;
@@ -321,41 +336,52 @@ const typename Pack<T>::N* origin(Dtype dtype, const typename Pack<T>::N* b, typ
   return dtype == kF32 ? rounded<T, F32>(b, to, packs) : dtype == kF16 ? rounded<T, F16>(b, to, packs) : rounded<T, BF16>(b, to, packs);
 }
 
-// Finishes the whole packs of a tile: from accumulators to stored bits. A step in which anything may not be finite is merged
-// again, element by element.
+// Finishes packs of a tile from `at` on: from accumulators to stored bits. Returns where it stopped: at the end, or at a step in
+// which anything may not be finite. No call is in this loop, so that the counts stay in registers.
 template <class T, class S, template <class, class> class Accumulator>
-void finish_packs(const KernelArgs<T>& args, const Tile& tile, const typename Pack<T>::N* b,
-                  const Accumulator<T, typename Pack<T>::N>* accumulators, int packs, const char* ahead, Counts& counts) {
+NEGMERGE_INLINE int finish_sure_packs(const Constants<T>& constants, char* out, bool past, const typename Pack<T>::N* b,
+                                      const Accumulator<T, typename Pack<T>::N>* accumulators, int at, int packs,
+                                      const char* ahead, Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
   using F = typename P::template Of<typename S::Float>;
   constexpr int bytes = P::lanes * sizeof(typename S::Bits);
-  const Batch& batch = args.batch;
-  char* out = tile.out(batch);
-  const bool past = past_cache<S, T>(out, tile.base(batch));
-  typename P::Mask agreed{};
-  for (int at = 0; at < packs; at += kPacks) {
+  typename P::Mask agreed{}, vetoed{};
+  for (; at < packs; at += kPacks) {
     if (NEGMERGE_PREFETCH && at * bytes % kLine == 0) __builtin_prefetch(ahead + at * bytes, 0, 2);
-    typename P::Mask agree[kPacks], sure = N{} == N{};
+    typename P::Mask agree[kPacks], veto[kPacks], sure = N{} == N{};
     F result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
       const Accumulator<T, N>& s = accumulators[at + j];
-      const N merged = negated(b[at + j], s, args.constants);
-      agree[j] = s.agree(args.constants);
+      const N merged = negated(b[at + j], s, constants);
+      agree[j] = s.agree(constants);
+      veto[j] = s.vetoed_by_zero(constants);
       result[j] = convert<F>(agree[j] ? merged : b[at + j]);
       sure &= convert<typename P::Mask>(in_range<S>(s.kResultTells ? convert<F>(merged) : result[j]));
       if (!s.kResultTells) sure &= magnitude(s.sum) < N{} + s.kInf;
     }
-    if (__builtin_expect(!all(sure), 0)) {
-      merge_each<T, S, Accumulator>(args, tile, at * P::lanes, (at + kPacks) * P::lanes, counts);
-      continue;
-    }
+    if (__builtin_expect(!all(sure), 0)) break;
     for (int j = 0; j < kPacks; ++j) {
       agreed -= agree[j];
+      vetoed -= veto[j];
       if (out) store<S>(out + (at + j) * bytes, result[j], past);
     }
   }
-  for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane];
+  for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane], counts.vetoed += vetoed[lane];
+  return at;
+}
+
+// Finishes the whole packs of a tile. A step in which anything may not be finite is merged again, element by element.
+template <class T, class S, template <class, class> class Accumulator>
+void finish_packs(const KernelArgs<T>& args, const Tile& tile, const typename Pack<T>::N* b,
+                  const Accumulator<T, typename Pack<T>::N>* accumulators, int packs, const char* ahead, Counts& counts) {
+  constexpr int lanes = Pack<T>::lanes;
+  char* out = tile.out(args.batch);
+  const bool past = past_cache<S, T>(out, tile.base(args.batch));
+  for (int at = 0; at < packs; at += kPacks) {
+    at = finish_sure_packs<T, S, Accumulator>(args.constants, out, past, b, accumulators, at, packs, ahead, counts);
+    if (at < packs) merge_each<T, S, Accumulator>(args, tile, at * lanes, (at + kPacks) * lanes, counts);
+  }
 }
 
 // The operands of the group from model k on, in a tile.
@@ -417,18 +443,15 @@ Tile tile_at(const Batch& batch, Position& position, std::int64_t& elements) {
 
 template <class T, class S, template <class, class> class Accumulator>
 void merge_range(const Batch& batch, Position position, std::int64_t elements) {
-  const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required)};
+  const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required),
+                               static_cast<T>(batch.n - batch.required)};
   alignas(64) typename Pack<T>::N rounded[Pack<T>::tile / Pack<T>::lanes];
   const KernelArgs<T> args{batch, constants, rounds_base<S>(batch) ? rounded : nullptr};
   Counts counts;
   for (Tile tile = tile_at<T>(batch, position, elements); tile.row;) {
     const Tile next = tile_at<T>(batch, position, elements);
     merge_tile<T, S, Accumulator>(args, tile, next, counts);
-    if (next.row != tile.row) {
-      __atomic_fetch_add(batch.counts + 2 * tile.segment, counts.agreed, __ATOMIC_RELAXED);
-      __atomic_fetch_add(batch.counts + 2 * tile.segment + 1, counts.nonfinite, __ATOMIC_RELAXED);
-      counts = {};
-    }
+    if (next.row != tile.row) counts.flush(batch.counts + kCounted * tile.segment);
     tile = next;
   }
 #ifdef __AVX2__

@@ -17,10 +17,11 @@
 
 namespace negmerge {
 
-// Parameters of the rule in the arithmetic type. n: models; required: how many of them must agree on the sign.
+// Parameters of the rule in the arithmetic type. n: models; required: how many of them must agree on the sign; dissenters: how
+// many need not.
 template <class T>
 struct Constants {
-  T scale, n, required;
+  T scale, n, required, dissenters;
 };
 
 // The lesser and the greater of x and a known number. If x is NaN the known one stays. Of two zeros, either.
@@ -56,7 +57,11 @@ struct Unanimous {
     greatest = greater(d, greatest);
   }
   NEGMERGE_INLINE auto finite() const { return (sum == sum) & (least > N{} - kInf) & (greatest < N{} + kInf); }
-  NEGMERGE_INLINE auto agree(const Constants<T>&) const { return (least > N{}) | (greatest < N{}); }
+  // Above zero if all d_k have one sign, zero if some are zero and the others have one sign, below zero otherwise.
+  NEGMERGE_INLINE N unity() const { return greater(-greatest, least); }
+  NEGMERGE_INLINE auto agree(const Constants<T>&) const { return unity() > N{}; }
+  // Whether zeros alone keep the models from agreeing, if all is finite.
+  NEGMERGE_INLINE auto vetoed_by_zero(const Constants<T>&) const { return unity() == N{}; }
   NEGMERGE_INLINE N mean(const Constants<T>& c) const { return sum / c.n; }
 };
 
@@ -77,6 +82,10 @@ struct Majority : Unanimous<T, N> {
   }
   NEGMERGE_INLINE auto agree(const Constants<T>& c) const {
     return (n_positive >= N{} + c.required) | (n_negative >= N{} + c.required);
+  }
+  NEGMERGE_INLINE auto vetoed_by_zero(const Constants<T>& c) const {
+    // Zeros may have the sign of the majority; only the models of the other sign dissent.
+    return (lesser(n_positive, n_negative) <= N{} + c.dissenters) & (greater(n_positive, n_negative) < N{} + c.required);
   }
   NEGMERGE_INLINE N mean(const Constants<T>& c) const {
     const auto up = n_positive >= N{} + c.required;
@@ -123,11 +132,11 @@ NEGMERGE_INLINE F as_stored(F x) {
   return in_range<M>(x) ? M::template widen<F>(M::template round<Word>(x)) : x * (F{} + __builtin_huge_valf());
 }
 
-// An element's bits to store, whether it agreed, and whether everything was finite.
+// An element's bits to store, whether it agreed, whether everything was finite, and whether it was vetoed by zero.
 template <class Bits>
 struct Outcome {
   Bits bits;
-  bool agreed, finite;
+  bool agreed, finite, vetoed;
 };
 
 // Finishes one element. S: the storage type of base and output (dtypes.h).
@@ -139,8 +148,8 @@ NEGMERGE_INLINE Outcome<typename S::Bits> finish(typename S::Bits base, const Ac
   const Float result = static_cast<Float>(negated(b, accumulator, c));  // from double to 16 bits by way of float
   const bool agree = accumulator.agree(c);
   const bool finite = accumulator.finite() && b - b == T(0) && (!agree || in_range<S>(result));
-  if (agree && finite) return {static_cast<typename S::Bits>(S::template round<Word>(result)), true, true};
-  return {base, false, finite};
+  if (agree && finite) return {static_cast<typename S::Bits>(S::template round<Word>(result)), true, true, false};
+  return {base, false, finite, finite && accumulator.vetoed_by_zero(c)};
 }
 
 }  // namespace negmerge

@@ -58,7 +58,7 @@ int main(int, char** argument) {
   std::vector<std::int64_t> in_place = row;
   in_place[2] = in_place[1];
   const std::vector<Dtype> dtypes(n, dtype);
-  std::int64_t counts[2] = {};
+  std::int64_t counts[kCounted] = {};
   Batch batch{dtype, dtypes.data(), n, false, 0.9, n, 1, row.data(), counts};
   std::atomic<std::uint64_t> seen{0};
   for (int round = std::atoi(argument[5]); round > 0; --round) {

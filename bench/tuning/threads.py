@@ -23,6 +23,7 @@ import torch
 
 import negmerge_fast as nm
 from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.core.batch import COUNTED
 from negmerge_fast.core.dtypes import DTYPE_CODES
 
 HERE = Path(__file__).parent
@@ -70,7 +71,7 @@ class Built:
         self.function = ctypes.CDLL(str(library)).merge_times
 
     def seconds(self, workload: Workload, threads: int, calls: int) -> list[float]:
-        counts = np.zeros(2, np.int64)
+        counts = np.zeros(len(COUNTED), np.int64)
         taken = np.empty(calls)
         self.function(
             DTYPE_CODES[workload.dtype], ctypes.c_int64(MODELS), ctypes.c_int64(len(workload.tables)),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from ..core.batch import Batch
+from ..core.batch import COUNTED, Batch
 from ..core.control_groups import granted_cpus
 from ..core.descriptors import pack_descriptors, pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES
@@ -93,11 +93,11 @@ def details(name: str) -> str:
 
 
 def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
-    """Merge a batch in main memory; returns int64[segments, 2], agreed and non-finite."""
+    """Merge a batch in main memory; returns int64[segments, len(COUNTED)]."""
     from .. import _native
 
     descriptors = pack_descriptors(batch)
-    counts = np.zeros((len(batch.segments), 2), np.int64)
+    counts = np.zeros((len(batch.segments), len(COUNTED)), np.int64)
     _native.merge_cpu(
         *kernel_arguments(batch, rule),
         descriptors.ctypes.data,
@@ -109,7 +109,7 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarra
 
 
 def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there without waiting."""
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, len(COUNTED)] there without waiting."""
     return _launch_cuda(batch, rule, MAX_BLOCKS)
 
 
@@ -127,7 +127,7 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int) -> torch.Tensor:
     memory, tiles = pack_for_device(batch, _native.cuda_tile)
     with torch.cuda.device(device):
         on_device = upload(memory, f"cuda:{torch.cuda.current_device()}")
-        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
+        counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=on_device.device)
         _native.merge_cuda(
             *kernel_arguments(batch, rule),
             on_device.data_ptr(),

@@ -75,7 +75,7 @@ bool same_results(int round) {
   std::vector<std::int64_t> expected;
   for (const std::string& instruction_set : instruction_sets())
     for (const int threads : {1, 4}) {
-      std::vector<std::int64_t> counts(2 * segments);
+      std::vector<std::int64_t> counts(kCounted * segments);
       batch.counts = counts.data();
       for (Memory& memory : out) std::memset(memory.at, 0xa5, memory.size);
       merge_cpu(batch, threads, instruction_set);
