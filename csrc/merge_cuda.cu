@@ -198,7 +198,7 @@ __device__ void accumulate(const std::int64_t* addresses, std::int64_t same, std
 }
 
 struct Counts {
-  int agreed = 0, nonfinite = 0;
+  int agreed = 0, nonfinite = 0, vetoed = 0;
 };
 
 // The smallest sum, by magnitude, that quick_quotient divides, and the largest n.
@@ -222,7 +222,7 @@ __device__ bool finish_quickly(const KernelArgs<T>& args, Elements<S, E>& stored
                                Counts& counts) {
   Elements<S, E> merged = stored;
   bool sure = true;
-  int agreed = 0;
+  int agreed = 0, vetoed = 0;
 #pragma unroll
   for (int e = 0; e < E; ++e) {
     const T mean = quick_quotient(accumulators[e].sum, args.constants.n, args.reciprocal);
@@ -231,10 +231,12 @@ __device__ bool finish_quickly(const KernelArgs<T>& args, Elements<S, E>& stored
     sure &= in_range<S>(result) & (!agree | (magnitude(accumulators[e].sum) >= kMinSum<T>));
     if (agree) merged.bits[e] = static_cast<typename S::Bits>(S::template round<typename S::Word>(result));
     agreed += agree;
+    vetoed += accumulators[e].vetoed_by_zero(args.constants);
   }
   if (!sure) return false;
   stored = merged;
   counts.agreed += agreed;
+  counts.vetoed += vetoed;
   return true;
 }
 
@@ -280,6 +282,7 @@ __device__ void merge(const KernelArgs<T>& args, const Operands& operands, std::
       stored.bits[e] = outcome.bits;
       counts.agreed += outcome.agreed;
       counts.nonfinite += !outcome.finite;
+      counts.vetoed += outcome.vetoed;
     }
   }
   if (!operands.out) return;
@@ -324,8 +327,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kSameDtype, Accumulator<T, T
     }
     for (std::int64_t own = element + threadIdx.x; own < stop; own += kThreads)
       merge<T, S, kSameDtype, Accumulator<T, T>, 1>(args, operands, own, counts);
-    add_for_warp(batch.counts + 2 * segment, counts.agreed);
-    add_for_warp(batch.counts + 2 * segment + 1, counts.nonfinite);
+    std::int64_t* to = batch.counts + kCounted * segment;
+    add_for_warp(to, counts.agreed);
+    add_for_warp(to + 1, counts.nonfinite);
+    add_for_warp(to + 2, counts.vetoed);
     tile = last;
     ++segment;
   }
@@ -359,7 +364,9 @@ template <class T, class S, bool kSameDtype, template <class, class> class Accum
 void launch(const Batch& batch, const Tiling& tiling, int device, cudaStream_t stream) {
   const auto n = static_cast<T>(batch.n);
   const T reciprocal = batch.n <= kMaxModels ? T(1) / n : std::numeric_limits<T>::quiet_NaN();
-  KernelArgs<T> args{batch, tiling, {static_cast<T>(batch.scale), n, static_cast<T>(batch.required)}, reciprocal};
+  const Constants<T> constants{static_cast<T>(batch.scale), n, static_cast<T>(batch.required),
+                               static_cast<T>(batch.n - batch.required)};
+  KernelArgs<T> args{batch, tiling, constants, reciprocal};
   void (*const kernel)(KernelArgs<T>) = merge_tiles<T, S, kSameDtype, Accumulator>;
   int processors = 0, resident = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");

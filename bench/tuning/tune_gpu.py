@@ -29,7 +29,7 @@ from negmerge_fast.benchmark.records import Row, device_name, record, roofline_f
 from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timers import Clock, clock
 from negmerge_fast.benchmark.workload import RULE, Lacking, Workload, release, shared_workload
-from negmerge_fast.core.batch import Batch, Merge, Signature
+from negmerge_fast.core.batch import COUNTED, Batch, Merge, Signature
 from negmerge_fast.core.descriptors import pack_for_device, upload
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
@@ -98,7 +98,7 @@ class Built:
         """Merge a batch as native.merge_cuda does."""
         memory, tiles = pack_for_device(batch, self.tile)
         on_device = upload(memory, batch.device)
-        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=batch.device)
+        counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=batch.device)
         result, dtypes, *others = native.kernel_arguments(batch, rule)
         index = torch.device(batch.device).index or 0
         stream = torch.cuda.current_stream().cuda_stream

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from negmerge_fast.backends import native, registry
-from negmerge_fast.core.batch import Batch, Merge
+from negmerge_fast.core.batch import COUNTED, Batch, Merge
 from negmerge_fast.core.descriptors import pack_for_device
 from negmerge_fast.core.rule import Rule
 
@@ -128,7 +128,7 @@ def merge_on_host(
     library = _library(wrong)
     memory, tiles = pack_for_device(batch, library.tile())
     result, dtypes, task_vectors, scale, required, segments = native.kernel_arguments(batch, rule)
-    counts = np.zeros((segments, 2), np.int64)
+    counts = np.zeros((segments, len(COUNTED)), np.int64)
     library.merge_on_host(
         result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
         ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_void_p(counts.ctypes.data),
