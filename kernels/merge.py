@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.batch import Batch, Signature
+from ..core.batch import COUNTED, Batch, Signature
 from ..core.descriptors import pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES, holds
 from ..core.errors import first_line
@@ -47,8 +47,11 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Before 3.6, tl.div_rn flushed subnormals to zero on NVIDIA's GPUs.
 DIV_RN_FLUSHES = tl.constexpr(VERSION < (3, 6))
 
-# Both counts in one integer: elements that agreed, plus NONFINITE for each that was not finite.
-NONFINITE = tl.constexpr(1 << 15)
+# All counts in one integer: elements that agreed, plus NONFINITE for each that was not finite, plus VETOED for each that was
+# vetoed by zero. A program counts at most MAX_TILES_PER_PROGRAM elements in each.
+NONFINITE = tl.constexpr(1 << 10)
+COUNTS = tl.constexpr(len(COUNTED))
+VETOED = tl.constexpr(1 << 20)
 
 
 @triton.jit
@@ -243,10 +246,12 @@ def _merge(
 
     if UNANIMOUS:
         agree = (least > 0) | (greatest < 0)
+        possible = (least >= 0) | (greatest <= 0)
         mean = _divide(total, zero + n, T)
     else:
         up = n_positive >= required
         agree = up | (n_negative >= required)
+        possible = tl.minimum(n_positive, n_negative) <= n - required
         mean = _divide(tl.where(up, total, negative), tl.where(up, n_positive, n_negative), T)
     result, in_range = _round(b + scale * -mean, RESULT)
     finite = (total == total) & (least > -float("inf")) & (greatest < float("inf")) & (b - b == 0)
@@ -256,13 +261,16 @@ def _merge(
     _store(
         out, offsets, tl.where(out != 0, mask, offsets < 0), tl.where(agree, result, stored), RESULT, ALIGNED
     )
-    return (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
+    counted = (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
+    # Finite and not in agreement, but it would be if zeros had the sign of the majority.
+    return counted + (possible & finite & (agree == 0) & mask).to(tl.int32) * VETOED
 
 
 @triton.jit
 def _add(counts, counted):
     tl.atomic_add(counts, tl.sum(counted % NONFINITE).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts + 1, tl.sum(counted // NONFINITE).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 1, tl.sum(counted // NONFINITE % NONFINITE).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 2, tl.sum(counted // VETOED).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(
@@ -277,8 +285,8 @@ def merge_tiles(
 ):  # fmt: skip
     """Merge `tiles_per_program` consecutive tiles of BLOCK elements, which may be of several segments.
 
-    memory: what pack_for_device of negmerge_fast/core/descriptors.py packs. counts: int64[segments, 2]; agreed and non-finite
-    are added. scale: λ, one float64. T: the arithmetic type. RESULT: the dtype of base and output. KIND: the dtype of all
+    memory: what pack_for_device of negmerge_fast/core/descriptors.py packs. counts: int64[segments, 3], to which is
+    added. scale: λ, one float64. T: the arithmetic type. RESULT: the dtype of base and output. KIND: the dtype of all
     models, or MIXED. The models are taken GROUP at a time (0: there is no group) and the last REST unrolled. REST_KINDS: the
     dtypes of these, four bits each.
     """
@@ -303,7 +311,7 @@ def merge_tiles(
         row = descriptors + segment * (3 + n)
         numel = tl.load(row)
         wide = tl.where(tl.load(memory + 2 * segment + 1) != 0, numel // WIDE, 0) * WIDE
-        to = counts + 2 * segment
+        to = counts + COUNTS * segment
         counted = tl.zeros([BLOCK], tl.int32)
         while tile < last:
             start = (tile - first) * BLOCK
@@ -365,7 +373,7 @@ def why_not(device: str) -> str | None:
 
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Launch a merge on the current stream of the batch's device; returns int64[segments, 2] there without waiting."""
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, len(COUNTED)] there without waiting."""
     return launch_merge(batch, rule, _launch(batch, rule))
 
 
@@ -389,7 +397,7 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
     scale = np.array([rule.scale]).view(np.int64)
     with on(torch.device(batch.device)):
         on_device = upload(np.concatenate([memory, scale]), batch.device)
-        counts = torch.zeros(len(batch.segments), 2, dtype=torch.int64, device=on_device.device)
+        counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=on_device.device)
         # Enough programs for every processor first; then several tiles each, which share one search for the first segment.
         tiles_per_program = max(1, min(MAX_TILES_PER_PROGRAM, tiles // launch.programs))
         if tiles:
