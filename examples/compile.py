@@ -29,4 +29,4 @@ z, counts = forward_with_operator(
     x, [base["weight"], base["bias"]], [model[name] for model in finetuned for name in ("weight", "bias")]
 )
 assert torch.equal(y, z)
-print("agreed and non-finite elements of each tensor:", counts.tolist())
+print("agreed, non-finite and vetoed-by-zero elements of each tensor:", counts.tolist())

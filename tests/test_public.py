@@ -49,11 +49,11 @@ SIGNATURES = {
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
     "Report": (
         "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
-        "bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, tensors)"
+        "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, tensors)"
     ),
     "Rule": "(scale, min_agreement=1.0)",
     "Stats": "()",
-    "TensorStats": "(elements=0, agreed=0, nonfinite=0)",
+    "TensorStats": "(elements=0, agreed=0, nonfinite=0, vetoed_by_zero=0)",
     "Verified": "(output, version, files, bytes, not_listed, blocks, bytes_compared)",
     "DamageError": "(found)",
 }
@@ -62,7 +62,16 @@ SIGNATURES = {
 ATTRIBUTES = {
     "Report": ["to_json"],
     "Rule": ["required"],
-    "Stats": ["add", "agreed", "consensus_ratio", "elements", "include", "nonfinite", "tensors"],
+    "Stats": [
+        "add",
+        "agreed",
+        "consensus_ratio",
+        "elements",
+        "include",
+        "nonfinite",
+        "tensors",
+        "vetoed_by_zero",
+    ],
     "TensorStats": [],
     "Verified": [],
 }
@@ -142,8 +151,8 @@ ARGUMENTS = {
 
 REPORT = [
     "base", "models", "output", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
-    "nonfinite", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "tensors",
-    "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite",
+    "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "tensors",
+    "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero",
 ]  # fmt: skip
 
 # {}: a name of a file or a tensor.
@@ -152,7 +161,7 @@ MANIFEST = [
     "models", "models[].path", "models[].files", "models[].files{}", "models[].files{}.size", "models[].files{}.header",
     "models[].files{}.sample",
     "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude", "rename", "keep", "drop",
-    "counted", "counted.elements", "counted.agreed", "counted.nonfinite",
+    "counted", "counted.elements", "counted.agreed", "counted.nonfinite", "counted.vetoed_by_zero",
     "block", "files", "files{}", "files{}.size", "files{}.checksum",
 ]  # fmt: skip
 
@@ -346,7 +355,7 @@ def test_the_fields_of_the_journal(folder: Path) -> None:
     found = json.loads(record[9:])
     assert list(keys(found, frozenset({"tensors"}))) == JOURNAL_RECORD
     assert [len(each) for each in found["runs"]] == [2]
-    assert [len(counts) for counts in found["tensors"].values()] == [3]
+    assert [len(counts) for counts in found["tensors"].values()] == [4]
 
 
 def test_the_fields_of_a_row_of_the_benchmark() -> None:

@@ -39,7 +39,7 @@ class Candidate:
         name: The value of "way" in its rows.
         task: What is timed.
         merged: Returns the merged tensors, given the task's result.
-        counts: Returns agreed and non-finite elements of each tensor, given the task's result. None for a baseline, which may
+        counts: Returns the counts of each tensor, given the task's result. None for a baseline, which may
             differ from the reference.
         before: Done before each run, and not timed.
     """
@@ -68,7 +68,7 @@ def backend(workload: Workload, name: str, in_place: bool = False) -> Candidate:
         name + IN_PLACE * in_place,
         task,
         merged=lambda _: workload.tensors(workload.out),
-        counts=lambda counted: [pair for counts in counted for pair in counts.tolist()],
+        counts=lambda counted: [row for counts in counted for row in counts.tolist()],
         before=(lambda: workload.out.copy_(workload.versions[0])) if in_place else nothing,
     )
 
@@ -96,7 +96,9 @@ def public_call(workload: Workload) -> Candidate:
         PUBLIC,
         task,
         merged=lambda _: workload.tensors(workload.out),
-        counts=lambda done: [[t.agreed, t.nonfinite] for stats in done for t in stats.tensors.values()],
+        counts=lambda done: [
+            [t.agreed, t.nonfinite, t.vetoed_by_zero] for stats in done for t in stats.tensors.values()
+        ],
         before=lambda: workload.out.copy_(workload.versions[0]),
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..backends import pytorch
-from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.batch import COUNTED, Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from ..runtime import memory
@@ -143,7 +143,7 @@ class Workload:
         expected = torch.empty(max_numel, dtype=self.out.dtype, device=self.device)
         signature = Signature(self.dtype, (self.dtype,) * self.n, False)
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        counts = np.zeros((len(segments), 2), np.int64)
+        counts = np.zeros((len(segments), len(COUNTED)), np.int64)
         for pack in _packs([segment.numel for segment in segments], max_numel):
             parts = [
                 _subsegment(

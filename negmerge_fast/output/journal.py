@@ -44,13 +44,16 @@ class ProgressRecord(NamedTuple):
     skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        counts = {name: [t.elements, t.agreed, t.nonfinite] for name, t in self.stats.tensors.items()}
+        counts = {
+            name: [t.elements, t.agreed, t.nonfinite, t.vetoed_by_zero]
+            for name, t in self.stats.tensors.items()
+        }
         return {"runs": list(self.ranges), "read": self.read, "skipped": self.skipped, "tensors": counts}
 
     @classmethod
     def of_json(cls, line: Mapping[str, Any]) -> ProgressRecord:
         stats = Stats()
-        stats.include({name: TensorStats(*_sizes(counts, 3)) for name, counts in line["tensors"].items()})
+        stats.include({name: TensorStats(*_sizes(counts, 4)) for name, counts in line["tensors"].items()})
         ranges = [Range(*_sizes(range_, 2)) for range_ in line["runs"]]
         return cls(ranges, stats, *_sizes([line["read"], line["skipped"]], 2))
 

@@ -133,7 +133,8 @@ class Job:
                     done = self._publish(before, records, lambda: on_moved(remaining_bytes))
         self.notes.extend(self.staging.notes)
         written = sum(range_.end - range_.begin for shard in shards for range_ in shard)
-        return self._report(done, written, time.perf_counter() - began)
+        vetoes_known = not before.skipped and not done.skipped
+        return self._report(done, written, time.perf_counter() - began, vetoes_known)
 
     def _begin(self, ranks: SingleProcess) -> tuple[ProgressRecord, Fingerprint, list[list[Range]]]:
         """Resume or create the output on rank 0.
@@ -293,7 +294,13 @@ class Job:
         stats.include({s.name: TensorStats() for extent in self.plan.extents for s in extent.slices})
         for record in (before, done):
             stats.include(record.stats.tensors)
-        counted = {"elements": stats.elements, "agreed": stats.agreed, "nonfinite": stats.nonfinite}
+        counted = {
+            "elements": stats.elements,
+            "agreed": stats.agreed,
+            "nonfinite": stats.nonfinite,
+            # How much is skipped depends on the machine, and the manifest must not.
+            "vetoed_by_zero": None if self.options.skips else stats.vetoed_by_zero,
+        }
         self._note_variances(self.staging.file)
         self.writer.finish({**self.recipe.to_json(), "counted": counted}, on_progress)
         on_progress()  # the last moment to stop: syncing may have taken long
@@ -316,10 +323,15 @@ class Job:
         stats = Stats()
         stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
         report = self._report(summed([])._replace(stats=stats), 0, 0.0)
-        return dataclasses.replace(report, tensors=[])
+        # An older version did not count the last.
+        return dataclasses.replace(report, vetoed_by_zero=counted.get("vetoed_by_zero"), tensors=[])
 
-    def _report(self, done: ProgressRecord, written: int, seconds: float) -> Report:
+    def _report(
+        self, done: ProgressRecord, written: int, seconds: float, vetoes_known: bool = True
+    ) -> Report:
         stats = done.stats
+        tensors = [{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()]
+        unknown = {} if vetoes_known else {"vetoed_by_zero": None}
         return Report(
             base=str(self.plan.base.path),
             models=[str(model.path) for model in self.plan.models],
@@ -332,11 +344,12 @@ class Job:
             agreed=stats.agreed,
             consensus_ratio=stats.consensus_ratio,
             nonfinite=stats.nonfinite,
+            vetoed_by_zero=stats.vetoed_by_zero if vetoes_known else None,
             bytes_read=done.read,
             bytes_skipped=done.skipped,
             bytes_written=written,
             bytes_done_before=self.plan.whole.end - written,
             seconds=seconds,
             notes=list(self.notes),
-            tensors=[{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()],
+            tensors=[{**tensor, **unknown} for tensor in tensors],
         )

@@ -15,7 +15,7 @@ from ..output.journal import Journal, ProgressRecord
 # Called with bytes done and bytes in all; it may raise to stop the job.
 OnProgress = Callable[[int, int], None]
 
-# The name and the number of elements of each segment of a batch, and int64[segments, 2]: agreed and non-finite.
+# The name and the number of elements of each segment of a batch, and its counts.
 ChunkCounts: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
 
 

@@ -24,13 +24,15 @@ class Report:
         agreed: Elements that the rule changed.
         consensus_ratio: agreed / elements.
         nonfinite: Elements that kept the base's bits because something was not finite.
+        vetoed_by_zero: Finite elements that did not agree, but would have if each difference of exactly zero had the sign of the
+            majority. None if it is not known, because some bytes of the models were skipped, or an older version wrote OUT.
         bytes_read: Bytes that this run read.
         bytes_skipped: Bytes of the inputs that did not need to be read.
         bytes_written: Bytes that this run wrote.
         bytes_done_before: Bytes of the output that an earlier, interrupted run had done.
         seconds: Wall time of this run.
         notes: What a user should know of the merge, a line each.
-        tensors: name, elements, agreed and nonfinite of each tensor.
+        tensors: name, elements, agreed, nonfinite and vetoed_by_zero of each tensor.
     """
 
     base: str
@@ -44,6 +46,7 @@ class Report:
     agreed: int
     consensus_ratio: float
     nonfinite: int
+    vetoed_by_zero: int | None
     bytes_read: int
     bytes_skipped: int
     bytes_written: int

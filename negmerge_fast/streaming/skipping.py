@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.batch import Batch, Merge, Segment, Signature, segment_at
+from ..core.batch import COUNTED, Batch, Merge, Segment, Signature, segment_at
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 from .progress import ChunkCounts
@@ -153,7 +153,8 @@ class ChunkPruner:
         numel = min(group.numel, _SAMPLE_BYTES // group.sizes[0])
         segment = segment_at(numel, signature, addresses, [self._owner] * 2)._replace(out=None)
         assert self._skipping.counter
-        return bool(sum(self._skipping.counter(Batch("cpu", signature, [segment]), Rule(0.0), 1).tolist()[0]))
+        (count,) = self._skipping.counter(Batch("cpu", signature, [segment]), Rule(0.0), 1).tolist()
+        return bool(_can_change(count))
 
     def _count(self, groups: Sequence[_Group], ranges: Sequence[tuple[int, int]], models: int) -> list[int]:
         """In a range of each group, the elements that can agree or are not finite."""
@@ -167,7 +168,7 @@ class ChunkPruner:
             assert self._skipping.counter
             counts = self._skipping.counter(Batch("cpu", signature, segments), self._skipping.rule, 1)
             for row, count in zip(same, counts.tolist(), strict=True):
-                found[row] = sum(count)
+                found[row] = _can_change(count)
         return found
 
     def _segment(self, group: _Group, first: int, numel: int, signature: Signature) -> Segment:
@@ -188,9 +189,15 @@ class ChunkPruner:
         return ranges
 
 
+def _can_change(count: Sequence[int]) -> int:
+    """The elements that agree or are not finite, of the counts of a segment."""
+    agreed, nonfinite, _ = count
+    return agreed + nonfinite
+
+
 def none_agreed(chunk: Extent) -> list[ChunkCounts]:
-    """The counts of a chunk in which no element agrees, and all are finite."""
+    """The counts of a chunk in which no element agrees, and all are finite. Which are vetoed by zero is not known."""
     named: dict[Signature, list[tuple[str, int]]] = {}
     for tensor_slice in chunk.slices:
         named.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
-    return [(each, np.zeros((len(each), 2), np.int64)) for each in named.values()]
+    return [(each, np.zeros((len(each), len(COUNTED)), np.int64)) for each in named.values()]

@@ -14,6 +14,7 @@ import torch
 
 from ..backends import registry
 from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES, rounded
+from ..core.batch import COUNTED
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
 from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
@@ -49,8 +50,8 @@ def merge(
         backend: "auto", "cuda", "triton", "cpu" or "torch".
 
     Returns:
-        merged, tensors like base with the strides of torch.empty_like; and counts, int64[len(base), 2] on the same device:
-            agreed and non-finite elements of each tensor, not waited for. A non-finite element keeps the base's bits.
+        merged, tensors like base with the strides of torch.empty_like; and counts, int64[len(base), 3] on the same device: agreed,
+            non-finite and vetoed-by-zero elements of each tensor, not waited for. A non-finite element keeps the base's bits.
 
     Raises:
         InputError: If tensors do not fit each other or an option is out of range.
@@ -86,7 +87,7 @@ def merge_(
         backend: As of merge.
 
     Returns:
-        counts, int64[len(base), 2] on the device of base: agreed and non-finite elements of each tensor.
+        counts, int64[len(base), 3] on the device of base: agreed, non-finite and vetoed-by-zero elements of each tensor.
 
     Raises:
         InputError: As merge; also if memory is shared with base.
@@ -176,7 +177,7 @@ merge.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _no_counts(base: list[torch.Tensor]) -> torch.Tensor:
-    return torch.empty(len(base), 2, dtype=torch.int64, device=base[0].device)
+    return torch.empty(len(base), len(COUNTED), dtype=torch.int64, device=base[0].device)
 
 
 def _where(k: int | None, name: str) -> str:

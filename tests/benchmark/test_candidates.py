@@ -56,7 +56,7 @@ def test_one_wrong_element_or_count_is_found(monkeypatch: pytest.MonkeyPatch) ->
         wrong.bitwise_xor_(1)
 
     with pytest.raises(candidates.Refused, match="counts differ"):
-        candidates.check(workload, replace(chosen, counts=lambda _: [[1, 0], [2, 0]]))
+        candidates.check(workload, replace(chosen, counts=lambda _: [[1, 0, 0], [2, 0, 0]]))
 
 
 def test_reasons_of_baselines_are_one_line() -> None:

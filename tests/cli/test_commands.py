@@ -37,12 +37,12 @@ def test_merge(run: Run, models: list[dict[str, torch.Tensor]], tmp_path: Path) 
     counted = {t["name"]: t for t in report["tensors"]}
     assert set(counted) == {n for n, t in models[0].items() if t.is_floating_point()}
     for name, row in counted.items():
-        _, agreed, nonfinite = plain_merge(models[0][name], [m[name] for m in models[1:]], 0.9)
-        assert (row["elements"], row["agreed"], row["nonfinite"]) == (
-            models[0][name].numel(),
-            agreed,
-            nonfinite,
-        )
+        _, agreed, nonfinite, vetoed = plain_merge(models[0][name], [m[name] for m in models[1:]], 0.9)
+        assert row == {
+            "name": name, "elements": models[0][name].numel(), "agreed": agreed, "nonfinite": nonfinite, "vetoed_by_zero": vetoed,
+        }  # fmt: skip
+    assert f"0 non-finite, {report['vetoed_by_zero']:,} vetoed by a zero; " in out
+    assert report["vetoed_by_zero"] == sum(t["vetoed_by_zero"] for t in report["tensors"]) > 0
     assert report["agreed"] == sum(t["agreed"] for t in report["tensors"])
     assert f"{report['agreed']:,} of {report['elements']:,} elements agreed" in out
 

@@ -217,6 +217,12 @@ def test_a_published_output_is_finished(made: Path, folder: Path, monkeypatch: p
     report = merge(folder)
     assert contents(folder / "out") == before and not (folder / ".out.negmerge").exists()
     assert (report.bytes_written, report.elements) == (0, 16 << 17) and 0 < report.agreed < report.elements
+    listed = folder / "out" / "negmerge.json"
+    whole = json.loads(listed.read_text())
+    assert report.vetoed_by_zero == whole["counted"].pop("vetoed_by_zero") > 0
+    listed.write_text(json.dumps(whole))  # as an older version wrote it
+    assert merge(folder).vetoed_by_zero is None
+    assert nm.verify_checkpoint(folder / "out", [folder / n for n in ("base", "ft-0", "ft-1")]).blocks
     [(status, said, _)] = finish(start(folder, "--resume"))
     assert status == 0 and said.endswith("out: was finished already\n")
     for other in ({"scale": 0.8}, {"resume": False}):

@@ -93,16 +93,21 @@ def check(folder: Path, tensors: list[Tensors], min_agreement: float = 1.0, **op
     whole, expected = merge(folder, tensors, False, **options)
     report, found = merge(folder, tensors, True, **options)
     assert found == expected
-    assert report.tensors == whole.tensors
+    if report.bytes_skipped:  # a zero that was not read is not counted
+        assert report.vetoed_by_zero is None and whole.vetoed_by_zero is not None
+        assert report.tensors == [{**tensor, "vetoed_by_zero": None} for tensor in whole.tensors]
+    else:
+        assert report.tensors == whole.tensors and report.vetoed_by_zero == whole.vetoed_by_zero
     assert report.bytes_read + report.bytes_skipped == whole.bytes_read and not whole.bytes_skipped
     merged, counted = load_model(folder / "out"), {t["name"]: t for t in report.tensors}
     for name, base in tensors[0].items():
         task_vectors = options.get("inputs") == "task_vectors"
-        out, agreed, nonfinite = plain_merge(
+        out, agreed, nonfinite, vetoed = plain_merge(
             base, [m[name] for m in tensors[1:]], 0.9, min_agreement, task_vectors
         )
         assert same_bits(merged[name], out), name
         assert (counted[name]["agreed"], counted[name]["nonfinite"]) == (agreed, nonfinite), name
+        assert counted[name]["vetoed_by_zero"] == (None if report.bytes_skipped else vetoed), name
     return report
 
 

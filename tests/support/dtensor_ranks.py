@@ -122,7 +122,7 @@ def counts_add_up(world: int) -> None:
     full = versions(7, 5)
     base, *models = (distribute(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in full)
     stats = nm.merge_(base, models, scale=0.9)
-    counts = torch.tensor([stats.elements, stats.agreed, stats.nonfinite])
+    counts = torch.tensor([stats.elements, stats.agreed, stats.nonfinite, stats.vetoed_by_zero])
     dist.all_reduce(counts)
     assert counts.tolist() == [35, *plain_merge(full[0], full[1:], 0.9)[1:]]
 
