@@ -57,7 +57,6 @@ class Checkpoint:
         parts: The folders that hold weights, relative to path; "" is the directory itself.
         unindexed: Tensors that the weight files hold and their index omits, by name.
         configs: The config.json of each part; empty where there is none.
-        quantization_files: Names of files beside the weights that only quantized models have.
         notes: What a user should know of how it was opened, a line each.
         undecided: What has to be chosen before it can be the base of a merge, a line each.
     """
@@ -71,7 +70,6 @@ class Checkpoint:
     parts: tuple[str, ...] = ("",)
     unindexed: dict[str, TensorRef] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    quantization_files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from . import huggingface, npy, safetensors
 from .base import Checkpoint
-from .parts import quantization_files, read_config
+from .parts import read_config
 from .side_files import Globs
 
 
@@ -46,11 +46,7 @@ def open_checkpoint(
         for option, patterns in (("--keep", keep), ("--drop", drop)):
             Globs(option, patterns).refuse_unmatched(path)
     if path.suffix == ".safetensors":
-        return replace(
-            safetensors.open_file(path),
-            configs={"": read_config(path.parent)},
-            quantization_files=tuple(quantization_files(path.parent)),
-        )
+        return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
     if path.suffix == ".npy":
         return npy.open_file(path)
     if not path.exists():

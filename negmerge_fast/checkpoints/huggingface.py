@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..core.errors import InputError, short_repr
 from .base import Checkpoint, TensorRef
 from .contents import ModelShapes, is_weights, may_be_weights
-from .parts import find_parts, quantization_files, read_config
+from .parts import find_parts, read_config
 from .reader import File
 from .side_files import ADAPTER_CONFIG, Globs, SideFiles
 from .weights import INDEX, SINGLE, Weights, is_adapter, read_weights
@@ -60,7 +60,6 @@ def open_directory(
             _join(part, n): t for part, held in parts.items() for n, t in held.weights.unindexed.items()
         },
         configs={part: held.config for part, held in parts.items()},
-        quantization_files=tuple(_join(part, n) for part in parts for n in quantization_files(path / part)),
         notes=(*notes, *side.notes),
         undecided=tuple(side.undecided),
     )

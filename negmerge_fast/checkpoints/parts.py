@@ -23,9 +23,6 @@ _MODULES, _PIPELINE = "modules.json", "model_index.json"
 # Old routers have the same in their config.json.
 _ROUTER = "router_config.json"
 CONFIG = "config.json"
-# What AutoGPTQ, AutoAWQ and ModelOpt write beside quantized weights.
-_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-
 _MAX_INDEX_BYTES = 10_000_000
 _MAX_PARTS = 1000
 
@@ -114,8 +111,3 @@ def _read(path: Path) -> Any:
     if file.size > _MAX_INDEX_BYTES:
         raise InputError(f"{path}: {file.size} bytes, expected an index of at most {_MAX_INDEX_BYTES}")
     return parse_value(file.read(0, file.size), path, "index")
-
-
-def quantization_files(folder: Path) -> list[str]:
-    """The names of files in a folder that only quantized models have."""
-    return [name for name in _QUANTIZATION_FILES if os.path.isfile(folder / name)]

@@ -143,7 +143,8 @@ def refuse_unmergeable(checkpoint: Checkpoint, tensors: Tensors) -> None:
     """Raise InputError if tensors of a checkpoint are quantized weights or LoRA factors."""
     for part, config in checkpoint.configs.items():
         if method := unmergeable.quantization_of(config):
-            where = checkpoint.path / part / "config.json"
+            folder = checkpoint.path if checkpoint.is_directory else checkpoint.path.parent
+            where = folder / part / "config.json"
             raise InputError(f"{where}: {method}: quantized weights, expected floating-point weights")
     specs = _specs(tensors)
     if name := unmergeable.lora_factor(specs):

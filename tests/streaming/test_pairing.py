@@ -248,6 +248,19 @@ def test_excluded_tensors_are_not_judged(run: Run) -> None:
     assert run(*MERGE, "--exclude", "lora_")[0] == 0
 
 
+@pytest.mark.parametrize("which", ["base", "ft-1"])
+def test_a_quantization_config_is_refused(run: Run, which: str) -> None:
+    save(versions())
+    config = Path(which, "config.json")
+    config.write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
+    for command in (MERGE, (*MERGE, "--dry-run"), ("inspect", *INPUTS)):
+        status, _, err = run(*command)
+        assert (status, err.count("\n")) == (2, 1)
+        assert (
+            f"{config}: quantization_config 'gptq': quantized weights, expected floating-point weights" in err
+        )
+
+
 def test_single_files_are_judged_alike(run: Run) -> None:
     for k in range(3):
         save_file(factors({"w": torch.full((2, 2), float(k))}), f"{k}.safetensors")

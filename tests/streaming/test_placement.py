@@ -94,8 +94,8 @@ def test_bandwidths_are_measured(
     assert min(found.read_bandwidth, found.merge_bandwidth, found.h2d_bandwidth or 0) > 0
     on_cpu = prepare(tmp_path, device="cpu")
     assert on_cpu.throughput() and on_cpu.throughput().h2d_bandwidth is None  # type: ignore[union-attr]
-    integers = prepare(tmp_path, device="cpu", include="ids")
-    assert integers.throughput() is None and "\nbandwidth " not in "\n".join(text.plan_lines(integers))
+    nothing = prepare(tmp_path, device="cpu", include="empty")
+    assert nothing.throughput() is None and "\nbandwidth " not in "\n".join(text.plan_lines(nothing))
     lines = list(placement.describe([DEVICE]))
     assert len(lines) == 2 and "host to cuda:0 at" in lines[1]
     probes.h2d_bandwidth.cache_clear()
