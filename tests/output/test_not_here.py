@@ -182,8 +182,13 @@ def test_a_directory_that_may_be_written_but_not_read(tmp_path: Path) -> None:
         assert filesystem.sync_directory(tmp_path) is False
         tmp_path.chmod(0o700)
         return
-    tmp_path.chmod(0o733)
-    code = f"from negmerge_fast.output import filesystem; print(filesystem.sync_directory({str(tmp_path)!r}))"
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are private
+        os.chmod(name, 0o733)
+        _sync_as_nobody(name)
+
+
+def _sync_as_nobody(folder: str) -> None:
+    code = f"from negmerge_fast.output import filesystem; print(filesystem.sync_directory({folder!r}))"
     done = subprocess.run(
         ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", code],
         capture_output=True, text=True,

@@ -7,6 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,17 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def open_folder(folder: Path) -> Path:
-    """The models' folder, which everybody may read and write."""
-    folder.chmod(0o777)
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder
+def open_folder(folder: Path) -> Iterator[Path]:
+    """A folder with the models, which everybody may read and write: pytest's own are private."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        if any(path.stat().st_mode & 0o001 == 0 for path in place.parents):
+            pytest.skip(f"another user cannot enter {place.parent}")
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        place.chmod(0o777)
+        for path in place.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        yield place
 
 
 def prepare(folder: Path, **options: Any) -> list[str]:
@@ -42,9 +49,6 @@ def as_nobody(folder: Path, function: str) -> subprocess.CompletedProcess[str]:
     """Call a function on the folder as another user, in a fork: files that only root may read stay imported."""
     if os.geteuid():
         pytest.skip("only root can become another user")
-    for path in folder.parents:
-        if path.stat().st_mode & 0o005 != 0o005:
-            path.chmod(path.stat().st_mode | 0o055)
     code = (
         "import os, sys, negmerge_fast as nm\n"
         "from negmerge_fast.streaming import api, job\n"
