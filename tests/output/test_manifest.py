@@ -72,7 +72,12 @@ def test_the_fields_of_a_manifest(folder: Path) -> None:
         "rename": [],
         "keep": [],
         "drop": [],
-        "counted": {"elements": report.elements, "agreed": report.agreed, "nonfinite": 0, "vetoed_by_zero": 0},
+        "counted": {
+            "elements": report.elements,
+            "agreed": report.agreed,
+            "nonfinite": 0,
+            "vetoed_by_zero": 0,
+        },
     }
 
 
