@@ -246,12 +246,13 @@ def _merge(
 
     if UNANIMOUS:
         agree = (least > 0) | (greatest < 0)
-        possible = (least >= 0) | (greatest <= 0)
+        vetoed = (least == 0) | (greatest == 0)
         mean = _divide(total, zero + n, T)
     else:
         up = n_positive >= required
         agree = up | (n_negative >= required)
-        possible = tl.minimum(n_positive, n_negative) <= n - required
+        # It would agree if zeros had the sign of the majority.
+        vetoed = (tl.minimum(n_positive, n_negative) <= n - required) & (agree == 0)
         mean = _divide(tl.where(up, total, negative), tl.where(up, n_positive, n_negative), T)
     result, in_range = _round(b + scale * -mean, RESULT)
     finite = (total == total) & (least > -float("inf")) & (greatest < float("inf")) & (b - b == 0)
@@ -262,8 +263,7 @@ def _merge(
         out, offsets, tl.where(out != 0, mask, offsets < 0), tl.where(agree, result, stored), RESULT, ALIGNED
     )
     counted = (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
-    # Finite and not in agreement, but it would be if zeros had the sign of the majority.
-    return counted + (possible & finite & (agree == 0) & mask).to(tl.int32) * VETOED
+    return counted + (vetoed & finite & mask).to(tl.int32) * VETOED
 
 
 @triton.jit
