@@ -53,9 +53,11 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
         group = 2
     # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster. With 2^20 they were far
     # slower for few models, bench/results/tune_gpu.jsonl.
-    return Launch(
-        elements, group, threads=128, programs=16384, registers=_registers(elements, double, unanimous)
-    )
+    registers = _registers(elements, double, unanimous)
+    # Nor may it where the base is rounded to another type.
+    if not double and any(map(signature.rounds_base, set(signature.models))):
+        registers = max(registers, 96)
+    return Launch(elements, group, threads=128, programs=16384, registers=registers)
 
 
 def _registers(elements: int, double: bool, unanimous: bool) -> int:
