@@ -84,9 +84,8 @@ def choose(
             continue
         reason = why_not(name, device)
         if reason is None and rule and name in _NEED_SELFTEST:
-            signatures = dict.fromkeys(
-                signatures
-            )  # not an iterator, of which the next backend would see only the rest
+            # Not an iterator, of which the next backend would see only the rest.
+            signatures = dict.fromkeys(signatures)
             reason = _selftest_failure(name, device, rule, signatures)
         if reason is None:
             return name, _merge_of(name)

@@ -16,6 +16,7 @@ from negmerge_fast.benchmark.workload import Workload
 def test_a_backend_that_failed_its_selftest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from negmerge_fast.backends import registry
 
+    monkeypatch.setattr(registry, "_NEED_SELFTEST", {"torch"})
     monkeypatch.setattr(registry, "_selftest_failure", lambda *_: "not the reference's bits")
     workload = Workload("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
     with pytest.raises(candidates.Refused, match="torch: not the reference's bits"):
