@@ -68,7 +68,7 @@ def choice(include: str | None, exclude: str | None) -> Chosen | None:
     def pattern(label: str, text: str | None, default: str) -> re.Pattern[str]:
         try:
             return re.compile(default if text is None else text)
-        except (re.error, OverflowError, RecursionError) as error:
+        except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
 
     if include is None and exclude is None:
@@ -78,9 +78,15 @@ def choice(include: str | None, exclude: str | None) -> Chosen | None:
 
 
 def rename_pairs(rename: Rename) -> tuple[tuple[str, str], ...]:
-    """Replacements as pairs."""
+    """Replacements as pairs. Raises InputError if they are none."""
     pairs = rename.items() if isinstance(rename, Mapping) else rename
-    return tuple((pattern, text) for pattern, text in pairs)
+    try:
+        return tuple((pattern, text) for pattern, text in pairs)
+    except (TypeError, ValueError):
+        found = short_repr(rename)
+        raise InputError(
+            f"rename: {found}, expected pairs of a regular expression and a text, or a mapping"
+        ) from None
 
 
 def compile_renames(rename: Rename) -> Renames:

@@ -147,7 +147,8 @@ def nothing_to_merge(where: str, rest: Mapping[str, Any]) -> InputError:
     if SINGLE in rest:
         return not_mergeable(where, rest[SINGLE].dtype)
     dtypes = sorted({str(t.dtype) for t in rest.values() if isinstance(t, torch.Tensor)})
-    found = f"{len(rest):,} tensors of {', '.join(dtypes)}" if dtypes else "no tensors"
+    tensors = "tensor" if len(rest) == 1 else "tensors"
+    found = f"{len(rest):,} {tensors} of {', '.join(dtypes)}" if dtypes else "no tensors"
     return InputError(f"{where}: {found}, expected a floating-point one to merge ({', '.join(FLOAT_SIZES)})")
 
 

@@ -58,7 +58,9 @@ def refuse_quantized(
 ) -> None:
     """Raise InputError for the first tensor that is a part of quantized weights."""
     for name, value in named.items():
-        if kind := quantized_type(value):
+        kind = quantized_type(value)
+        if kind or "_packed_params" in str(name):  # of torch's quantized layers: these are no tensors
+            kind = kind or type(value).__name__
             raise InputError(f"{label(name)}: {kind}: quantized weights, expected floating-point weights")
     if found := unmergeable.quantized_tensor(specs):
         name, reason = found

@@ -295,3 +295,15 @@ def test_tensors_of_quantized_types_are_refused() -> None:
             nm.InputError, match=r"^finetuned\[0\]\['q'\]: QuantizedTensor: quantized weights"
         ):
             function({n: torch.ones(2) for n in base}, [model], scale=1.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_layers_of_torch_are_refused() -> None:
+    good = net()
+    bad = torch.ao.quantization.quantize_dynamic(net())
+    for base, model, where in ((bad, bad, "base"), (good, bad, r"finetuned\[0\]")):
+        for function in (nm.merge, nm.merge_):
+            with pytest.raises(
+                nm.InputError, match=rf"^{where}\['0._packed_params.*'\]: .*: quantized weights"
+            ):
+                function(base, [model], scale=1.0)

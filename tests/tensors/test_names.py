@@ -234,6 +234,9 @@ def test_patterns_that_choose_nothing_or_are_none() -> None:
         ({"exclude": "w"}, "base: no tensor is chosen by include None, exclude 'w'"),
         ({"include": "("}, r"include: '\(' is not a regular expression"),
         ({"exclude": "["}, r"exclude: '\[' is not a regular expression"),
+        ({"include": 3}, "include: 3 is not a regular expression"),
+        ({"rename": "v=w"}, "rename: 'v=w', expected pairs of a regular expression and a text, or a mapping"),
+        ({"rename": {"v": None}}, "rename: 'v' to None: "),
     ):
         for function in (nm.merge, nm.merge_):
             with pytest.raises(nm.InputError, match=f"^{message}"):
