@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Python compiles what is imported when it is imported: for all of what is installed that would take longer.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test suite beside slow fuzz sanitize lint format docs bench tune ci clean
+.PHONY: demo test suite beside slow libraries fuzz sanitize lint format docs bench tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 suite beside
 
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest -m 'not slow and not processes'
+	$(BIN)/python -m pytest -m 'not slow and not libraries and not processes'
 
 beside: $(VENV)/.test
 	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py && \
@@ -28,6 +28,10 @@ beside: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k 'not 32_bits' tests/backends/test_same_bits.py
+
+# Models of transformers, sentence-transformers, diffusers, PEFT, timm and open_clip, saved, merged and loaded by these. One of their packages has a model of 83 MB.
+libraries: $(VENV)/.libraries
+	$(BIN)/python -m pytest -m libraries --disable-warnings tests/libraries
 
 # Ten minutes of models with a few things wrong; SECONDS=60 for one. What fails is saved in fuzz-found/.
 fuzz: $(VENV)/.fuzz
@@ -78,7 +82,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml setup.py $(CONSTRAINTS) $(wildc
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.fuzz $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.demo
+$(VENV)/.test $(VENV)/.libraries $(VENV)/.fuzz $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.demo
 	$(PIP) 'negmerge_fast[$*]'
 	@touch $@
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backend_cases import quicken_interpreter
 from checkpoint_files import family, save_model
+from torchvision_cpu import declare_operators
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,4 +31,5 @@ def models(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
     return tensors
 
 
+declare_operators()
 quicken_interpreter()

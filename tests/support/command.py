@@ -21,6 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()  # what was printed before is not the command's
         monkeypatch.setattr(sys, "argv", ["negmerge", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main.main()
