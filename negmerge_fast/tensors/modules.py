@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from ..backends.pytorch import FLOAT_NAMES
 from ..core.errors import InputError
 from ..core.unmergeable import quantization_of
 from .aliasing import span
 from .checks import quantized_type
-from .dtensor import is_dtensor
 from .flatten import Item
-from .names import Label
+from .names import Label, viewed
 
 # Children that are the model itself, in a wrapper of DDP, FSDP 1 or torch.compile.
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")
@@ -97,17 +97,19 @@ def refuse_copies(
     Returns:
         Names of the module's floating-point parameters that are not in its state dict.
     """
-    parts = list(module.modules())
-    parameters = [p for part in parts for p in part._parameters.values() if p is not None]
-    buffers = [b for part in parts for b in part._buffers.values() if b is not None]
-    held = [p if type(p) is torch.nn.Parameter else _local(p) for p in parameters]
+    held = [
+        t
+        for part in module.modules()
+        for p in part._parameters.values()
+        if p is not None and (t := _in_memory(p)) is not None
+    ]
     addresses = {t.data_ptr() for t in held}
-    memory = addresses.union(t.data_ptr() for t in map(_local, buffers))
-    written = {_address(item): item for item in items if item.versions[0].numel()}
-    if outside := [item for address, item in written.items() if address not in memory]:
-        spans = _Spans([*held, *map(_local, buffers)])
-        for item in outside:
-            if not spans.contain(item.versions[0]):
+    written = {_address(item): item for item in items}
+    if outside := written.keys() - addresses:  # buffers; views; what has no elements
+        buffers = [t for t in map(_in_memory, module.buffers()) if t is not None]
+        spans = _Spans([*held, *buffers])
+        for item in [item for address, item in written.items() if address in outside]:
+            if item.versions[0].numel() and not spans.contain(item.versions[0]):
                 raise InputError(
                     f"{where(None, item.name)}: a copy that the module's state dict gives (by a hook, or FSDP 1), "
                     "expected the memory of a parameter or buffer: merge the state dict and load the result"
@@ -119,18 +121,19 @@ def refuse_copies(
     return [
         name
         for name, parameter in module.named_parameters()
-        if (t := _local(parameter)).data_ptr() in addresses
-        and t.is_floating_point()
+        if (t := _in_memory(parameter)) is not None
+        and t.data_ptr() in addresses
         and t.numel()
         and name not in others
         and not spans.contain(t)
     ]
 
 
-@torch.no_grad()
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
-    return local
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A parameter or buffer of a floating-point type where it lies; None if it has no memory of its own."""
+    if type(tensor) is torch.nn.Parameter and tensor.dtype in FLOAT_NAMES and tensor.layout is torch.strided:
+        return None if tensor.is_meta else tensor
+    return viewed(tensor)
 
 
 def _address(item: Item) -> int:

@@ -121,6 +121,16 @@ def test_wrapped_modules_are_merged_in_place(wrap: Callable[[Any], Any]) -> None
     assert all(map(same_bits, values(base), values(plain))) and stats.elements == 54
 
 
+def test_other_parameters_and_buffers_are_no_matter() -> None:
+    base = torch.nn.Sequential(net(), torch.nn.BatchNorm1d(3))
+    base.register_parameter("meta", torch.nn.Parameter(torch.empty(2, device="meta")))
+    base.register_parameter("integers", torch.nn.Parameter(torch.arange(2), requires_grad=False))
+    base.register_buffer("sparse", torch.eye(2).to_sparse(), persistent=False)
+    base.register_buffer("wrapped", QuantizedTensor(torch.ones(2)), persistent=False)
+    models = [{n: t + 1 if t.is_floating_point() else t for n, t in base.state_dict().items()}]
+    assert nm.merge_(base, models, scale=0.1, exclude="meta").elements == 54 + 12
+
+
 @pytest.mark.parametrize("parametrization", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrized_modules_are_merged_in_place(parametrization: str) -> None:
     torch.manual_seed(0)
