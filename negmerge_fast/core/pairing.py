@@ -35,6 +35,9 @@ _OLD_NAMES = (
     (re.compile(r"\bbeta$"), "bias"),
 )
 
+# With the dot or the slash before it.
+_COMPONENT = re.compile(r"[./]?[^./]+")
+
 # More tensors than these are not tied: each is compared with all of its shape.
 _MAX_TIED = 64
 
@@ -184,7 +187,7 @@ def _prefixes(names: Collection[str], others: Iterable[str]) -> Iterator[str]:
         return
     first, last = min(names), max(names)  # what these two share, all of them do
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    for end in (match.end() for match in re.finditer(r"\.", first[:shared])):
+    for end in (match.end() for match in re.finditer(r"[./]", first[:shared])):
         if not all(name.startswith(first[:end]) for name in others):
             yield first[:end]
 
@@ -261,7 +264,7 @@ def _more(names: Collection[object]) -> str:
 def hint(base: Collection[str], model: Collection[str]) -> str | None:
     """What to try where names do not match: the prefixes by which most of the names that only one side has differ."""
     only_base = list(islice((name for name in base if name not in model), 1000))
-    by_end: dict[str, list[str]] = {}
+    by_end: dict[tuple[str, ...], list[str]] = {}
     for name in only_base:
         by_end.setdefault(_end(name), []).append(name)
     pairs: Counter[tuple[str, str]] = Counter()
@@ -282,11 +285,12 @@ def hint(base: Collection[str], model: Collection[str]) -> str | None:
     )
 
 
-def _end(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
+def _end(name: str) -> tuple[str, ...]:
+    return tuple(re.split(r"[./]", name)[-2:])
 
 
 def _shared_end(left: str, right: str) -> int:
     """The length of the components that two names share at their ends."""
-    pairs = zip(reversed(left.split(".")), reversed(right.split(".")), strict=False)
-    return len(".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    pairs = zip(reversed(_COMPONENT.findall(left)), reversed(_COMPONENT.findall(right)), strict=False)
+    shared = [a for a, _ in takewhile(lambda pair: pair[0].strip("./") == pair[1].strip("./"), pairs)]
+    return len("".join(shared[::-1]).lstrip("./"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice, zip_longest
+from itertools import islice
 from typing import NamedTuple
 
 from .dtypes import FLOAT_SIZES, INTEGER_DTYPES
 
 # Mismatches in one error: two models with nothing in common have as many as they have tensors.
 MAX_REPORTED = 20
+# Of one model, tensors that are missing, and those that the base lacks.
+_MAX_OF_ONE_KIND = 3
 
 
 class TensorSpec(NamedTuple):
@@ -57,18 +59,21 @@ def _mismatches(
         for name, spec in base.items():
             if name in model and (problem := _difference(spec, model[name], reference)):
                 yield k, name, problem
-        missing = (
-            (k, name, f"missing, expected {spec.dtype} {spec.shape} like {reference}")
-            for name, spec in base.items()
-            if name not in model and spec.dtype not in INTEGER_DTYPES
-        )
-        surplus = (
-            (k, name, f"not in {reference}")
-            for name, spec in model.items()
-            if name not in base and spec.dtype not in INTEGER_DTYPES
-        )
-        # In turn, so that a message of bounded length has some of both.
-        yield from filter(None, chain.from_iterable(zip_longest(missing, surplus)))
+        missing = [n for n, s in base.items() if n not in model and s.dtype not in INTEGER_DTYPES]
+        surplus = [n for n, s in model.items() if n not in base and s.dtype not in INTEGER_DTYPES]
+        for name, more in _some(missing):
+            yield k, name, f"missing, expected {base[name].dtype} {base[name].shape} like {reference}{more}"
+        for name, more in _some(surplus):
+            yield k, name, f"not in {reference}{more}"
+
+
+def _some(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield a few of some names, and after the last of them how many more there are."""
+    few = names[: _MAX_OF_ONE_KIND if len(names) > _MAX_OF_ONE_KIND + 1 else None]
+    for name in few[:-1]:
+        yield name, ""
+    for name in few[-1:]:
+        yield name, f" (and {len(names) - len(few):,} more)" if len(names) > len(few) else ""
 
 
 def _difference(base: TensorSpec, model: TensorSpec, reference: str) -> str | None:

@@ -52,6 +52,7 @@ SPELLINGS = {
     "base has the prefix": (["bert.a.w", "bert.b.w"], ["a.w", "b.w"]),
     "more than the prefix is shared": (["layers.0.w", "layers.0.v"], ["model.layers.0.w", "model.layers.0.v"]),
     "a prefix in a wrapper": (["a.w", "b.w"], ["module.bert.a.w", "module.bert.b.w"]),
+    "a folder": (["0_Transformer/a.w", "0_Transformer/b.w"], ["a.w", "b.w"]),
     "TensorFlow's names": (["n.weight", "n.bias"], ["n.gamma", "n.beta"]),
     "TensorFlow's names in base": (["n.gamma", "n.beta"], ["n.weight", "n.bias"]),
     "weight_norm": (
@@ -155,6 +156,7 @@ def test_the_hint_shows_both_sides_and_the_prefixes() -> None:
     assert hint(base, specs("bert.a.q.w", "bert.b.q.w", "d")) == (
         r"'bert.a.q.w' may be 'model.a.q.w', with the prefix 'bert.' for 'model.' (rename '^bert\.=model.')"
     )
+    assert "prefix '0_T/' for ''" in (hint(specs("a.q.w", "b.w"), specs("0_T/a.q.w", "c.w")) or "")
     assert hint(base, base) is None and hint(base, specs("x", "y")) is None
 
 
