@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -18,8 +18,6 @@ from .names import Label
 
 # Types of tensors that are quantized weights: of bitsandbytes, and of torchao and others that say so.
 _QUANTIZED_TYPES = ("Params4bit", "Int8Params", "Quant")
-# Words of which the name of a low-rank adapter's factor has one.
-_FACTOR_WORDS = ("lora", "hada_", "lokr_", "oft_", "vera_")
 
 
 def quantized_type(value: object) -> str | None:
@@ -37,12 +35,6 @@ def holds_integers(named: Mapping[str, Any]) -> bool:
 
 def _is_integer(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and DTYPE_NAMES.get(value.dtype, "") in INTEGER_DTYPES - {"BOOL"}
-
-
-def may_have_factors(names: Iterable[str]) -> bool:
-    """Whether some of these names may be those of a low-rank adapter's factors: cheap, for thousands of names."""
-    text = "\n".join(map(str, names)).lower()
-    return any(word in text for word in _FACTOR_WORDS)
 
 
 def refuse_factors(specs: Mapping[str, TensorSpec], label: Callable[[str], str]) -> None:
