@@ -13,6 +13,9 @@ demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
 # Two processes beside each other: most of the suite; and the tests that start processes, after those of equality under Triton's interpreter.
+# Threads that wait for work sleep: those of two processes would take the two cores from each other, and a third more of the time.
+test suite beside: export OMP_WAIT_POLICY = PASSIVE
+
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 suite beside
 
