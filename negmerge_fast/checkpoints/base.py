@@ -74,6 +74,13 @@ class Checkpoint:
     undecided: tuple[str, ...] = ()
 
     @property
+    def aliases(self) -> dict[str, TensorRef]:
+        """Tied weights under the names that are not in the files, as safetensors.torch.save_model leaves them."""
+        named = ((n, owner) for file in self.weights.values() for n, owner in file.aliases.items())
+        held = self.tensors
+        return {n: held[owner] for n, owner in named if n not in held and owner in held}
+
+    @property
     def is_directory(self) -> bool:
         return self.kind == "directory"
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class File:
         identity: Device, inode and time of the last change.
         mode: Its permissions.
         header: The hash of its header, or of a whole index; empty if neither was read.
+        aliases: Names that its metadata calls tied to a tensor in it, and the names of those tensors.
         changed_ns: When its content or its inode changed last, in ns.
     """
 
@@ -48,6 +49,7 @@ class File:
     mode: int
     header: str = ""
     changed_ns: int = 0
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def at(cls, path: Path) -> File:

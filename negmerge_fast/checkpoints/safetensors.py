@@ -59,7 +59,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
         isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     ):
         raise InputError(f"{path}: __metadata__ is not a mapping of strings to strings")
-    file = replace(file, header=hash_of(head, raw))
+    aliases = {n: owner for n, owner in (metadata or {}).items() if owner in header and n not in header}
+    file = replace(file, header=hash_of(head, raw), aliases=aliases)
     specs: dict[TensorSpec, TensorSpec] = {}  # equal specs are one object
     tensors = {
         sys.intern(name): _tensor(file, 8 + length, name, entry, specs) for name, entry in header.items()

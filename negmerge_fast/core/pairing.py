@@ -164,11 +164,17 @@ def _spellings(base: Iterable[str], model: Mapping[str, str]) -> Iterator[dict[s
         of_model = {spell(name): own for name, own in model.items()}
         if len(of_model) < len(model) or len(of_base) < len(set(base)):
             continue  # two names would become one
-        yield {of_base.get(name, name): own for name, own in of_model.items()}
-        for prefix in _prefixes(of_model, of_base):
-            yield {of_base.get(name[len(prefix) :], name): own for name, own in of_model.items()}
-        for prefix in _prefixes(of_base, of_model):
-            yield {of_base.get(prefix + name, name): own for name, own in of_model.items()}
+        named = list(of_model.items())
+        spelled = [{of_base.get(name, name): own for name, own in named}]
+        spelled += [
+            {of_base.get(name.removeprefix(prefix), name): own for name, own in named}
+            for prefix in _prefixes(of_model, of_base)
+        ]
+        spelled += [
+            {of_base.get(prefix + name, of_base.get(name, name)): own for name, own in named}
+            for prefix in _prefixes(of_base, of_model)
+        ]
+        yield from (names for names in spelled if len(names) == len(model))
 
 
 def _unwrapped(name: str) -> str:
@@ -182,10 +188,17 @@ def _old(name: str) -> str:
 
 
 def _prefixes(names: Collection[str], others: Iterable[str]) -> Iterator[str]:
-    """Yield the prefixes, of whole components, that all of the names share and not all of the others."""
-    if not names:
+    """Yield the prefixes, of whole components, that most of the names share and not all of the others.
+
+    What does not have one has to be tied to what has: transformer.wte.weight and lm_head.weight.
+    """
+    by_component: dict[str, list[str]] = {}
+    for name in names:
+        by_component.setdefault(re.split(r"[./]", name)[0], []).append(name)
+    sharing = max(by_component.values(), key=len, default=[])
+    if len(sharing) <= len(names) // 2:
         return
-    first, last = min(names), max(names)  # what these two share, all of them do
+    first, last = min(sharing), max(sharing)  # what these two share, all of them do
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     for end in (match.end() for match in re.finditer(r"[./]", first[:shared])):
         if not all(name.startswith(first[:end]) for name in others):

@@ -60,7 +60,7 @@ def pair(
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    is_chosen = _choice(include, exclude, base.unindexed)
+    is_chosen = _choice(include, exclude, {*base.unindexed, *base.aliases})
     renames, notes = pairing.compile_renames(rename), _Notes()
     chosen = _chosen(base.tensors, is_chosen)
     if is_chosen and not chosen:
@@ -95,11 +95,11 @@ def pair(
 
 
 def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors:
-    """The tensors that are loaded, also those that an index omits; of these, if like is given, only those named in it."""
-    if not checkpoint.unindexed:
+    """The tensors that are loaded, also those that an index or a file omits; of these, if like is given, only those named in it."""
+    omitted = {**checkpoint.unindexed, **checkpoint.aliases}
+    if not omitted:
         return checkpoint.tensors
-    omitted = {n: t for n, t in checkpoint.unindexed.items() if like is None or n in like}
-    return {**omitted, **checkpoint.tensors}
+    return {**{n: t for n, t in omitted.items() if like is None or n in like}, **checkpoint.tensors}
 
 
 def _choice(include: str | None, exclude: str | None, unindexed: Collection[str]) -> pairing.Chosen | None:

@@ -106,6 +106,22 @@ def test_a_tied_weight_that_the_base_lacks() -> None:
     assert notes(pairing) == ["'head' is not in base, but tied to 'embed': skipped"]
 
 
+def test_a_tied_weight_outside_of_the_prefix() -> None:
+    """A model with its output layer, whose other weights are in a module of their own; base is that module, or the reverse."""
+    inner, outer = ["wte", "h.0", "h.1"], ["transformer.wte", "transformer.h.0", "transformer.h.1", "head"]
+    found = pair(inner, outer, (), [["transformer.wte", "head"]])
+    assert found.names == dict(zip(inner, outer, strict=False)) and found.surplus == {
+        "head": "transformer.wte"
+    }
+    found = pair(outer, inner, [["transformer.wte", "head"]])
+    assert found.names == {**dict(zip(outer, inner, strict=False)), "head": "wte"}
+    assert pair(inner, outer).names == {name: name for name in outer}
+
+
+def test_a_prefix_whose_end_is_another_name() -> None:
+    assert pair(["a", "b", "c"], ["x.a", "x.b", "x.c", "c"]).names.keys() == {"x.a", "x.b", "x.c", "c"}
+
+
 def test_a_tied_weight_whose_versions_are_not_tied() -> None:
     """The base ties three; a model has two of them, and they differ: which is the third?"""
     base, model, ties = ["a", "b", "c", "w"], ["a", "b", "w"], [["a", "b", "c"]]

@@ -135,6 +135,28 @@ def test_what_the_base_ties_may_be_missing(run: Run) -> None:
     assert run("verify", "out", "--against", *INPUTS)[0] == 0
 
 
+@pytest.mark.parametrize("saver", ["base", "model", "both"])
+def test_files_that_keep_another_name_of_a_tied_weight(run: Run, saver: str) -> None:
+    """safetensors.torch.save_model keeps one of the names, and notes the other in the metadata of the file."""
+    made = versions()
+
+    def other_name(tensors: Tensors) -> Tensors:
+        return {("a_head" if n == "embed.weight" else n): t for n, t in tensors.items()}
+
+    def save_all(folder: str, tensors: Tensors, other: bool) -> None:
+        save_model(Path(folder), other_name(tensors) if other else tensors)
+        metadata = {"embed.weight": "a_head"} if other else {"format": "pt", "a_head": "embed.weight"}
+        save_file(other_name(tensors) if other else tensors, f"{folder}/model.safetensors", metadata)
+
+    save_all("base", made[0], saver != "model")
+    for k, tensors in enumerate(made[1:]):
+        save_all(f"ft-{k}", tensors, saver != "base")
+    assert run(*MERGE)[0] == 0
+    merged = expected(made)
+    assert same(load_model(Path("out")), merged if saver == "model" else other_name(merged))
+    assert run("verify", "out", "--against", *INPUTS)[0] == 0
+
+
 def test_what_a_model_ties_may_be_more(run: Run) -> None:
     made = versions()
     save(made, tied)
