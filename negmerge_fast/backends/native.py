@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -45,8 +46,13 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo:
     """Read what setup.py recorded of the build."""
+    return _recorded(__file__)
+
+
+@cache  # every merge asks why a backend is not the one
+def _recorded(module: str) -> BuildInfo:
     # Several Pythons may share one source folder: each has a library and a file of its own.
-    path = Path(__file__).parents[1].joinpath("_native" + EXTENSION_SUFFIXES[0]).with_suffix(".json")
+    path = Path(module).parents[1].joinpath("_native" + EXTENSION_SUFFIXES[0]).with_suffix(".json")
     try:
         info: BuildInfo = json.loads(path.read_text())
     except FileNotFoundError:

@@ -59,6 +59,8 @@ def _mismatches(
         for name, spec in base.items():
             if name in model and (problem := _difference(spec, model[name], reference)):
                 yield k, name, problem
+        if model.keys() == base.keys():
+            continue
         missing = [n for n, s in base.items() if n not in model and s.dtype not in INTEGER_DTYPES]
         surplus = [n for n, s in model.items() if n not in base and s.dtype not in INTEGER_DTYPES]
         for name, more in _some(missing):
