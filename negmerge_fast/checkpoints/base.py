@@ -54,7 +54,6 @@ class Checkpoint:
         weights: The files that hold them, by names relative to path.
         extra_files: What else belongs to the model (config, tokenizer), by names relative to path.
         skipped_files: Names of files beside them that are neither: other weights, archives and hidden files.
-        parts: The folders that hold weights, relative to path; "" is the directory itself.
         unindexed: Tensors that the weight files hold and their index omits, by name.
         configs: The config.json of each part; empty where there is none.
         notes: What a user should know of how it was opened, a line each.
@@ -67,7 +66,6 @@ class Checkpoint:
     weights: dict[str, File]
     extra_files: dict[str, File]
     skipped_files: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ("",)
     unindexed: dict[str, TensorRef] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -55,7 +55,6 @@ def open_directory(
         weights,
         {**indexes, **side.copied},
         tuple(side.skipped),
-        parts=tuple(parts),
         unindexed={
             _join(part, n): t for part, held in parts.items() for n, t in held.weights.unindexed.items()
         },

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .dtypes import INTEGER_DTYPES
-from .errors import short_repr, some_names
+from .errors import InputError, short_repr, some_names
 from .schema import TensorSpec
 
 _PACKED = INTEGER_DTYPES - {"BOOL"}
@@ -104,6 +104,21 @@ def may_have_factors(names: Iterable[str]) -> bool:
     """Whether some of these names may be those of a low-rank adapter's factors: cheap, for 100,000 names."""
     text = "\n".join(map(str, names)).lower()
     return any(word in text for word in _WORDS)
+
+
+def refuse_factors(specs: Mapping[str, TensorSpec], label: Callable[[str], str]) -> None:
+    """Raise InputError for the first factor of a low-rank adapter. label names a tensor."""
+    if (name := lora_factor(specs)) is not None:
+        raise InputError(
+            f"{label(name)}: a LoRA factor, expected whole weights: merge each adapter into its model first"
+        )
+
+
+def refuse_packed(specs: Mapping[str, TensorSpec], label: Callable[[str], str]) -> None:
+    """Raise InputError for the first tensor that is a part of quantized weights. label names a tensor."""
+    if found := quantized_tensor(specs):
+        name, reason = found
+        raise InputError(f"{label(name)}: {reason}, expected floating-point weights")
 
 
 def lora_factor(specs: Mapping[str, TensorSpec]) -> str | None:

@@ -147,12 +147,8 @@ def refuse_unmergeable(checkpoint: Checkpoint, tensors: Tensors) -> None:
             where = folder / part / "config.json"
             raise InputError(f"{where}: {method}: quantized weights, expected floating-point weights")
     specs = _specs(tensors)
-    if name := unmergeable.lora_factor(specs):
-        found = f"{_label(checkpoint, name, tensors)}: a LoRA factor"
-        raise InputError(f"{found}, expected whole weights: merge each adapter into its model first")
-    if quantized := unmergeable.quantized_tensor(specs):
-        name, reason = quantized
-        raise InputError(f"{_label(checkpoint, name, tensors)}: {reason}, expected floating-point weights")
+    for refuse in (unmergeable.refuse_factors, unmergeable.refuse_packed):
+        refuse(specs, lambda name: _label(checkpoint, name, tensors))
 
 
 def _refuse_misfits(

@@ -21,7 +21,7 @@ from ..core.pairing import hint
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
 from ..core.stats import Stats
-from ..core.unmergeable import may_have_factors, variances_below_zero
+from ..core.unmergeable import may_have_factors, refuse_factors, variances_below_zero
 from ..runtime.interrupts import without_gc, without_interrupts
 from . import dtensor, modules
 from .aliasing import memory, plainly_apart, refuse_shared_memory, tied
@@ -30,7 +30,6 @@ from .checks import (
     below_zero,
     holds_integers,
     refuse_different_integers,
-    refuse_factors,
     refuse_quantized,
 )
 from .flatten import Item, batches, flat_item, plain, signatures, specs

@@ -37,14 +37,6 @@ def _is_integer(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and DTYPE_NAMES.get(value.dtype, "") in INTEGER_DTYPES - {"BOOL"}
 
 
-def refuse_factors(specs: Mapping[str, TensorSpec], label: Callable[[str], str]) -> None:
-    """Raise InputError for the first factor of a low-rank adapter."""
-    if (name := unmergeable.lora_factor(specs)) is not None:
-        raise InputError(
-            f"{label(name)}: a LoRA factor, expected whole weights: merge each adapter into its model first"
-        )
-
-
 def refuse_quantized(
     named: Mapping[str, Any], specs: Mapping[str, TensorSpec], label: Callable[[str], str]
 ) -> None:
@@ -54,9 +46,7 @@ def refuse_quantized(
         if kind or "_packed_params" in str(name):  # of torch's quantized layers: these are no tensors
             kind = kind or type(value).__name__
             raise InputError(f"{label(name)}: {kind}: quantized weights, expected floating-point weights")
-    if found := unmergeable.quantized_tensor(specs):
-        name, reason = found
-        raise InputError(f"{label(name)}: {reason}, expected floating-point weights")
+    unmergeable.refuse_packed(specs, label)
 
 
 def refuse_different_integers(named: Sequence[Mapping[str, Any]], where: Label) -> None:

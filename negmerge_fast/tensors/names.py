@@ -160,9 +160,28 @@ def pair_names(
         paired.append({n: model[own] for n, own in found.names.items() if names.is_chosen(n)})
         if task_vectors:
             found = replace(found, missing_integers=[], surplus_integers=[])
-        for phrase in pairing.notes(found, reference, ties=False):
+        # Of one memory nothing is guessed; of equal bits it is.
+        told = replace(
+            found,
+            tied=_by_bits(found.tied, base),
+            surplus=_by_bits(found.surplus, model),
+            names={**found.names},
+        )
+        for name in found.tied.keys() - told.tied.keys():
+            del told.names[name]
+        for phrase in pairing.notes(told, reference):
             notes.setdefault(phrase, []).append(k)
     return Paired(paired, notes)
+
+
+def _by_bits(tied: Mapping[str, str], named: Mapping[str, Any]) -> dict[str, str]:
+    """Tied weights that do not share memory, and what they equal."""
+    views = {name: viewed(named[name]) for pair in tied.items() for name in pair}
+    return {
+        name: owner
+        for name, owner in tied.items()
+        if (this := views[name]) is None or (other := views[owner]) is None or memory(this) != memory(other)
+    }
 
 
 def _without_extra_state(named: dict[str, Any]) -> dict[str, Any]:

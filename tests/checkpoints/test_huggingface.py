@@ -138,7 +138,7 @@ def test_the_parts_of_a_checkpoint(models: list[Tensors]) -> None:
     opened, model = open_checkpoint("base"), open_checkpoint("ft-0", extra_files=False)
     parts = ("", "2_Dense") if "2_Dense/linear.bias" in models[0] else ("unet", "text_encoder")
     for checkpoint in (opened, model):
-        assert checkpoint.parts == parts and checkpoint.tensors.keys() == models[0].keys()
+        assert tuple(checkpoint.configs) == parts and checkpoint.tensors.keys() == models[0].keys()
         assert {name.rpartition("/")[0] for name in checkpoint.weights} == set(parts)
         assert checkpoint.configs.keys() == set(parts) and checkpoint.configs[parts[1]] == {"in": parts[1]}
     indexes = {
@@ -220,7 +220,7 @@ def test_the_directory_itself_if_modules_name_only_others(tmp_path: Path, name: 
     save_file({"b": torch.zeros(2)}, tmp_path / name)
     opened = open_checkpoint(tmp_path)
     is_part = name == "model.safetensors"
-    assert opened.parts == (("", "0_Transformer") if is_part else ("0_Transformer",))
+    assert tuple(opened.configs) == (("", "0_Transformer") if is_part else ("0_Transformer",))
     assert (name in opened.skipped_files) != is_part
 
 
@@ -265,4 +265,4 @@ def test_what_only_looks_like_an_index(tmp_path: Path) -> None:
     save_model(tmp_path, {"a": torch.zeros(2)})
     for text in ('{"path": "../x"}', "3", "null", '"x"'):
         (tmp_path / "modules.json").write_text(text)
-        assert open_checkpoint(tmp_path).parts == ("",)
+        assert tuple(open_checkpoint(tmp_path).configs) == ("",)

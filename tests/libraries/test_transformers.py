@@ -216,7 +216,8 @@ def test_tied_weights_under_both_names(of_base: bool, run: Run, tmp_path: Path) 
     merged = merge_files(run, family.paths[0], family.paths[1:], tmp_path / "out")
     tensors = states(merged.out)
     assert ("lm_head.weight" in tensors) is of_base
-    of_files = nm.merge(family.files[0], family.files[1:], scale=SCALE)
+    with pytest.warns(nm.MergeWarning, match=r"^finetuned\[0\] and 2 more: .*'lm_head.weight'.* tie"):
+        of_files = nm.merge(family.files[0], family.files[1:], scale=SCALE)
     for name, tensor in nm.merge(family.modules[0], family.modules[1:], scale=SCALE).items():
         if name in tensors:
             assert same_bits(tensors[name], tensor), name

@@ -66,7 +66,8 @@ def test_tied_weights_of_versions_may_be_missing_in_the_base() -> None:
     plain, file = nm.merge(base, models, scale=0.9), saved(base, "head.weight")
     merged = nm.merge(file, models, scale=0.9)
     assert list(merged) == list(file) and all(same_bits(t, plain[name]) for name, t in merged.items())
-    nm.merge_(file, [models[0], saved(models[1], "head.weight"), saved(models[2])], scale=0.9)
+    with pytest.warns(nm.MergeWarning, match=r"^finetuned\[2\]: 'head.weight' is not in base, but tied to"):
+        nm.merge_(file, [models[0], saved(models[1], "head.weight"), saved(models[2])], scale=0.9)
     assert all(same_bits(t, merged[name]) for name, t in file.items())
     tau = nm.merge_task_vectors([saved(models[0], "head.weight"), models[1]])
     assert list(tau) == list(file)
@@ -382,3 +383,20 @@ def test_a_name_of_variances_as_other_libraries_have_it(dtype: torch.dtype) -> N
         nm.MergeWarning, match=r"'bn0/moving_variance', .*, 'bn2/moving_variance' and 2 more: below"
     ):
         nm.merge(versions(1.0), [versions(3.0)], scale=1.0)
+
+
+def test_a_tie_that_is_guessed_from_equal_bits_is_told() -> None:
+    """Memory that is shared is no guess."""
+    embed = torch.randn(4, 3)
+    model = {"embed": embed + 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nm.merge({"embed": embed, "head": embed}, [model], scale=0.9)
+        nm.merge({"embed": embed}, [{**model, "head": model["embed"]}], scale=0.9)
+    with pytest.warns(
+        nm.MergeWarning, match=r"finetuned\[0\]: lacks 'head', which base ties to 'embed'"
+    ) as told:
+        nm.merge({"embed": embed, "head": embed.clone()}, [model], scale=0.9)
+    assert len(told) == 1
+    with pytest.warns(nm.MergeWarning, match=r"finetuned\[0\]: 'head' is not in base, but tied to 'embed'"):
+        nm.merge({"embed": embed}, [{**model, "head": model["embed"].clone()}], scale=0.9)
