@@ -48,6 +48,22 @@ class InputFile(NamedTuple):
         return None
 
 
+class OutputFile(NamedTuple):
+    """A file of an output: its size, its checksum, and the hash of a sample of it (empty in early manifests)."""
+
+    size: int
+    checksum: str
+    sample: str
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a path has this file, as far as its size and its sample tell."""
+        try:
+            found = File.at(path)
+            return found.size == self.size and self.sample in ("", found.sample)
+        except InputError:
+            return False
+
+
 @dataclass(frozen=True)
 class Input:
     """A checkpoint as it was when it was merged.
@@ -125,13 +141,13 @@ class Manifest:
         version: The version of negmerge_fast that wrote it.
         recipe: The inputs and options.
         block: Bytes of the blocks that are hashed.
-        files: Size and checksum of each file, by name.
+        files: The files of the output, by name.
     """
 
     version: str
     recipe: Recipe
     block: int
-    files: dict[str, tuple[int, str]]
+    files: dict[str, OutputFile]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -167,8 +183,12 @@ def read(path: Path) -> Manifest:
     block = validator.field(
         found, "block", lambda v: type(v) is int and v in _BLOCK_SIZES, "the size of a block"
     )
-    files = validator.files(found, "files", "checksum")
-    validator.field({"files": files}, "files", bool, "at least one")
+    listed = validator.files(found, "files", "checksum")
+    validator.field({"files": listed}, "files", bool, "at least one")
+    files = {
+        name: OutputFile(size, checksum, validator.sample(found["files"][name]))
+        for name, (size, checksum) in listed.items()
+    }
     return Manifest(version, recipe, block, files)
 
 
@@ -178,7 +198,8 @@ def holds(
     """Whether a manifest lists a complete output of the same inputs and options.
 
     What was read must be older than the manifest. If it was not written since, but its inode changed (by a link to it, another
-    mode, or a copy that took over a time), its sample decides. What was copied is compared with the output's checksums.
+    mode, or a copy that took over a time), its sample decides. What was copied is compared with the output's checksums. The files
+    of the output have to be those that were written, as far as their samples tell.
 
     Args:
         path: The manifest's path.
@@ -190,8 +211,7 @@ def holds(
         found, written = read(path), path.stat().st_mtime_ns
     except (InputError, OSError):
         return False
-    outputs = {path.parent / name: size for name, (size, _) in found.files.items()}
-    if not all(file.is_file() and file.stat().st_size == size for file, size in outputs.items()):
+    if not all(file.is_at(_listed_path(path, name)) for name, file in found.files.items()):
         return False
     if found.version != __version__ or not _is_same_recipe(found.recipe, recipe):
         return False
@@ -201,9 +221,53 @@ def holds(
         return False
     others = found.files.keys() - checkpoints[0].weights.keys() if checkpoints[0].is_directory else set()
     return others == copied_files.keys() and all(
-        _is_older(file, written, False) or found.files[name] == (file.size, _checksum(file, found.block))
+        _is_older(file, written, False) or found.files[name][:2] == (file.size, _checksum(file, found.block))
         for name, file in copied_files.items()
     )
+
+
+def altered(path: Path, files: Mapping[str, Path]) -> str | None:
+    """How the first of some files differs from what a manifest lists, in one line; None if negmerge wrote them all.
+
+    A file that is missing does not differ. Size and sample are compared, as far as the manifest has them: early ones have names
+    and sizes, or only names. Nothing else in the manifest has to be right.
+
+    Args:
+        path: The manifest's path.
+        files: Paths by the names that a manifest lists; a single file may have any name.
+    """
+    try:
+        listed = load(path).get("files")
+    except (InputError, OSError) as error:
+        return str(error)
+    if isinstance(listed, list):
+        listed = {name: {} for name in listed if isinstance(name, str)}
+    if not isinstance(listed, dict):
+        return f"{path}: no files, expected those of an output"
+    if path.name != MANIFEST and len(listed) == 1:
+        listed = dict.fromkeys(files, *listed.values())
+    for name, file in sorted(files.items()):
+        if os.path.lexists(file) and (differs := _alteration(file, listed.get(name))):
+            return f"{file}: {differs} as in {path}"
+    return None
+
+
+def _alteration(path: Path, entry: object) -> str | None:
+    if not isinstance(entry, dict):
+        return "is there, expected no such file"
+    if path.is_symlink() or not path.is_file():
+        return "not a regular file, expected one"
+    file, size, sample = File.at(path), entry.get("size"), entry.get("sample")
+    if size is not None and file.size != size:
+        return f"{file.size} bytes, expected {str(size)[:60]}"
+    if sample and file.sample != sample:
+        return f"sample {file.sample}, expected {str(sample)[:60]}"
+    return None
+
+
+def _listed_path(path: Path, name: str) -> Path:
+    """Where a file that a manifest lists lies. A single file may have got another name, with its manifest."""
+    return path.parent / (name if path.name == MANIFEST else path.name.removesuffix(f".{MANIFEST}"))
 
 
 def _is_older(file: File, written: int, sampled: bool) -> bool:

@@ -9,7 +9,7 @@ from threading import Lock
 from types import TracebackType
 
 from ..checkpoints.base import MANIFEST
-from ..checkpoints.reader import advise, naming
+from ..checkpoints.reader import File, advise, naming
 from .checksums import BLOCK, Checksums
 from .filesystem import (
     REFLINK_FILESYSTEMS,
@@ -109,7 +109,11 @@ class Writer:
         self._add_missing_checksums(on_progress)
         directory, path = self.destination.directory, self.destination.path
         files = {
-            name if directory else path.name: {"size": like.size, "checksum": self.checksums.of(name)}
+            name if directory else path.name: {
+                "size": like.size,
+                "checksum": self.checksums.of(name),
+                "sample": File.at(self.staging.file(name)).sample,
+            }
             for name, like in sorted(self.destination.files.items())
         }
         write_json(self.staging.file(MANIFEST), {**manifest, "block": BLOCK, "files": files}, indent=2)

@@ -187,7 +187,7 @@ def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
     for name in sorted(files.keys() | out.manifest.files.keys()):
         file, listed = files.get(name), out.manifest.files.get(name)
         found = f"{file.size} bytes" if file else "no such file"
-        expected = f"{listed[0]} bytes" if listed else "no such file"
+        expected = f"{listed.size} bytes" if listed else "no such file"
         if found != expected:
             raise InputError(f"{base.path / name}: {found}, expected {expected} as in {out.path}")
     return plan
@@ -197,9 +197,9 @@ def _check(out: _Opened, threads: int, advance: Callable[[int], None]) -> None:
     """Compare the size and the checksum of every file with the manifest's."""
     expected = out.manifest.files
     damage = {
-        name: f"{file.path}: {file.size} bytes, expected {expected[name][0]}"
+        name: f"{file.path}: {file.size} bytes, expected {expected[name].size}"
         for name, file in out.files.items()
-        if file.size != expected[name][0]
+        if file.size != expected[name].size
     }
     whole = {name: file for name, file in out.files.items() if name not in damage}
     checksums = Checksums({name: file.size for name, file in whole.items()}, out.manifest.block)
@@ -209,8 +209,8 @@ def _check(out: _Opened, threads: int, advance: Callable[[int], None]) -> None:
     make_worker = partial(_hasher, checksums, chunk_bytes, release)
     process_in_order(chunks(extents, chunk_bytes), threads, make_worker, advance)
     for name, file in whole.items():
-        if (found := checksums.of(name)) != expected[name][1]:
-            damage[name] = f"{file.path}: checksum {found}, expected {expected[name][1]}"
+        if (found := checksums.of(name)) != expected[name].checksum:
+            damage[name] = f"{file.path}: checksum {found}, expected {expected[name].checksum}"
     if damage:
         raise DamageError([damage[name] for name in sorted(damage)])
 

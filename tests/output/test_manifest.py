@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from xxhash import xxh3_128_hexdigest
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.reader import File
 from negmerge_fast.output import publish
+from negmerge_fast.output.manifest import altered
 
 INPUTS = ("base", "ft-0", "ft-1", "ft-2")
 
@@ -305,6 +307,98 @@ def test_a_manifest_with_whole_paths_and_no_samples(finished: Path) -> None:
     assert not is_finished()
     assert merge(overwrite=True).bytes_written > 0
     assert Path("out/negmerge.json").read_text() != early
+
+
+def copied(source: str, path: str) -> object:
+    return shutil.copy2(source, path)
+
+
+REPLACED: dict[str, Callable[[], object]] = {
+    "another file of the same size": lambda: copied("ft-1/model.safetensors", "out/model.safetensors"),
+    "its last byte": lambda: with_one_byte(Path("out/model.safetensors"), -1),
+    "a byte of a copied file": lambda: with_one_byte(Path("out/config.json"), 3),
+    "its length": lambda: os.truncate("out/model.safetensors", 9),
+    "missing": lambda: os.unlink("out/tokenizer.json"),
+    "a directory": lambda: (os.unlink("out/config.json"), os.mkdir("out/config.json")),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_an_output_with_another_file_in_it_is_not_finished(finished: Path, case: str) -> None:
+    REPLACED[case]()
+    assert not is_finished()
+
+
+def test_a_single_file_that_was_replaced_is_not_finished(folder: Path) -> None:
+    """Nor is one that is missing where the manifest's own name for it is another file."""
+    merge_single(folder, resume=True)
+    assert merge_single(folder, resume=True).bytes_written == 0
+    out = folder / "out.safetensors"
+    right = out.read_bytes()
+    flip(out, -1)
+    with pytest.raises(nm.InputError, match="exists already"):
+        merge_single(folder, resume=True)
+    out.write_bytes(right)
+    shutil.copy(f"{out}.negmerge.json", folder / "other.safetensors.negmerge.json")
+    base, model = (folder / name / "model.safetensors" for name in ("ft-0", "ft-2"))
+    done = nm.merge_checkpoints(base, [model], folder / "other.safetensors", scale=0.9, resume=True)
+    assert done.bytes_written == out.stat().st_size
+
+
+def listed(folder: Path) -> dict[str, Path]:
+    return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.name != "negmerge.json"}
+
+
+def test_what_was_altered_is_named(folder: Path) -> None:
+    merge()
+    manifest, out = Path("out/negmerge.json"), Path("out")
+    shard = out / "model-00001-of-00002.safetensors"
+    assert altered(manifest, listed(out)) is None
+    os.unlink("out/config.json")
+    assert altered(manifest, {**listed(out), "config.json": Path("out/config.json")}) is None
+    sizes = json.loads(manifest.read_text())["files"]
+    for spoil, message in (
+        (lambda: flip(shard, -1), rf"{shard}: sample \w+:\w+, expected \w+:\w+ as in {manifest}"),
+        (lambda: os.truncate(shard, 99), f"{shard}: 99 bytes, expected {sizes[shard.name]['size']} as in {manifest}"),
+        (lambda: shard.unlink() or shard.symlink_to("../ft-0/model.safetensors"), f"{shard}: not a regular file, expected one as in {manifest}"),
+        (lambda: shard.unlink() or os.mkfifo(shard), f"{shard}: not a regular file, expected one as in {manifest}"),
+        (lambda: shard.unlink() or Path("out/own").touch(), f"out/own: is there, expected no such file as in {manifest}"),
+        (lambda: manifest.write_text("{}"), f"{manifest}: no files, expected those of an output"),
+        (lambda: manifest.unlink(), f"{manifest}: No such file or directory, expected a file"),
+    ):  # fmt: skip
+        spoil()
+        found = altered(manifest, listed(out))
+        assert found and re.fullmatch(message, found)
+
+
+def test_what_was_altered_beside_an_early_manifest(folder: Path) -> None:
+    """As far as it tells: it has names, or names and sizes."""
+    merge()
+    manifest, config = Path("out/negmerge.json"), Path("out/config.json")
+    found = json.loads(manifest.read_text())
+    for entry in found["files"].values():
+        del entry["sample"]
+    manifest.write_text(json.dumps(found))
+    flip(config, 3)
+    assert altered(manifest, listed(Path("out"))) is None
+    config.write_text("{}")
+    assert "2 bytes, expected" in str(altered(manifest, listed(Path("out"))))
+    manifest.write_text(json.dumps({"files": list(found["files"])}))
+    assert altered(manifest, listed(Path("out"))) is None
+    Path("out/own").touch()
+    assert "out/own: is there" in str(altered(manifest, listed(Path("out"))))
+
+
+def test_a_single_file_that_was_altered(folder: Path) -> None:
+    """Under any name, as long as its manifest lies beside it."""
+    merge_single(folder)
+    for name in ("", ".negmerge.json"):
+        (folder / f"out.safetensors{name}").rename(folder / f"other.safetensors{name}")
+    other = folder / "other.safetensors"
+    manifest = folder / "other.safetensors.negmerge.json"
+    assert altered(manifest, {other.name: other}) is None
+    flip(other, -1)
+    assert f"{other}: sample" in str(altered(manifest, {other.name: other}))
 
 
 def test_a_sample(tmp_path: Path) -> None:
