@@ -93,11 +93,7 @@ class File:
     @cached_property
     def sample(self) -> str:
         """The hash of a few blocks from the first to the last, or of all of a short file."""
-        if self.size <= _SAMPLES * _SAMPLE_BYTES:
-            return hash_of(self._read([range(self.size)]))
-        last = self.size - _SAMPLE_BYTES
-        begins = (last * k // (_SAMPLES - 1) for k in range(_SAMPLES))
-        return hash_of(self._read([range(begin, begin + _SAMPLE_BYTES) for begin in begins]))
+        return hash_of(self._read(_sample_ranges(self.size)))
 
     def _read(self, ranges: Sequence[range]) -> bytearray:
         """Return the bytes of a few ranges, one after the other."""
@@ -129,6 +125,19 @@ class File:
                 if not (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
                     raise OSError(f"{self.path}: ends at byte {offset + done}, expected {self.size} bytes")
                 done += got
+
+
+def _sample_ranges(size: int) -> list[range]:
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        return [range(size)]
+    begins = ((size - _SAMPLE_BYTES) * k // (_SAMPLES - 1) for k in range(_SAMPLES))
+    return [range(begin, begin + _SAMPLE_BYTES) for begin in begins]
+
+
+def sample_of(descriptor: int) -> str:
+    """File.sample of an open file."""
+    ranges = _sample_ranges(os.fstat(descriptor).st_size)
+    return hash_of(b"".join(os.pread(descriptor, len(each), each.start) for each in ranges))
 
 
 # Missing in Pythons that were built for an old C library.

@@ -11,8 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 from ..checkpoints.reader import naming
@@ -20,7 +19,8 @@ from ..checkpoints.strict_json import are_sizes, parse_json
 from ..core.errors import InputError, short_repr
 from ..core.ranges import Range
 from ..core.stats import Stats, TensorStats
-from .filesystem import sync, sync_directory
+from .directory import Entry
+from .filesystem import sync
 
 # Seconds between records. A crash costs at most that, and what was being written.
 INTERVAL_S = 5.0
@@ -68,37 +68,46 @@ class Journal:
     """Writes progress records on a thread of its own, each after the output that it speaks of is synced.
 
     Args:
-        path: The journal's file.
+        entry: The journal's file.
         fingerprint: What determines the bytes of the output.
         sync: Syncs all that the output's writer has written.
     """
 
-    def __init__(self, path: Path, fingerprint: Fingerprint, sync: Callable[[], None]) -> None:
-        self.path, self.fingerprint, self.sync = path, fingerprint, sync
+    def __init__(self, entry: Entry, fingerprint: Fingerprint, sync: Callable[[], None]) -> None:
+        self.entry, self.fingerprint, self.sync = entry, fingerprint, sync
         self._last = time.monotonic()
         self._size: int | None = None  # of its whole lines; not known before the first record
-        self._thread: Thread | None = None
+        self._written = Event()  # no record is being written
+        self._written.set()
         self._error: BaseException | None = None
 
     def due(self) -> bool:
         """Whether the last record is written and it is time for another."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._written.is_set():
             self.flush()
-        return self._thread is None and time.monotonic() - self._last >= INTERVAL_S
+        return self._written.is_set() and time.monotonic() - self._last >= INTERVAL_S
 
     def keep(self, record: ProgressRecord) -> None:
         """Write a record in the background."""
         self._last = time.monotonic()
-        self._thread = Thread(target=self._keep, args=(record,), name="journal")
-        self._thread.start()
+        self._written.clear()
+        thread = Thread(target=self._keep, args=(record,), name="journal")
+        try:
+            thread.start()
+        finally:
+            if not thread.is_alive():  # it could not be started, or has ended
+                self._written.set()
 
     def flush(self) -> None:
-        """Wait for the record that is being written, and raise its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
+        """Wait for the record that is being written, and raise its error; an interrupt is raised after that."""
+        raised: BaseException | None = None
+        while not self._written.is_set():
+            try:
+                self._written.wait()
+            except BaseException as interrupt:
+                raised = interrupt
+        if (raised := raised or self._error) is not None:
+            raise raised
 
     def _keep(self, record: ProgressRecord) -> None:
         try:
@@ -106,6 +115,8 @@ class Journal:
             self.append(record)
         except BaseException as error:
             self._error = error
+        finally:
+            self._written.set()
 
     def keep_now(self, record: ProgressRecord) -> None:
         """Write a record before returning."""
@@ -115,28 +126,28 @@ class Journal:
 
     def append(self, record: ProgressRecord) -> None:
         if self._size is None:
-            self._size = _lines(self.path)[1]
+            self._size = _lines(self.entry)[1]
         lines = _line(record.to_json()) if self._size else _line(self.fingerprint) + _line(record.to_json())
-        with naming(self.path):
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            with open(descriptor, "wb") as file:
-                file.truncate(self._size)
-                file.seek(self._size)
-                file.write(lines)
-                file.flush()
-                sync(descriptor)
+        descriptor = self.entry.open(os.O_WRONLY | os.O_CREAT)
+        with naming(self.entry.path), open(descriptor, "wb") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(lines)
+            file.flush()
+            sync(descriptor)
         if not self._size:
-            sync_directory(self.path.parent)
+            self.entry.parent.sync()
         self._size += len(lines)
 
 
-def read(path: Path, fingerprint: Fingerprint) -> list[ProgressRecord]:
+def read(entry: Entry, fingerprint: Fingerprint) -> list[ProgressRecord]:
     """Read the records of a journal; none if there is no journal.
 
     Raises:
         InputError: If it is another job's, with what differs, or if negmerge did not write it.
     """
-    lines, _ = _lines(path)
+    lines, _ = _lines(entry)
+    path = entry.path
     if not lines:
         return []
     if differs := difference(lines[0], fingerprint):
@@ -173,11 +184,10 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _lines(entry: Entry) -> tuple[list[dict[str, Any]], int]:
     """The complete lines at the beginning of a journal, and their size in bytes."""
     try:
-        with naming(path):
-            raw = path.read_bytes()
+        raw = entry.read_bytes()
     except FileNotFoundError:
         return [], 0
     found: list[dict[str, Any]] = []
@@ -186,7 +196,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         crc, _, text = line.partition(b" ")
         if not text.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
             break
-        found.append(parse_json(bytearray(text), path, "a line", surrogates=True))
+        found.append(parse_json(bytearray(text), entry.path, "a line", surrogates=True))
         size += len(line)
     return found, size
 

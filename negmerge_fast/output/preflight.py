@@ -7,16 +7,16 @@ import fcntl
 import os
 import resource
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.reader import File
 from ..core.errors import InputError
-from .filesystem import exchange, lock, remove_tree, rename_to_new, sync, sync_directory
-from .publish import Destination
-from .staging import refuse_full_disk, staging_path
+from .destination import Destination
+from .directory import Directory, exchange, rename_to_new, scratch_directory
+from .filesystem import lock, sync
+from .staging import refuse_full_disk
 
 
 def try_inputs(files: Iterable[File]) -> None:
@@ -40,17 +40,13 @@ def try_destination(destination: Destination) -> list[str]:
         InputError: If an older output may not be replaced.
         OSError: If the file system refuses what is needed.
     """
-    path, staging = destination.path, staging_path(destination.path)
+    path, staging, named = destination.path, destination.staging_path, destination.staging_path
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=".negmerge-", dir=path.parent))
+        with Directory.at(path.parent) as parent, scratch_directory(parent) as scratch:
+            named = path
+            notes = list(_missing(destination, scratch))
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(staging)) from None
-    try:
-        notes = list(_missing(destination, scratch))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        remove_tree(scratch)
+        raise OSError(error.errno, error.strerror, str(named)) from None
     refuse_full_disk(path.parent, path.parent, destination.files, _bytes_in(staging))
     _refuse_large_files(destination)
     if destination.overwrite and os.path.lexists(path):
@@ -58,13 +54,13 @@ def try_destination(destination: Destination) -> list[str]:
     return notes
 
 
-def _missing(destination: Destination, scratch: Path) -> Iterator[str]:
+def _missing(destination: Destination, scratch: Directory) -> Iterator[str]:
     """Yield what is not here, and name what will be less safe for it."""
     path = destination.path
-    with open(scratch / "file", "wb+") as file:
+    with open((scratch / "file").open(os.O_RDWR | os.O_CREAT | os.O_EXCL), "rb+") as file:
         locked = lock(file.fileno(), fcntl.LOCK_EX)
         # The directory first: the file, which is empty, is on the disk with it.
-        synced = sync_directory(scratch) and sync(file.fileno()) and _may(path.parent, os.R_OK)
+        synced = scratch.sync() and sync(file.fileno()) and _may(path.parent, os.R_OK)
     if not locked:
         yield f"{path}: there are no file locks here: do not start two merges to it at once"
     if not synced:
@@ -72,13 +68,14 @@ def _missing(destination: Destination, scratch: Path) -> Iterator[str]:
     if not destination.directory:
         if not rename_to_new(scratch / "file", scratch / "moved"):
             yield f"{path}: a file that another program makes here as the merge ends may be replaced"
-        os.replace(scratch / "moved", scratch / "file")
+        (scratch / "moved").rename(scratch / "file")
         return
     for name in ("from", "to"):
-        (scratch / name).mkdir()
+        (scratch / name).mkdir(stat.S_IRWXU)
     if destination.overwrite and os.path.lexists(path) and not exchange(scratch / "from", scratch / "to"):
         yield f"{path}: cannot be replaced in one step here: for a moment there will be no output"
-    rename_to_new(scratch / "from", scratch / "to" / "moved")
+    with (scratch / "to").directory() as to:
+        rename_to_new(scratch / "from", to / "moved")
 
 
 def _bytes_in(folder: Path) -> int:

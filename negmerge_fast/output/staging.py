@@ -1,8 +1,9 @@
 """The staging directory of an output: .OUT.negmerge/ beside OUT, where all files are complete before any of them is published.
 
-A lock marks the directory as in use. A directory that a killed run left behind is not locked: the next run clears it, or
-resumes it. Several processes may write one output: rank 0 creates the files and publishes, and all hold the lock. Where a file
-system has no locks, the directory is used without one; preflight.py says so.
+Only its owner may enter it, and all that is in it is reached through its descriptor. A lock marks it as in use. A directory that
+a killed run left behind is not locked: the next run clears it, or resumes it. Several processes may write one output: rank 0
+creates the files and publishes, and all hold the lock. Where a file system has no locks, it is used without one; preflight.py
+says so.
 """
 
 from __future__ import annotations
@@ -13,64 +14,80 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..checkpoints.base import MANIFEST
 from ..checkpoints.reader import NOT_HERE, File, naming, same_file
 from ..core.errors import InputError
 from ..core.hashing import hash_of
-from .filesystem import (
-    TMPFS,
-    allocate,
-    filesystem_type,
-    lock,
-    move_directory,
-    remove_empty,
-    remove_tree,
-    set_size,
-    sync_directory,
-    write_json,
-)
+from .destination import FORMER, Destination, OccupiedError
+from .directory import Directory, Entry, move_directory, remove_empty, remove_tree, scratch_directory
+from .filesystem import TMPFS, allocate, filesystem_type, lock, set_size, sync
+from .permissions import Permissions
 
-# Where an older output is moved, in the staging directory.
-FORMER = "former"
-
-
-def staging_path(destination_path: Path) -> Path:
-    return destination_path.with_name(f".{destination_path.name}.negmerge")
+_LOCK, _MARK, _STAGED, _JOURNAL = "lock", "exchange", "output", "journal-"
+_MAX_TRIES = 1000  # of a directory that others remove again and again
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Staging:
     """A staging directory, as a context manager: on exit it is removed, or kept for the next run, and unlocked.
 
     Args:
-        destination_path: Where the output will be.
-        files: The files of the base, by their names in the output. Each has a file of its size here.
+        destination: The output.
         resume: Whether unfinished output is kept for the next run.
 
     Attributes:
+        path: Its path, for errors.
         notes: What a user should know of the end of a merge, a line each.
-        former: Where an older output is for a moment, if it cannot be exchanged with the new one in one step.
     """
 
-    def __init__(self, destination_path: Path, files: Mapping[str, File], *, resume: bool = False) -> None:
-        self.destination_path, self.files, self.resume = destination_path, files, resume
-        self.path = staging_path(destination_path)
-        self.staged = self.path / "output"
-        self.former = self.path / FORMER
-        self._lock_path = self.path / "lock"
-        self._exchange_path = self.path / "exchange"
+    def __init__(self, destination: Destination, *, resume: bool = False) -> None:
+        self.destination, self.resume = destination, resume
+        self.path = destination.staging_path
+        self.notes: list[str] = []
+        self._parent: Directory | None = None
+        self._directory: Directory | None = None
         self._lock = -1
         self._is_locked = False  # False where there are no locks
         self._is_owner = True
-        self.notes: list[str] = []
+        self._is_left = False
 
-    def file(self, name: str) -> Path:
-        """The path of an output's file while it is here."""
-        return self.staged / name
+    @property
+    def parent(self) -> Directory:
+        """The directory of the output."""
+        assert self._parent is not None
+        return self._parent
+
+    @property
+    def directory(self) -> Directory:
+        assert self._directory is not None
+        return self._directory
+
+    @property
+    def staged(self) -> Entry:
+        """The output while it is here; a single file is in it, beside its manifest."""
+        return self.directory / _STAGED
+
+    @property
+    def former(self) -> Entry:
+        """Where an older output is for a moment, or the manifest of an older single file."""
+        return self.directory / FORMER
+
+    @property
+    def published(self) -> Entry:
+        """The output at its destination."""
+        return self.parent / self.destination.path.name
+
+    @property
+    def published_manifest(self) -> Entry:
+        """The manifest of a single file, at its destination."""
+        return self.parent / self.destination.manifest_path.name
 
     def __enter__(self) -> Staging:
         return self
@@ -78,31 +95,62 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock == -1:
-            return
         try:
-            may_remove = self._is_owner if kind is None else self._is_last()
-            kept = kind is not None and self.resume and self.journals()
-            if may_remove and not kept:
-                self._remove_unless_in_use(is_published=kind is None)
+            if self._lock != -1:
+                self._leave(is_published=kind is None)
         finally:
-            os.close(self._lock)
-            self._lock = -1
+            self._close()
+
+    def _leave(self, is_published: bool) -> None:
+        may_remove = self._is_owner if is_published else self._is_last()
+        is_kept = self._is_left or (not is_published and self.resume and self.journals())
+        if may_remove and not (is_kept and not self._was_published()):
+            self._try_twice(self._remove)
+        self._unlock()
         # Only now: FUSE and NFS keep what is removed while it is open, by this rank or another.
-        if not os.path.lexists(self._lock_path):
-            remove_empty(self.path)
+        if not (self.directory / _LOCK).exists():
+            self._try_twice(lambda: remove_empty(self.parent / self.path.name))
+
+    def _try_twice(self, remove: Callable[[], None]) -> None:
+        """Remove something; if that fails, the next run does it. On NFS, others may have a file of an older output open."""
+        try:
+            try:
+                remove()
+            except OSError:  # of a disk that was full for a moment
+                remove()
+        except OSError as error:
+            self.notes.append(
+                f"{self.path}: left behind ({error.strerror}): the next merge to here removes it"
+            )
+
+    def _unlock(self) -> None:
+        descriptor, self._lock = self._lock, -1
+        os.close(descriptor)
+
+    def _close(self) -> None:
+        _IN_USE.discard(self)
+        if self._lock != -1:
+            self._unlock()
+        for directory in (self._directory, self._parent):
+            if directory is not None:
+                directory.close()
+
+    def let_go(self) -> None:
+        """Close all in a forked child: it must not hold the lock, nor remove anything."""
+        with suppress(OSError):
+            self._close()
 
     def open(self) -> None:
         """Lock the directory for this process alone. It may resume or clear what an earlier run left."""
         self._acquire(fcntl.LOCK_EX)
         self.put_back()
-        if self._was_exchanged():
+        if self._was_published():
             self._clear()
 
     def let_join(self) -> None:
         """Let the other ranks share the lock."""
         if self._is_locked:
-            with naming(self._lock_path):
+            with naming(self.path / _LOCK):
                 lock(self._lock, fcntl.LOCK_SH)
 
     def join(self) -> None:
@@ -110,44 +158,59 @@ class Staging:
         self._is_owner = False
         self._acquire(fcntl.LOCK_SH)
 
+    def leave_to_others(self) -> None:
+        """Keep what is here, which is another job's."""
+        self._is_left = True
+
     def _is_last(self) -> bool:
         """Whether no other process holds the lock: then none writes, and none can join."""
         if not self._is_locked:
             return self._is_owner
         try:
             lock(self._lock, fcntl.LOCK_EX)
-            return same_file(os.fstat(self._lock), os.stat(self._lock_path))
+            return self._is_lock(self._lock)
         except OSError:
             return False
 
+    def _is_lock(self, descriptor: int) -> bool:
+        """Whether an open file is the one that has the lock's name."""
+        named = (self.directory / _LOCK).stat()
+        return named is not None and same_file(os.fstat(descriptor), named)
+
     def _acquire(self, kind: int) -> None:
-        while self._lock == -1:
-            if self.path.is_symlink():
-                raise InputError(f"{self.path}: a symbolic link, expected a directory of negmerge's own")
-            is_new = not self.path.exists()
-            self.path.mkdir(exist_ok=True)
+        _IN_USE.add(self)
+        self._parent = Directory.at(self.path.parent)
+        entry = self.parent / self.path.name
+        for _ in range(_MAX_TRIES):
+            self._directory, is_new = None, entry.mkdir(stat.S_IRWXU)
             try:
+                self._directory = _open_own(entry)
                 self._refuse_unlocked_files()
                 self._open_lock(kind)
+                if self._lock != -1:
+                    return
             except FileNotFoundError:  # its holder has just finished and removed the directory
-                continue
-            except OSError:
-                if is_new:
-                    self._lock_path.unlink(missing_ok=True)
-                    remove_empty(self.path)
+                pass
+            except BaseException:
+                if is_new and self._directory is not None:
+                    (self.directory / _LOCK).unlink()
+                    remove_empty(entry)
                 raise
+            if self._directory is not None:
+                self._directory.close()
+        raise InputError(f"{self.path}: others remove it all the time, expected negmerge's own")
 
     def _open_lock(self, kind: int) -> None:
         """Open the lock file and lock it, unless its holder has just removed it."""
-        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = (self.directory / _LOCK).open(os.O_RDWR | os.O_CREAT)
         try:
-            with naming(self._lock_path):
+            with naming(self.path / _LOCK):
                 self._is_locked = lock(descriptor, kind)
-                if same_file(os.fstat(descriptor), os.stat(self._lock_path)):
+                if self._is_lock(descriptor):
                     self._lock = descriptor
         except BlockingIOError:
-            raise InputError(
-                f"{self.destination_path}: another negmerge is writing it (it holds {self._lock_path})"
+            raise OccupiedError(
+                f"{self.destination.path}: another negmerge is writing it (it holds {self.path / _LOCK})"
             ) from None
         finally:
             if self._lock != descriptor:
@@ -155,119 +218,215 @@ class Staging:
 
     def _refuse_unlocked_files(self) -> None:
         """Refuse a directory without the lock file that all of negmerge's files lie beside."""
-        if (found := os.listdir(self.path)) and self._lock_path.name not in found:
-            raise InputError(
-                f"{self.path / found[0]}: not negmerge's, expected nothing of others in {self.path}"
-            )
+        if (found := self.directory.entries()) and _LOCK not in [entry.name for entry in found]:
+            raise InputError(f"{found[0].path}: not negmerge's, expected nothing of others in {self.path}")
 
-    def journals(self) -> list[Path]:
+    def journals(self) -> list[Entry]:
         """The journals that an earlier run left."""
-        return sorted(self.path.glob("journal-*"))
+        return [entry for entry in self.directory.entries() if entry.name.startswith(_JOURNAL)]
 
-    def journal(self, rank: int) -> Path:
-        return self.path / f"journal-{rank}"
+    def journal(self, rank: int) -> Entry:
+        return self.directory / f"{_JOURNAL}{rank}"
 
     def write_rank_result(self, rank: int, value: Mapping[str, object]) -> None:
         """Hand a result to rank 0, as a file since it may be large."""
-        write_json(self._rank_path(rank), value)
+        (self.directory / f"rank-{rank}.json").write_json(value)
 
     def read_rank_result(self, rank: int) -> dict[str, Any]:
-        path = self._rank_path(rank)
-        with naming(path):
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.directory / f"rank-{rank}.json").read_bytes())
         return found
 
-    def _rank_path(self, rank: int) -> Path:
-        return self.path / f"rank-{rank}.json"
+    def open_file(self, name: str, flags: int) -> int:
+        """Open a file of the output; returns its descriptor."""
+        return self.directory.open(f"{_STAGED}/{name}", flags)
 
-    def mark_exchange(self) -> None:
-        """Mark that OUT is about to be exchanged, so that a run after a crash ignores the journals.
+    def read_file(self, name: str) -> BinaryIO:
+        return open(self.open_file(name, os.O_RDONLY), "rb")
 
-        They speak of the new output, and the staging directory then holds the old one. What is marked is the new manifest's
-        hash: the number of an inode may change.
+    def write_manifest(self, manifest: Mapping[str, object]) -> None:
+        """Write the manifest beside the output's files, and sync it and all names."""
+        with self.staged.directory() as staged:
+            (staged / MANIFEST).write_json(manifest, self._permissions().of_file(MANIFEST), indent=2)
+        self.directory.sync_tree()
+
+    def mark(self) -> None:
+        """Mark the output that is about to be published, so that a run after a crash knows what was.
+
+        An older output is here then, if it was exchanged, and the journals do not speak of it. What is marked is the new
+        manifest's hash: the number of an inode may change.
         """
-        write_json(self._exchange_path, self._hash_of_manifest(self.staged))
-        sync_directory(self.path)
+        with self.staged.directory() as staged:
+            marked = hash_of((staged / MANIFEST).read_bytes())
+        (self.directory / _MARK).write_json(marked)
+        self.directory.sync()
 
-    def _was_exchanged(self) -> bool:
+    def keep_manifest(self) -> None:
+        """Keep the manifest of an older single file, until the file is replaced too."""
+        if self.published_manifest.exists():
+            self.former.write_bytes(self.published_manifest.read_bytes())
+            self.directory.sync()
+
+    def _was_published(self) -> bool:
+        """Whether what was marked is at its destination."""
+        if not self._is_marked():
+            return False
+        if self.destination.directory:
+            return True
+        [name] = self.destination.files
         try:
-            marked = json.loads(self._exchange_path.read_text())
-            if not isinstance(marked, str):  # of an early version: the journals may speak of anything
-                return True
-            return marked == self._hash_of_manifest(self.destination_path)
+            os.close(self.open_file(name, os.O_RDONLY))
+            return False
+        except FileNotFoundError:
+            return True
+
+    def _is_marked(self) -> bool:
+        """Whether the manifest at the destination is the one that was marked."""
+        try:
+            if self.destination.directory:
+                with self.published.directory() as output:
+                    found = (output / MANIFEST).read_bytes()
+            else:
+                found = self.published_manifest.read_bytes()
+            return bool(json.loads((self.directory / _MARK).read_bytes()) == hash_of(found))
         except (OSError, ValueError):
             return False
 
-    @staticmethod
-    def _hash_of_manifest(output: Path) -> str:
-        with naming(output / MANIFEST):
-            return hash_of((output / MANIFEST).read_bytes())
-
     def put_back(self) -> None:
-        """Give an older output its place again, if a run was stopped while it was moved away."""
-        if self.former.exists() and not self._was_exchanged():
-            move_directory(self.former, self.destination_path, MANIFEST)
-            sync_directory(self.destination_path.parent)
+        """Give an older output, or its manifest, its place again if it was not replaced to the end."""
+        if self._was_published():
+            return
+        if self.former.exists():
+            if self.destination.directory:
+                move_directory(self.former, self.published, MANIFEST)
+            else:
+                self.former.rename(self.published_manifest)
+        elif not self.destination.directory and self._is_marked() and not self.published.exists():
+            self.published_manifest.unlink()
+        else:
+            return
+        self.parent.sync()
 
     def create(self) -> None:
         """Create the files of a new output, in place of any unfinished one."""
         self._clear()
-        refuse_full_disk(self.path, self.destination_path.parent, self.files)
-        self.staged.mkdir()
+        refuse_full_disk(self.path, self.path.parent, self.destination.files)
+        permissions, folders = self._permissions(), {""}
+        self.staged.mkdir(permissions.of_folder("") if self.destination.directory else stat.S_IRWXU)
         # tmpfs reserves a page by fetching it, on one thread; the workers fetch pages faster as they write.
         reserve = set_size if filesystem_type(self.path) == TMPFS else allocate
-        for name, like in self.files.items():
-            path = self.file(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # No more permissions than the base's file has, but for writing.
-            mode = like.mode | stat.S_IWUSR
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-            try:
-                if like.size:
-                    with naming(self.destination_path):
-                        reserve(descriptor, like.size)
-            finally:
-                os.close(descriptor)
+        with self.staged.directory() as staged:
+            for name, like in self.destination.files.items():
+                parts = name.split("/")
+                for folder in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+                    if folder not in folders:
+                        folders.add(folder)
+                        above, _, last = folder.rpartition("/")
+                        with staged.folder(above) as holding:
+                            (holding / last).mkdir(permissions.of_folder(folder))
+                with staged.folder("/".join(parts[:-1])) as holding:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                    descriptor = (holding / parts[-1]).open(flags, permissions.of_file(name))
+                try:
+                    with naming(self.destination.path):
+                        if like.size:
+                            reserve(descriptor, like.size)
+                        if self.resume or not like.size:  # it may not be opened again before a crash
+                            sync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+    def _permissions(self) -> Permissions:
+        groups = {os.getegid(), os.fstat(self.directory.descriptor).st_gid}
+        return Permissions(self.destination, groups)
 
     def refuse_incomplete(self) -> None:
-        """Refuse to resume an output of which a file is missing or has another size."""
-        for name, file in self.files.items():
-            path = self.file(name)
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.size:
-                found = "missing" if size is None else f"{size} bytes"
+        """Refuse to resume an output of which a file is missing, has another size, or is some other file of the user's."""
+        for name, file in self.destination.files.items():
+            if (found := self._found(name)) != f"{file.size} bytes":
                 raise InputError(
-                    f"{path}: {found}, expected {file.size} bytes of unfinished output (without --resume it is made anew)"
+                    f"{self.path / _STAGED / name}: {found}, expected {file.size} bytes of unfinished output "
+                    "(without --resume it is made anew)"
                 )
+
+    def _found(self, name: str) -> str:
+        """What a file of the unfinished output is."""
+        try:
+            descriptor = self.open_file(name, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return "missing"
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            return "not a file of its own"
+        return f"{found.st_size} bytes"
 
     def _clear(self) -> None:
         if found := self.journals():  # first, and for good: they speak of what is removed next
-            for path in found:
-                path.unlink()
-            sync_directory(self.path)
+            for entry in found:
+                entry.unlink()
+            self.directory.sync()
         self.put_back()
         remove_tree(self.former)
-        if self.staged.is_dir():
-            remove_tree(self.staged)
-        else:
-            self.staged.unlink(missing_ok=True)
-        for pattern in ("rank-*", "share-*", "exchange"):  # share-*: the name of rank files in early versions
-            for path in self.path.glob(pattern):
-                path.unlink()
-
-    def _remove_unless_in_use(self, is_published: bool) -> None:
-        """Remove the directory. On NFS it stays while others have a file of an older output open, which is no failure."""
-        try:
-            self._remove()
-        except OSError as error:
-            if not is_published or error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
-                raise
-            self.notes.append(f"{self.path}: in use by another program: the next merge to here removes it")
+        remove_tree(self.staged)
+        for entry in self.directory.entries():  # share-*: the name of rank files in early versions
+            if entry.name == _MARK or entry.name.startswith(("rank-", "share-")):
+                entry.unlink()
 
     def _remove(self) -> None:
         self._clear()
         # The lock file last: until it is gone, no other process can hold the lock.
-        self._lock_path.unlink(missing_ok=True)
+        (self.directory / _LOCK).unlink()
+
+
+# Those of this process that hold a directory.
+_IN_USE: weakref.WeakSet[Staging] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for staging in list(_IN_USE):
+        staging.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _open_own(entry: Entry) -> Directory:
+    """Open a directory that only this user may write in: others could put links and files of their own there."""
+    try:
+        directory = entry.directory()
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        is_link = os.path.islink(entry.path)
+        found = "a symbolic link" if is_link else "not a directory"
+        raise InputError(f"{entry.path}: {found}, expected a directory of negmerge's own") from None
+    try:
+        _refuse_others(directory, entry.parent)
+    except BaseException:
+        directory.close()
+        raise
+    return directory
+
+
+def _refuse_others(directory: Directory, parent: Directory) -> None:
+    found = os.fstat(directory.descriptor)
+    if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_MAY_WRITE:
+        # Some file systems give all files one owner or one mode.
+        with scratch_directory(parent) as scratch:
+            descriptor = (scratch / "file").open(os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            own = os.fstat(descriptor)
+            os.close(descriptor)
+        if found.st_uid != own.st_uid:
+            raise InputError(
+                f"{directory.path}: belongs to user {found.st_uid}, expected a directory of negmerge's own"
+            )
+        if found.st_mode & ~own.st_mode & _OTHERS_MAY_WRITE:
+            mode = stat.S_IMODE(found.st_mode)
+            raise InputError(f"{directory.path}: others may write in it (mode {mode:o}), expected mode 700")
+    with suppress(OSError):  # of an earlier version, which others could read
+        os.fchmod(directory.descriptor, stat.S_IRWXU)
 
 
 def refuse_full_disk(path: Path, folder: Path, files: Mapping[str, File], reclaimed: int = 0) -> None:

@@ -8,20 +8,10 @@ from functools import cached_property
 from threading import Lock
 from types import TracebackType
 
-from ..checkpoints.base import MANIFEST
-from ..checkpoints.reader import File, advise, naming
+from ..checkpoints.reader import advise, naming, sample_of
 from .checksums import BLOCK, Checksums
-from .filesystem import (
-    REFLINK_FILESYSTEMS,
-    filesystem_type,
-    reflink,
-    start_writing_back,
-    sync,
-    sync_data,
-    sync_directory,
-    write_json,
-)
-from .publish import Destination
+from .destination import Destination
+from .filesystem import REFLINK_FILESYSTEMS, filesystem_type, reflink, start_writing_back, sync, sync_data
 from .staging import Staging
 
 
@@ -96,8 +86,8 @@ class Writer:
                 os.close(descriptor)
         if self._sync_error:
             raise self._sync_error
-        self._sync_directories()
-        sync_directory(self.staging.path.parent)
+        self.staging.directory.sync_tree()
+        self.staging.parent.sync()
 
     def finish(self, manifest: Mapping[str, object], on_progress: Callable[[], None]) -> None:
         """Write the manifest into the staging directory, and sync it.
@@ -112,25 +102,24 @@ class Writer:
             name if directory else path.name: {
                 "size": like.size,
                 "checksum": self.checksums.of(name),
-                "sample": File.at(self.staging.file(name)).sample,
+                "sample": self._sample(name),
             }
             for name, like in sorted(self.destination.files.items())
         }
-        write_json(self.staging.file(MANIFEST), {**manifest, "block": BLOCK, "files": files}, indent=2)
-        self._sync_directories()
+        self.staging.write_manifest({**manifest, "block": BLOCK, "files": files})
+
+    def _sample(self, name: str) -> str:
+        with naming(self.destination.path), self.staging.read_file(name) as file:
+            return sample_of(file.fileno())
 
     def _add_missing_checksums(self, on_progress: Callable[[], None]) -> None:
         """Read the blocks that an earlier run wrote, or of which two processes wrote a part."""
         for name in self.destination.files:
-            with naming(self.destination.path), open(self.staging.file(name), "rb") as file:
+            with naming(self.destination.path), self.staging.read_file(name) as file:
                 for offset, size in self.checksums.gaps(name):
                     file.seek(offset)
                     self.checksums.add(name, offset, memoryview(file.read(size)))
                     on_progress()
-
-    def _sync_directories(self) -> None:
-        for folder, _, _ in os.walk(self.staging.path):
-            sync_directory(folder)
 
     @cached_property
     def _can_reflink(self) -> bool:
@@ -139,7 +128,7 @@ class Writer:
     def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._open:
-                self._open[name] = os.open(self.staging.file(name), os.O_WRONLY | os.O_CLOEXEC)
+                self._open[name] = self.staging.open_file(name, os.O_WRONLY)
             return self._open[name]
 
     def _close(self, name: str, is_complete: bool = True, release: bool = False) -> None:

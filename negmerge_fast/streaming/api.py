@@ -13,9 +13,9 @@ from ..checkpoints.formats import open_checkpoint
 from ..core.errors import InputError, MergeWarning
 from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
+from ..output.destination import Destination, OccupiedError, check
 from ..output.manifest import Input, Recipe, holds
 from ..output.preflight import try_destination, try_inputs
-from ..output.publish import Destination, check
 from ..output.staging import Staging
 from ..output.writer import Writer
 from ..runtime.interrupts import without_gc, without_interrupts
@@ -98,7 +98,13 @@ def merge_checkpoints(
         scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
         backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
     )  # fmt: skip
-    report = prepare(base, finetuned, output, options).run(progress)
+    try:
+        report = prepare(base, finetuned, output, options).run(progress)
+    except OccupiedError as error:
+        if (ranks := os.environ.get("WORLD_SIZE", "1")) == "1":
+            raise
+        hint = "merge_checkpoints merges in one process: call it on one of them, or run torchrun -m negmerge_fast merge"
+        raise InputError(f"{error} ({ranks} ranks: {hint})") from None
     for note in report.notes:
         warnings.warn(note, MergeWarning, stacklevel=2)
     return report
@@ -127,7 +133,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     recipe = _recipe(plan, options)
     destination, finished = _check_destination(Path(output), plan, recipe, options)
     notes = [] if finished else _try_out(plan, destination)
-    staging = Staging(destination.path, plan.files, resume=options.resume)
+    staging = Staging(destination, resume=options.resume)
     placement = choose_placement(plan, options)
     backend, merge = registry.choose(options.backend, placement.device, options.rule, plan.signatures)
     counter_name, counter = registry.choose("auto", "cpu") if options.skips else ("", None)
@@ -191,16 +197,23 @@ def _check_destination(
     base, checkpoints = plan.base, (plan.base, *plan.models)
     if not base.is_directory and path.suffix != base.path.suffix:
         raise InputError(f"{path}: expected a file name that ends in {base.path.suffix}, like base")
-    destination = Destination.at(path, plan.files, directory=base.is_directory, overwrite=options.overwrite)
     files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
+    destination = Destination.at(
+        path,
+        plan.files,
+        directory=base.is_directory,
+        overwrite=options.overwrite,
+        inputs=[*(c.path for c in checkpoints), *(file.path for file in files)],
+        sources=plan.sources,
+    )
     copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}
     finished = (
         options.resume
-        and not options.overwrite
+        and not destination.is_half_replaced
         and holds(destination.manifest_path, recipe, checkpoints, copied_files)
     )
     if not finished:
-        check(destination, [*(c.path for c in checkpoints), *(file.path for file in files)])
+        check(destination)
     return destination, finished
 
 

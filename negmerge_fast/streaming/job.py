@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from threading import Semaphore
+from typing import BinaryIO
 
 from ..backends import registry
 from ..checkpoints.reader import Reader
@@ -28,10 +28,12 @@ from ..core.ranges import Range, subtract
 from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
 from ..core.unmergeable import variances_below_zero
+from ..output.destination import Destination, refuse_existing
+from ..output.directory import Entry
 from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
 from ..output.manifest import Recipe, load
-from ..output.publish import Destination, publish, refuse_existing
+from ..output.publish import publish
 from ..output.staging import Staging
 from ..output.writer import Writer
 from ..runtime import memory
@@ -39,6 +41,7 @@ from ..runtime.buffers import Timeline
 from ..runtime.device import buffers_on
 from ..runtime.distributed import SINGLE, SingleProcess
 from ..runtime.executor import process_in_order
+from ..runtime.interrupts import without_interrupts
 from . import probes, variances
 from .budget import max_open_files
 from .options import MergeOptions
@@ -114,7 +117,7 @@ class Job:
         if self.finished:
             return self._tidy_up(ranks)
         began, timeline = time.perf_counter(), timeline or Timeline(kept=False)
-        with self.staging, self.writer:
+        with self._holding_staging(), self.writer:
             before, fingerprint, shards = self._begin(ranks)
             own = shards[ranks.rank]
             remaining_bytes = sum(self._bytes_moved(range_) for shard in shards for range_ in shard)
@@ -135,6 +138,19 @@ class Job:
         written = sum(range_.end - range_.begin for shard in shards for range_ in shard)
         vetoes_known = not before.skipped and not done.skipped
         return self._report(done, written, time.perf_counter() - began, vetoes_known)
+
+    @contextmanager
+    def _holding_staging(self) -> Iterator[None]:
+        """Hold the staging directory; nothing of it stays behind for an interrupt."""
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            with without_interrupts():
+                self.staging.__exit__(type(error) if error else None, error, None)
 
     def _begin(self, ranks: SingleProcess) -> tuple[ProgressRecord, Fingerprint, list[list[Range]]]:
         """Resume or create the output on rank 0.
@@ -157,10 +173,11 @@ class Job:
 
     def _resume(self) -> ProgressRecord:
         """Open the staging directory; return what an earlier run did there, or create the output."""
-        self.staging.open()
+        with without_interrupts():
+            self.staging.open()
         refuse_existing(self.destination)  # it was put back, or has come since the check
         found = self.staging.journals() if self.staging.resume else []
-        done = summed(record for path in found for record in read_journal(path, self._fingerprint))
+        done = summed(record for entry in found for record in read_journal(entry, self._fingerprint))
         if not done.ranges:
             self.staging.create()
             return done
@@ -301,30 +318,44 @@ class Job:
             # How much is skipped depends on the machine, and the manifest must not.
             "vetoed_by_zero": None if self.options.skips else stats.vetoed_by_zero,
         }
-        self._note_variances(self.staging.file)
+        self._note_variances(self.staging.read_file)
         self.writer.finish({**self.recipe.to_json(), "counted": counted}, on_progress)
         on_progress()  # the last moment to stop: syncing may have taken long
-        publish(self.destination, self.staging)
+        with without_interrupts():
+            publish(self.destination, self.staging)
         return done._replace(stats=stats)
 
-    def _note_variances(self, path_of: Callable[[str], Path]) -> None:
+    def _note_variances(self, open_file: Callable[[str], BinaryIO]) -> None:
         """Note a network that the merge has broken, though it followed the rule."""
-        if below := variances.below_zero(self.plan.extents, path_of):
+        if below := variances.below_zero(self.plan.extents, open_file):
             self.notes.append(f"the output: {variances_below_zero(below)}")
 
     def _tidy_up(self, ranks: SingleProcess) -> Report:
         """Remove what the run that finished the output left; report the counts of its manifest."""
-        with self.staging:
-            if ranks.rank == 0:
-                self.staging.open()
         path, directory = self.destination.path, self.destination.directory
-        self._note_variances(lambda name: path / name if directory else path)
+        if ranks.rank == 0 and os.path.lexists(self.staging.path):
+            with without_interrupts(), self.staging:
+                self.staging.open()
+                if not all(map(self._is_own, self.staging.journals())):
+                    self.staging.leave_to_others()
+                    self.notes.append(
+                        f"{self.staging.path}: the unfinished output of another merge, left alone"
+                    )
+        self._note_variances(lambda name: (path / name if directory else path).open("rb"))
         counted = load(self.destination.manifest_path)["counted"]
         stats = Stats()
         stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
         report = self._report(summed([])._replace(stats=stats), 0, 0.0)
         # An older version did not count the last.
         return dataclasses.replace(report, vetoed_by_zero=counted.get("vetoed_by_zero"), tensors=[])
+
+    def _is_own(self, journal: Entry) -> bool:
+        """Whether a journal is of this job."""
+        try:
+            read_journal(journal, self._fingerprint)
+            return True
+        except InputError:
+            return False
 
     def _report(
         self, done: ProgressRecord, written: int, seconds: float, vetoes_known: bool = True

@@ -91,6 +91,14 @@ class Plan:
     def bytes_written(self) -> int:
         return sum(file.size for file in self.files.values())
 
+    @property
+    def sources(self) -> dict[str, list[File]]:
+        """The files of all inputs that go into each file of the output."""
+        found: dict[str, dict[File, None]] = {}
+        for extent in self.extents:
+            found.setdefault(extent.path, {}).update(dict.fromkeys(source.file for source in extent.sources))
+        return {path: list(files) for path, files in found.items()}
+
 
 def make_plan(
     base: Checkpoint,

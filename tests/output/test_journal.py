@@ -13,9 +13,11 @@ import pytest
 from checkpoint_files import nothing_left
 from resumable import Stop, folder, interrupt, made, merge, weights  # noqa: F401
 from small_chunks import record_every_chunk
+from staged import staging_for
 
 import negmerge_fast as nm
-from negmerge_fast.output import filesystem, journal, publish
+from negmerge_fast.output import journal, publish
+from negmerge_fast.output.directory import Entry
 from negmerge_fast.output.staging import Staging
 
 pytestmark = pytest.mark.processes
@@ -59,10 +61,10 @@ def test_a_full_disk_is_named(folder: Path, often: pytest.MonkeyPatch, name: str
     """Where no space is left for the small files, either."""
     fail_to_sync(often, name, errno.ENOSPC)
     if name == "rank-0.json":  # of several processes only
-        staging = Staging(folder / "out", {})
-        staging.path.mkdir()
-        with pytest.raises(OSError) as caught:
-            staging.write_rank_result(0, {})
+        with staging_for(folder / "out") as staging:
+            staging.open()
+            with pytest.raises(OSError) as caught:
+                staging.write_rank_result(0, {})
     else:
         with pytest.raises(OSError) as caught:
             merge(folder)
@@ -90,6 +92,7 @@ def test_a_crash_right_after_the_exchange(made: Path, folder: Path, often: pytes
         raise Stop
 
     often.setattr(publish, "_refuse_late_unknown_files", crash)
+    often.setattr(Staging, "_leave", lambda self, is_published: None)
     with pytest.raises(Stop):
         merge(folder, overwrite=True)
     often.undo()
@@ -102,17 +105,17 @@ def test_a_crash_right_after_the_exchange(made: Path, folder: Path, often: pytes
 
 def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pytest.MonkeyPatch) -> None:
     merge(folder, scale=0.5)
-    rename = filesystem.rename
+    rename = Entry.rename_with
 
-    def crash(source: Path, *arguments: Any) -> None:
-        if source.name == "output":  # the preflight renames others
+    def crash(self: Entry, to: Entry, flags: int) -> None:
+        if self.name == "output":  # the preflight renames others
             raise Stop
-        rename(source, *arguments)
+        rename(self, to, flags)
 
-    often.setattr(filesystem, "rename", crash)
+    often.setattr(Entry, "rename_with", crash)
     with pytest.raises(Stop):
         merge(folder, overwrite=True)
-    often.setattr(filesystem, "rename", rename)
+    often.setattr(Entry, "rename_with", rename)
     assert merge(folder, overwrite=True).bytes_done_before > 0
     assert weights(folder / "out") == weights(made / "expected")
 

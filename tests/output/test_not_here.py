@@ -32,6 +32,7 @@ from shimmed import attempt, make_models
 
 from negmerge_fast.checkpoints.reader import NOT_HERE
 from negmerge_fast.output import filesystem
+from negmerge_fast.output.directory import Directory
 
 pytestmark = pytest.mark.processes
 
@@ -179,7 +180,7 @@ def test_a_directory_that_may_be_written_but_not_read(tmp_path: Path) -> None:
     """It cannot be opened to be synced."""
     if os.geteuid():
         tmp_path.chmod(0o300)
-        assert filesystem.sync_directory(tmp_path) is False
+        assert Directory.at(tmp_path).sync() is False
         tmp_path.chmod(0o700)
         return
     with tempfile.TemporaryDirectory() as name:  # pytest's own are private
@@ -188,7 +189,7 @@ def test_a_directory_that_may_be_written_but_not_read(tmp_path: Path) -> None:
 
 
 def _sync_as_nobody(folder: str) -> None:
-    code = f"from negmerge_fast.output import filesystem; print(filesystem.sync_directory({folder!r}))"
+    code = f"from negmerge_fast.output.directory import Directory; print(Directory.at({folder!r}).sync())"
     done = subprocess.run(
         ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", code],
         capture_output=True, text=True,

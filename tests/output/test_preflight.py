@@ -18,7 +18,7 @@ from command import Run, run  # noqa: F401
 from small_models import folder, merge  # noqa: F401
 
 import negmerge_fast as nm
-from negmerge_fast.output import filesystem, preflight
+from negmerge_fast.output import directory, preflight
 from negmerge_fast.streaming import api
 from negmerge_fast.streaming.options import MergeOptions
 
@@ -186,13 +186,15 @@ def test_a_staging_directory_that_others_use(folder: Path, monkeypatch: pytest.M
     """As on NFS, where an older output's files are open elsewhere: the merge is done, and says what is left."""
     merge(folder)
 
-    def busy(path: Path) -> None:
-        if path.name == "output":
-            raise OSError(16, "Device or resource busy", str(path))
-        filesystem.remove_tree(path)
+    def busy(entry: directory.Entry) -> None:
+        if entry.name == "output" and entry.exists():
+            raise OSError(16, "Device or resource busy", str(entry.path))
+        directory.remove_tree(entry)
 
     monkeypatch.setattr("negmerge_fast.output.staging.remove_tree", busy)
-    with pytest.warns(nm.MergeWarning, match=r"\.out\.negmerge: in use by another program"):
+    with pytest.warns(
+        nm.MergeWarning, match=r"\.out\.negmerge: left behind .Device or resource busy.: the next merge"
+    ):
         assert len(merge(folder, overwrite=True).notes) == 1
     monkeypatch.undo()
     assert (folder / ".out.negmerge").exists()

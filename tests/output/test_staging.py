@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from small_models import folder, merge  # noqa: F401
+from staged import staging_for
 
 import negmerge_fast as nm
-from negmerge_fast.output.staging import Staging
 
 
 def test_leftovers_are_cleared_but_unknown_files_are_kept(folder: Path) -> None:
@@ -36,7 +36,7 @@ def test_what_is_no_staging_directory_is_refused(folder: Path) -> None:
 
 
 def test_the_lock_is_exclusive_until_ranks_may_join(tmp_path: Path) -> None:
-    first, second, other = (Staging(tmp_path / "out", {}) for _ in range(3))
+    first, second, other = (staging_for(tmp_path / "out") for _ in range(3))
     with first:
         first.open()
         first.create()
@@ -57,12 +57,12 @@ def test_the_lock_is_exclusive_until_ranks_may_join(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [True, False])
 def test_unfinished_output_is_kept_for_resume_only(tmp_path: Path, resume: bool) -> None:
     """And the last rank that leaves after an error decides it, whichever it is."""
-    first, second = (Staging(tmp_path / "out", {}, resume=resume) for _ in range(2))
+    first, second = (staging_for(tmp_path / "out", resume) for _ in range(2))
     with pytest.raises(OSError, match="of the second"), second:
         with pytest.raises(OSError, match="of the first"), first:
             first.open()
             first.create()
-            first.journal(0).touch()
+            first.journal(0).write_bytes(b"")
             first.let_join()
             second.join()
             raise OSError("of the first")

@@ -1,0 +1,233 @@
+"""Where an output goes, and whether negmerge may write there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoints.base import MANIFEST
+from ..checkpoints.formats import open_checkpoint
+from ..checkpoints.reader import File
+from ..core.errors import InputError
+from .directory import Directory
+from .manifest import altered, load, manifest_path
+
+# Where an older output, or the manifest of an older single file, is kept in the staging directory while it is replaced.
+FORMER = "former"
+
+
+class OccupiedError(InputError):
+    """The place of an output is taken: by an older output, or by a merge that is under way."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The place of an output.
+
+    Attributes:
+        path: Its real path; only the last component may be a symbolic link.
+        files: The files of the base, by their names in the output. A single file is at path, whatever its one name.
+        directory: Whether the output is a directory, or a single file.
+        overwrite: Whether an older output of negmerge is replaced.
+        inputs: All files and directories that are read.
+        sources: The files of the inputs that go into a file of the output, by its name; those of the base alone may be omitted.
+    """
+
+    path: Path
+    files: Mapping[str, File]
+    directory: bool
+    overwrite: bool
+    inputs: Sequence[Path] = ()
+    sources: Mapping[str, Sequence[File]] = field(default_factory=dict)
+
+    @classmethod
+    def at(
+        cls,
+        path: Path,
+        files: Mapping[str, File],
+        *,
+        directory: bool,
+        overwrite: bool,
+        inputs: Sequence[Path] = (),
+        sources: Mapping[str, Sequence[File]] | None = None,
+    ) -> Destination:
+        # Not abspath, for which a/.. is nothing even where a is a link; and a link at the very end stays one.
+        named = path.name not in ("", "..")
+        real = os.path.realpath(path.parent if named else path)
+        resolved = Path(real, path.name) if named else Path(real)
+        if not resolved.name:
+            raise InputError(f"{path}: the root of the file system, expected a path to a new place")
+        return cls(resolved, files, directory, overwrite, inputs, sources or {})
+
+    @property
+    def manifest_path(self) -> Path:
+        return manifest_path(self.path, self.directory)
+
+    @property
+    def staging_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.negmerge")
+
+    @property
+    def is_half_replaced(self) -> bool:
+        """Whether a merge was stopped when the manifest of a single file was replaced, and the file was not yet."""
+        staged = [self.staging_path / "output" / name for name in self.files]
+        kept = (self.staging_path / FORMER, *staged)
+        return not self.directory and all(map(os.path.lexists, kept))
+
+
+def check(destination: Destination) -> None:
+    """Refuse a destination that must not be written, because of an input or of another file there."""
+    path = destination.path
+    for each in (destination.staging_path, destination.manifest_path):
+        try:
+            os.lstat(each)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # its name is too long, say
+            raise InputError(f"{path}: {error.strerror}, expected a path to a new place") from None
+    refuse_overlap(destination)
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
+    check_existing(destination)
+
+
+def refuse_overlap(destination: Destination) -> None:
+    """Refuse an output that is, holds or lies in an input, by whatever names the two are given.
+
+    A bind mount, or a file system that does not tell upper case from lower case, gives one directory several names.
+    """
+    path, staging = destination.path, destination.staging_path
+    own, own_staging = _Lineage.of(path), _Lineage.of(staging)
+    for given in destination.inputs:
+        found = _Lineage.of(given)
+        if found.is_or_is_in(own_staging):
+            raise InputError(f"{given}: the input is inside {staging}, which is cleared for the output")
+        if own.is_same(found):
+            raise InputError(f"{path}: the output is the input {given}")
+        if found.is_or_is_in(own):
+            raise InputError(f"{path}: the output is above the input {given}")
+        if given.is_dir() and own.is_or_is_in(found):
+            raise InputError(f"{path}: the output is inside the input {given}")
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    """What identifies a path, and each of the directories above it: real paths, devices and inodes."""
+
+    own: frozenset[object]
+    above: frozenset[object]
+
+    @classmethod
+    def of(cls, path: Path) -> _Lineage:
+        real = Path(os.path.realpath(path))
+        above = [key for parent in real.parents for key in _identifiers(parent)]
+        return cls(frozenset(_identifiers(real)), frozenset(above))
+
+    def is_same(self, other: _Lineage) -> bool:
+        return not self.own.isdisjoint(other.own)
+
+    def is_or_is_in(self, other: _Lineage) -> bool:
+        return self.is_same(other) or not self.above.isdisjoint(other.own)
+
+
+def _identifiers(path: Path) -> Iterator[object]:
+    yield path
+    try:
+        found = os.stat(path)
+    except OSError:  # nothing is there, or nothing that could be an input
+        return
+    yield found.st_dev, found.st_ino
+
+
+def check_existing(destination: Destination) -> None:
+    """Refuse an older output that is not to be replaced, or is not as a manifest of negmerge lists it."""
+    path, directory, manifest = destination.path, destination.directory, destination.manifest_path
+    # A manifest of negmerge's whose single file is gone may be replaced.
+    if not directory and os.path.lexists(manifest) and not _listed(manifest):
+        raise InputError(f"{manifest}: not negmerge's, expected no other file of this name")
+    if not os.path.lexists(path):
+        return
+    refuse_existing(destination)
+    if path.is_symlink() or path.is_dir() != directory:
+        kind = "directory" if directory else "regular file"
+        raise InputError(f"{path}: exists and is not a {kind}: not replaced")
+    if os.path.ismount(path) or _is_mounted(path):
+        raise InputError(f"{path}: a mount point, expected a path that can be replaced")
+    if directory:
+        with Directory.at(path.parent) as parent, (parent / path.name).directory() as older:
+            refuse_unknown_files(destination, older)
+    else:
+        open_checkpoint(path)
+    _refuse_changed_files(destination)
+
+
+def refuse_existing(destination: Destination) -> None:
+    """Refuse an older output, unless it is to be replaced."""
+    if os.path.lexists(destination.path) and not destination.overwrite:
+        raise OccupiedError(f"{destination.path}: exists already (--overwrite replaces what negmerge wrote)")
+
+
+def _is_mounted(path: Path) -> bool:
+    """Whether a path is a mount point, also one of the same file system, as far as /proc tells."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    escaped = b"".join(b"\\%03o" % c if c in b" \t\n\\" else bytes([c]) for c in os.fsencode(path))
+    return any(line.split(b" ")[4] == escaped for line in mounts)
+
+
+def _manifests(destination: Destination) -> list[Path]:
+    """The manifests that may speak of an older output.
+
+    A run that was killed may have moved a part of the output, its manifest first, or may have replaced the manifest of a single file.
+    """
+    former = destination.staging_path / FORMER
+    return [destination.manifest_path, former / MANIFEST if destination.directory else former]
+
+
+def refuse_unknown_files(destination: Destination, older: Directory) -> None:
+    """Refuse to replace a directory, which is or was at the destination, with files that negmerge did not write."""
+    # A run that was killed may have moved a part of the output, its manifest first.
+    former = destination.staging_path / FORMER / MANIFEST
+    known = {MANIFEST, *_listed(older.path / MANIFEST), *_listed(former)}
+    inputs = {key for path in destination.inputs for key in _identifiers(path)}
+    for name, found in older.walk():
+        if stat.S_ISDIR(found.st_mode):
+            if (found.st_dev, found.st_ino) in inputs:
+                raise InputError(
+                    f"{destination.path / name}: an input, so {destination.path} is not replaced"
+                )
+        elif name not in known:
+            raise InputError(
+                f"{destination.path / name}: not negmerge's, so {destination.path} is not replaced"
+            )
+
+
+def _refuse_changed_files(destination: Destination) -> None:
+    """Refuse to replace files that are not as negmerge wrote them: another program's model may be in their place."""
+    path, directory = destination.path, destination.directory
+    differences = []
+    for manifest in filter(os.path.lexists, _manifests(destination)):
+        files = {name: path / name if directory else path for name in _listed(manifest)}
+        if (differs := altered(manifest, files)) is None:
+            return
+        differences.append(differs)
+    if differences:
+        raise InputError(f"{differences[0]}: {path} is not replaced")
+    if not directory or any(path.iterdir()):
+        raise InputError(
+            f"{destination.manifest_path}: missing, so {path} is not negmerge's, and is not replaced"
+        )
+
+
+def _listed(manifest: Path) -> list[str]:
+    """The files that a manifest lists: a list of names, or an object with their names as keys."""
+    try:
+        files = load(manifest).get("files")
+    except (OSError, InputError):
+        return []
+    return [name for name in files if isinstance(name, str)] if isinstance(files, (list, dict)) else []

@@ -1,0 +1,91 @@
+"""Who may read an output: nobody who could not read all that went into it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+
+from ..checkpoints.base import MANIFEST
+from ..checkpoints.reader import File
+from .destination import Destination
+
+_READ_WRITE, _GROUP, _ALL = 0o666, 0o070, 0o777
+
+
+class Permissions:
+    """The modes of an output's files and directories, before the umask.
+
+    A file gets what all inputs that went into it allow, and all directories that lead to these and not to the output too. A
+    directory gets what that of the base allows.
+
+    Args:
+        destination: The output.
+        groups: The groups that what is created may belong to.
+    """
+
+    def __init__(self, destination: Destination, groups: Collection[int]) -> None:
+        self._destination, self._groups = destination, frozenset(groups)
+        self._shared = {_identity(os.stat(folder)) for folder in destination.path.parents}
+        self._modes: dict[Path, int] = {}
+
+    def of_file(self, name: str) -> int:
+        mode = _READ_WRITE
+        for source in self._sources(name):
+            mode &= self._readers(source.path)
+        return mode | stat.S_IRUSR | stat.S_IWUSR
+
+    def of_folder(self, name: str) -> int:
+        """The mode of a folder of the output; "" is the output itself."""
+        held, file = next(
+            (n, f) for n, f in self._destination.files.items() if f"{n}/".startswith(f"{name}/" * bool(name))
+        )
+        depth = held.count("/") - (name.count("/") + 1 if name else 0)
+        return self._common(os.stat(file.path.parents[depth]), file.path.parents[depth]) | stat.S_IRWXU
+
+    def _sources(self, name: str) -> Collection[File]:
+        files, sources = self._destination.files, self._destination.sources
+        if name == MANIFEST:  # it tells of all
+            return {*files.values(), *(file for each in sources.values() for file in each)}
+        return {files[name], *sources.get(name, ())}
+
+    def _readers(self, path: Path) -> int:
+        """Who may read and write a file, and may reach it."""
+        real = Path(os.path.realpath(path))
+        if real not in self._modes:
+            mode = self._common(os.stat(real), real)
+            for folder in real.parents:
+                mode &= self._visitors(folder)
+            self._modes[real] = mode
+        return self._modes[real]
+
+    def _visitors(self, folder: Path) -> int:
+        """Who may reach what is in a directory."""
+        if folder not in self._modes:
+            found = os.stat(folder)
+            search = 0o111 if _identity(found) in self._shared else self._common(found, folder) & 0o111
+            self._modes[folder] = search << 2 | search << 1
+        return self._modes[folder]
+
+    def _common(self, found: os.stat_result, path: Path) -> int:
+        """The permissions of a mode that hold for the groups of what is created."""
+        mode = stat.S_IMODE(found.st_mode) & _ALL
+        if _has_acl(path):  # then these bits are the bound of its entries, and not the group's
+            mode &= ~_GROUP
+        if self._groups == {found.st_gid}:
+            return mode
+        # Its group is another: everybody may be in that one, and may not be.
+        everybody = mode >> 3 & mode & 0o007
+        return mode & stat.S_IRWXU | everybody << 3 | everybody
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _has_acl(path: Path) -> bool:
+    try:
+        return bool(os.getxattr(path, "system.posix_acl_access"))
+    except OSError:  # none, or none here
+        return False
