@@ -114,7 +114,7 @@ def _renames(
 )
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option(
-    "--overwrite", is_flag=True, help="Replace OUT if negmerge wrote, or would write, all its files."
+    "--overwrite", is_flag=True, help="Replace OUT if its manifest lists all its files, as they are."
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted merge; keep unfinished output.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")

@@ -200,7 +200,7 @@ def rename_to_new(source: Entry, to: Entry) -> bool:
     except OSError as error:
         if error.errno not in NOT_HERE:
             raise
-    if not source.is_directory() and or_not_here(lambda: _link(source, to)):
+    if not source.is_directory() and or_not_here(lambda: _hard_link(source, to)):
         source.unlink()
         return True
     if to.exists():
@@ -209,7 +209,7 @@ def rename_to_new(source: Entry, to: Entry) -> bool:
     return False
 
 
-def _link(source: Entry, to: Entry) -> None:
+def _hard_link(source: Entry, to: Entry) -> None:
     with _located(to.path):
         descriptors = source.parent.descriptor, to.parent.descriptor
         os.link(
@@ -302,7 +302,7 @@ def _holds_only_hidden(entry: Entry) -> bool:
 
 @contextmanager
 def scratch_directory(parent: Directory) -> Iterator[Directory]:
-    """Make a directory for trials, and remove it, and those that killed processes left."""
+    """Make a directory to try things out in, and remove it, and those that killed processes left."""
     _remove_abandoned(parent)
     while (directory := _new_scratch(parent)) is None:
         pass

@@ -18,8 +18,8 @@ def publish(destination: Destination, staging: Staging) -> None:
     if not destination.directory:
         staging.keep_manifest()
     staging.mark()
-    check_existing(destination)
     refuse_overlap(destination)
+    check_existing(destination)
     if destination.directory:
         _move(destination, staging, staging.staged)
     else:

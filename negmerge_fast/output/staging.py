@@ -295,12 +295,12 @@ class Staging:
         """Give an older output, or its manifest, its place again if it was not replaced to the end."""
         if self._was_published():
             return
-        if self.former.exists():
-            if self.destination.directory:
-                move_directory(self.former, self.published, MANIFEST)
-            else:
-                self.former.rename(self.published_manifest)
-        elif not self.destination.directory and self._is_marked() and not self.published.exists():
+        directory, former = self.destination.directory, self.former.stat()
+        if directory and former and stat.S_ISDIR(former.st_mode):
+            move_directory(self.former, self.published, MANIFEST)
+        elif not directory and former and stat.S_ISREG(former.st_mode):
+            self.former.rename(self.published_manifest)
+        elif not directory and self._is_marked() and not self.published.exists():
             self.published_manifest.unlink()
         else:
             return

@@ -82,7 +82,7 @@ def merge_checkpoints(
         threads: How many threads read and compute. None is torch's number, or less within a CPU quota.
         skip_unchanged: Do not read what cannot change the output: versions of a block in which no element can agree any more.
             A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only.
-        overwrite: Replace output if negmerge wrote, or would write, every file in it.
+        overwrite: Replace output if its manifest says that negmerge wrote every file in it, as it is.
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop the merge.
 
