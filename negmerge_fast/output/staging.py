@@ -27,7 +27,7 @@ from ..core.errors import InputError
 from ..core.hashing import hash_of
 from .destination import FORMER, Destination, OccupiedError
 from .directory import Directory, Entry, move_directory, remove_empty, remove_tree, scratch_directory
-from .filesystem import TMPFS, allocate, filesystem_type, lock, set_size, sync
+from .filesystem import TMPFS, allocate, filesystem_type, lock, or_not_here, set_size, sync
 from .permissions import Permissions
 
 _LOCK, _MARK, _STAGED, _JOURNAL = "lock", "exchange", "output", "journal-"
@@ -340,26 +340,32 @@ class Staging:
         return Permissions(self.destination, groups)
 
     def refuse_incomplete(self) -> None:
-        """Refuse to resume an output of which a file is missing, has another size, or is some other file of the user's."""
+        """Refuse to resume an output of which a file is missing, has another size, or is some other file of the user's.
+
+        Permissions that the inputs do not give any more are taken from the others.
+        """
+        permissions = self._permissions()
         for name, file in self.destination.files.items():
-            if (found := self._found(name)) != f"{file.size} bytes":
+            if (found := self._inspect(name, permissions.of_file(name))) != f"{file.size} bytes":
                 raise InputError(
                     f"{self.path / _STAGED / name}: {found}, expected {file.size} bytes of unfinished output "
                     "(without --resume it is made anew)"
                 )
 
-    def _found(self, name: str) -> str:
-        """What a file of the unfinished output is."""
+    def _inspect(self, name: str, allowed: int) -> str:
+        """Say what a file of the unfinished output is, and leave it no more permissions than allowed."""
         try:
             descriptor = self.open_file(name, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return "missing"
         try:
             found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                return "not a file of its own"
+            if (mode := stat.S_IMODE(found.st_mode)) & ~allowed:
+                or_not_here(lambda: os.fchmod(descriptor, mode & allowed))
         finally:
             os.close(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            return "not a file of its own"
         return f"{found.st_size} bytes"
 
     def _clear(self) -> None:

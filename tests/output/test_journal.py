@@ -7,6 +7,7 @@ import os
 import shutil
 import zlib
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from staged import staging_for
 
 import negmerge_fast as nm
 from negmerge_fast.output import journal, publish
-from negmerge_fast.output.directory import Entry
+from negmerge_fast.output.directory import Directory, Entry
 from negmerge_fast.output.staging import Staging
 
 pytestmark = pytest.mark.processes
@@ -118,6 +119,28 @@ def test_a_crash_right_before_the_exchange(made: Path, folder: Path, often: pyte
     often.setattr(Entry, "rename_with", rename)
     assert merge(folder, overwrite=True).bytes_done_before > 0
     assert weights(folder / "out") == weights(made / "expected")
+
+
+def test_an_interrupt_is_raised_when_the_record_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its thread would still write when the lock is let go."""
+    with Directory.at(tmp_path) as directory:
+        synced = Event()
+        kept = journal.Journal(directory / "journal-0", {}, lambda: synced.wait() and None)
+        kept.keep(journal.summed([]))
+        wait = kept._written.wait
+
+        def interrupted() -> bool:
+            if not synced.is_set():
+                synced.set()
+                raise KeyboardInterrupt
+            return wait()
+
+        monkeypatch.setattr(kept._written, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kept.flush()
+        assert len((tmp_path / "journal-0").read_bytes().splitlines()) == 2
 
 
 def test_nothing_is_kept_without_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from resumable import Stop
+from small_chunks import record_every_chunk
 from small_models import folder, merge  # noqa: F401
 
 import negmerge_fast as nm
@@ -118,6 +120,23 @@ def test_folders_of_an_output(modes: Path) -> None:
     (modes / "base" / "a" / "b").chmod(0o755)
     merge(modes)
     assert (found(modes / "out")["a"], found(modes / "out")["a/b"]) == ("750", "755")
+
+
+def test_permissions_that_are_taken_away_before_a_merge_is_resumed(
+    modes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_every_chunk(monkeypatch)
+
+    def stop(done: int, total: int) -> None:
+        if list(modes.glob(".out.negmerge/journal-0")):
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge(modes, resume=True, progress=stop, threads=1)
+    assert mode(modes / ".out.negmerge" / "output" / "model.safetensors") == "644"
+    (modes / "ft-0").chmod(0o700)
+    assert merge(modes, resume=True).bytes_done_before > 0
+    assert found(modes / "out")["model.safetensors"] == "600"
 
 
 def test_nobody_may_enter_while_it_is_written(modes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -259,3 +260,116 @@ def test_an_output_that_can_only_be_moved_file_by_file(folder: Path, moves: int,
             "out: was replaced file by file: its directory cannot be moved"
         ), done
     assert contents(folder / "out") == expected and not (folder / ".out.negmerge").exists()
+
+
+# Killed after so many renames that publish a single file: of its manifest, and of itself.
+KILLED = """
+import os, sys
+import negmerge_fast as nm
+from negmerge_fast.output import journal
+from negmerge_fast.output.directory import Entry
+journal.INTERVAL_S = 0.0
+rename, with_flags, renames = Entry.rename, Entry.rename_with, []
+def count(source):
+    renames.extend([source] * (source.parent.path.name == "output"))
+    if len(renames) == int(sys.argv[1]):
+        os._exit(9)
+def plain(source, to):
+    rename(source, to)
+    count(source)
+def to_new(source, to, flags):
+    with_flags(source, to, flags)
+    count(source)
+Entry.rename, Entry.rename_with = plain, to_new
+options = {"overwrite": sys.argv[2] == "True", "resume": sys.argv[3] == "True"}
+nm.merge_checkpoints("base/model.safetensors", ["ft-0/model.safetensors"], "out.safetensors", scale=0.9, **options)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_single_file_that_was_killed_between_its_renames(
+    folder: Path, renames: int, overwrite: bool, resume: bool
+) -> None:
+    """Or right after them: the same command ends well, and says "finished" of nothing but the new bytes."""
+    base, models, out = (
+        folder / "base" / "model.safetensors",
+        [folder / "ft-0" / "model.safetensors"],
+        folder / "out.safetensors",
+    )
+    nm.merge_checkpoints(base, models, folder / "new.safetensors", scale=0.9)
+    if overwrite:
+        nm.merge_checkpoints(base, models, out, scale=0.5)
+        before = out.read_bytes()
+    command = [sys.executable, "-c", KILLED, str(renames), str(overwrite), str(resume)]
+    assert subprocess.run(command, cwd=folder).returncode == 9
+    if renames == 1:
+        assert out.read_bytes() == before if overwrite else not out.exists()
+    options = {"overwrite": overwrite, "resume": resume}
+    if renames == 2 and not overwrite and not resume:
+        with pytest.raises(nm.InputError, match="exists already"):
+            nm.merge_checkpoints(base, models, out, scale=0.9, **options)
+        options["overwrite"] = True
+    report = nm.merge_checkpoints(base, models, out, scale=0.9, **options)
+    assert (report.bytes_written == 0) == (resume and (renames == 2 or report.bytes_done_before > 0))
+    assert out.read_bytes() == (folder / "new.safetensors").read_bytes()
+    assert nm.verify_checkpoint(out).files == 1 and not (folder / ".out.safetensors.negmerge").exists()
+
+
+def test_another_job_after_a_kill_between_the_renames(folder: Path) -> None:
+    """It puts the older manifest back, or it would not know the older file."""
+    base, models, out = (
+        folder / "base" / "model.safetensors",
+        [folder / "ft-0" / "model.safetensors"],
+        folder / "out.safetensors",
+    )
+    nm.merge_checkpoints(base, models, out, scale=0.5)
+    assert subprocess.run([sys.executable, "-c", KILLED, "1", "True", "True"], cwd=folder).returncode == 9
+    with pytest.raises(nm.InputError, match=r"output was made with scale 0\.9, expected 0\.7"):
+        nm.merge_checkpoints(base, models, out, scale=0.7, resume=True, overwrite=True)
+    assert nm.verify_checkpoint(out).files == 1
+    nm.merge_checkpoints(base, models, out, scale=0.7, overwrite=True)
+    assert nm.verify_checkpoint(out, [base, *models]).blocks
+    assert not (folder / ".out.safetensors.negmerge").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("renames", [1, 2])
+def test_an_interrupt_between_the_renames_of_a_single_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, renames: int, overwrite: bool
+) -> None:
+    """Or right after the last: file and manifest belong together."""
+    base, models, out = (
+        folder / "base" / "model.safetensors",
+        [folder / "ft-0" / "model.safetensors"],
+        folder / "out.safetensors",
+    )
+    if overwrite:
+        nm.merge_checkpoints(base, models, out, scale=0.5)
+    done: list[str] = []
+
+    def interrupted(name: str) -> None:
+        rename = getattr(Entry, name)
+
+        def call(self: Entry, *arguments: Any) -> None:
+            rename(self, *arguments)
+            done.extend([self.name] * (self.parent.path.name == "output"))
+            if len(done) == renames:
+                done.append("never again")
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Entry, name, call)
+
+    interrupted("rename")
+    interrupted("rename_with")
+    with pytest.raises(KeyboardInterrupt):
+        nm.merge_checkpoints(base, models, out, scale=0.9, overwrite=overwrite)
+    listed = folder / "out.safetensors.negmerge.json"
+    if renames == 2 or overwrite:
+        assert nm.verify_checkpoint(out).files == 1
+        assert json.loads(listed.read_text())["scale"] == (0.9 if renames == 2 else 0.5)
+    else:
+        assert not out.exists() and not listed.exists()
+    assert not (folder / ".out.safetensors.negmerge").exists()

@@ -274,3 +274,19 @@ def test_killed_at_random_moments(made: Path, folder: Path, ranks: int) -> None:
         f"{ranks} processes: {KILLS} kills, {kept} with something on record, {KILLS} of {KILLS} the same bytes"
     )
     assert kept >= KILLS // 4
+
+
+def test_unfinished_output_of_another_merge_is_left_alone(
+    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished merge that is started again clears what is its own only, and says so."""
+    merge(folder)
+    interrupt(folder, monkeypatch, scale=0.5, overwrite=True)
+    unfinished = contents(folder / ".out.negmerge")
+    report = merge(folder)
+    assert report.bytes_written == 0 and report.notes == [
+        f"{folder}/.out.negmerge: the unfinished output of another merge, left alone"
+    ]
+    assert contents(folder / ".out.negmerge") == unfinished
+    assert merge(folder, scale=0.5, overwrite=True).bytes_done_before > 0
+    assert not (folder / ".out.negmerge").exists()
