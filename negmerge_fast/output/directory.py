@@ -160,7 +160,8 @@ class Entry(NamedTuple):
             return os.open(self.name, flags, mode, dir_fd=self.parent.descriptor)
 
     def read_bytes(self) -> bytes:
-        with _located(self.path), open(self.open(os.O_RDONLY), "rb") as file:
+        """Read a file. A pipe that has been put in its place is empty, and not waited for."""
+        with _located(self.path), open(self.open(os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             return file.read()
 
     def write_bytes(self, content: bytes, mode: int = 0o600) -> None:

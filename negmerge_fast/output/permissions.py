@@ -36,13 +36,11 @@ class Permissions:
             mode &= self._readers(source.path)
         return mode | stat.S_IRUSR | stat.S_IWUSR
 
-    def of_folder(self, name: str) -> int:
+    def of_folder(self, folder: str) -> int:
         """The mode of a folder of the output; "" is the output itself."""
-        held, file = next(
-            (n, f) for n, f in self._destination.files.items() if f"{n}/".startswith(f"{name}/" * bool(name))
-        )
-        depth = held.count("/") - (name.count("/") + 1 if name else 0)
-        return self._common(os.stat(file.path.parents[depth]), file.path.parents[depth]) | stat.S_IRWXU
+        name, file = next(iter(self._destination.files.items()))
+        path = file.path.parents[name.count("/")] / folder
+        return self._common(os.stat(path), path) | stat.S_IRWXU
 
     def _sources(self, name: str) -> Collection[File]:
         files, sources = self._destination.files, self._destination.sources

@@ -16,7 +16,7 @@ from ..core.errors import InputError
 from .destination import Destination
 from .directory import Directory, exchange, rename_to_new, scratch_directory
 from .filesystem import lock, sync
-from .staging import refuse_full_disk
+from .reserve import refuse_full_disk
 
 
 def try_inputs(files: Iterable[File]) -> None:

@@ -12,23 +12,21 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import stat
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..checkpoints.base import MANIFEST
-from ..checkpoints.reader import NOT_HERE, File, naming, same_file
+from ..checkpoints.reader import naming, same_file
 from ..core.errors import InputError
 from ..core.hashing import hash_of
 from .destination import FORMER, Destination, OccupiedError
 from .directory import Directory, Entry, move_directory, remove_empty, remove_tree, scratch_directory
-from .filesystem import TMPFS, allocate, filesystem_type, lock, or_not_here, set_size, sync
-from .permissions import Permissions
+from .filesystem import lock
+from .reserve import create_files, permissions_in, refuse_full_disk, refuse_other_files
 
 _LOCK, _MARK, _STAGED, _JOURNAL = "lock", "exchange", "output", "journal-"
 _MAX_TRIES = 1000  # of a directory that others remove again and again
@@ -246,7 +244,10 @@ class Staging:
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
         """Write the manifest beside the output's files, and sync it and all names."""
         with self.staged.directory() as staged:
-            (staged / MANIFEST).write_json(manifest, self._permissions().of_file(MANIFEST), indent=2)
+            (staged / MANIFEST).unlink()  # of an earlier run, which may have given it other permissions
+            (staged / MANIFEST).write_json(
+                manifest, permissions_in(staged, self.destination).of_file(MANIFEST), indent=2
+            )
         self.directory.sync_tree()
 
     def mark(self) -> None:
@@ -262,8 +263,8 @@ class Staging:
 
     def keep_manifest(self) -> None:
         """Keep the manifest of an older single file, until the file is replaced too."""
-        if self.published_manifest.exists():
-            self.former.write_bytes(self.published_manifest.read_bytes())
+        if found := self.published_manifest.stat():
+            self.former.write_bytes(self.published_manifest.read_bytes(), stat.S_IMODE(found.st_mode))
             self.directory.sync()
 
     def _was_published(self) -> bool:
@@ -310,63 +311,12 @@ class Staging:
         """Create the files of a new output, in place of any unfinished one."""
         self._clear()
         refuse_full_disk(self.path, self.path.parent, self.destination.files)
-        permissions, folders = self._permissions(), {""}
-        self.staged.mkdir(permissions.of_folder("") if self.destination.directory else stat.S_IRWXU)
-        # tmpfs reserves a page by fetching it, on one thread; the workers fetch pages faster as they write.
-        reserve = set_size if filesystem_type(self.path) == TMPFS else allocate
-        with self.staged.directory() as staged:
-            for name, like in self.destination.files.items():
-                parts = name.split("/")
-                for folder in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
-                    if folder not in folders:
-                        folders.add(folder)
-                        above, _, last = folder.rpartition("/")
-                        with staged.folder(above) as holding:
-                            (holding / last).mkdir(permissions.of_folder(folder))
-                with staged.folder("/".join(parts[:-1])) as holding:
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                    descriptor = (holding / parts[-1]).open(flags, permissions.of_file(name))
-                try:
-                    with naming(self.destination.path):
-                        if like.size:
-                            reserve(descriptor, like.size)
-                        if self.resume or not like.size:  # it may not be opened again before a crash
-                            sync(descriptor)
-                finally:
-                    os.close(descriptor)
-
-    def _permissions(self) -> Permissions:
-        groups = {os.getegid(), os.fstat(self.directory.descriptor).st_gid}
-        return Permissions(self.destination, groups)
+        create_files(self.staged, self.destination, is_durable=self.resume)
 
     def refuse_incomplete(self) -> None:
-        """Refuse to resume an output of which a file is missing, has another size, or is some other file of the user's.
-
-        Permissions that the inputs do not give any more are taken from the others.
-        """
-        permissions = self._permissions()
-        for name, file in self.destination.files.items():
-            if (found := self._inspect(name, permissions.of_file(name))) != f"{file.size} bytes":
-                raise InputError(
-                    f"{self.path / _STAGED / name}: {found}, expected {file.size} bytes of unfinished output "
-                    "(without --resume it is made anew)"
-                )
-
-    def _inspect(self, name: str, allowed: int) -> str:
-        """Say what a file of the unfinished output is, and leave it no more permissions than allowed."""
-        try:
-            descriptor = self.open_file(name, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return "missing"
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                return "not a file of its own"
-            if (mode := stat.S_IMODE(found.st_mode)) & ~allowed:
-                or_not_here(lambda: os.fchmod(descriptor, mode & allowed))
-        finally:
-            os.close(descriptor)
-        return f"{found.st_size} bytes"
+        """Refuse to resume an output of which a file is missing or is not what was created."""
+        with self.staged.directory() as staged:
+            refuse_other_files(staged, self.destination)
 
     def _clear(self) -> None:
         if found := self.journals():  # first, and for good: they speak of what is removed next
@@ -433,24 +383,3 @@ def _refuse_others(directory: Directory, parent: Directory) -> None:
             raise InputError(f"{directory.path}: others may write in it (mode {mode:o}), expected mode 700")
     with suppress(OSError):  # of an earlier version, which others could read
         os.fchmod(directory.descriptor, stat.S_IRWXU)
-
-
-def refuse_full_disk(path: Path, folder: Path, files: Mapping[str, File], reclaimed: int = 0) -> None:
-    """Raise OSError if files do not fit.
-
-    Args:
-        path: A directory on the file system.
-        folder: The directory to name.
-        files: What will be written.
-        reclaimed: Bytes that will be removed before.
-    """
-    needed = sum(file.size for file in files.values())
-    try:
-        disk = shutil.disk_usage(path)
-    except OSError as error:
-        if error.errno not in NOT_HERE:
-            raise
-        return
-    # Some network file systems know of no size at all.
-    if disk.total and needed > disk.free + reclaimed:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {disk.free:,} are free", str(folder))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import negmerge_fast as nm
-from negmerge_fast.output import filesystem, journal, staging, writer
+from negmerge_fast.output import filesystem, journal, reserve, writer
 from negmerge_fast.streaming import budget
 
 INPUTS = ("base", "ft-0", "ft-1")
@@ -115,7 +115,7 @@ def main(folder: Path, attempts: list[list[str]], result: Path) -> None:
     budget.MAX_CHUNK_BYTES = 1 << 15
     # As on Btrfs: files are reserved, and what no model changed is cloned.
     real, btrfs = filesystem.filesystem_type, next(iter(filesystem.REFLINK_FILESYSTEMS))
-    staging.filesystem_type = writer.filesystem_type = lambda path: real(path) and btrfs
+    reserve.filesystem_type = writer.filesystem_type = lambda path: real(path) and btrfs
     make_models(folder)
     done = {" ".join(each): attempt(folder, *each) for each in attempts}
     result.write_text(json.dumps(done))
