@@ -162,7 +162,7 @@ MANIFEST = [
     "models[].files{}.sample",
     "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude", "rename", "keep", "drop",
     "counted", "counted.elements", "counted.agreed", "counted.nonfinite", "counted.vetoed_by_zero",
-    "block", "files", "files{}", "files{}.size", "files{}.checksum", "files{}.sample",
+    "block", "files", "files{}", "files{}.size", "files{}.checksum", "files{}.sample", "checksum",
 ]  # fmt: skip
 
 JOURNAL_HEAD = [

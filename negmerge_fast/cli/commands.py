@@ -11,7 +11,7 @@ import click
 from .._version import __version__
 from ..backends.registry import NAMES
 from ..checkpoints.reader import naming
-from ..core.errors import InputError
+from ..core.errors import InputError, escape
 from .signals import Signals, fail
 from .text import (
     contents,
@@ -247,11 +247,9 @@ def verify(
                 out, inputs if against else None, blocks=blocks, seed=seed, progress=progress
             )
     except DamageError as error:
-        return max(fail(line, 1) for line in error.found)
+        return max(fail(escape(line), 1) for line in error.found)
     if not quiet:
-        print(verified(done))
-        for name in done.not_listed:
-            print(f"not listed  {name}")
+        print_lines(verified(done), *(f"not listed  {name}" for name in done.not_listed))
     return 0
 
 

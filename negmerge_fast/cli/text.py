@@ -99,10 +99,11 @@ def summary(job: Job, done: Report) -> str:
         return f"{done.output}: was finished already"
     moved = done.bytes_read + done.bytes_written
     skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
+    nonfinite = "" if done.nonfinite is None else f", {done.nonfinite:,} non-finite"
     vetoed = "" if done.vetoed_by_zero is None else f", {done.vetoed_by_zero:,} vetoed by a zero"
     return (
         f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.unchanged} unchanged; "
-        f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}), {done.nonfinite:,} non-finite{vetoed}; "
+        f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}){nonfinite}{vetoed}; "
         f"read {_size(done.bytes_read)}{skipped}, wrote {_size(done.bytes_written)} "
         f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"
     )

@@ -1,4 +1,4 @@
-"""The manifest of an output: its inputs, its options and the checksums of its files.
+"""The manifest of an output: its inputs, its options, the checksums of its files, and one of itself.
 
 Nothing in it depends on the machine, the backend, memory or time, nor on where the inputs lie. Same inputs and options give the
 same manifest.
@@ -6,6 +6,7 @@ same manifest.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,25 @@ from .._version import __version__
 from ..checkpoints.base import MANIFEST, Checkpoint
 from ..checkpoints.reader import File, Reader
 from ..checkpoints.strict_json import parse_json
-from ..core.errors import InputError
+from ..core.errors import InputError, short_repr
+from ..core.hashing import hash_of
 from ..core.rule import Inputs, NonFinite, Rule
 from .checksums import Checksums
 
 # The bound of an index; and blocks small enough for each thread to hold one.
 _MAX_BYTES, _BLOCK_SIZES = 100_000_000, range(1 << 12, (1 << 24) + 1)
+_MAX_HASH = 200  # characters
+
+# What is before a manifest's own checksum, and the fields of manifests that have none.
+_SEAL = ',\n  "checksum": '
+_EARLY_FIELDS = frozenset({
+    "negmerge_fast", "base", "models", "scale", "min_agreement", "inputs", "nonfinite", "include", "exclude", "rename",
+    "keep", "drop", "counted", "block", "files",
+})  # fmt: skip
+
+
+class AlteredError(InputError):
+    """A manifest that is not as negmerge wrote it."""
 
 
 def manifest_path(output: Path, directory: bool) -> Path:
@@ -133,6 +147,15 @@ def _input_json(given: Input) -> dict[str, object]:
     return {"path": given.path, "files": {name: file._asdict() for name, file in given.files.items()}}
 
 
+class Counted(NamedTuple):
+    """Elements of the whole output: merged, agreed, not finite, vetoed by zero. None: not known, or not counted by early versions."""
+
+    elements: int
+    agreed: int
+    nonfinite: int | None
+    vetoed_by_zero: int | None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A manifest that was read.
@@ -140,22 +163,46 @@ class Manifest:
     Attributes:
         version: The version of negmerge_fast that wrote it.
         recipe: The inputs and options.
+        counted: Counts of elements.
         block: Bytes of the blocks that are hashed.
         files: The files of the output, by name.
     """
 
     version: str
     recipe: Recipe
+    counted: Counted
     block: int
     files: dict[str, OutputFile]
 
 
+def sealed(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a manifest and, as the last one, the hash of their JSON (indented by 2) up to there."""
+    text = json.dumps(fields, indent=2).removesuffix("\n}")
+    return {**fields, "checksum": hash_of(text.encode())}
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read the JSON object of a manifest, not validated."""
+    """Read the JSON object of a manifest; of its fields only the checksum is checked.
+
+    Raises:
+        AlteredError: If it is not as it was written. Early manifests have no checksum.
+        InputError: If it is no JSON object.
+    """
     file = File.at(path)
     if file.size > _MAX_BYTES:
         raise InputError(f"{path}: {file.size} bytes, expected a manifest of at most {_MAX_BYTES}")
-    return parse_json(file.read(0, file.size), path, "manifest", surrogates=True)
+    content = file.read(0, file.size)
+    text, seal, checksum = content.rpartition(_SEAL.encode())
+    if seal and checksum != f'"{hash_of(text)}"\n}}\n'.encode():
+        raise AlteredError(
+            f"{path}: the manifest was altered, expected what its last line has the checksum of"
+        )
+    found = parse_json(content, path, "manifest", surrogates=True)
+    if not seal and "negmerge_fast" in found and (unknown := sorted(found.keys() - _EARLY_FIELDS)):
+        raise AlteredError(
+            f"{path}: the manifest was altered ({short_repr(unknown[0])}), expected it as it was written"
+        )
+    return found
 
 
 def read(path: Path) -> Manifest:
@@ -189,7 +236,7 @@ def read(path: Path) -> Manifest:
         name: OutputFile(size, checksum, validator.sample(found["files"][name]))
         for name, (size, checksum) in listed.items()
     }
-    return Manifest(version, recipe, block, files)
+    return Manifest(version, recipe, validator.counted(found), block, files)
 
 
 def holds(
@@ -337,21 +384,27 @@ class _Validator:
         return Input(self.field(value, "path", _is_text, "text"), files)
 
     def sample(self, entry: dict[str, Any]) -> str:
-        sample: str = self.field({"sample": "", **entry}, "sample", _is_text, "a hash")
+        sample: str = self.field({"sample": "", **entry}, "sample", _is_hash, "a hash")
         return sample
+
+    def counted(self, found: dict[str, Any]) -> Counted:
+        counted = self.field(found, "counted", _is_object, "an object of counts")
+        known = [self.field(counted, key, _is_count, "a count") for key in ("elements", "agreed")]
+        perhaps = {"vetoed_by_zero": None, **counted}
+        for key in ("nonfinite", "vetoed_by_zero"):
+            known.append(self.field(perhaps, key, lambda v: v is None or _is_count(v), "a count or null"))
+        return Counted(*known)
 
     def files(self, found: dict[str, Any], key: str, hash_key: str) -> dict[str, tuple[int, str]]:
         files: dict[str, tuple[int, str]] = {}
         for name, entry in self.field(found, key, _is_object, "an object of files").items():
             if not _is_inside(name):
                 raise InputError(
-                    f"{self.path}: names the file {name!r}, expected a path inside the directory"
+                    f"{self.path}: names the file {short_repr(name)}, expected a path inside the directory"
                 )
             file = self.field({name: entry}, name, _is_object, f"an object with size and {hash_key}")
-            size = self.field(
-                file, "size", lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of bytes"
-            )
-            files[name] = size, self.field(file, hash_key, _is_text, "a hash")
+            size = self.field(file, "size", lambda v: _is_count(v) and v < 1 << 63, "a number of bytes")
+            files[name] = size, self.field(file, hash_key, _is_hash, "a hash")
         return files
 
 
@@ -362,6 +415,14 @@ def _is_inside(name: str) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_HASH
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_text_or_none(value: Any) -> bool:

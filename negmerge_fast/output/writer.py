@@ -12,6 +12,7 @@ from ..checkpoints.reader import advise, naming, sample_of
 from .checksums import BLOCK, Checksums
 from .destination import Destination
 from .filesystem import REFLINK_FILESYSTEMS, filesystem_type, reflink, start_writing_back, sync, sync_data
+from .manifest import sealed
 from .staging import Staging
 
 
@@ -106,7 +107,7 @@ class Writer:
             }
             for name, like in sorted(self.destination.files.items())
         }
-        self.staging.write_manifest({**manifest, "block": BLOCK, "files": files})
+        self.staging.write_manifest(sealed({**manifest, "block": BLOCK, "files": files}))
 
     def _sample(self, name: str) -> str:
         with naming(self.destination.path), self.staging.read_file(name) as file:

@@ -32,7 +32,8 @@ from ..output.destination import Destination, refuse_existing
 from ..output.directory import Entry
 from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
-from ..output.manifest import Recipe, load
+from ..output.manifest import Recipe
+from ..output.manifest import read as read_manifest
 from ..output.publish import publish
 from ..output.staging import Staging
 from ..output.writer import Writer
@@ -314,8 +315,8 @@ class Job:
         counted = {
             "elements": stats.elements,
             "agreed": stats.agreed,
-            "nonfinite": stats.nonfinite,
             # How much is skipped depends on the machine, and the manifest must not.
+            "nonfinite": None if self.options.skips else stats.nonfinite,
             "vetoed_by_zero": None if self.options.skips else stats.vetoed_by_zero,
         }
         self._note_variances(self.staging.read_file)
@@ -342,12 +343,13 @@ class Job:
                         f"{self.staging.path}: the unfinished output of another merge, left alone"
                     )
         self._note_variances(lambda name: (path / name if directory else path).open("rb"))
-        counted = load(self.destination.manifest_path)["counted"]
+        counted = read_manifest(self.destination.manifest_path).counted
         stats = Stats()
-        stats.include({"": TensorStats(counted["elements"], counted["agreed"], counted["nonfinite"])})
+        stats.include({"": TensorStats(counted.elements, counted.agreed)})
         report = self._report(summed([])._replace(stats=stats), 0, 0.0)
-        # An older version did not count the last.
-        return dataclasses.replace(report, vetoed_by_zero=counted.get("vetoed_by_zero"), tensors=[])
+        return dataclasses.replace(
+            report, nonfinite=counted.nonfinite, vetoed_by_zero=counted.vetoed_by_zero, tensors=[]
+        )
 
     def _is_own(self, journal: Entry) -> bool:
         """Whether a journal is of this job."""

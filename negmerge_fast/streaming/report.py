@@ -23,7 +23,8 @@ class Report:
         elements: Elements that were merged.
         agreed: Elements that the rule changed.
         consensus_ratio: agreed / elements.
-        nonfinite: Elements that kept the base's bits because something was not finite.
+        nonfinite: Elements that kept the base's bits because something was not finite, as far as it was read. None of a job that was
+            finished before, by a run that may have skipped bytes of the models.
         vetoed_by_zero: Finite elements that did not agree, but would have if each difference of exactly zero had the sign of the
             majority. None if it is not known, because some bytes of the models were skipped, or an older version wrote OUT.
         bytes_read: Bytes that this run read.
@@ -45,7 +46,7 @@ class Report:
     elements: int
     agreed: int
     consensus_ratio: float
-    nonfinite: int
+    nonfinite: int | None
     vetoed_by_zero: int | None
     bytes_read: int
     bytes_skipped: int

@@ -22,7 +22,7 @@ from ..checkpoints.base import ByteRange
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File, Reader
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError
+from ..core.errors import InputError, escape
 from ..output import manifest
 from ..output.checksums import Checksums
 from ..runtime import memory
@@ -45,12 +45,15 @@ class DamageError(RuntimeError):
     """Damage in an output.
 
     Attributes:
-        found: One line for each damaged file.
+        found: One line for each damaged file, which may be the manifest itself.
     """
 
     def __init__(self, found: Sequence[str]) -> None:
         super().__init__("; ".join(found))
         self.found = list(found)
+
+    def __str__(self) -> str:
+        return escape(super().__str__())
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,10 @@ def verify_checkpoint(
         What was compared.
 
     Raises:
-        DamageError: If the output is not what it should be.
-        InputError: If that cannot be said: a file is missing, the manifest is invalid, or the checkpoints are not those of the
-            merge.
+        DamageError: If the output is not what it should be. Files that the manifest lists may be missing, or the manifest itself
+            may have been altered.
+        InputError: If that cannot be said: there is no valid manifest, a file cannot be read, or the checkpoints are not those of
+            the merge.
         TypeError: If against is one path.
     """
     for name, number in {"blocks": blocks, "threads": threads or registry.usual_threads()}.items():
@@ -140,27 +144,62 @@ def verify_checkpoint(
 
 @dataclass(frozen=True)
 class _Opened:
-    """An output to verify; files are those that the manifest lists, by its names for them."""
+    """An output to verify.
+
+    Attributes:
+        path: Its path.
+        manifest: Its manifest.
+        files: Those of the listed files that are there, by the manifest's names.
+        missing: What there is in place of the others.
+        not_listed: Files that are there and not listed.
+    """
 
     path: Path
     manifest: manifest.Manifest
     files: dict[str, File]
+    missing: dict[str, str]
     not_listed: list[str]
 
 
 def _open(path: Path) -> _Opened:
     directory = os.path.isdir(path)
     manifest_path = manifest.manifest_path(path, directory)
-    if not directory:
+    if not directory and not manifest_path.exists():
         File.at(path)
-    found = manifest.read(manifest_path)
-    if directory:
-        files = {name: File.at(path / name) for name in found.files}
-        present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
-        return _Opened(path, found, files, sorted(present - found.files.keys() - {manifest_path.name}))
-    if len(found.files) != 1:
+    try:
+        found = manifest.read(manifest_path)
+    except manifest.AlteredError as error:
+        raise DamageError([str(error)]) from None
+    if not directory and len(found.files) != 1:
         raise InputError(f"{manifest_path}: files are {len(found.files)}, expected one, {path.name}")
-    return _Opened(path, found, dict.fromkeys(found.files, File.at(path)), [])
+    files, missing = {}, {}
+    for name in found.files:
+        try:
+            files[name] = _listed_file(path / name if directory else path)
+        except _MissingError as error:
+            missing[name] = str(error)
+    present: set[str] = set()
+    if directory:
+        present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
+    not_listed = present - found.files.keys() - {manifest_path.name}
+    return _Opened(path, found, files, missing, sorted(not_listed))
+
+
+class _MissingError(Exception):
+    """There is no regular file where there should be one."""
+
+
+def _listed_file(path: Path) -> File:
+    try:
+        os.stat(path)
+    except PermissionError as error:  # it may be there
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError):
+        pass  # told in words by what follows
+    try:
+        return File.at(path)
+    except InputError as error:
+        raise _MissingError(str(error)) from None
 
 
 def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
@@ -196,7 +235,7 @@ def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
 def _check(out: _Opened, threads: int, advance: Callable[[int], None]) -> None:
     """Compare the size and the checksum of every file with the manifest's."""
     expected = out.manifest.files
-    damage = {
+    damage = out.missing | {
         name: f"{file.path}: {file.size} bytes, expected {expected[name].size}"
         for name, file in out.files.items()
         if file.size != expected[name].size
@@ -261,7 +300,7 @@ def _compare(out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callab
             expected, found = (np.frombuffer(buffer, np.uint8) for buffer in (buffers[0], buffers[-1]))
             if (different := np.flatnonzero(expected != found)).size:
                 difference = _difference(plan, chunk, int(different[0]), found, expected)
-                raise DamageError([f"{file.path}: {difference}"])
+                raise DamageError([f"{file.path}: {difference}; OUT or its inputs have changed"])
             advance(sum(source.nbytes for source in sources))
 
 

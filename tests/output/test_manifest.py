@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import flip
+from checkpoint_files import flip, read_manifest
 from safetensors.torch import save_file
 from small_chunks import set_chunk_bytes
 from xxhash import xxh3_128_hexdigest
@@ -53,7 +53,11 @@ def header(path: Path) -> dict[str, Any]:
 
 def test_the_fields_of_a_manifest(folder: Path) -> None:
     report = merge(min_agreement=0.6, include="n", exclude="^brain$")
-    manifest = json.loads(Path("out/negmerge.json").read_text())
+    text = Path("out/negmerge.json").read_text()
+    manifest = json.loads(text)
+    before, _, last = text.rpartition(',\n  "checksum": ')
+    assert manifest.pop("checksum") == "xxh3_128:" + xxh3_128_hexdigest(before.encode())
+    assert last.endswith('"\n}\n')
     listed, block = manifest.pop("files"), manifest.pop("block")
     assert listed.keys() | {"negmerge.json"} == contents(Path("out")).keys() and block == 128 << 10
     read = {path: sorted(Path(path).glob("*.safetensors*")) for path in INPUTS}
@@ -97,6 +101,31 @@ def test_manifests_do_not_depend_on_backend_threads_or_chunks(
             merge(overwrite=True, **options)
             manifests.add(Path("out/negmerge.json").read_bytes())
     assert len(manifests) == 1
+
+
+def test_manifests_do_not_depend_on_what_was_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the larger chunks the NaN is read, for another element there agrees."""
+    for k, name in enumerate(INPUTS):
+        values = torch.zeros(1 << 14)
+        values[: 1 << 10] = k
+        values[-1] = float("nan") if name == "ft-2" else 0
+        save_file({"w": values}, f"{name}.safetensors")
+    manifests, seen = set(), set()
+    for chunk_bytes, threads in ((1 << 12, 1), (1 << 20, 5), (1 << 14, 2)):
+        set_chunk_bytes(monkeypatch, chunk_bytes)
+        models = [f"{name}.safetensors" for name in INPUTS[1:]]
+        report = nm.merge_checkpoints(
+            "base.safetensors", models, "new.safetensors", scale=1.0, nonfinite="keep-base", threads=threads, overwrite=True
+        )  # fmt: skip
+        manifests.add(Path("new.safetensors.negmerge.json").read_bytes())
+        seen.add((report.nonfinite, report.bytes_skipped))
+    assert len(seen) > 1 and len(manifests) == 1
+    counted = read_manifest(Path("new.safetensors.negmerge.json"))["counted"]
+    assert counted == {"elements": 1 << 14, "agreed": 1 << 10, "nonfinite": None, "vetoed_by_zero": None}
+    again = nm.merge_checkpoints(
+        "base.safetensors", models, "new.safetensors", scale=1.0, nonfinite="keep-base", resume=True
+    )
+    assert (again.agreed, again.nonfinite, again.bytes_written) == (1 << 10, None, 0)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npy"])
@@ -167,7 +196,7 @@ def test_a_crash_between_the_manifest_and_its_single_file(
     killed()
     target, manifest = folder / "out.safetensors", folder / "out.safetensors.negmerge.json"
     assert manifest.exists() and not target.exists()
-    with pytest.raises(nm.InputError, match=r"out\.safetensors: No such file"):
+    with pytest.raises(nm.DamageError, match=r"out\.safetensors: No such file"):
         nm.verify_checkpoint(target)
     merge_single(folder)
     assert nm.verify_checkpoint(target).files == 1
@@ -294,7 +323,7 @@ def test_an_output_of_other_inputs_is_not_finished(finished: Path, case: str) ->
 
 def test_a_manifest_with_whole_paths_and_no_samples(finished: Path) -> None:
     """As early versions wrote them: verified and replaced, and finished while no input's inode changed."""
-    manifest = json.loads(Path("out/negmerge.json").read_text())
+    manifest = read_manifest()
     for number, each in enumerate([manifest["base"], *manifest["models"]]):
         each["path"] = str(finished / INPUTS[number])
         for file in each["files"].values():
@@ -345,6 +374,39 @@ def test_a_single_file_that_was_replaced_is_not_finished(folder: Path) -> None:
     assert done.bytes_written == out.stat().st_size
 
 
+COUNTED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "none": lambda counted: None,
+    "a list": lambda counted: [],
+    "no elements": lambda counted: {**counted, "elements": None},
+    "text": lambda counted: {**counted, "agreed": "3"},
+    "a fraction": lambda counted: {**counted, "nonfinite": 0.5},
+    "true": lambda counted: {**counted, "vetoed_by_zero": True},
+    "negative": lambda counted: {**counted, "elements": -1},
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_an_output_without_counts_is_not_finished(finished: Path, case: str) -> None:
+    manifest = read_manifest()
+    manifest["counted"] = COUNTED[case](manifest["counted"])
+    if manifest["counted"] is None:
+        del manifest["counted"]
+    Path("out/negmerge.json").write_text(json.dumps(manifest))
+    assert not is_finished()
+    with pytest.raises(nm.InputError, match=r"counted|elements|agreed|nonfinite|vetoed_by_zero"):
+        nm.verify_checkpoint("out")
+
+
+def test_an_output_with_an_altered_manifest_is_neither_finished_nor_replaced(folder: Path) -> None:
+    merge_single(folder, resume=True)
+    manifest = folder / "out.safetensors.negmerge.json"
+    manifest.write_text(manifest.read_text().replace('"scale": 0.9', '"scale": 0.8'))
+    with pytest.raises(nm.InputError, match="not negmerge's"):
+        merge_single(folder, scale=0.8, resume=True)
+    with pytest.raises(nm.InputError, match="not negmerge's"):
+        merge_single(folder, overwrite=True)
+
+
 def listed(folder: Path) -> dict[str, Path]:
     return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.name != "negmerge.json"}
 
@@ -375,7 +437,7 @@ def test_what_was_altered_beside_an_early_manifest(folder: Path) -> None:
     """As far as it tells: it has names, or names and sizes."""
     merge()
     manifest, config = Path("out/negmerge.json"), Path("out/config.json")
-    found = json.loads(manifest.read_text())
+    found = read_manifest()
     for entry in found["files"].values():
         del entry["sample"]
     manifest.write_text(json.dumps(found))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import family, flip, load_model, negmerge, save_model
+from checkpoint_files import family, flip, load_model, negmerge, read_manifest, save_model
 from hostile import random_models
 
 import negmerge_fast as nm
@@ -38,7 +38,7 @@ def merge(**options: Any) -> None:
 
 def update_checksums(path: Path = Path("out")) -> None:
     """Make the manifest agree with the files, so that only the inputs show what is wrong."""
-    manifest = json.loads((path / "negmerge.json").read_text())
+    manifest = read_manifest(path / "negmerge.json")
     for name, entry in manifest["files"].items():
         content = (path / name).read_bytes()
         sums = verify.Checksums({name: len(content)})
@@ -92,7 +92,7 @@ def manifest_with(**changes: Any) -> Callable[[], object]:
 
     def change() -> None:
         path = Path("out/negmerge.json")
-        manifest = json.loads(path.read_text())
+        manifest = read_manifest(path)
         for key, value in changes.items():
             inner: Any = manifest
             *above, last = key.split("__")
@@ -111,11 +111,23 @@ def listing(name: str) -> Callable[[], object]:
     return manifest_with(files={name: {"size": 1, "checksum": "xxh3_128:00"}})
 
 
+def in_manifest(before: bytes, after: bytes) -> Callable[[], object]:
+    """Replace the last of some bytes of a manifest."""
+
+    def change() -> None:
+        path = Path("out/negmerge.json")
+        head, found, tail = path.read_bytes().rpartition(before)
+        assert found
+        path.write_bytes(head + after + tail)
+
+    return change
+
+
 def write(content: bytes) -> Callable[[], object]:
     return lambda: Path("out/negmerge.json").write_bytes(content)
 
 
-OUTSIDE = "expected a path inside the directory"
+OUTSIDE, ALTERED = "expected a path inside the directory", "the manifest was altered"
 BAD: dict[str, tuple[Callable[[], object], int, list[str]]] = {
     "truncated": (lambda: os.truncate(f"out/{SHARD}", 100), 1, [f"out/{SHARD}: 100 bytes, expected 614"]),
     "longer": (lambda: os.truncate(f"out/{SHARD}", 999), 1, [f"out/{SHARD}: 999 bytes, expected 614"]),
@@ -124,9 +136,15 @@ BAD: dict[str, tuple[Callable[[], object], int, list[str]]] = {
         ["out/config.json: checksum", f"out/{SHARD}: 100 bytes"],
     ),
     "swapped": (swap, 1, ["out/model-00001-of-00002.safetensors: checksum", f"out/{SHARD}: checksum"]),
-    "missing": (lambda: os.unlink(f"out/{SHARD}"), 2, [f"out/{SHARD}: No such file or directory"]),
-    "a directory": (lambda: [os.unlink("out/config.json"), os.mkdir("out/config.json")], 2, ["out/config.json: not a regular file"]),
-    "a FIFO": (lambda: [os.unlink("out/config.json"), os.mkfifo("out/config.json")], 2, ["out/config.json: not a regular file"]),
+    "missing": (lambda: os.unlink(f"out/{SHARD}"), 1, [f"out/{SHARD}: No such file or directory"]),
+    "several are missing": (
+        lambda: [os.unlink(f"out/{SHARD}"), os.unlink("out/config.json"), flip(Path("out/tokenizer.json"), 0)], 1,
+        ["out/config.json: No such file", f"out/{SHARD}: No such file", "out/tokenizer.json: checksum"],
+    ),
+    "a dangling link": (lambda: [os.unlink("out/config.json"), os.symlink("no", "out/config.json")], 1, ["out/config.json: No such file"]),
+    "a directory": (lambda: [os.unlink("out/config.json"), os.mkdir("out/config.json")], 1, ["out/config.json: not a regular file"]),
+    "a FIFO": (lambda: [os.unlink("out/config.json"), os.mkfifo("out/config.json")], 1, ["out/config.json: not a regular file"]),
+    "a file for a folder": (manifest_with(**{"files__config.json/a": {"size": 1, "checksum": ""}}), 1, ["config.json/a: Not a directory"]),
     "no output": (lambda: shutil.rmtree("out"), 2, ["out: No such file or directory"]),
     "no manifest": (lambda: os.unlink("out/negmerge.json"), 2, ["out/negmerge.json: No such file or directory"]),
     "a FIFO for a manifest": (
@@ -165,8 +183,19 @@ BAD: dict[str, tuple[Callable[[], object], int, list[str]]] = {
     "the directory": (listing("."), 2, [OUTSIDE]),
     "no name": (listing(""), 2, [OUTSIDE]),
     "NUL": (listing("a\0b"), 2, [OUTSIDE]),
-    "half a character": (listing("\ud800"), 2, ["expected a file"]),
-    "a long name": (listing("a" * 5000), 2, ["File name too long"]),
+    "half a character": (listing("\ud800"), 1, ["expected a file"]),
+    "a long name": (listing("a" * 5000), 1, ["File name too long"]),
+    "a name of a megabyte": (listing("../" * 400_000), 2, ["...", OUTSIDE]),
+    "a hash of a megabyte": (manifest_with(**{"files__config.json": {"size": 22, "checksum": "a" * 10**6}}), 2, ["expected a hash"]),
+    "no counts": (manifest_with(counted=None), 2, ["no counted, expected an object of counts"]),
+    "altered": (in_manifest(b'"scale": 0.9', b'"scale": 0.8'), 1, [f"out/negmerge.json: {ALTERED}"]),
+    "altered first byte": (lambda: flip(Path("out/negmerge.json"), 0), 1, [f"out/negmerge.json: {ALTERED}"]),
+    "altered last byte": (lambda: flip(Path("out/negmerge.json"), -1), 1, [f"out/negmerge.json: {ALTERED}"]),
+    "altered space": (in_manifest(b'"scale": ', b'"scale":  '), 1, [f"out/negmerge.json: {ALTERED}"]),
+    "altered checksum": (in_manifest(b'"checksum": "xxh3_128:', b'"checksum": "xxh3_129:'), 1, [f"out/negmerge.json: {ALTERED}"]),
+    "altered name": (in_manifest(b'  "checksum": ', b'  "checksun": '), 1, [f"out/negmerge.json: {ALTERED}"]),
+    "formatted": (lambda: Path("out/negmerge.json").write_text(json.dumps(json.loads(Path("out/negmerge.json").read_text()))), 1, [ALTERED]),
+    "altered and no JSON": (in_manifest(b'"scale": 0.9', b'"scale" 0.9'), 1, [f"out/negmerge.json: {ALTERED}"]),
 }  # fmt: skip
 
 
@@ -183,7 +212,7 @@ def test_damage_is_named(folder: Path, case: str, capfd: pytest.CaptureFixture[s
     if status == 1:
         assert len(found) == len(messages)
     for line, message in zip(found, messages, strict=status == 1):
-        assert message in line and "\n" not in line
+        assert message in line and "\n" not in line and len(line) < 6000
 
 
 def test_the_command(folder: Path) -> None:
@@ -217,6 +246,54 @@ def test_the_command(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_names_are_escaped(folder: Path) -> None:
+    """A terminal would obey them: those in a manifest, those in a directory, and the version."""
+    merge()
+    escapes = "\x1b]0;owned\x07\r"
+    Path(f"out/{escapes}").touch()
+    manifest_with(negmerge_fast=escapes)()
+    done = negmerge("verify", "out")
+    assert done.returncode == 0 and done.stdout.splitlines()[1] == r"not listed  \x1b]0;owned\x07\r"
+    manifest_with(**{f"files__{escapes}2": {"size": 1, "checksum": escapes}})()
+    manifest_with(**{f"files__{escapes}": {"size": 0, "checksum": escapes}})()
+    done = negmerge("verify", "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert [r"out/\x1b]0;owned\x07\r" in line for line in done.stderr.splitlines()] == [True, True]
+    with pytest.raises(nm.DamageError) as error:
+        nm.verify_checkpoint("out")
+    assert str(error.value).isprintable()
+    for text in (done.stdout, done.stderr):
+        assert "\x1b" not in text and "\r" not in text
+
+
+def test_a_file_that_may_not_be_seen_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge()
+    stat = os.stat
+
+    def refusing(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("out/config.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    with pytest.raises(nm.InputError, match=r"^out/config\.json: Permission denied$"):
+        nm.verify_checkpoint("out")
+
+
+def test_inputs_that_changed_where_no_sample_was_taken(folder: Path) -> None:
+    """The checksums of the output are right, so it may be either."""
+    for k, name in enumerate(INPUTS):
+        shutil.rmtree(name)
+        save_model(Path(name), {"w": torch.full((1 << 16,), float(k))})
+    merge()
+    content = bytearray(Path("ft-1/model.safetensors").read_bytes())
+    content[10_000:10_004] = b"\xff\xff\xff\xff"
+    Path("ft-1/model.safetensors").write_bytes(content)
+    nm.verify_checkpoint("out")
+    with pytest.raises(nm.DamageError, match=r"tensor 'w': .*; OUT or its inputs have changed$"):
+        nm.verify_checkpoint("out", INPUTS)
+
+
 def test_it_imports_no_torch_and_stops_at_a_signal(folder: Path) -> None:
     merge()
     start = "import sys; sys.argv = ['negmerge', 'verify', 'out']\nfrom negmerge_fast.cli import main\nfrom negmerge_fast.streaming import verify\n"
@@ -244,10 +321,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options_are_those_of_the_manifest(folder: Path, case: str) -> None:
     merge(**OPTIONS[case])
     nm.verify_checkpoint("out", INPUTS)
-    recipe = json.loads(Path("out/negmerge.json").read_text())
+    recipe = read_manifest()
     merge(overwrite=True)
     nm.verify_checkpoint("out", INPUTS)
-    manifest = json.loads(Path("out/negmerge.json").read_text())
+    manifest = read_manifest()
     manifest.update({k: recipe[k] for k in ("inputs", "min_agreement", "scale", "include", "exclude")})
     Path("out/negmerge.json").write_text(json.dumps(manifest))
     with pytest.raises(nm.DamageError, match=r"out/.*: tensor '.*': .*, expected"):
@@ -260,7 +337,10 @@ def test_nonfinite_elements(folder: Path) -> None:
         shutil.rmtree(name)
         save_model(Path(name), {"w": tensor})
     merge(nonfinite="keep-base")
-    assert json.loads(Path("out/negmerge.json").read_text())["counted"]["nonfinite"] > 0
+    assert read_manifest()["counted"]["nonfinite"] is None
+    nm.verify_checkpoint("out", INPUTS)
+    merge(nonfinite="keep-base", skip_unchanged=False, overwrite=True)
+    assert read_manifest()["counted"]["nonfinite"] > 0
     nm.verify_checkpoint("out", INPUTS)
 
 
@@ -366,7 +446,7 @@ def test_models_in_another_order(folder: Path) -> None:
         nm.InputError, match=r"ft-2/model.safetensors: sample \w+:\w+, expected \w+:\w+ as in ft-0"
     ):
         nm.verify_checkpoint("out", ("base", "ft-2", "ft-1", "ft-0"))
-    manifest = json.loads(Path("out/negmerge.json").read_text())
+    manifest = read_manifest()
     for number, each in enumerate([manifest["base"], *manifest["models"]]):
         each["path"] = f"/models/{INPUTS[number]}"
         for file in each["files"].values():

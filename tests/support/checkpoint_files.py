@@ -37,6 +37,13 @@ def save_model(
     return path
 
 
+def read_manifest(path: Path = Path("out/negmerge.json")) -> dict[str, Any]:
+    """The fields of a manifest, but for its own checksum: written again, it is like one of an early version."""
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest.pop("checksum", None)
+    return manifest
+
+
 def flip(path: Path, at: int, bit: int = 1) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= bit
