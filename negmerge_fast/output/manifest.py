@@ -147,7 +147,7 @@ def _input_json(given: Input) -> dict[str, object]:
     return {"path": given.path, "files": {name: file._asdict() for name, file in given.files.items()}}
 
 
-class Counted(NamedTuple):
+class ManifestCounts(NamedTuple):
     """Elements of the whole output: merged, agreed, not finite, vetoed by zero. None: not known, or not counted by early versions."""
 
     elements: int
@@ -170,7 +170,7 @@ class Manifest:
 
     version: str
     recipe: Recipe
-    counted: Counted
+    counted: ManifestCounts
     block: int
     files: dict[str, OutputFile]
 
@@ -387,13 +387,13 @@ class _Validator:
         sample: str = self.field({"sample": "", **entry}, "sample", _is_hash, "a hash")
         return sample
 
-    def counted(self, found: dict[str, Any]) -> Counted:
+    def counted(self, found: dict[str, Any]) -> ManifestCounts:
         counted = self.field(found, "counted", _is_object, "an object of counts")
         known = [self.field(counted, key, _is_count, "a count") for key in ("elements", "agreed")]
         perhaps = {"vetoed_by_zero": None, **counted}
         for key in ("nonfinite", "vetoed_by_zero"):
             known.append(self.field(perhaps, key, lambda v: v is None or _is_count(v), "a count or null"))
-        return Counted(*known)
+        return ManifestCounts(*known)
 
     def files(self, found: dict[str, Any], key: str, hash_key: str) -> dict[str, tuple[int, str]]:
         files: dict[str, tuple[int, str]] = {}
