@@ -72,7 +72,7 @@ def choice(include: str | None, exclude: str | None) -> Chosen | None:
         try:
             return re.compile(default if text is None else text)
         except (re.error, OverflowError, RecursionError, TypeError) as error:
-            raise InputError(f"{label}: {text!r} is not a regular expression ({error})") from None
+            raise InputError(f"{label}: {short_repr(text)} is not a regular expression ({error})") from None
 
     if include is None and exclude is None:
         return None
@@ -82,8 +82,10 @@ def choice(include: str | None, exclude: str | None) -> Chosen | None:
 
 def rename_pairs(rename: Rename) -> tuple[tuple[str, str], ...]:
     """Replacements as pairs. Raises InputError if they are none."""
-    pairs = rename.items() if isinstance(rename, Mapping) else rename
     try:
+        pairs = list(rename.items() if isinstance(rename, Mapping) else rename)
+        if any(isinstance(pair, str) for pair in pairs):  # one of two characters is no pair
+            raise ValueError
         return tuple((pattern, text) for pattern, text in pairs)
     except (TypeError, ValueError):
         found = short_repr(rename)
@@ -100,7 +102,7 @@ def compile_renames(rename: Rename) -> Renames:
             compiled.append((re.compile(pattern), text))
             re.compile(f"{pattern}|").sub(text, "")  # refuses a reference to a group that there is not
         except (re.error, IndexError, OverflowError, RecursionError, TypeError) as error:
-            raise InputError(f"rename: {pattern!r} to {text!r}: {error}") from None
+            raise InputError(f"rename: {short_repr(pattern)} to {short_repr(text)}: {error}") from None
     return compiled
 
 

@@ -21,14 +21,12 @@ from ..output.writer import Writer
 from ..runtime.interrupts import without_gc, without_interrupts
 from .budget import allocate
 from .job import Job
-from .options import MergeOptions
+from .options import MergeOptions, PathLike, as_path, as_paths, require_callable
 from .placement import choose_placement
 from .plan import Plan, make_plan
 from .progress import OnProgress
 from .report import Report
 from .skipping import Skipping
-
-PathLike = str | os.PathLike[str]
 
 
 def merge_checkpoints(
@@ -94,6 +92,7 @@ def merge_checkpoints(
         OSError: If reading or writing fails.
         TypeError: If finetuned is one path.
     """
+    require_callable("progress", progress)
     options = MergeOptions(
         scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
         backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
@@ -121,7 +120,8 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     Raises:
         InputError: If an input or option is bad.
     """
-    opened, models = _open(base, finetuned, options)
+    destination_path = as_path("output", output)
+    opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options)
     plan = make_plan(
         opened,
         models,
@@ -131,7 +131,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         rename=options.rename,
     )
     recipe = _recipe(plan, options)
-    destination, finished = _check_destination(Path(output), plan, recipe, options)
+    destination, finished = _check_destination(destination_path, plan, recipe, options)
     notes = [] if finished else _try_out(plan, destination)
     staging = Staging(destination, resume=options.resume)
     placement = choose_placement(plan, options)
@@ -155,10 +155,8 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
 
 
 def _open(
-    base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions
+    base: Path, finetuned: Sequence[Path], options: MergeOptions
 ) -> tuple[Checkpoint, list[Checkpoint]]:
-    if isinstance(finetuned, (str, os.PathLike)):
-        raise TypeError("finetuned: one path, expected a list of paths")
     if not finetuned:
         raise InputError("finetuned: no models, expected at least one")
     opened = open_checkpoint(base, keep=options.keep, drop=options.drop)

@@ -1,15 +1,24 @@
-"""The options of a merge of checkpoints."""
+"""The options of a merge of checkpoints, and what else its callers give: each is checked before anything is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
 
 from ..backends import registry
-from ..core.errors import InputError, require_choice
-from ..core.pairing import Rename, compile_renames
+from ..core.errors import InputError, require_choice, short_repr
+from ..core.pairing import Rename, choice, compile_renames, rename_pairs
 from ..core.rule import Inputs, NonFinite, Rule
+from ..runtime.memory import parse_size
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
 
 MAX_THREADS = 1024
 
@@ -40,7 +49,7 @@ class MergeOptions:
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
 
     Raises:
-        InputError: If a value is out of bounds or none of the choices.
+        InputError: If a value is of another type, out of bounds or none of the choices.
     """
 
     scale: float
@@ -62,15 +71,41 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         _ = self.rule  # checks its own two
+        for name in ("inputs", "nonfinite", "backend", "device"):
+            _require_text(name, getattr(self, name))
+        for name in ("include", "exclude"):
+            if getattr(self, name) is not None:
+                _require_text(name, getattr(self, name))
         require_choice("inputs", self.inputs, ("finetuned", "task_vectors"))
         require_choice("nonfinite", self.nonfinite, ("keep-base", "error"))
+        require_choice("backend", self.backend, ("auto", *registry.NAMES))
+        choice(self.include, self.exclude)
+        self._set("rename", _text_pairs(self.rename))
         compile_renames(self.rename)
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise InputError(f"threads: {self.threads}, expected 1 … {MAX_THREADS}")
+        for name in ("keep", "drop"):
+            self._set(name, _texts(name, getattr(self, name)))
+        for name in ("overwrite", "resume"):
+            self._set(name, _boolean(name, getattr(self, name)))
+        if self.skip_unchanged is not None:
+            self._set("skip_unchanged", _boolean("skip_unchanged", self.skip_unchanged))
+        if self.threads is not None:
+            self._set("threads", as_integer("threads", self.threads))
+            if not 1 <= self.threads <= MAX_THREADS:
+                raise InputError(f"threads: {self.threads}, expected 1 … {MAX_THREADS}")
+        if self.memory_budget is not None and not isinstance(self.memory_budget, str):
+            self._set("memory_budget", as_integer("memory_budget", self.memory_budget))
+        if self.memory_budget not in (None, "auto"):
+            parse_size(self.memory_budget)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @cached_property
     def rule(self) -> Rule:
-        return Rule(self.scale, self.min_agreement)
+        try:
+            return Rule(self.scale, self.min_agreement)
+        except TypeError as error:
+            raise InputError(str(error)) from None
 
     @property
     def thread_count(self) -> int:
@@ -80,3 +115,66 @@ class MergeOptions:
     def skips(self) -> bool:
         """Whether what cannot change the output is skipped."""
         return self.nonfinite == "keep-base" if self.skip_unchanged is None else self.skip_unchanged
+
+
+def as_integer(name: str, value: object) -> int:
+    """An integer of Python, of NumPy or of whatever else can be an index."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise InputError(f"{name}: {short_repr(value)}, expected an integer")
+
+
+def as_paths(name: str, value: Iterable[PathLike]) -> list[Path]:
+    """Several paths.
+
+    Raises:
+        TypeError: If it is one path, or nothing that has items.
+        InputError: If an item is no path.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: one path, expected a list of paths")
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: {short_repr(value)}, expected a list of paths")
+    return [as_path(f"{name}[{k}]", each) for k, each in enumerate(value)]
+
+
+def as_path(name: str, value: PathLike) -> Path:
+    """A path. Raises InputError if it is none."""
+    if isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str):
+        return Path(value)
+    raise InputError(f"{name}: {short_repr(value)}, expected a path")
+
+
+def require_callable(name: str, value: object) -> None:
+    """Raise InputError unless a value can be called, or is None."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name}: {short_repr(value)}, expected a function")
+
+
+def _boolean(name: str, value: object) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise InputError(f"{name}: {short_repr(value)}, expected True or False")
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name}: {short_repr(value)}, expected text")
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (None,)
+    if not all(isinstance(each, str) for each in items):
+        raise InputError(f"{name}: {short_repr(value)}, expected a list of patterns")
+    return items
+
+
+def _text_pairs(rename: Rename) -> tuple[tuple[str, str], ...]:
+    pairs = rename_pairs(rename)
+    for each in pairs:
+        if not all(isinstance(text, str) for text in each):
+            raise InputError(f"rename: {short_repr(each)}, expected a regular expression and a text")
+    return pairs

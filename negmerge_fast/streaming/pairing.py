@@ -64,7 +64,8 @@ def pair(
     renames, notes = pairing.compile_renames(rename), _Notes()
     chosen = _chosen(base.tensors, is_chosen)
     if is_chosen and not chosen:
-        raise InputError(f"{base.path}: no tensor is chosen by include {include!r}, exclude {exclude!r}")
+        patterns = f"include {short_repr(include)}, exclude {short_repr(exclude)}"
+        raise InputError(f"{base.path}: no tensor is chosen by {patterns}")
     all_of_base = _all(base)
     with Reader(_MAX_OPEN_FILES) as reader:
         held = []

@@ -28,12 +28,12 @@ from ..output.checksums import Checksums
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
+from .options import MAX_THREADS, PathLike, as_integer, as_path, as_paths, require_callable
 from .partition import chunks
 from .plan import Extent, Plan, make_plan
 from .progress import OnProgress
 from .worker import batches
 
-PathLike = str | os.PathLike[str]
 _Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 # Long enough for a disk, and still in the cache when it is hashed.
@@ -109,13 +109,12 @@ def verify_checkpoint(
             the merge.
         TypeError: If against is one path.
     """
-    for name, number in {"blocks": blocks, "threads": threads or registry.usual_threads()}.items():
-        if number < 1:
-            raise InputError(f"{name}: {number}, expected at least 1")
-    if isinstance(against, (str, os.PathLike)):
-        raise TypeError("against: one path, expected the base and at least one fine-tuned model")
-    out = _open(Path(output))
-    plan = _plan(out, against) if against is not None else None
+    blocks, seed = _at_least_1("blocks", blocks), as_integer("seed", seed)
+    threads = registry.usual_threads() if threads is None else _at_least_1("threads", threads)
+    require_callable("progress", progress)
+    out_path, inputs = as_path("output", output), None if against is None else as_paths("against", against)
+    out = _open(out_path)
+    plan = None if inputs is None else _plan(out, inputs)
     sample = _sample(plan, blocks, seed) if plan else []
     total = sum(file.size for file in out.files.values())
     total += sum(chunk.sources[0].nbytes + sum(s.nbytes for s in chunk.sources) for chunk in sample)
@@ -128,7 +127,7 @@ def verify_checkpoint(
             progress(done, total)
 
     advance(0)
-    _check(out, threads or registry.usual_threads(), advance)
+    _check(out, min(threads, MAX_THREADS), advance)
     if plan:
         _compare(out, plan, sample, advance)
     return Verified(
@@ -140,6 +139,12 @@ def verify_checkpoint(
         len(sample),
         sum(chunk.sources[0].nbytes for chunk in sample),
     )
+
+
+def _at_least_1(name: str, value: object) -> int:
+    if (number := as_integer(name, value)) < 1:
+        raise InputError(f"{name}: {number}, expected at least 1")
+    return number
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ def _listed_file(path: Path) -> File:
         raise _MissingError(str(error)) from None
 
 
-def _plan(out: _Opened, against: Sequence[PathLike]) -> Plan:
+def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
     """Plan the merge that made an output again; refuse checkpoints that are not its inputs."""
     if len(against) < 2:
         raise InputError("against: expected the base and at least one fine-tuned model")

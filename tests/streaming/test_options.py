@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import MISSING, fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 import negmerge_fast as nm
+from negmerge_fast.streaming import api
 from negmerge_fast.streaming.options import MergeOptions
 
 
@@ -45,3 +48,73 @@ def test_skipping_is_the_default_where_no_nan_is_an_error(
     nonfinite: Any, skip_unchanged: bool | None, skips: bool
 ) -> None:
     assert MergeOptions(0.9, nonfinite=nonfinite, skip_unchanged=skip_unchanged).skips is skips
+
+
+class Own:
+    def __repr__(self) -> str:
+        return "Own()"
+
+
+WRONG: dict[str, list[Any]] = {
+    "scale": ["0.9", None, True, [0.9], 1j],
+    "min_agreement": ["1", None, False],
+    "inputs": [None, 3, ["finetuned"], np.array(["finetuned", "x"])],
+    "nonfinite": [None, True, {"error"}],
+    "include": [re.compile("w"), b"w", 3, ["w"], "("],
+    "exclude": [re.compile("w"), b"w", 3, ["w"], "(" * 10_000],
+    "rename": [
+        "ab=c", ["ab"], 3, None, [("a", 3)], [(re.compile("a"), "b")], {b"a": b"b"}, [("a", lambda match: "b")], [("a",)], [3],
+        [("(", "b")], [("a", r"\1")],
+    ],
+    "keep": ["*.txt", None, 3, ["*.txt", 3], [b"*.txt"], b"*.txt", {"*.txt": 1}, iter(["*.txt"])],
+    "drop": ["*.txt", None, 3, ["*.txt", re.compile("x")], {"*.txt"}],
+    "backend": [None, 3, "gpu", ["cpu"]],
+    "device": [None, 0, ["cpu"]],
+    "memory_budget": [1.5, True, b"1GB", "much", [1], -1, Own()],
+    "threads": [2.0, "2", True, [2], np.float32(2), 0, -1, 1025, Own()],
+    "skip_unchanged": ["yes", 1, 0.0, []],
+    "overwrite": ["yes", None, 1, []],
+    "resume": ["yes", None, 0],
+    "progress": ["tqdm", True, 3],
+}  # fmt: skip
+
+
+def test_there_is_a_wrong_value_of_every_option() -> None:
+    assert WRONG.keys() == {field.name for field in fields(MergeOptions)} | {"progress"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_type_is_told_before_anything_is_opened(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "open_checkpoint", None)
+    for value in WRONG[name]:
+        options = {"scale": 0.9, name: value}
+        with pytest.raises(nm.InputError, match=f"^{name}: ") as error:
+            nm.merge_checkpoints("base", ["ft"], "out", **options)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, ["ft"], "out"), "base: None, expected a path"),
+        ((b"base", ["ft"], "out"), "base: b'base', expected a path"),
+        (("base", ["ft", 3], "out"), r"finetuned\[1\]: 3, expected a path"),
+        (("base", b"ft", "out"), r"finetuned\[0\]: 102, expected a path"),
+        (("base", ["ft"], None), "output: None, expected a path"),
+        (("base", "ft", "out"), "finetuned: one path, expected a list of paths"),
+        (("base", None, "out"), "finetuned: None, expected a list of paths"),
+    ],
+)
+def test_what_is_no_path(arguments: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "open_checkpoint", None)
+    with pytest.raises((nm.InputError, TypeError), match=f"^{message}$"):
+        nm.merge_checkpoints(*arguments, scale=0.9)
+
+
+def test_numbers_of_numpy_and_pairs_that_are_read_once() -> None:
+    found = MergeOptions(
+        np.float32(0.5), threads=np.int64(3), memory_budget=np.uint32(1 << 30), overwrite=np.bool_(True), rename=iter([("a", "b")])
+    )  # fmt: skip
+    expected = MergeOptions(0.5, threads=3, memory_budget=1 << 30, overwrite=True, rename={"a": "b"})
+    assert found == expected
+    assert [type(each) for each in (found.threads, found.memory_budget, found.overwrite)] == [int, int, bool]

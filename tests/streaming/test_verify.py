@@ -384,6 +384,26 @@ def test_options_out_of_range(folder: Path, options: Any) -> None:
         nm.verify_checkpoint("out", "base")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": 2.0}, "blocks: 2.0, expected an integer"),
+        ({"blocks": True}, "blocks: True, expected an integer"),
+        ({"seed": []}, r"seed: \[\], expected an integer"),
+        ({"threads": "2"}, "threads: '2', expected an integer"),
+        ({"threads": 0}, "threads: 0, expected at least 1"),
+        ({"progress": "tqdm"}, "progress: 'tqdm', expected a function"),
+        ({"against": 3}, "against: 3, expected a list of paths"),
+        ({"against": ["base", None]}, r"against\[1\]: None, expected a path"),
+        ({"output": 3}, "output: 3, expected a path"),
+    ],
+)
+def test_arguments_of_another_type(options: dict[str, Any], message: str) -> None:
+    """Told before there is a look at the output, which does not exist here."""
+    with pytest.raises((nm.InputError, TypeError), match=f"^{message}$"):
+        nm.verify_checkpoint(**{"output": "out", **options})
+
+
 def element(name: str, index: int) -> tuple[Path, int]:
     """Where an element of the output's tensor begins."""
     tensor = open_checkpoint("out").tensors[name]
