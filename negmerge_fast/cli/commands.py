@@ -239,12 +239,15 @@ def verify(
 
     if bool(inputs) != against:
         raise click.UsageError("--against takes BASE FINETUNED..., and they take --against")
-    signals.guarded = True
-    signals.check()
     try:
         with progress_bar("verify", signals, quiet) as progress:
+
+            def on_progress(done: int, total: int) -> None:
+                signals.guarded = True  # not before: until there is a bar, a signal may end this at once
+                progress(done, total)
+
             done = verify_checkpoint(
-                out, inputs if against else None, blocks=blocks, seed=seed, progress=progress
+                out, inputs if against else None, blocks=blocks, seed=seed, progress=on_progress
             )
     except DamageError as error:
         return max(fail(escape(line), 1) for line in error.found)

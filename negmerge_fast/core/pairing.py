@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from .dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from .errors import InputError, short_repr, some_names
@@ -19,9 +19,18 @@ from .schema import TensorSpec
 # Which of some tensors of one model are the same as another of its tensors: tied weights.
 Twins = Callable[[str, Collection[str]], Sequence[str]]
 Chosen = Callable[[str], bool]
-Renames = Sequence[tuple["re.Pattern[str]", str]]
+Renames = Callable[[str], str]
 # Regular expressions and what replaces their matches, in order.
 Rename: TypeAlias = "Mapping[str, str] | Sequence[tuple[str, str]]"
+
+
+class Patterns(Protocol):
+    """What compiles regular expressions: this module, or what bounds their time."""
+
+    def choice(self, include: str | None, exclude: str | None) -> Chosen | None: ...
+
+    def compile_renames(self, rename: Rename) -> Renames | None: ...
+
 
 # Components that wrap a module and not a weight: torch.compile, FSDP 1, activation checkpointing; DDP's is the first one.
 _WRAPPERS = re.compile(r"(?:(?<=[./])|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -94,16 +103,26 @@ def rename_pairs(rename: Rename) -> tuple[tuple[str, str], ...]:
         ) from None
 
 
-def compile_renames(rename: Rename) -> Renames:
-    """Compile regular expressions and their replacements, in order. Raises InputError if one is none."""
-    compiled = []
+def compile_renames(rename: Rename) -> Renames | None:
+    """What replaces the matches of regular expressions in a name, in order; None if there are none.
+
+    Raises:
+        InputError: If one is no regular expression, or a replacement is none.
+    """
+    compiled: list[tuple[re.Pattern[str], str]] = []
     for pattern, text in rename_pairs(rename):
         try:
             compiled.append((re.compile(pattern), text))
             re.compile(f"{pattern}|").sub(text, "")  # refuses a reference to a group that there is not
         except (re.error, IndexError, OverflowError, RecursionError, TypeError) as error:
             raise InputError(f"rename: {short_repr(pattern)} to {short_repr(text)}: {error}") from None
-    return compiled
+
+    def renamed(name: str) -> str:
+        for pattern, text in compiled:
+            name = pattern.sub(text, name)
+        return name
+
+    return renamed if compiled else None
 
 
 def pair_names(
@@ -112,7 +131,7 @@ def pair_names(
     twins_in_base: Twins,
     twins_in_model: Twins,
     chosen: Chosen = lambda name: True,
-    renames: Renames = (),
+    renames: Renames | None = None,
     where: str = "model",
 ) -> Pairing:
     """Pair the tensors of a model with those of the base.
@@ -123,7 +142,7 @@ def pair_names(
         twins_in_base: Finds tied weights of the base.
         twins_in_model: Finds tied weights of the model.
         chosen: Whether a tensor is merged, by the base's name. The names of others need not match.
-        renames: What to replace in the model's names first.
+        renames: What the model's names are changed to first.
         where: The model, in errors.
 
     Returns:
@@ -135,9 +154,8 @@ def pair_names(
     """
     if not renames and model.keys() == base.keys():
         return Pairing({name: name for name in base})
-    renamed = _renamed(model, renames, where)
     as_is = None
-    for names in _spellings(base, renamed):
+    for names in _spellings(base, _by_new_name(model, renames or str, where)):
         pairing = Pairing(names)
         if _complete(pairing, base, model, twins_in_base, twins_in_model, chosen):
             return pairing
@@ -146,12 +164,10 @@ def pair_names(
     return as_is
 
 
-def _renamed(model: Iterable[str], renames: Renames, where: str) -> dict[str, str]:
+def _by_new_name(model: Iterable[str], renames: Renames, where: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in model:
-        new = name
-        for pattern, text in renames:
-            new = pattern.sub(text, new)
+        new = renames(name)
         if new in names:
             both = f"{short_repr(names[new])} and {short_repr(name)}"
             raise InputError(f"{where}: rename makes {short_repr(new)} of {both}, expected different names")

@@ -46,6 +46,7 @@ def pair(
     include: str | None = None,
     exclude: str | None = None,
     rename: pairing.Rename = (),
+    patterns: pairing.Patterns = pairing,
 ) -> Paired:
     """Pair the tensors of all checkpoints by name.
 
@@ -56,16 +57,17 @@ def pair(
         include: A regular expression. Only tensors whose name in the base matches are merged.
         exclude: A regular expression. Tensors whose name in the base matches are not merged.
         rename: Regular expressions and what replaces their matches in the models' names.
+        patterns: What compiles them.
 
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    is_chosen = _choice(include, exclude, {*base.unindexed, *base.aliases})
-    renames, notes = pairing.compile_renames(rename), _Notes()
+    is_chosen = _choice(patterns.choice(include, exclude), {*base.unindexed, *base.aliases})
+    renames, notes = patterns.compile_renames(rename), _Notes()
     chosen = _chosen(base.tensors, is_chosen)
     if is_chosen and not chosen:
-        patterns = f"include {short_repr(include)}, exclude {short_repr(exclude)}"
-        raise InputError(f"{base.path}: no tensor is chosen by {patterns}")
+        given = f"include {short_repr(include)}, exclude {short_repr(exclude)}"
+        raise InputError(f"{base.path}: no tensor is chosen by {given}")
     all_of_base = _all(base)
     with Reader(_MAX_OPEN_FILES) as reader:
         held = []
@@ -103,9 +105,8 @@ def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors
     return {**{n: t for n, t in omitted.items() if like is None or n in like}, **checkpoint.tensors}
 
 
-def _choice(include: str | None, exclude: str | None, unindexed: Collection[str]) -> pairing.Chosen | None:
+def _choice(is_chosen: pairing.Chosen | None, unindexed: Collection[str]) -> pairing.Chosen | None:
     """Whether a tensor is merged, by its name in the base; None if all are. What the base's index omits is not."""
-    is_chosen = pairing.choice(include, exclude)
     if not unindexed:
         return is_chosen
     return lambda name: name not in unindexed and (is_chosen is None or is_chosen(name))

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.reader import File
+from ..core import pairing
 from ..core.batch import Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
-from ..core.pairing import Rename
+from ..core.pairing import Patterns, Rename
 from ..core.ranges import Range
 from .pairing import pair
 
@@ -108,6 +109,7 @@ def make_plan(
     include: str | None = None,
     exclude: str | None = None,
     rename: Rename = (),
+    patterns: Patterns = pairing,
 ) -> Plan:
     """Pair the tensors of all checkpoints by name, and lay out the output.
 
@@ -118,6 +120,7 @@ def make_plan(
         include: A regular expression. Only tensors whose name matches are merged.
         exclude: A regular expression. Tensors whose name matches are copied from the base.
         rename: Regular expressions and what replaces their matches in the models' names.
+        patterns: What compiles them.
 
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
@@ -125,7 +128,13 @@ def make_plan(
     if base.undecided:
         raise InputError(base.undecided[0])
     tensors, versions, notes = pair(
-        base, models, task_vectors=task_vectors, include=include, exclude=exclude, rename=rename
+        base,
+        models,
+        task_vectors=task_vectors,
+        include=include,
+        exclude=exclude,
+        rename=rename,
+        patterns=patterns,
     )
     if not tensors:
         raise InputError(f"{base.path}: no floating-point tensor, expected at least one to merge")

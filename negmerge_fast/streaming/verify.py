@@ -28,6 +28,7 @@ from ..output.checksums import Checksums
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
+from ..runtime.patterns import BoundedPatterns
 from .options import MAX_THREADS, PathLike, as_integer, as_path, as_paths, require_callable
 from .partition import chunks
 from .plan import Extent, Plan, make_plan
@@ -216,14 +217,16 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
     models = [open_checkpoint(path, keep=recipe.keep, extra_files=False) for path in against[1:]]
     if differs := manifest.differences([recipe.base, *recipe.models], [base, *models]):
         raise InputError(differs)
-    plan = make_plan(
-        base,
-        models,
-        task_vectors=recipe.inputs == "task_vectors",
-        include=recipe.include,
-        exclude=recipe.exclude,
-        rename=recipe.rename,
-    )
+    with BoundedPatterns(manifest.manifest_path(out.path, out.path.is_dir())) as patterns:
+        plan = make_plan(
+            base,
+            models,
+            task_vectors=recipe.inputs == "task_vectors",
+            include=recipe.include,
+            exclude=recipe.exclude,
+            rename=recipe.rename,
+            patterns=patterns,
+        )
     if base.is_directory != out.path.is_dir():
         raise InputError(f"{base.path}: is a {base.kind}, expected one like {out.path}")
     # A single file may have another name than the output's.

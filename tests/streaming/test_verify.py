@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hostile import random_models
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.checkpoints.reader import Reader
+from negmerge_fast.runtime import patterns
 from negmerge_fast.streaming import verify
 from negmerge_fast.streaming.plan import make_plan
 
@@ -292,6 +295,60 @@ def test_inputs_that_changed_where_no_sample_was_taken(folder: Path) -> None:
     nm.verify_checkpoint("out")
     with pytest.raises(nm.DamageError, match=r"tensor 'w': .*; OUT or its inputs have changed$"):
         nm.verify_checkpoint("out", INPUTS)
+
+
+HOSTILE = r"^(([a-z0-9_.])+)+!$"
+
+
+@pytest.mark.parametrize(
+    "pattern", [{"include": HOSTILE}, {"exclude": HOSTILE}, {"rename": [[HOSTILE, "x"]]}]
+)
+def test_a_pattern_without_end(folder: Path, pattern: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in INPUTS:
+        shutil.rmtree(name)
+        save_model(Path(name), {"model.layers.0.self_attn.q_proj.weight": torch.ones(3)})
+    merge()
+    manifest_with(**pattern)()
+    nm.verify_checkpoint("out")
+    monkeypatch.setattr(patterns, "_CPU_S", 1)
+    with pytest.raises(
+        nm.InputError, match=r"^out/negmerge\.json: include, exclude and rename take too long"
+    ):
+        nm.verify_checkpoint("out", INPUTS)
+
+
+@pytest.mark.processes
+def test_a_signal_ends_a_search_at_once(folder: Path) -> None:
+    for name in INPUTS:
+        shutil.rmtree(name)
+        save_model(Path(name), {"model.layers.0.self_attn.q_proj.weight": torch.ones(3)})
+    merge()
+    manifest_with(include=HOSTILE)()
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        command = [sys.executable, "-m", "negmerge_fast", "verify", "out", "--against", *INPUTS]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (child := children.read_text().strip()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(0.5)  # it has begun to search
+        process.send_signal(number)
+        out, err = process.communicate(timeout=5)
+        assert (process.returncode, out, err.count("\n")) == (status, "", 1)
+        assert ended(child)
+
+
+def ended(pid: str, wait_s: float = 3.0) -> bool:
+    """Whether a process ends, in less time than its search would take."""
+    status, until = Path(f"/proc/{pid}/status"), time.monotonic() + wait_s
+    while time.monotonic() < until:
+        try:
+            if "zombie" in status.read_text():
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_it_imports_no_torch_and_stops_at_a_signal(folder: Path) -> None:
