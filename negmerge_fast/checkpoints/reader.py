@@ -1,7 +1,7 @@
 """Input files, read by position.
 
-A few files are open at a time, whatever the number of shards. Each is checked when it is opened and closed: it must still be
-the file that was inspected. A file that shrinks or fails is an error; with a memory map it would be a SIGBUS. Maps are faster
+A few files are open at a time, whatever the number of shards. Each is checked when it is opened and closed, and once more when all
+is read: it must still be the file that was inspected. A file that shrinks or fails is an error; with a memory map it would be a SIGBUS. Maps are faster
 for cached files (by an eighth), and slower from the disk (by a fifth at best): bench/results/reads.jsonl.
 """
 
@@ -76,10 +76,22 @@ class File:
             raise
         return descriptor
 
-    def refuse_change(self, descriptor: int) -> None:
-        """Raise OSError if an open file is not the one that was inspected."""
+    def refuse_replacement(self) -> None:
+        """Raise OSError if what lies at the path now is not the file that was inspected.
+
+        It is opened anew: NFS then asks its server, where fstat may answer from a cache.
+        """
+        if not self.path.is_file():  # opening a FIFO would wait for ever
+            raise OSError(f"{self.path}: the file changed while it was being read")
+        try:
+            os.close(self.open())
+        except PermissionError:  # its mode is another one since
+            self.refuse_change(self.path)
+
+    def refuse_change(self, opened: int | Path) -> None:
+        """Raise OSError if an open file, or what lies at a path, is not the one that was inspected."""
         with naming(self.path):
-            found = os.fstat(descriptor)
+            found = os.fstat(opened) if isinstance(opened, int) else os.stat(opened)
         device, inode, modified_ns = self.identity
         # A link to a file moves its ctime, FUSE may number inodes anew: both at once are another file.
         same = (found.st_dev, found.st_ino) == (device, inode) or found.st_ctime_ns == self.changed_ns
@@ -147,7 +159,8 @@ _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 class Reader:
     """Reads files by position, and keeps the last few of them open.
 
-    A file that has changed since it was inspected raises OSError when it is closed.
+    A file that has changed since it was inspected raises OSError when it is closed. Without an error before, that is asked once
+    more of all files at the end.
 
     Args:
         max_open: The most files open at a time.
@@ -156,19 +169,16 @@ class Reader:
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
         self._open: dict[File, int] = {}
+        self._read: set[File] = set()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        changed = None
         while self._open:
-            try:
-                self._close(next(iter(self._open)), check=kind is None)
-            except OSError as error:
-                changed = changed or error
-        if changed:
-            raise changed
+            os.close(self._open.popitem()[1])
+        for file in self._read if kind is None else ():
+            file.refuse_replacement()
 
     def expect(self, file: File, offset: int, size: int) -> None:
         """Tell the system what will be read next, so that it may fetch it meanwhile."""
@@ -208,16 +218,16 @@ class Reader:
         descriptor = self._open.pop(file, None)
         if descriptor is None:
             if len(self._open) == self._max_open:
-                self._close(next(iter(self._open)), check=True)
+                self._close(next(iter(self._open)))
             descriptor = file.open()
+            self._read.add(file)
         self._open[file] = descriptor  # moved to the end, which is closed last
         return descriptor
 
-    def _close(self, file: File, check: bool) -> None:
+    def _close(self, file: File) -> None:
         descriptor = self._open.pop(file)
         try:
-            if check:
-                file.refuse_change(descriptor)
+            file.refuse_change(descriptor)
         finally:
             os.close(descriptor)
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
+
+# Asked here and nowhere else: whoever merges or reads anything imports this module.
+if sys.byteorder != "little":
+    raise ImportError("this machine is big-endian, expected a little-endian one, as the numbers in files are")
 
 
 class Dtype(NamedTuple):

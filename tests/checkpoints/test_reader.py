@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,76 @@ def test_another_file(path: Path, change: str) -> None:
 @pytest.mark.parametrize("change", [*CHANGED, "replaced"])
 def test_another_file_where_inodes_change(path: Path, change: str) -> None:
     test_another_file(path, change)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+LATE: dict[str, Callable[[Path], object]] = {
+    **CHANGED,
+    "replaced": replaced,
+    "removed": Path.unlink,
+    "a FIFO": fifo,
+}
+
+
+@pytest.mark.parametrize("change", LATE)
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_file_that_changes_after_it_was_read(path: Path, change: str, closed: bool) -> None:
+    """Also if it was closed for another one already."""
+    shutil.copy2(path, path.with_name("next"))
+    file, following = File.at(path), File.at(path.with_name("next"))
+    buffer = memoryview(bytearray(10))
+    with pytest.raises(OSError, match=f"{path}: the file changed while it was being read"):  # noqa: SIM117
+        with Reader(1) as reader:
+            reader.read_into(file, 0, buffer)
+            if closed:
+                reader.read_into(following, 0, buffer)
+            LATE[change](path)
+
+
+@pytest.mark.parametrize("change", STILL_THE_SAME)
+def test_a_file_that_is_the_same_after_it_was_read(path: Path, change: str) -> None:
+    with Reader(1) as reader:
+        reader.read_into(File.at(path), 0, memoryview(bytearray(10)))
+        STILL_THE_SAME[change](path)
+
+
+def test_a_change_that_only_opening_tells_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where fstat answers from a cache."""
+    open_, fstat, cached = os.open, os.fstat, {}
+
+    def opening(*arguments: Any, **options: Any) -> int:
+        descriptor = open_(*arguments, **options)
+        cached[descriptor] = fstat(descriptor)
+        return descriptor
+
+    file = File.at(path)
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "fstat", lambda descriptor: cached.get(descriptor) or fstat(descriptor))
+    with pytest.raises(OSError, match="file: the file changed while it was being read"), Reader(1) as reader:
+        reader.read_into(file, 0, memoryview(bytearray(10)))
+        CHANGED["written again"](path)
+
+
+def test_a_file_that_may_not_be_opened_any_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another mode and no change, which the time of its content tells."""
+
+    def refusing(path: Any, *_: Any) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    file = File.at(path)
+    with Reader(1) as reader, monkeypatch.context() as patched:
+        reader.read_into(file, 0, memoryview(bytearray(10)))
+        patched.setattr(os, "open", refusing)
+        reader.__exit__(None)
+        CHANGED["another time"](path)
+        with pytest.raises(OSError, match="the file changed while it was being read"):
+            reader.__exit__(None)
+        reader.__exit__(KeyboardInterrupt)  # after an error nothing is asked
+        os.utime(path, ns=(10**18, 10**18))
 
 
 def test_locks_of_two_runs_are_two_files(path: Path) -> None:

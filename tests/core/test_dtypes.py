@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,21 @@ def test_kernels_have_the_same_the_same_codes_and_sizes() -> None:
         f"k{name}": code for name, code in DTYPE_CODES.items()
     }
     assert [int(size) for size in sizes[1].split(", ")] == [FLOAT_SIZES[name] for name in DTYPE_CODES]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import negmerge_fast as nm; nm.merge",
+        "from negmerge_fast import merge_checkpoints",
+        "import negmerge_fast.ops",
+        "import runpy; sys.argv = ['negmerge', 'verify', 'out']; runpy.run_module('negmerge_fast', run_name='__main__')",
+    ],
+)
+def test_a_big_endian_machine_is_refused_in_one_line(use: str) -> None:
+    code = f"import sys, numpy, torch; sys.byteorder = 'big'; {use}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "this machine is big-endian, expected a little-endian one, as the numbers in files are"
+    told = done.stderr.splitlines()[-1]
+    assert (done.returncode, told.partition(": ")[2]) == (1, message)
+    assert ("Traceback" in done.stderr) == ("runpy" not in use)

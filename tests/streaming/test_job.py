@@ -290,3 +290,25 @@ def test_unfinished_output_of_another_merge_is_left_alone(
     assert contents(folder / ".out.negmerge") == unfinished
     assert merge(folder, scale=0.5, overwrite=True).bytes_done_before > 0
     assert not (folder / ".out.negmerge").exists()
+
+
+@pytest.mark.parametrize("changed", ["base", "ft-1"])
+def test_an_input_that_is_replaced_meanwhile(
+    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """By a rename, as editors and downloads do it: what is read is still the old one, and the output is of no input."""
+    record_every_chunk(monkeypatch)
+    (folder / changed).unlink()
+    shutil.copytree(made / changed, folder / changed)
+    path, replaced = min((folder / changed).glob("*.safetensors")), []
+
+    def replace(done: int, total: int) -> None:
+        if done > 0.7 * total and not replaced:  # the first shard is read, and not opened again
+            assert done < total
+            shutil.copy2(path, folder / "new")
+            (folder / "new").replace(path)
+            replaced.append(done)
+
+    with pytest.raises(OSError, match=f"{path}: the file changed while it was being read"):
+        merge(folder, progress=replace, resume=False, threads=1)
+    assert replaced and nothing_left(folder)
