@@ -107,6 +107,42 @@ def test_interrupted_while_modules_are_imported(tmp_path: Path, models: Any) -> 
         assert nothing_left(tmp_path)
 
 
+def test_interrupted_before_the_command_has_handlers(tmp_path: Path) -> None:
+    """As the console script does it; the first module that is imported takes its time."""
+    (tmp_path / "slow.py").write_text(
+        "import builtins, sys, time\n"
+        "def imported(name, *rest, known=builtins.__import__):\n"
+        "    if name.startswith('cli'):\n"
+        "        print('importing', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    return known(name, *rest)\n"
+        "builtins.__import__ = imported\n"
+        "from negmerge_fast.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "slow.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_importing_every_module_sets_no_handler() -> None:
+    """As pkgutil.walk_packages, sphinx and pdoc do."""
+    script = (
+        "import importlib, pkgutil, signal, negmerge_fast\n"
+        "held = lambda: {n: signal.getsignal(n) for n in signal.valid_signals()}\n"
+        "before = held()\n"
+        "names = [m.name for m in pkgutil.walk_packages(negmerge_fast.__path__, 'negmerge_fast.')]\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "print(held() == before and 'negmerge_fast.__main__' in names)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 def test_interrupted_when_all_is_done(tmp_path: Path, models: Any) -> None:
     """Once the output is published, no signal changes the status, not even while the interpreter ends."""
     process = subprocess.Popen([sys.executable, "-m", "negmerge_fast", *MERGE, "--quiet"], cwd=tmp_path)
