@@ -109,7 +109,6 @@ def merge_checkpoints(
     return report
 
 
-@without_gc()
 def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, options: MergeOptions) -> Job:
     """Check a merge of checkpoints and decide how it runs, without writing anything.
 
@@ -159,8 +158,13 @@ def _open(
 ) -> tuple[Checkpoint, list[Checkpoint]]:
     if not finetuned:
         raise InputError("finetuned: no models, expected at least one")
-    opened = open_checkpoint(base, keep=options.keep, drop=options.drop)
-    models = [open_checkpoint(path, keep=options.keep, extra_files=False) for path in finetuned]
+    paths = [Path(path) for path in (base, *finetuned)]
+    with without_gc():
+        opened = open_checkpoint(paths[0], keep=options.keep, drop=options.drop)
+    models = []
+    for path in paths[1:]:
+        with without_gc():
+            models.append(open_checkpoint(path, keep=options.keep, extra_files=False))
     own = {file.identity for file in opened.weights.values()}
     seen: dict[frozenset[tuple[int, ...]], Path] = {}
     for model in models:

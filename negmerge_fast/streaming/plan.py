@@ -20,6 +20,7 @@ from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.pairing import Patterns, Rename
 from ..core.ranges import Range
+from ..runtime.interrupts import without_gc
 from .pairing import pair
 
 
@@ -142,8 +143,9 @@ def make_plan(
     for name, tensor in tensors.items():
         held[tensor.source.file.path].append((name, tensor))
     extents: list[Extent] = []
-    for path, file in base.weights.items():
-        extents += _extents(path, file, held[file.path], versions, task_vectors)
+    with without_gc():
+        for path, file in base.weights.items():
+            extents += _extents(path, file, held[file.path], versions, task_vectors)
     extents += [
         Extent(name, [ByteRange(file, 0, file.size)], [])
         for name, file in base.extra_files.items()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,9 +65,15 @@ def require_options(inputs: str, nonfinite: str) -> None:
     require_choice("nonfinite", nonfinite, ("keep-base", "error"))
 
 
-def flat_items(named: list[dict[str, Any]]) -> dict[str, Item]:
-    """Items of the names whose tensors can be merged where they are. They need no further check."""
-    return {name: item for name in named[0] if (item := flat_item(name, named))}
+@without_gc()
+def flat_items(
+    named: list[dict[str, Any]], known: Mapping[str, Item] = MappingProxyType({})
+) -> dict[str, Item]:
+    """Items of the names whose tensors can be merged where they are. They need no further check.
+
+    known are items that were made before.
+    """
+    return {name: item for name in named[0] if (item := known.get(name) or flat_item(name, named))}
 
 
 def pair(
@@ -232,7 +239,6 @@ class Call:
         kept: What was not chosen of the base.
     """
 
-    @without_gc()
     def __init__(
         self,
         base: Model | None,
@@ -276,7 +282,7 @@ class Call:
         self._refuse_half_of_a_tie(items)
         self.items = [item for name, item in items.items() if name not in self.tied]
         for note in self._notes:
-            warnings.warn(note, MergeWarning, stacklevel=4)
+            warnings.warn(note, MergeWarning, stacklevel=3)
 
     def _paired(
         self, everything: list[dict[str, Any]], names: Names, reference: str, in_place: bool
@@ -298,7 +304,7 @@ class Call:
                 self._notes.append(f"{labels[models[0]]}{more}: {phrase}")
             flat = flat_items(named)
         if self._view(named, flat, reference, in_place):
-            flat = {name: item for name in named[0] if (item := flat.get(name) or flat_item(name, named))}
+            flat = flat_items(named, flat)
         with torch._C.DisableTorchFunctionSubclass():
             self._refuse_unmergeable(named, flat)
         return named, flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,34 @@ def test_a_sample_is_spread_over_the_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert sum(size > 4 for _, _, size in sampled) >= 48
     assert all(offset + size <= file.size for file, offset, size in sampled)
     assert sampled != list(probes._sample(plan, 50))
+
+
+def test_garbage_is_collected_while_speeds_are_measured_and_users_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled: list[bool] = []
+
+    class Watched(type(tmp_path)):  # type: ignore[misc]
+        def __fspath__(self) -> str:
+            enabled.append(gc.isenabled())
+            return super().__fspath__()
+
+    def choose(*args: Any) -> Any:
+        enabled.append(gc.isenabled())
+        return chosen(*args)
+
+    chosen = api.choose_placement
+    monkeypatch.setattr(api, "choose_placement", choose)
+    for name in ("base", "ft"):
+        save_model(tmp_path / name, {"w": torch.ones(10)})
+
+    class Paths(list[Any]):
+        def __iter__(self) -> Any:
+            enabled.append(gc.isenabled())
+            return super().__iter__()
+
+    nm.merge_checkpoints(
+        Watched(tmp_path / "base"), Paths([tmp_path / "ft"]), tmp_path / "out", scale=1.0,
+        progress=lambda *_: enabled.append(gc.isenabled()),
+    )  # fmt: skip
+    assert len(enabled) >= 3 and all(enabled) and gc.isenabled()

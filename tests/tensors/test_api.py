@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -457,3 +459,32 @@ def test_memory_that_was_freed_or_cut_is_refused() -> None:
             where = r"finetuned\[0\]" if which else "base"
             with pytest.raises(nm.InputError, match=f"{where}: its memory has been freed, or cut"):
                 nm.merge_(held[0], held[1:], scale=0.9)
+
+
+def test_garbage_is_collected_while_code_of_the_users_runs() -> None:
+    enabled: list[bool] = []
+
+    class Watched(torch.nn.Linear):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            enabled.append(gc.isenabled())
+            return super().state_dict(*args, **kwargs)
+
+    class Array:
+        def __init__(self, held: torch.Tensor) -> None:
+            self.held = held.detach().numpy()
+
+        def __dlpack_device__(self) -> Any:
+            return self.held.__dlpack_device__()
+
+        def __dlpack__(self, **options: Any) -> Any:
+            enabled.append(gc.isenabled())
+            return self.held.__dlpack__(**options)
+
+    def models() -> Iterator[Any]:
+        for _ in range(2):
+            enabled.append(gc.isenabled())
+            yield Watched(3, 2)
+        yield {name: Array(t) for name, t in torch.nn.Linear(3, 2).state_dict().items()}
+
+    nm.merge(Watched(3, 2), models(), scale=1.0)  # type: ignore[arg-type]
+    assert len(enabled) >= 7 and all(enabled) and gc.isenabled()
