@@ -256,6 +256,12 @@ def _complete(
     return len(pairing.tied) == len(missing) and len(pairing.surplus) == len(surplus)
 
 
+def is_extra_state(name: object) -> bool:
+    """Whether a name of a state dict is that of a module's extra state, which may be anything and is never merged."""
+    text = str(name)
+    return text.endswith("_extra_state") and text[:-12][-1:] in ("", ".")
+
+
 def notes(pairing: Pairing, reference: str = "base", ties: bool = True) -> list[str]:
     """Describe what was done to pair the tensors, one phrase each, for a line that begins with the model.
 

@@ -18,7 +18,7 @@ from ..backends.pytorch import FLOAT_NAMES
 from ..core.batch import Counts
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, MergeWarning, require_choice, some_names
-from ..core.pairing import hint
+from ..core.pairing import hint, is_extra_state
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
 from ..core.stats import Stats
@@ -41,7 +41,6 @@ from .names import (
     Model,
     Names,
     copied,
-    is_extra_state,
     is_single,
     label_of,
     list_models,

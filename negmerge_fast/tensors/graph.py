@@ -13,12 +13,13 @@ import torch
 
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
+from ..core.pairing import is_extra_state
 from ..core.schema import mismatches
 from ..core.stats import Stats
 from . import ops  # noqa: F401  registers torch.ops.negmerge
 from .call import nothing_to_merge, require_options
 from .flatten import specs
-from .names import SINGLE, Label, is_extra_state, label_of, list_models, name_tensors, require_one_kind
+from .names import SINGLE, Label, label_of, list_models, name_tensors, require_one_kind
 
 
 def require_no_names(include: Any, exclude: Any, rename: Any) -> None:
@@ -92,7 +93,10 @@ def _pair(
         _detached(name_tensors(model, where(k, SINGLE), arrays=False), k, where)
         for k, model in zip([None, *range(len(listed))], [base, *listed], strict=True)
     ]
-    base_specs, *model_specs = [specs(model) for model in (named, *models)]
+    base_specs, *model_specs = [
+        specs({name: value for name, value in model.items() if not is_extra_state(name)})
+        for model in (named, *models)
+    ]
     if problems := mismatches(base_specs, model_specs, where):
         raise InputError("; ".join(problems))
     floats = [name for name, spec in base_specs.items() if spec.dtype in FLOAT_SIZES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +19,7 @@ from ..core.schema import TensorSpec
 from . import dtensor
 from .aliasing import memory, same_bits
 from .arrays import SupportsDLPack, as_tensor, is_array
-from .flatten import plain
+from .flatten import plain, refuse_cut
 
 _NAMES_BY_TEXT = {text: name for name, text in TORCH_NAMES.items()}
 
@@ -185,12 +186,7 @@ def _by_bits(tied: Mapping[str, str], named: Mapping[str, Any]) -> dict[str, str
 
 
 def _without_extra_state(named: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if not is_extra_state(name)}
-
-
-def is_extra_state(name: str) -> bool:
-    """Whether a name of a state dict is that of a module's extra state."""
-    return str(name).endswith("_extra_state")
+    return {name: value for name, value in named.items() if not pairing.is_extra_state(name)}
 
 
 def specs_of(named: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -245,7 +241,13 @@ def viewed(value: Any) -> torch.Tensor | None:
 def copied(value: Any, where: str) -> Any:
     """A copy of what is not merged, whatever it is. Arrays that are not NumPy's become tensors."""
     if isinstance(value, torch.Tensor):
-        return value if torch.nn.parameter.is_lazy(value) else value.detach().clone()
+        if torch.nn.parameter.is_lazy(value):
+            return value
+        held = value.to_local() if dtensor.is_dtensor(value) else value
+        if held.layout is torch.strided and not (held.is_meta or held.is_nested):
+            with suppress(RuntimeError):  # without memory, as inside torch.func.vmap
+                refuse_cut(held, where)
+        return value.detach().clone()
     if isinstance(value, np.ndarray):
         return value.copy()
     return as_tensor(value, where, written=False).clone() if is_array(value) else value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -172,6 +173,31 @@ def test_extra_state_is_taken_from_the_base() -> None:
     base, *finetuned = (WithExtraState(3, 2) for _ in range(3))
     assert nm.merge(base, finetuned, scale=0.9)["_extra_state"].tolist() == [7, 7, 7]
     assert nm.merge_(base, finetuned, scale=0.9).elements == 8
+    nested = [torch.nn.ModuleDict({"a": WithExtraState(k, 2)}) for k in (3, 3)]
+    assert nm.merge(nested[0], nested[1:], scale=0.9)["a._extra_state"].tolist() == [7, 7, 7]
+    # It may be anything, and one side may lack it.
+    for states in (
+        (object(), torch.ones(2)),
+        (torch.ones(2), b"text"),
+        (torch.tensor([1]), torch.tensor([2, 3])),
+    ):
+        models = [{"w": torch.ones(2), "a._extra_state": state} for state in states]
+        assert nm.merge(models[0], models[1:], scale=1.0)["a._extra_state"] is states[0]
+        assert nm.merge(models[0], [{"w": torch.ones(2)}], scale=1.0)["a._extra_state"] is states[0]
+        assert nm.merge({"w": torch.ones(2)}, models[1:], scale=1.0).keys() == {"w"}
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder_extra_state", "a.b_extra_state", "_extra_state.w", "x-_extra_state"]
+)
+def test_names_that_look_like_extra_state_are_weights(name: str) -> None:
+    base, *finetuned = versions(4)
+    models = [{name: t.clone()} for t in (base, *finetuned)]
+    assert same_bits(nm.merge(models[0], models[1:], scale=0.9)[name], expected([base, *finetuned]))
+    assert nm.merge_(models[0], models[1:], scale=0.9).tensors.keys() == {name}
+    assert same_bits(models[0][name], expected([base, *finetuned]))
+    with pytest.raises(nm.InputError, match="missing, expected F32"):
+        nm.merge({**models[0], "w": base}, [{"w": base}], scale=0.9)
 
 
 def test_views_with_the_negative_bit() -> None:
@@ -450,15 +476,72 @@ def test_ctrl_c_waits_until_all_is_written(monkeypatch: pytest.MonkeyPatch) -> N
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_memory_that_was_freed_or_cut_is_refused() -> None:
+CUT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "flat": lambda t: t.clone(),
+    "parameter": lambda t: torch.nn.Parameter(t.clone(), requires_grad=False),
+    "transposed": lambda t: t.T.contiguous().T,
+    "strided": lambda t: torch.stack([t, t], 2)[..., 0],
+    "with an offset": lambda t: torch.cat([t, t])[40:],
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("kept", ["nothing", "almost all", "as many bytes as it has"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+@pytest.mark.parametrize("which", ["base", "finetuned[0]", "finetuned[1]"])
+def test_memory_that_was_freed_or_cut_is_refused(
+    kind: str, kept: str, dtype: torch.dtype, which: str
+) -> None:
     """Fully sharded training leaves such tensors between uses."""
-    for kept in (0, 64):
-        for which in (0, 1):
-            held = [t.T for t in versions(40, 50)] if kept else versions(40, 50)
-            held[which].untyped_storage().resize_(kept)
-            where = r"finetuned\[0\]" if which else "base"
-            with pytest.raises(nm.InputError, match=f"{where}: its memory has been freed, or cut"):
-                nm.merge_(held[0], held[1:], scale=0.9)
+    if kept == "as many bytes as it has" and kind != "with an offset":
+        pytest.skip("that is all")
+    ones = torch.ones(40, 50, dtype=dtype)
+    models = {
+        label: {"v": torch.full((3,), float(k)), "w": ones.clone()}
+        for k, label in enumerate(["base", "finetuned[0]", "finetuned[1]"])
+    }
+    cut = models[which]["w"] = CUT[kind](ones)
+    storage = cut.untyped_storage()
+    span = (cut.stride(0) * 39 + cut.stride(1) * 49 + 1 + cut.storage_offset()) * cut.itemsize
+    storage.resize_({"nothing": 0, "almost all": span - 1}.get(kept, cut.nbytes))
+    message = f"^{re.escape(which)}\\['w'\\]: its memory has been freed, or cut, expected {span:,} bytes$"
+    base, *finetuned = models.values()
+    for function in (nm.merge, nm.merge_):
+        with pytest.raises(nm.InputError, match=message):
+            function(base, finetuned, scale=0.9)
+    if which == "base":  # what is not chosen is copied
+        with pytest.raises(nm.InputError, match=message):
+            nm.merge(base, finetuned, scale=0.9, exclude="w")
+    assert base["v"].tolist() == [0, 0, 0]
+
+
+def test_memory_of_other_arguments_that_was_cut() -> None:
+    def cut() -> torch.Tensor:
+        t = torch.ones(64)
+        t.untyped_storage().resize_(200)
+        return t
+
+    whole = torch.ones(64)
+    for call in (
+        lambda: nm.merge_task_vectors([whole, cut()]),
+        lambda: nm.negate_(cut(), whole, scale=1.0),
+        lambda: nm.negate_(whole, cut(), scale=1.0),
+        lambda: nm.merge(whole, [cut()], scale=1.0, inputs="task_vectors"),
+        lambda: nm.merge(whole.double(), [whole, cut()], scale=1.0),
+        lambda: nm.merge(whole.half(), [cut()], scale=1.0),
+        lambda: nm.merge(cut().view(torch.float16), [whole.view(torch.float16)], scale=1.0),
+    ):
+        with pytest.raises(nm.InputError, match="its memory has been freed, or cut, expected 256 bytes"):
+            call()
+
+
+def test_tensors_without_elements_need_no_memory() -> None:
+    empty = torch.ones(3, 0, 2)
+    empty.untyped_storage().resize_(0)
+    past = torch.ones(8)[8:]
+    past.untyped_storage().resize_(0)
+    models = [{"w": torch.ones(2), "empty": empty, "past": past} for _ in range(2)]
+    assert nm.merge(models[0], models[1:], scale=1.0)["past"].shape == (0,)
 
 
 def test_garbage_is_collected_while_code_of_the_users_runs() -> None:
