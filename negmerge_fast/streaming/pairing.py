@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -62,10 +63,13 @@ def pair(
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    is_chosen = _choice(patterns.choice(include, exclude), {*base.unindexed, *base.aliases})
+    names = chain(base.tensors, *(model.tensors for model in models))
+    has_extra_state = any(map(pairing.is_extra_state, names))
+    matches = patterns.choice(include, exclude)
+    is_chosen = _choice(matches, {*base.unindexed, *base.aliases}, has_extra_state)
     renames, notes = patterns.compile_renames(rename), _Notes()
     chosen = _chosen(base.tensors, is_chosen)
-    if is_chosen and not chosen:
+    if matches and not chosen:
         given = f"include {short_repr(include)}, exclude {short_repr(exclude)}"
         raise InputError(f"{base.path}: no tensor is chosen by {given}")
     all_of_base = _all(base)
@@ -105,11 +109,15 @@ def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors
     return {**{n: t for n, t in omitted.items() if like is None or n in like}, **checkpoint.tensors}
 
 
-def _choice(is_chosen: pairing.Chosen | None, unindexed: Collection[str]) -> pairing.Chosen | None:
-    """Whether a tensor is merged, by its name in the base; None if all are. What the base's index omits is not."""
-    if not unindexed:
-        return is_chosen
-    return lambda name: name not in unindexed and (is_chosen is None or is_chosen(name))
+def _choice(
+    matches: pairing.Chosen | None, unindexed: Collection[str], has_extra_state: bool
+) -> pairing.Chosen | None:
+    """Whether a tensor is merged, by its name in the base; None if all are. Extra state and what the base's index omits are not."""
+    if not unindexed and not has_extra_state:
+        return matches
+    return lambda name: (
+        name not in unindexed and not pairing.is_extra_state(name) and (matches is None or matches(name))
+    )
 
 
 def _chosen(tensors: Tensors, is_chosen: pairing.Chosen | None) -> Tensors:

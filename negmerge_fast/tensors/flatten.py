@@ -55,10 +55,10 @@ def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
             if type(tensor) not in _PLAIN:
                 return None
             dtype = FLOAT_NAMES.get(tensor.dtype)
-            if dtype is not previous:
-                previous, widest = dtype, max(widest, FLOAT_SIZES.get(dtype, 0))
             if dtype is None or not tensor.is_contiguous() or tensor.is_neg():
                 return None
+            if dtype is not previous:
+                previous, widest = dtype, max(widest, FLOAT_SIZES[dtype])
             location = tensor.is_cpu or tensor.device  # is_cpu is faster
             if shape is None:
                 shape, device = tensor.shape, location

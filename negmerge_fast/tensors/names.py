@@ -243,7 +243,9 @@ def copied(value: Any, where: str) -> Any:
     if isinstance(value, torch.Tensor):
         if torch.nn.parameter.is_lazy(value):
             return value
-        held = value.to_local() if dtensor.is_dtensor(value) else value
+        held: Any = value
+        if dtensor.is_dtensor(value):
+            held = held.to_local()
         if held.layout is torch.strided and not (held.is_meta or held.is_nested):
             with suppress(RuntimeError):  # without memory, as inside torch.func.vmap
                 refuse_cut(held, where)

@@ -303,3 +303,38 @@ def test_the_same_files_twice_are_refused(run: Run, kind: str) -> None:
         os.link("ft-0/model.safetensors", "second/model.safetensors")
     status, _, err = run("merge", "base", "ft-0", "ft-1", second, "-o", "out", "--scale", "1")
     assert status == 2 and f"{second}: the same files as ft-0, expected another fine-tuned version" in err
+
+
+@pytest.mark.parametrize("name", ["_extra_state", "layers.0._extra_state"])
+def test_extra_state_is_the_bases(run: Run, name: str) -> None:
+    """As in memory: it may be of any type and shape, and one side may lack it."""
+    made = versions()
+    plain = expected(made)
+    bytes_ = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    for states in (
+        [torch.ones(3), *[torch.zeros(3)] * 3],
+        [bytes_, bytes_ + 1, bytes_[:2], bytes_],
+        [torch.ones(3), bytes_, None, None],
+        [None, bytes_, torch.ones(3), None],
+    ):
+        models = [t if s is None else {**t, name: s} for t, s in zip(made, states, strict=True)]
+        save(models)
+        status, _, err = run(*MERGE)
+        assert (status, err) == (0, "")
+        extra = {} if states[0] is None else {name: states[0]}
+        assert same(load_model(Path("out")), {**plain, **extra})
+        for folder in ("base", "ft-0", "ft-1", "ft-2", "out"):
+            shutil.rmtree(folder)
+
+
+def test_names_that_look_like_extra_state_are_weights_in_files(run: Run) -> None:
+    made = [{"encoder_extra_state": torch.full((4,), float(k))} for k in range(4)]
+    save(made)
+    assert run(*MERGE)[0] == 0
+    assert same(load_model(Path("out")), expected(made))
+
+
+def test_nothing_but_extra_state(run: Run) -> None:
+    save([{"a._extra_state": torch.ones(3)}] * 4)
+    status, _, err = run(*MERGE)
+    assert status == 2 and "no floating-point tensor, expected at least one to merge" in err
