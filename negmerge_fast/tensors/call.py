@@ -15,7 +15,6 @@ import torch
 
 from ..backends import registry
 from ..backends.pytorch import FLOAT_NAMES
-from ..core.batch import Counts
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, MergeWarning, require_choice, some_names
 from ..core.pairing import hint, is_extra_state
@@ -33,6 +32,7 @@ from .checks import (
     refuse_different_integers,
     refuse_quantized,
 )
+from .counts import LEFT, Results, readable, stats_of, tell_of_earlier, tell_of_nonfinite
 from .flatten import Item, batches, flat_item, plain, signatures, specs
 from .names import (
     NO_NAMES,
@@ -177,9 +177,7 @@ def _uses(
         yield tensor, False, where(None, name)
 
 
-def run_batches(
-    items: list[Item], rule: Rule, task_vectors: bool, backend: str
-) -> list[tuple[list[tuple[str, int]], Counts]]:
+def run_batches(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> Results:
     """Merge items in batches. Returns the counts of each batch with the names and lengths of its segments."""
     # Backends are chosen for all devices first: nothing is written if one of the devices has none.
     merges = {
@@ -193,38 +191,6 @@ def run_batches(
         finish()
         del batch, finish  # frees the copies of a scattered tensor before the next are made
     return results
-
-
-def stats_of(results: Sequence[tuple[list[tuple[str, int]], Counts]]) -> Stats:
-    """The statistics of what run_batches returned, which may be read on any stream."""
-    stats = Stats()
-    gpus = {counts.device for _, counts in results if isinstance(counts, torch.Tensor) and counts.is_cuda}
-    events: dict[Any, Any] = {device: event for device in gpus if (event := _event_now(device))}
-    for segments, counts in results:
-        event = events.get(getattr(counts, "device", None))
-        stats.add(segments, StreamCounts(counts, event) if event else counts)
-    return stats
-
-
-class StreamCounts(NamedTuple):
-    """Counts that a stream writes. Their reader may have another current stream, and Stats does not show them to it."""
-
-    counts: Counts
-    written: torch.cuda.Event
-
-    def tolist(self) -> Any:
-        self.written.synchronize()
-        return self.counts.tolist()
-
-
-def _event_now(device: torch.device) -> torch.cuda.Event | None:
-    """An event on the current stream of a device. None in a capture: counts are written by replays, which no event tells."""
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
 
 class Call:
@@ -250,6 +216,7 @@ class Call:
         in_place: bool = False,
     ) -> None:
         require_options(inputs, nonfinite)
+        tell_of_earlier()
         listed = list_models(models, label)
         reference = f"{label}[0]" if base is None else "base"
         self._has_base = base is not None
@@ -394,9 +361,11 @@ class Call:
 
     def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
         """Merge items into their outputs, and return the outputs by name."""
-        results = run_batches(items, rule, self.task_vectors, self.backend)
-        if self.nonfinite != "keep-base":
+        results = readable(run_batches(items, rule, self.task_vectors, self.backend))
+        if self.nonfinite == "error":
             self._refuse_nonfinite(items, rule, stats_of(results))
+        else:
+            tell_of_nonfinite(results, self.names, LEFT if self._has_base else "set to 0")
         self._warn_of_variances(items)
         return {item.name: item.out for item in items}
 
@@ -418,9 +387,10 @@ class Call:
                 torch.autograd.graph.increment_version(tensor)
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with without_interrupts():
-            stats = stats_of(run_batches(items, rule, self.task_vectors, self.backend))
+            results = readable(run_batches(items, rule, self.task_vectors, self.backend))
+        tell_of_nonfinite(results, self.names, LEFT)
         self._warn_of_variances(items)
-        return stats
+        return stats_of(results)
 
     def _warn_of_variances(self, items: list[Item]) -> None:
         """Warn of a network that a merge has broken, though it followed the rule."""

@@ -18,6 +18,7 @@ from ..core.batch import COUNTED
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
 from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
+from .counts import LEFT, tell_of_nonfinite
 from .flatten import Item, require_dense
 
 _ARGUMENTS = (
@@ -239,7 +240,9 @@ def _require_float(tensor: torch.Tensor, where: str) -> None:
 def _counts(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> torch.Tensor:
     """Merge items of one device. Returns their counts, in the order of the items, without waiting for the device."""
     rows: dict[str, torch.Tensor] = {}
-    for segments, found in run_batches(items, rule, task_vectors, backend):
+    results = run_batches(items, rule, task_vectors, backend)
+    tell_of_nonfinite(results, [item.name for item in items], LEFT, stacklevel=2)
+    for segments, found in results:
         counts = found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
         if len(segments) == len(items):  # a single batch has the order of the items
             return counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -571,3 +572,53 @@ def test_garbage_is_collected_while_code_of_the_users_runs() -> None:
 
     nm.merge(Watched(3, 2), models(), scale=1.0)  # type: ignore[arg-type]
     assert len(enabled) >= 7 and all(enabled) and gc.isenabled()
+
+
+TOLD: dict[str, tuple[Callable[..., Any], str]] = {
+    "merge": (lambda base, models: nm.merge(base, models, scale=1.0), "left as in the base"),
+    "merge_": (lambda base, models: nm.merge_(base, models, scale=1.0), "left as in the base"),
+    "negate_": (lambda base, models: nm.negate_(base, models[0], scale=1.0), "left as in the base"),
+    "merge_task_vectors": (lambda _, models: nm.merge_task_vectors(models), "set to 0"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("call", TOLD)
+def test_elements_that_are_not_finite_are_told_of_once(call: str, backend: str) -> None:
+    """With the number, and names in the order of the base, though tensors of another type are merged earlier."""
+    function, kept = TOLD[call]
+    good = {"a": torch.ones(4), "half": torch.ones(5).half(), "b": torch.ones(6, 2).T, "last": torch.ones(2)}
+    bad = {name: t.clone() for name, t in good.items()}
+    bad["half"][1] = torch.inf
+    bad["b"][1] = torch.nan
+
+    def told(base: Any, models: list[Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(base, models)
+        assert all(w.category is nm.MergeWarning and w.filename == __file__ for w in caught)
+        return [str(w.message) for w in caught]
+
+    end = f"{kept}: not finite in a version or after the merge"
+    base = {name: t.clone() for name, t in good.items()}
+    assert told(base, [good]) == []
+    assert told(base, [bad]) == [f"the result: 7 elements of 'half', 'b' {end}"]
+    assert told(torch.ones(3), [torch.tensor([1.0, 2.0, torch.nan])]) == [f"the result: 1 element {end}"]
+    many = [{str(k): torch.tensor([x]) for k in range(9)} for x in (1.0, torch.inf)]
+    assert told(many[0], many[1:]) == [f"the result: 9 elements of '0', '1', '2' and 6 more {end}"]
+
+
+def test_a_result_that_overflows_is_told_of() -> None:
+    with pytest.warns(nm.MergeWarning, match="^the result: 1 element left as in the base: not finite"):
+        out = nm.merge(torch.tensor([6e4, 1.0]).half(), [torch.tensor([0.0, 2.0]).half()], scale=1.0)
+    assert out.tolist() == [6e4 // 32 * 32, 0.0]
+
+
+def test_nothing_is_told_of_what_raises_or_is_not_chosen() -> None:
+    models = [{"a": torch.ones(2), "b": torch.tensor([x])} for x in (1.0, torch.nan)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nm.merge(models[0], models[1:], scale=1.0, exclude="b")
+        for function in (nm.merge, nm.merge_):
+            with pytest.raises(nm.InputError, match=r"finetuned\[0\]\['b'\]: element 0"):
+                function(models[0], models[1:], scale=1.0, nonfinite="error")

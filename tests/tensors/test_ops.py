@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -423,3 +424,21 @@ def test_a_device_that_is_not_the_current() -> None:
             nm.InputError, match=r"finetuned\[0\]\[0\]: on cuda:0, expected cuda:1 like base\[0\]"
         ):
             merge(base, [t.to("cuda:0") for t in flat(models)], 0.5)
+
+
+def test_operators_and_graphs_tell_of_what_is_not_finite() -> None:
+    def told(call: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        return [str(w.message) for w in caught if w.category is nm.MergeWarning]
+
+    base, bad = [torch.ones(3), torch.ones(2)], [torch.ones(3), torch.tensor([1.0, torch.nan])]
+    text = ["the result: 1 element of '1' left as in the base: not finite in a version or after the merge"]
+    assert told(lambda: torch.ops.negmerge.merge(base, bad, 1.0)) == text
+    assert told(lambda: torch.ops.negmerge.merge_(base, bad, 1.0)) == text
+    assert told(lambda: torch.ops.negmerge.merge(base, base, 1.0)) == []
+    for function in (nm.merge, nm.merge_):
+        graph = torch.compile(lambda b, x, f=function: f(b, [x], scale=1.0), backend="eager", fullgraph=True)
+        named = [dict(zip("ab", tensors, strict=True)) for tensors in (base, bad)]
+        assert told(lambda graph=graph, named=named: graph(*named)) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ import negmerge_fast as nm
 from negmerge_fast.backends import pytorch, registry
 from negmerge_fast.core.batch import Batch
 from negmerge_fast.core.rule import Rule
+from negmerge_fast.tensors import counts
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -37,14 +39,17 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     def merge(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
-        counts = pytorch.merge(batch, rule).as_subclass(OnDevice)
-        counts.log = log
+        found = pytorch.merge(batch, rule).as_subclass(OnDevice)
+        found.log = log
         log.append("merge")
-        return counts
+        return found
 
     class Event:
         def record(self) -> None:
             log.append("record")
+
+        def query(self) -> bool:
+            return "done" in log
 
         def synchronize(self) -> None:
             log.append("wait")
@@ -53,6 +58,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "capture" in log)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: log.append("new stream"))
+    monkeypatch.setattr(counts, "_untold", [])
     return log
 
 
@@ -74,14 +82,71 @@ def test_an_event_after_the_merge_is_waited_for_by_whoever_reads(log: list[str])
     assert stats.elements == 2000 and len(log) == 7
 
 
-def test_an_event_is_neither_recorded_in_a_capture_nor_where_nothing_is_read(log: list[str]) -> None:
+def test_no_event_is_recorded_in_a_capture(log: list[str]) -> None:
     base, *finetuned = models()
     nm.merge(base, finetuned, scale=1.0)
-    assert log == ["merge", "merge"]
+    assert log == ["merge", "merge", "record"]
     log[:] = ["capture"]
     stats = nm.merge_(base, finetuned, scale=1.0)
     assert log == ["capture", "merge", "merge"]
     assert stats.agreed == 2000 and log[3:] == ["read", "read"]
+
+
+def nan_models() -> list[dict[str, torch.Tensor]]:
+    base, *finetuned = models()
+    finetuned[1]["b"][3:5] = torch.nan
+    return [base, *finetuned]
+
+
+CALLS = {
+    "merge": (lambda base, *finetuned: nm.merge(base, finetuned, scale=1.0), "left as in the base"),
+    "merge_": (lambda base, *finetuned: nm.merge_(base, finetuned, scale=1.0), "left as in the base"),
+    "negate_": (lambda base, _, tau: nm.negate_(base, tau, scale=1.0), "left as in the base"),
+    "merge_task_vectors": (lambda _, *taus: nm.merge_task_vectors(taus), "set to 0"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_later_call_tells_of_what_was_not_finite_on_a_gpu(log: list[str], call: str) -> None:
+    """No call waits: the first that finds the counts written reads them, on a stream of its own."""
+    merge, kept = CALLS[call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(*nan_models())
+        nm.merge(*plain(), scale=1.0)
+    assert set(log) == {"merge", "record"}
+    log.append("done")
+    with pytest.warns(nm.MergeWarning) as told:
+        nm.merge(*plain(), scale=1.0)
+    (only,) = told
+    text = (
+        f"the result of an earlier call: 2 elements of 'b' {kept}: not finite in a version or after the merge"
+    )
+    assert (str(only.message), only.filename) == (text, __file__)
+    assert log[log.index("done") + 1 :][:2] == ["new stream", "wait"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nm.merge(*plain(), scale=1.0)
+
+
+def plain() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.zeros(3), [torch.ones(3)]
+
+
+def test_the_end_of_the_process_tells_of_what_was_not_finite_on_a_gpu(log: list[str]) -> None:
+    nm.merge(nan_models()[0], nan_models()[1:], scale=1.0)
+    with pytest.warns(nm.MergeWarning, match="an earlier call: 2 elements of 'b' left as in the base"):
+        counts._tell_at_exit()
+    assert "wait" in log and counts._untold == []
+
+
+def test_no_one_tells_in_a_capture(log: list[str]) -> None:
+    nm.merge(nan_models()[0], nan_models()[1:], scale=1.0)
+    log[:] = ["capture", "done"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nm.merge(nan_models()[0], nan_models()[1:], scale=1.0)
+    assert log == ["capture", "done", "merge", "merge"] and len(counts._untold) == 1
 
 
 def test_statistics_are_copied_without_what_belongs_to_a_device(log: list[str]) -> None:
