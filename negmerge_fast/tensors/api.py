@@ -115,8 +115,9 @@ def merge(
             those of base; tied weights stay tied.
 
     Warns:
-        MergeWarning: If names were taken for others, integers are in some versions only, or variances of a BatchNorm are
-            below zero after the merge.
+        MergeWarning: If elements are non-finite with nonfinite="keep-base" (on a GPU, where the call does not wait, a later
+            call warns, or the end of the process), names were taken for others, integers are in some versions only, or
+            variances of a BatchNorm are below zero after the merge.
 
     Raises:
         InputError: If versions differ in names, shapes or devices, or in integers that are no counters; there is nothing to
@@ -151,8 +152,8 @@ def merge_(
 ) -> Stats:
     """Merge fine-tuned versions into a base model, in place.
 
-    The rule and the arguments are those of merge. Everything is checked before the first write. Ctrl-C waits until all
-    is written; only memory that is missing for the flat copy of a scattered tensor can stop the call on the way. In a
+    The rule and the arguments are those of merge. Everything is checked before the first write. Ctrl-C and other signals
+    that Python handles come when all is written; only memory that is missing for the flat copy of a scattered tensor can stop the call on the way. In a
     graph of torch.compile, tied weights and shared memory are not looked for.
 
     Args:
@@ -220,6 +221,9 @@ def negate_(
     Returns:
         Counts as of merge_; agreed counts the elements where tau is not zero.
 
+    Warns:
+        MergeWarning: As merge_.
+
     Raises:
         InputError: As merge_.
         TypeError: If an argument is of the wrong kind.
@@ -268,6 +272,9 @@ def merge_task_vectors(
     Returns:
         What task_vectors[0] is: a tensor, an array or a dict, with the widest dtype of each tensor's versions. It has
             no integer and bool tensors.
+
+    Warns:
+        MergeWarning: As merge.
 
     Raises:
         InputError: As merge; also for a single tensor that is not of a floating-point type.

@@ -2,7 +2,8 @@
 
 The operators are torch.ops.negmerge.merge and torch.ops.negmerge.merge_. A mistake raises InputError or TypeError and
 names model and tensor, both where a graph is traced and where it runs. Shared memory (merge_) and freed memory are
-found only where it runs. Ctrl-C is not held up.
+found only where it runs. Elements that are not finite are told of on the CPU, where counts need not be waited for. Ctrl-C
+is not held up.
 """
 
 from __future__ import annotations

@@ -6,26 +6,53 @@ import pytest
 import torch
 from bits import STORAGE, same_bits
 
-from negmerge_fast import merge
+from negmerge_fast import MergeWarning, merge
 from negmerge_fast.core.reference import plain_merge
 
 
-def test_reference_is_the_authors_procedure_in_float32() -> None:
-    """The procedure that the paper released: sign counts, a masked mean, then θ + (-λ) · mean."""
-    generator = torch.Generator().manual_seed(1)
-    base = torch.randn(10_000, generator=generator)
-    models = [base + torch.randn(10_000, generator=generator) * 0.1 + 0.1 for _ in range(5)]
-    vectors = [m - base for m in models]
-    positive, negative, total = torch.zeros(10_000), torch.zeros(10_000), torch.zeros(10_000)
-    for vector in vectors:
-        positive += vector > 0
-        negative += vector < 0
-        total += vector
-    mask = (positive == 5) | (negative == 5)
-    mean = torch.where(mask, total / 5, torch.zeros(10_000))
-    expected = base + 0.75 * -mean
-    assert torch.equal(plain_merge(base, models, 0.75)[0], expected)
-    assert torch.equal(merge(base, models, scale=0.75), expected)
+def released(base: torch.Tensor, models: list[torch.Tensor], scale: float) -> torch.Tensor:
+    """What the released code computes: the sum of the task vectors and of their signs, a mask where all signs are equal, the
+    mean, its negation, and θ + λ · of that."""
+    merged, signs = torch.zeros_like(base), torch.zeros_like(base)
+    for model in models:
+        vector = model - base
+        merged += vector
+        signs += torch.sign(vector)
+    vector = torch.where(torch.abs(signs) == len(models), merged / len(models), torch.zeros_like(merged))
+    return base + scale * -vector
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 0.75, 1.0, 3.0])
+@pytest.mark.parametrize("n", [1, 2, 5, 30])
+def test_the_bits_of_the_released_loops_in_float32(n: int, scale: float) -> None:
+    """With zeros of both signs, subnormals, and elements that some or all models leave alone."""
+    generator = torch.Generator().manual_seed(n)
+    base = torch.randn(20_000, generator=generator)
+    base[:8000] *= torch.logspace(-44, 36, 8000)
+    base[8000:9000], base[9000:10_000] = 0.0, -0.0
+    steps = torch.randn(n, 20_000, generator=generator).abs() * torch.randn(20_000, generator=generator)
+    steps[:, ::2] *= base[::2].abs()  # of the size of the element
+    steps[:, ::5] *= torch.randn(n, 4000, generator=generator).sign()
+    steps[0, ::7] = 0.0
+    steps[:, ::11] = 0.0
+    models = [base + step for step in steps]
+    expected = released(base, models, scale)
+    merged, agreed, nonfinite, _ = plain_merge(base, models, scale)
+    assert nonfinite == 0 and 5000 < agreed < 19_000
+    assert same_bits(merged, expected)
+    assert same_bits(merge(base, models, scale=scale), expected)
+
+
+def test_where_the_released_loops_give_other_bits() -> None:
+    """Where something overflows, and with λ of -0.0 or below: there zeros lose their sign."""
+    base, model = torch.tensor([-3e38]), torch.tensor([3e38])
+    with pytest.warns(MergeWarning):
+        assert same_bits(merge(base, [model], scale=1.0), base)
+    assert released(base, [model], 1.0).tolist() == [-torch.inf]
+    base = torch.tensor([-0.0])
+    for scale in (-0.0, -1.0):
+        assert same_bits(merge(base, [base], scale=scale), base)
+        assert same_bits(released(base, [base], scale), torch.tensor([0.0]))
 
 
 def test_half_of_the_models_never_agree() -> None:
