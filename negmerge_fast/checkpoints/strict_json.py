@@ -13,9 +13,11 @@ from typing import Any
 from ..core.errors import InputError, first_line, short_repr
 from .lfs import refuse_pointer
 
-# Lists and objects take up to forty times the memory of their text. In real headers and indexes at most one byte in sixteen is
-# a bracket.
-_MIN_CHECKED_BYTES, _BYTES_PER_BRACKET = 1 << 20, 8
+# Parsing takes many times the memory of short keys, texts, numbers and lists. In a header an entry of 53 bytes or more has a
+# name, five texts, three brackets, and a comma for each extent and four others; in an index a name has its shard. Half of the
+# bytes that these have on average are required: then a text takes at most 16 times its size. A short text takes little.
+_MIN_CHECKED_BYTES = 1 << 20
+_BYTES_PER_KEY, _BYTES_PER_QUOTE, _BYTES_PER_COMMA, _BYTES_PER_BRACKET = 24, 4, 5, 8
 # 2^63 with a sign: longer numbers take long to parse, and no real file has one.
 _MAX_INTEGER_DIGITS = 20
 _ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_MAX_INTEGER_DIGITS + 1))
@@ -46,8 +48,8 @@ def parse_value(raw: bytearray, path: Path, what: str, surrogates: bool = False)
         InputError: If it is none, or a Git LFS pointer.
     """
     refuse_pointer(path, raw)
-    if len(raw) > _MIN_CHECKED_BYTES and raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET:
-        raise InputError(f"{path}: {what} is mostly brackets, expected names of tensors")
+    if len(raw) > _MIN_CHECKED_BYTES:
+        _refuse_dense(raw, path, what)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -72,6 +74,22 @@ def parse_value(raw: bytearray, path: Path, what: str, surrogates: bool = False)
         reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path}: {what} is not JSON ({reason[:120]})") from None
     return value
+
+
+def _refuse_dense(raw: bytearray, path: Path, what: str) -> None:
+    """Raise InputError for a text of little but brackets, quotes, commas and keys, before it is parsed."""
+    # The keys of an entry are in every entry, and take no memory; metadata may be JSON within a text, whose quotes have
+    # backslashes.
+    keys = raw.count(b":") - 3 * raw.count(b'"data_offsets":') - raw.count(b'\\":') + raw.count(b'\\\\":')
+    counted = (
+        ("brackets", raw.count(b"[") + raw.count(b"{"), _BYTES_PER_BRACKET),
+        ("quotes", raw.count(b'"'), _BYTES_PER_QUOTE),
+        ("commas", raw.count(b","), _BYTES_PER_COMMA),
+        ("short keys", keys, _BYTES_PER_KEY),
+    )
+    for mostly, count, size in counted:
+        if count > len(raw) // size:
+            raise InputError(f"{path}: {what} is mostly {mostly}, expected names of tensors")
 
 
 def _integer(text: str) -> int | float:

@@ -206,7 +206,8 @@ LONG: dict[str, tuple[Make, str]] = {
     "megabytes of lists": (lambda: raw(b'{"a":[%b0]}' % (b"[]," * 700_000)), "mostly brackets"),
     "megabytes of objects": (lambda: raw(b'{"a":[%b0]}' % (b"{}," * 700_000)), "mostly brackets"),
     "lists in lists": (lambda: raw(b'{"a":[%b0]}' % (b"[[[[[]]]]]," * 200_000)), "mostly brackets"),
-    "megabytes of numbers": (lambda: raw(b'{"a":[%b0]}' % (b"0," * 1_000_000)), "expected dtype"),
+    "megabytes of numbers": (lambda: raw(b'{"a":[%b0]}' % (b"0," * 1_000_000)), "mostly commas"),
+    "megabytes of longer numbers": (lambda: raw(b'{"a":[%b0]}' % (b"12345, " * 300_000)), "expected dtype"),
 }
 
 
