@@ -49,7 +49,8 @@ SIGNATURES = {
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
     "Report": (
         "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
-        "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, tensors)"
+        "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, skipped_files, "
+        "large_files, tensors)"
     ),
     "Rule": "(scale, min_agreement=1.0)",
     "Stats": "()",
@@ -151,7 +152,8 @@ ARGUMENTS = {
 
 REPORT = [
     "base", "models", "output", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
-    "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "tensors",
+    "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "skipped_files",
+    "large_files", "tensors",
     "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero",
 ]  # fmt: skip
 

@@ -53,7 +53,7 @@ class Checkpoint:
         tensors: The tensors by name. A tensor of a part has the part's name and a slash in front.
         weights: The files that hold them, by names relative to path.
         extra_files: What else belongs to the model (config, tokenizer), by names relative to path.
-        skipped_files: Names of files beside them that are neither: other weights, archives and hidden files.
+        skipped_files: Names of files beside them that are not copied: other weights, unknown and hidden files.
         unindexed: Tensors that the weight files hold and their index omits, by name.
         configs: The config.json of each part; empty where there is none.
         notes: What a user should know of how it was opened, a line each.
@@ -79,9 +79,18 @@ class Checkpoint:
         return {n: held[owner] for n, owner in named if n not in held and owner in held}
 
     @property
+    def large_files(self) -> dict[str, int]:
+        """Files other than weights and indexes that are copied and large, by name, with their bytes."""
+        others = ((name, file) for name, file in self.extra_files.items() if not file.header)
+        return {name: file.size for name, file in others if file.size > _LARGE_BYTES}
+
+    @property
     def is_directory(self) -> bool:
         return self.kind == "directory"
 
+
+# What a user is told of: the size of a small tokenizer, and of weights that would be worth a look.
+_LARGE_BYTES = 1 << 20
 
 # The manifest that negmerge writes beside its output, and does not copy from an input.
 MANIFEST = "negmerge.json"

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ..core.errors import InputError, short_repr
 from .base import Checkpoint, TensorRef
-from .contents import ModelShapes, is_weights, may_be_weights
-from .parts import find_parts, read_config
+from .contents import ModelSizes, is_weights, may_be_weights
+from .parts import CONFIG, find_parts, read_config
 from .reader import File
 from .side_files import ADAPTER_CONFIG, Globs, SideFiles
 from .weights import INDEX, SINGLE, Weights, is_adapter, read_weights
@@ -44,10 +44,11 @@ def open_directory(
     side = SideFiles(path)
     if extra_files:
         notes += [note for held in parts.values() for note in held.weights.unmerged]
-        model = ModelShapes.of(tensors.values())
+        model = ModelSizes.of(tensors.values())
         side.find({*weights, *indexes}, kept, dropped, lambda file, name: is_weights(file, name, model))
     else:
         notes += [note for part, held in parts.items() for note in _adapters(path / part, held.names)]
+    notes += _links_out(path, [*weights, *indexes, *side.copied, *(_join(part, CONFIG) for part in parts)])
     return Checkpoint(
         path,
         "directory",
@@ -111,7 +112,7 @@ def _is_other_weights(folder: Path, name: str) -> bool:
     return (
         may_be_weights(name)
         and os.path.isfile(folder / name)
-        and is_weights(File.at(folder / name), name, ModelShapes.of(()))
+        and is_weights(File.at(folder / name), name, ModelSizes.of(()))
     )
 
 
@@ -125,6 +126,22 @@ def _tensors(path: Path, parts: dict[str, _Part]) -> dict[str, TensorRef]:
             raise InputError(f"{path / part}: tensor {short_repr(min(twice))} is in another part, too")
         tensors.update(named)
     return tensors
+
+
+def _links_out(path: Path, names: Sequence[str]) -> list[str]:
+    """Tell of files that are links and lead out of a model. In a cache of the hub all lead to its blobs."""
+    root = os.path.realpath(path)
+    cache, _, _ = f"{root}/".rpartition("/snapshots/")
+    inside = [os.path.join(root, "")]
+    if os.path.basename(cache).startswith("models--"):
+        inside.append(os.path.join(cache, "blobs", ""))
+    links = [name for name in dict.fromkeys(names) if os.path.islink(path / name)]
+    real = {name: os.path.realpath(path / name) for name in links}
+    out = [name for name in links if not real[name].startswith(tuple(inside))]
+    if not out:
+        return []
+    others = f", as {len(out) - 1} others do" if len(out) > 1 else ""
+    return [f"{path / out[0]}: leads out of the model{others}, and is read: {real[out[0]]}"]
 
 
 def _adapters(folder: Path, names: Sequence[str]) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from .base import MANIFEST
-from .contents import is_weights_format
 from .lfs import refuse_pointer
 from .reader import File
 from .weights import ADAPTERS
@@ -24,6 +23,9 @@ _MAX_POINTER_BYTES = 1024
 ADAPTER_CONFIG = "adapter_config.json"
 # A file, and how names of weights begin that are loaded with it: of an adapter, or of SetFit's classifier.
 _REFERENCES: dict[str, tuple[str, ...]] = {ADAPTER_CONFIG: ADAPTERS, "config_setfit.json": ("model_head.",)}
+
+# Folders that are a model in another format.
+_MODEL_FOLDERS = ".mlpackage", ".mlmodelc"
 
 # Of configurations; a vocabulary may be longer, and names no file.
 _MAX_JSON_BYTES = 1 << 20
@@ -56,7 +58,7 @@ class SideFiles:
     Attributes:
         copied: Files that belong to the model, by names relative to the directory.
         skipped: Names of the others.
-        notes: Folders that could not be looked into, a line each.
+        notes: Folders that could not be looked into, and links that lead to no file, a line each.
         undecided: What only a user can say whether it is needed, a line each.
     """
 
@@ -88,13 +90,20 @@ class SideFiles:
                 if name in opened or name == MANIFEST:
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    is_needless = hidden or is_weights_format(entry.name)
+                    is_needless = hidden or entry.name.lower().endswith(_MODEL_FOLDERS)
                     if is_needless and not any(other.startswith(name + "/") for other in opened):
                         self.skipped.append(name)
                     else:
                         pending.append(name + "/")
-                elif drop.match(name) or not os.path.isfile(self.path / name):
+                elif drop.match(name):
                     self.skipped.append(name)
+                elif not os.path.isfile(self.path / name):
+                    self.skipped.append(name)
+                    if entry.is_symlink() and not hidden:
+                        leads = "a folder" if os.path.isdir(self.path / name) else "no file"
+                        self.notes.append(
+                            f"{self.path / name}: skipped (a link to {os.readlink(entry.path)}, {leads})"
+                        )
                 elif keep.match(name):
                     self.copied[name] = file = File.at(self.path / name)
                     refuse_pointer(file.path, file.read(0, min(file.size, _MAX_POINTER_BYTES)))

@@ -19,7 +19,7 @@ from .text import (
     print_lines,
     print_note,
     print_notes,
-    print_skipped_files,
+    print_other_files,
     progress_bar,
     summary,
     verified,
@@ -147,7 +147,7 @@ def merge(
     if dry_run:
         if ranks.rank == 0:
             print_lines(*plan_lines(job))
-            print_skipped_files(job.plan.base)
+            print_other_files(job.plan.base)
         return
     said = len(job.notes)
     signals.guarded = True
@@ -162,7 +162,7 @@ def merge(
     if not quiet:
         print_notes(done.notes[said:])
         print_lines(summary(job, done))
-        print_skipped_files(job.plan.base)
+        print_other_files(job.plan.base)
 
 
 def _prepare(

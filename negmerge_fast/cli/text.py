@@ -87,10 +87,14 @@ def print_note(note: str) -> None:
     print(escape(f"negmerge: note: {note}"), file=sys.stderr, flush=True)
 
 
-def print_skipped_files(base: Checkpoint) -> None:
-    """Print the files of the base that are not copied: weights that were not merged, and hidden files."""
-    for name in base.skipped_files:
-        print_lines(f"skipped  {name}")
+def print_other_files(base: Checkpoint) -> None:
+    """Print the files of the base that are not copied, those that are and are large, and what can be done about them."""
+    lines = [f"skipped  {name}" for name in base.skipped_files]
+    lines += [f"copied   {name} ({_size(size)})" for name, size in base.large_files.items()]
+    if lines:
+        print_lines(
+            *lines, "         --keep GLOB copies a file that is skipped, --drop GLOB skips one that is copied"
+        )
 
 
 def summary(job: Job, done: Report) -> str:

@@ -33,6 +33,8 @@ class Report:
         bytes_done_before: Bytes of the output that an earlier, interrupted run had done.
         seconds: Wall time of this run.
         notes: What a user should know of the merge, a line each.
+        skipped_files: Names of files of the base that were not copied: --keep copies them.
+        large_files: Bytes of each other file of more than 1 MiB that was copied, by name: --drop skips them.
         tensors: name, elements, agreed, nonfinite and vetoed_by_zero of each tensor.
     """
 
@@ -54,6 +56,8 @@ class Report:
     bytes_done_before: int
     seconds: float
     notes: list[str]
+    skipped_files: list[str]
+    large_files: dict[str, int]
     tensors: list[dict[str, Any]]
 
     def to_json(self) -> str:

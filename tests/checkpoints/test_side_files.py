@@ -399,6 +399,81 @@ def test_what_openvino_reads_together_is_skipped_together(tmp_path: Path) -> Non
     assert sorted(opened.skipped_files) == ["openvino_model.bin", "openvino_model.xml"]
 
 
+def test_links_that_lead_to_no_file(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "m", WEIGHTS)
+    (tmp_path / "folder").mkdir()
+    (path / "broken.txt").symlink_to("nowhere\n")
+    (path / "folder").symlink_to(tmp_path / "folder")
+    (path / "round.txt").symlink_to("round.txt")
+    (path / ".hidden").symlink_to("nowhere")
+    opened = open_checkpoint(path)
+    assert sorted(opened.skipped_files) == [".hidden", "broken.txt", "folder", "round.txt"]
+    assert opened.notes == (
+        f"{path / 'broken.txt'}: skipped (a link to nowhere\n, no file)",
+        f"{path / 'folder'}: skipped (a link to {tmp_path / 'folder'}, a folder)",
+        f"{path / 'round.txt'}: skipped (a link to round.txt, no file)",
+    )
+    assert not open_checkpoint(path, drop=["broken.txt", "folder", "round.txt"]).notes
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "config.json", "model.safetensors"])
+def test_a_link_that_leads_out_of_the_model(tmp_path: Path, name: str) -> None:
+    said = {}
+    for folder in ("base", "ft"):
+        path, secret = save_model(tmp_path / folder, WEIGHTS) / name, tmp_path / f"secret-{folder}"
+        secret.write_bytes(path.read_bytes() if path.exists() else b"token")
+        path.unlink(missing_ok=True)
+        path.symlink_to(f"../{secret.name}")
+        said[folder] = f"{path}: leads out of the model, and is read: {secret}"
+    assert open_checkpoint(tmp_path / "base").notes == (said["base"],)
+    model = open_checkpoint(tmp_path / "ft", extra_files=False)
+    assert model.notes == (() if name == "vocab.txt" else (said["ft"],)), "of models no side file is read"
+    done = negmerge("merge", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--scale", "1")
+    assert done.returncode == 0 and done.stderr.startswith(f"negmerge: note: {said['base']}\n")
+
+
+def test_several_links_that_lead_out(tmp_path: Path) -> None:
+    """One line; links that stay in the model are none of them, and neither is the model that is a link itself."""
+    path = put(save_model(tmp_path / "m", WEIGHTS), {"notes/a.txt": TEXT})
+    (tmp_path / "secret").write_bytes(TEXT)
+    (path / "b.txt").symlink_to("notes/a.txt")
+    (path / "notes" / "c.txt").symlink_to("../b.txt")
+    (tmp_path / "link").symlink_to(path)
+    for given in (path, tmp_path / "link"):
+        assert open_checkpoint(given).notes == ()
+    for name in ("d.txt", "notes/e.txt", "f.txt"):
+        (path / name).symlink_to(tmp_path / "secret")
+    (note,) = open_checkpoint(path).notes
+    assert (
+        note
+        == f"{path / 'd.txt'}: leads out of the model, as 2 others do, and is read: {tmp_path / 'secret'}"
+    )
+
+
+def test_links_in_a_cache_of_the_hub(tmp_path: Path) -> None:
+    """They lead to its blobs; what leads elsewhere, also by way of blobs, is told."""
+    cache = tmp_path / "models--org--name"
+    snapshot = save_model(cache / "snapshots" / "abc", WEIGHTS)
+    put(snapshot, {"text/config.json": b"{}"})
+    (cache / "blobs").mkdir()
+    for k, file in enumerate(sorted(p for p in snapshot.rglob("*") if p.is_file())):
+        file.rename(cache / "blobs" / f"{k}")
+        file.symlink_to(os.path.relpath(cache / "blobs" / f"{k}", file.parent))
+    (tmp_path / "link").symlink_to(snapshot)
+    for given in (snapshot, tmp_path / "link"):
+        assert open_checkpoint(given).notes == () == open_checkpoint(given, extra_files=False).notes
+    (tmp_path / "secret").write_bytes(TEXT)
+    (cache / "blobs" / "x").symlink_to(tmp_path / "secret")
+    (snapshot / "vocab.txt").symlink_to("../../blobs/x")
+    (note,) = open_checkpoint(snapshot).notes
+    assert note.endswith(f"vocab.txt: leads out of the model, and is read: {tmp_path / 'secret'}")
+    # Another model's blobs, and folders that merely look like a cache.
+    (snapshot / "vocab.txt").unlink()
+    cache.rename(tmp_path / "models")
+    (note,) = open_checkpoint(tmp_path / "models" / "snapshots" / "abc").notes
+    assert "leads out of the model, as 3 others do" in note
+
+
 def test_folders_that_nobody_needs(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", WEIGHTS)
     (path / "/".join("d" * 70)).mkdir(parents=True)
