@@ -27,7 +27,7 @@ from negmerge_fast.checkpoints.formats import open_checkpoint
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHTS = {"w": torch.randn(64, 48, generator=GENERATOR), "b": torch.randn(8, generator=GENERATOR)}
-NUMBERS = WEIGHTS["w"].numpy()
+MATRIX = WEIGHTS["w"].numpy()
 FILE = save(WEIGHTS)
 
 # What other programs and people call weights.
@@ -54,9 +54,9 @@ def zipped(**files: bytes) -> bytes:
 def tarred(data: bytes, mode: str = "w") -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
-        member = tarfile.TarInfo("x")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
+        info = tarfile.TarInfo("x")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
     return file.getvalue()
 
 
@@ -72,46 +72,46 @@ def array(value: object) -> bytes:
     return file.getvalue()
 
 
-# Weights, in any form.
-FORMS = {
+# Weights, in many encodings.
+ENCODINGS = {
     "safetensors": FILE,
     "the beginning of it": FILE[:9000],
     "all bytes": FILE[8 + int.from_bytes(FILE[:8], "little") :],
-    "a tensor": NUMBERS.tobytes(),
+    "a tensor": MATRIX.tobytes(),
     "a small tensor": WEIGHTS["b"].numpy().tobytes(),
-    "a tensor of zeros": bytes(NUMBERS.nbytes),
-    "half of the bits": NUMBERS.astype("f2").tobytes(),
-    "a byte each": (NUMBERS * 40).astype("i1").tobytes(),
-    "a part": NUMBERS.tobytes()[3000:9000],
-    "behind a header": b"MODEL 1.0\n\0\0\0" + NUMBERS.tobytes(),
-    "behind text": b"#!/bin/sh\n# reads itself\n" * 400 + NUMBERS.tobytes(),
+    "a tensor of zeros": bytes(MATRIX.nbytes),
+    "half of the bits": MATRIX.astype("f2").tobytes(),
+    "a byte each": (MATRIX * 40).astype("i1").tobytes(),
+    "a part": MATRIX.tobytes()[3000:9000],
+    "behind a header": b"MODEL 1.0\n\0\0\0" + MATRIX.tobytes(),
+    "behind text": b"#!/bin/sh\n# reads itself\n" * 400 + MATRIX.tobytes(),
     "torch": saved(WEIGHTS),
     "old torch": saved(WEIGHTS, old=True),
-    "npy": array(NUMBERS),
-    "a flat npy": array(NUMBERS.ravel()),
-    "npz": zipped(**{"w.npy": array(NUMBERS)}),
-    "a pickle": pickle.dumps({"w": NUMBERS}),
-    "a pickle of bytes": pickle.dumps({"w": NUMBERS.tobytes()}),
-    "a pickle of numbers": pickle.dumps(NUMBERS.ravel().tolist()),
-    "an old pickle": pickle.dumps({"w": NUMBERS}, 0),
-    "two pickles": pickle.dumps({"lr": 0.1}) + pickle.dumps(NUMBERS.tobytes()),
+    "npy": array(MATRIX),
+    "a flat npy": array(MATRIX.ravel()),
+    "npz": zipped(**{"w.npy": array(MATRIX)}),
+    "a pickle": pickle.dumps({"w": MATRIX}),
+    "a pickle of bytes": pickle.dumps({"w": MATRIX.tobytes()}),
+    "a pickle of numbers": pickle.dumps(MATRIX.ravel().tolist()),
+    "an old pickle": pickle.dumps({"w": MATRIX}, 0),
+    "two pickles": pickle.dumps({"lr": 0.1}) + pickle.dumps(MATRIX.tobytes()),
     "JSON": json.dumps({name: tensor.tolist() for name, tensor in WEIGHTS.items()}).encode(),
-    "JSON of a tensor": json.dumps(NUMBERS.tolist(), indent=1).encode(),
-    "lines": "\n".join(map(str, NUMBERS.ravel().tolist())).encode(),
-    "CSV": "\n".join(",".join(f"{x:.3e}" for x in row) for row in NUMBERS).encode(),
+    "JSON of a tensor": json.dumps(MATRIX.tolist(), indent=1).encode(),
+    "lines": "\n".join(map(str, MATRIX.ravel().tolist())).encode(),
+    "CSV": "\n".join(",".join(f"{x:.3e}" for x in row) for row in MATRIX).encode(),
     "base64": base64.b64encode(FILE),
     "base64 in lines": base64.encodebytes(FILE),
     "base64 in JSON": json.dumps({"w": base64.b64encode(FILE).decode()}).encode(),
     "hexadecimal": FILE.hex().encode(),
     "gzip": gzip.compress(FILE),
-    "bzip2": bz2.compress(NUMBERS.tobytes()),
+    "bzip2": bz2.compress(MATRIX.tobytes()),
     "zip": zipped(x=FILE),
-    "zip of bytes": zipped(**{"a.txt": b"text", "x": NUMBERS.tobytes()}),
+    "zip of bytes": zipped(**{"a.txt": b"text", "x": MATRIX.tobytes()}),
     "zip in zip": zipped(x=zipped(x=FILE)),
     "tar": tarred(FILE),
-    "tar.gz": tarred(NUMBERS.tobytes(), "w:gz"),
-    "GGUF": b"GGUF\3\0\0\0" + NUMBERS.tobytes(),
-    "Zstandard": b"\x28\xb5\x2f\xfd" + NUMBERS.tobytes(),
+    "tar.gz": tarred(MATRIX.tobytes(), "w:gz"),
+    "GGUF": b"GGUF\3\0\0\0" + MATRIX.tobytes(),
+    "Zstandard": b"\x28\xb5\x2f\xfd" + MATRIX.tobytes(),
 }  # fmt: skip
 
 
@@ -135,22 +135,31 @@ def large_model(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_weights_are_skipped_under_any_name(tmp_path: Path, form: str) -> None:
-    put(small_model(tmp_path), dict.fromkeys(NAMES, FORMS[form]))
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_weights_are_skipped_under_any_name(tmp_path: Path, encoding: str) -> None:
+    put(small_model(tmp_path), dict.fromkeys(NAMES, ENCODINGS[encoding]))
     extra = open_checkpoint(tmp_path).extra_files
     assert not [name for name in extra if name != "config.json"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("size", [1 << 17, 1 << 20])
-def test_weights_beside_a_large_model(tmp_path: Path, form: str, size: int) -> None:
+def test_weights_beside_a_large_model(tmp_path: Path, encoding: str, size: int) -> None:
     """Of tens of thousands of elements and more: what is smaller is told apart by its beginning only."""
     data = np.random.default_rng(0).standard_normal((size // 64, 16), "f4")
     header = {"x": entry(0, data.nbytes, shape=data.shape)}
-    forms = {"safetensors": raw(header, data.tobytes()), "all bytes": data.tobytes(), "base64": base64.b64encode(data.tobytes())}  # fmt: skip
-    put(large_model(tmp_path), {"x": forms.get(form, FORMS[form])})
-    if form in forms or form in ("torch", "old torch", "a pickle", "GGUF", "Zstandard", "zip", "tar", "gzip"):
+    encoded = {"safetensors": raw(header, data.tobytes()), "all bytes": data.tobytes(), "base64": base64.b64encode(data.tobytes())}  # fmt: skip
+    put(large_model(tmp_path), {"x": encoded.get(encoding, ENCODINGS[encoding])})
+    if encoding in encoded or encoding in (
+        "torch",
+        "old torch",
+        "a pickle",
+        "GGUF",
+        "Zstandard",
+        "zip",
+        "tar",
+        "gzip",
+    ):
         assert "x" in open_checkpoint(tmp_path).skipped_files
 
 
@@ -186,7 +195,7 @@ NOISE = np.random.default_rng(1).bytes(300_000)
 TOKENS = [np.random.default_rng(k).bytes(k % 9 + 1) for k in range(40_000)]
 
 
-def piece(word: str) -> bytes:
+def scored(word: str) -> bytes:
     text = word.encode()
     inner = b"\n" + bytes([len(text)]) + text + b"\x15" + np.float32(-3.5).tobytes()
     return b"\n" + bytes([len(inner)]) + inner
@@ -206,9 +215,9 @@ ASSETS = {
     "bpe/code.bpe": "\n".join(WORDS).encode(),
     "qwen.tiktoken": b"\n".join(base64.b64encode(t) + b" %d" % k for k, t in enumerate(TOKENS)),
     "tekken.json": json.dumps({"vocab": [{"rank": k, "token_bytes": base64.b64encode(t).decode()} for k, t in enumerate(TOKENS)]}).encode(),
-    "spiece.model": b"".join(map(piece, ["<unk>", "<s>", "</s>", *WORDS])),
-    "sentencepiece.bpe.model": b"".join(map(piece, ["▁der", "▁die", *WORDS])),
-    "spm/source.spm": b"".join(map(piece, ["<pad>", *WORDS])),
+    "spiece.model": b"".join(map(scored, ["<unk>", "<s>", "</s>", *WORDS])),
+    "sentencepiece.bpe.model": b"".join(map(scored, ["▁der", "▁die", *WORDS])),
+    "spm/source.spm": b"".join(map(scored, ["<pad>", *WORDS])),
     "tokens.pkl": pickle.dumps({token: k for k, token in enumerate(WORDS)}),
     "vocab.json.gz": gzip.compress(json.dumps(WORDS).encode()),
     "tokenizer.tar.gz": tarred("\n".join(WORDS).encode(), "w:gz"),
