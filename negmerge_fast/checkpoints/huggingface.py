@@ -140,8 +140,10 @@ def _links_out(path: Path, names: Sequence[str]) -> list[str]:
     out = [name for name in links if not real[name].startswith(tuple(inside))]
     if not out:
         return []
-    others = f", as {len(out) - 1} others do" if len(out) > 1 else ""
-    return [f"{path / out[0]}: leads out of the model{others}, and is read: {real[out[0]]}"]
+    others = f" (and {len(out) - 1} others do)" if len(out) > 1 else ""
+    return [
+        f"{path / out[0]}: a link that leads out of the model, to {real[out[0]]}{others}: its content is taken"
+    ]
 
 
 def _adapters(folder: Path, names: Sequence[str]) -> list[str]:

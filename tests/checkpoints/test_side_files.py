@@ -424,7 +424,7 @@ def test_a_link_that_leads_out_of_the_model(tmp_path: Path, name: str) -> None:
         secret.write_bytes(path.read_bytes() if path.exists() else b"token")
         path.unlink(missing_ok=True)
         path.symlink_to(f"../{secret.name}")
-        said[folder] = f"{path}: leads out of the model, and is read: {secret}"
+        said[folder] = f"{path}: a link that leads out of the model, to {secret}: its content is taken"
     assert open_checkpoint(tmp_path / "base").notes == (said["base"],)
     model = open_checkpoint(tmp_path / "ft", extra_files=False)
     assert model.notes == (() if name == "vocab.txt" else (said["ft"],)), "of models no side file is read"
@@ -444,9 +444,8 @@ def test_several_links_that_lead_out(tmp_path: Path) -> None:
     for name in ("d.txt", "notes/e.txt", "f.txt"):
         (path / name).symlink_to(tmp_path / "secret")
     (note,) = open_checkpoint(path).notes
-    assert (
-        note
-        == f"{path / 'd.txt'}: leads out of the model, as 2 others do, and is read: {tmp_path / 'secret'}"
+    assert note == (
+        f"{path / 'd.txt'}: a link that leads out of the model, to {tmp_path / 'secret'} (and 2 others do): its content is taken"
     )
 
 
@@ -466,12 +465,12 @@ def test_links_in_a_cache_of_the_hub(tmp_path: Path) -> None:
     (cache / "blobs" / "x").symlink_to(tmp_path / "secret")
     (snapshot / "vocab.txt").symlink_to("../../blobs/x")
     (note,) = open_checkpoint(snapshot).notes
-    assert note.endswith(f"vocab.txt: leads out of the model, and is read: {tmp_path / 'secret'}")
+    assert f"vocab.txt: a link that leads out of the model, to {tmp_path / 'secret'}: " in note
     # Another model's blobs, and folders that merely look like a cache.
     (snapshot / "vocab.txt").unlink()
     cache.rename(tmp_path / "models")
     (note,) = open_checkpoint(tmp_path / "models" / "snapshots" / "abc").notes
-    assert "leads out of the model, as 3 others do" in note
+    assert "(and 3 others do)" in note
 
 
 def test_folders_that_nobody_needs(tmp_path: Path) -> None:
