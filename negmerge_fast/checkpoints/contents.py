@@ -81,9 +81,8 @@ _MAX_BYTES_READ, _MAX_BYTES_UNPACKED = 16 << 20, 48 << 20
 # UTF-8, too.
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 _MAX_CONTROLS, _MIN_UNDECODED = 0.001, 4096
-# Weights may be spelled as numbers, or in base64 as pictures are.
+# Weights may be spelled as numbers, each with a point, or in base64 as pictures are.
 _DIGITS, _BETWEEN = b"0123456789.+-eE", b",;:[](){} \t\r\n"
-_TO_ZERO = bytes(48 if byte in _DIGITS else 32 for byte in range(256))
 _BASE64 = re.compile(rb"(?=[A-Za-z+/]{0,59}[0-9])[A-Za-z0-9+/]{60,}")
 _PICTURES = re.compile(rb'image/|audio/|"cells"')
 
@@ -251,8 +250,7 @@ class _Inspection:
         """Whether a text does not spell weights."""
         if len(sample.translate(None, _DIGITS + _BETWEEN)) <= len(sample) // 10:
             text = content.head(content.size) if content.size <= _MAX_BYTES_READ else sample
-            count = (b" " + text.translate(_TO_ZERO)).count(b" 0")
-            return not self._model.match(count * content.size // len(text))
+            return not self._model.match(text.count(b".") * content.size // len(text))
         encoded = sum(map(len, _BASE64.findall(sample)))
         if encoded > len(sample) // 2 and not _PICTURES.search(sample):
             return self._model.outsize(content.size * 3 // 4)

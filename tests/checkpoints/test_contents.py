@@ -271,6 +271,7 @@ def test_what_is_large_and_looks_like_text(tmp_path: Path) -> None:
         "c.txt": base64.b64encode(NOISE * 10),
         "vectors.vec": b"the 0.41800 0.24968 -0.41242 0.12170\n" * 300_000,
         "tokenizer.json": ASSETS["vocab.json"] * 20,
+        "counts.csv": b"1,2,-3,40\n" * 600_000,
     })  # fmt: skip
     opened = open_checkpoint(path)
     assert sorted(opened.skipped_files) == ["a.txt", "b.json", "c.txt", "vectors.vec"]
