@@ -1,6 +1,7 @@
-"""Merges that are killed, find a full disk or a broken one, or are interrupted, at every call that changes the file system.
+"""Merges that are killed, find a full disk or a broken one, are interrupted, or lose power, at every call that changes the file system.
 
-Afterwards OUT is the old or the new one, whole. The same command succeeds, and nothing of negmerge's stays behind.
+Afterwards OUT is the old or the new one, whole. The same command succeeds, and nothing of negmerge's stays behind. After a loss of
+power a merge with --resume may also be refused in one line.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
         request.addfinalizer(lambda: shutil.rmtree(folder))
     library = folder / "faults.so"
-    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", library, SUPPORT / "faults.c", "-ldl"], check=True)
+    subprocess.run(
+        ["gcc", "-O1", "-shared", "-fPIC", "-o", library, SUPPORT / "faults.c", "-ldl"], check=True
+    )
     wanted = [
         (item.callspec.params["case"], item.callspec.params["action"])
         for item in request.session.items

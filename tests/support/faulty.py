@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import io
 import json
 import os
@@ -16,12 +17,14 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import disk
 import numpy as np
 from small_chunks import RECORD_EVERY_CHUNK
 
@@ -60,7 +63,12 @@ class Case(NamedTuple):
         return " ".join(filter(None, [*words, "" if self.exchange else "without-exchange"]))
 
 
-CASES = [Case(kind, old, resume) for kind in ("directory", "file") for old in (False, True) for resume in (False, True)]
+CASES = [
+    Case(kind, old, resume)
+    for kind in ("directory", "file")
+    for old in (False, True)
+    for resume in (False, True)
+]
 CASES += [Case("directory", True, resume, exchange=False) for resume in (False, True)]
 
 
@@ -162,7 +170,13 @@ class Models:
         base, *models = self.paths(case.kind)
         try:
             nm.merge_checkpoints(
-                base, models, self.output(case.kind), scale=scale, threads=1, resume=case.resume, overwrite=case.old
+                base,
+                models,
+                self.output(case.kind),
+                scale=scale,
+                threads=1,
+                resume=case.resume,
+                overwrite=case.old,
             )
         except nm.InputError as error:
             return Outcome(2, str(error))
@@ -247,6 +261,7 @@ def forked(task: Callable[[], Any], group: int | None = None) -> Callable[[], An
         try:
             if group is not None:
                 os.setpgid(0, group)
+            gc.disable()
             signal.alarm(_TIMEOUT_S)
             os.write(send, json.dumps(task()).encode())
             status = 0
@@ -305,7 +320,9 @@ class Found:
             self.expect(missing or not before, where, "the old output is gone")
             self.expect(mixed or not output, where, f"a manifest without a file: {sorted(output)}")
             return "none", left
-        self.expect(mixed and kind == "file", where, f"neither the old nor the new output: {self._differs(output)}")
+        self.expect(
+            mixed and kind == "file", where, f"neither the old nor the new output: {self._differs(output)}"
+        )
         try:
             nm.verify_checkpoint(path, threads=1)
         except (RuntimeError, nm.InputError):
@@ -323,13 +340,19 @@ class Found:
     def again(self, where: str, between: str, outcome: Outcome | None = None) -> None:
         """Give the same command again, and look at what it did."""
         case = self.case
-        outcome = outcome or Outcome(*forked(lambda: self.models.merge(case))())
+        signal.alarm(_TIMEOUT_S)
+        outcome = outcome or self.models.merge(case)
+        signal.alarm(0)
         state, left = self.state(where + ", again")
         if between == "new" and not case.old and not case.resume:
             refused = outcome.status == 2 and "exists already" in outcome.said
-            self.expect(refused and state == "new", where, f"again: {outcome}, {state}; expected: exists already")
+            self.expect(
+                refused and state == "new", where, f"again: {outcome}, {state}; expected: exists already"
+            )
         else:
-            self.expect(outcome.status == 0 and state == "new", where, f"again ({between}): {outcome}, {state}")
+            self.expect(
+                outcome.status == 0 and state == "new", where, f"again ({between}): {outcome}, {state}"
+            )
         self.expect(not left, where, f"again: left behind {left}")
 
 
@@ -451,7 +474,9 @@ def with_two_ranks(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
                 statuses = [each[0] for each in ended]
                 if not killed:
                     found.expect(set(statuses) <= {0, 1, 143}, where, str(ended))
-                    found.expect(any(statuses) or state == "new", where, f"{statuses}, but the output is {state}")
+                    found.expect(
+                        any(statuses) or state == "new", where, f"{statuses}, but the output is {state}"
+                    )
                     if not case.resume:
                         removes = shim.call.startswith(("unlink", "rmdir"))
                         found.expect(not left or removes, where, f"left behind {left} {ended}")
@@ -460,16 +485,83 @@ def with_two_ranks(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
 
 
 def _of_ranks(part: int, hit: int) -> Iterator[tuple[str, Action]]:
-    yield ("killed alone before", Action(KILL_BEFORE)) if (part + hit) % 2 else ("killed together before", Action(KILL_GROUP))
+    yield (
+        ("killed alone before", Action(KILL_BEFORE))
+        if (part + hit) % 2
+        else ("killed together before", Action(KILL_GROUP))
+    )
     if part % 3 == hit:
         yield "disk full at", Action(FAIL, errno.ENOSPC)
     if part % 4 == 2 - hit:
         yield "SIGTERM after", Action(SIGNAL, signal.SIGTERM)
 
 
+def power_loss(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
+    """A loss of power after every call, and then the same command again, with and without --resume."""
+    found = Found(models, case)
+    models.restore(case)
+    before = disk.Disk(models.place)
+    with tempfile.TemporaryFile() as log:
+
+        def record() -> Outcome:
+            if not case.exchange:
+                shim.without_exchange()
+            shim.arm()
+            shim.record(log.fileno())
+            return models.merge(case)
+
+        assert forked(record)() == [0, ""]
+        log.seek(0)
+        calls = disk.recorded(log.read())
+    assert len(calls) > 20, "the shim sees the calls"
+    seen = set()
+    last = "the start"
+    for at in range(len(calls) + 1):
+        for description, tree_ in before.after_power_loss(seeds=15):
+            key = hash(tuple(tree_.items())), at == len(calls)
+            if key not in seen:
+                seen.add(key)
+                _look_after_power_loss(
+                    found, tree_, f"power lost after {last}, {description}", ended=at == len(calls)
+                )
+        if at < len(calls):
+            before.apply(calls[at])
+            last = f"{calls[at].name} {calls[at].words[1:]} ({at})"
+    assert len(seen) > len(calls) // 2
+    return found.lines
+
+
+def _look_after_power_loss(found: Found, content: disk.Tree, where: str, *, ended: bool) -> None:
+    models, case = found.models, found.case
+    for resume in (case.resume, not case.resume):
+        models.clear()
+        write_modes(models.place, content)
+        state, _ = found.state(where, mixed=True, missing=not case.exchange)
+        found.expect(state == "new" or not ended, where, f"the merge had ended, but the output is {state}")
+        signal.alarm(_TIMEOUT_S)
+        outcome = models.merge(case._replace(resume=resume))
+        signal.alarm(0)
+        after, left = found.state(where + ", again")
+        told = f"again {'with' if resume else 'without'} --resume ({state}): {outcome}, {after}"
+        if outcome.status == 0:
+            found.expect(after == "new" and not left, where, f"{told}, {left}")
+        elif state == "new" and not case.old and not resume:
+            found.expect("exists already" in outcome.said and after == "new", where, told)
+        else:
+            refused = outcome.status == 2 and resume and "without --resume" in outcome.said
+            found.expect(refused and after == state, where, told)
+
+
+def write_modes(folder: Path, content: disk.Tree) -> None:
+    for name, (mode, data) in content.items():
+        write_tree(folder, {name: data})
+        (folder / name).chmod(mode)
+
+
 KINDS = {
     **dict.fromkeys(ACTIONS, at_every_call),
     "Ctrl-C in a notebook after": notebook,
+    "power loss": power_loss,
     "two ranks": with_two_ranks,
 }
 
