@@ -1,4 +1,5 @@
-// Stops a process, fails, or raises a signal at the n-th call that changes the file system below a folder; or records all these calls.
+// Stops a process, fails, or raises a signal at the n-th call that changes the file system below a folder; or pauses before each of
+// them, and before each that opens a file or reads a folder there; or records those that change it.
 // What was counted is in memory that forked processes share. The program that is tested by it sets everything by the fault_ functions.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,7 +23,7 @@
 #define EXCHANGE 2 /* RENAME_EXCHANGE */
 #define BTRFS 0x9123683E
 
-enum { NONE, KILL_BEFORE, KILL_AFTER, KILL_GROUP, FAIL, SIGNAL };
+enum { NONE, KILL_BEFORE, KILL_AFTER, KILL_GROUP, FAIL, SIGNAL, PAUSE };
 
 static struct {
     int count;       // calls of the processes that are armed
@@ -85,7 +86,15 @@ static int enter(Call *call, const char *name) {
     call->hit = 0;
     if (!call->counts) return 1;
     if (log_to >= 0) pthread_mutex_lock(&recording);
-    call->hit = __atomic_add_fetch(&shared->count, 1, __ATOMIC_SEQ_CST) == at;
+    int number = __atomic_add_fetch(&shared->count, 1, __ATOMIC_SEQ_CST);
+    if (action == PAUSE) {  // value: a socket, whose other end answers
+        snprintf(shared->call, sizeof shared->call, "%s %.200s", name, call->path + strlen(watched));
+        char byte = 0;
+        if (syscall(SYS_write, value, &byte, 1) != 1 || syscall(SYS_read, value, &byte, 1) != 1) abort();
+        call->hit = 0;
+        return 1;
+    }
+    call->hit = number == at;
     if (!call->hit) return 1;
     snprintf(shared->call, sizeof shared->call, "%s %.200s", name, call->path + strlen(watched));
     if (action == KILL_BEFORE) syscall(SYS_exit_group, 77);
@@ -163,9 +172,9 @@ static void record_size(int fd) {
 
 static int open_any(int directory, const char *path, int flags, mode_t mode) {
     int (*real)(int, const char *, int, ...) = (int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat");
-    if (!(flags & (O_CREAT | O_TRUNC))) return real(directory, path, flags, mode);
+    if (!(flags & (O_CREAT | O_TRUNC)) && action != PAUSE) return real(directory, path, flags, mode);
     Call call = on_path(directory, path);
-    if (!enter(&call, flags & O_CREAT ? "open-create" : "open-truncate")) return -1;
+    if (!enter(&call, flags & O_CREAT ? "open-create" : flags & O_TRUNC ? "open-truncate" : "open")) return -1;
     unsigned long before = inode(call.path);
     int fd = real(directory, path, flags, mode);
     if (is_recorded(&call, fd < 0)) {

@@ -32,12 +32,12 @@ import negmerge_fast as nm
 from negmerge_fast.cli import commands, main  # noqa: F401  what a command imports
 from negmerge_fast.streaming import api  # noqa: F401  what a merge imports
 
-NONE, KILL_BEFORE, KILL_AFTER, KILL_GROUP, FAIL, SIGNAL = range(6)
+NONE, KILL_BEFORE, KILL_AFTER, KILL_GROUP, FAIL, SIGNAL, PAUSE = range(7)
 KILLED = 77
 SCALE, OLD_SCALE = 0.9, 0.3
 _TIMEOUT_S = 60
-# Of a process that answers, is killed, or is stopped by a signal before it has begun.
-_ENDS = (0, KILLED, -signal.SIGKILL, 130, 143)
+# Of a process that answers, is killed, hangs, or is stopped by a signal before it has begun.
+_ENDS = (0, KILLED, -signal.SIGKILL, -signal.SIGALRM, 130, 143)
 
 # What a folder holds: the bytes of files, None of folders, by their paths.
 Tree = dict[str, bytes | None]
@@ -80,6 +80,7 @@ class Action(NamedTuple):
     is_command: bool = False
 
 
+NOTHING = Action(NONE)
 ACTIONS = {
     "killed before": Action(KILL_BEFORE),
     "killed after": Action(KILL_AFTER),
@@ -98,7 +99,7 @@ class Shim:
         self._library.fault_call.restype = ctypes.c_char_p
         self._library.fault_watch(os.fsencode(folder))
 
-    def arm(self, action: Action = ACTIONS["killed before"]._replace(what=NONE), at: int = 0) -> None:
+    def arm(self, action: Action = NOTHING, at: int = 0) -> None:
         self._library.fault_arm(action.what, at, action.value)
 
     def without_exchange(self) -> None:
@@ -278,7 +279,7 @@ def forked(task: Callable[[], Any], group: int | None = None) -> Callable[[], An
         with open(receive, "rb") as file:
             answer = file.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in _ENDS, f"a process ended with {status}: it crashed, or hung"
+        assert status in _ENDS, f"a process ended with {status}"
         return json.loads(answer) if answer else [status, ""]
 
     wait.process = child  # type: ignore[attr-defined]
@@ -431,7 +432,7 @@ def notebook(models: Models, shim: Shim, case: Case, action_name: str) -> list[s
 
 def with_two_ranks(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
     """The same with two ranks, at a few calls of each."""
-    import torch.distributed  # not before: processes are forked faster without it
+    import torch.distributed  # noqa: F401  not before: processes are forked faster without it
     from interrupted import free_port
 
     found = Found(models, case)
@@ -458,7 +459,7 @@ def with_two_ranks(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
         return [first(), second()]
 
     for hit, parts in ((0, 12), (1, 5)):
-        ended = ranks(Action(NONE), 0, hit)
+        ended = ranks(NOTHING, 0, hit)
         assert [outcome[0] for outcome in ended] == [0, 0], ended
         calls = shim.calls
         assert calls > 3, calls
