@@ -71,12 +71,21 @@ class Scene:
         os.setuid(VICTIM)
         return self.models.merge(case, SCALE)
 
-    def judge(self, found: Found, where: str, outcome: Outcome) -> None:
-        """Collect what must not be, whatever the other did."""
+    def judge(self, found: Found, where: str, outcome: Outcome, *, is_output_his: bool = False) -> None:
+        """Collect what must not be, whatever the other did.
+
+        Args:
+            found: Collects it.
+            where: What the other did.
+            outcome: What the victim's merge said.
+            is_output_his: Whether the other may have replaced what had been published.
+        """
         found.expect(self._home() == self.kept, where, f"the victim's home was changed ({outcome})")
         found.expect(outcome.status in (0, 1, 2), where, f"hung or crashed: {outcome}")
-        found.expect("\n" not in outcome.said and bool(outcome.said) == bool(outcome.status), where, str(outcome))
-        if outcome.status == 0:
+        found.expect(
+            "\n" not in outcome.said and bool(outcome.said) == bool(outcome.status), where, str(outcome)
+        )
+        if outcome.status == 0 and not is_output_his:
             output = self.models.output(found.case.kind)
             links = [path for path in (output, *output.rglob("*")) if path.is_symlink()]
             state, _ = found.state(where)
@@ -91,7 +100,8 @@ class Lead:
     def __init__(self, place: Path, home: Path, output: Path) -> None:
         self.place, self.home, self.output = place, home, output
         self.staging = place / f".{output.name}.negmerge"
-        self.manifest = place / f"{output.name}.negmerge.json"
+        # That of a directory is in it, where only the victim can write.
+        self.manifest = place / f"{output.name}.negmerge.json" if output.suffix else None
 
     def make(self, path: Path, what: str) -> None:
         match what:
@@ -136,7 +146,13 @@ class Lead:
                 raise AssertionError(what)
 
 
-_LINKS = ("a link to a file", "a link to a folder", "a link to a new file", "a link to nowhere", "a link to itself")
+_LINKS = (
+    "a link to a file",
+    "a link to a folder",
+    "a link to a new file",
+    "a link to nowhere",
+    "a link to itself",
+)
 _OTHERS = ("a FIFO", "a socket", "a directory", "a file")
 _NAMES = ("lock", "output", "journal-0", "exchange", "former", "rank-1.json")
 
@@ -145,7 +161,8 @@ def prepared(lead: Lead) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield what the other made before the victim merges."""
     for what in (*_LINKS, *_OTHERS, "links"):
         yield f"the staging directory is {what}", lambda what=what: lead.make(lead.staging, what)
-        yield f"the manifest is {what}", lambda what=what: lead.make(lead.manifest, what)
+        if lead.manifest:
+            yield f"the manifest is {what}", lambda what=what: lead.make(lead.manifest, what)
         yield f"the output is {what}", lambda what=what: lead.make(lead.output, what)
     for mode in (0o777, 0o755, 0o700):
         for name in _NAMES:
@@ -180,7 +197,7 @@ def swapped(lead: Lead) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"hidden names become {what}", lambda what=what: swap_hidden(what)
     for what in ("a link to a file", "a link to a folder", "a FIFO"):
         yield f"the output becomes {what}", lambda what=what: swap(lead.output, what)
-    for what in ("a link to a manifest", "a FIFO"):
+    for what in ("a link to a manifest", "a FIFO") if lead.manifest else ():
         yield f"the manifest becomes {what}", lambda what=what: swap(lead.manifest, what)
 
 
@@ -228,27 +245,31 @@ def before_the_merge(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list
 
 def during_the_merge(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list[str]:
     found = Found(scene.models, case)
-    mode = 0o1777 if sticky else 0o777
+    scene.restore(case, 0o777)
+    calls: list[str] = []
+    outcome = paused(shim, lambda: scene.merge(case), lambda _: calls.append(shim.call))
+    assert outcome.status == 0 and len(calls) > 20, (outcome, calls)
     for description, act in swapped(scene.lead(case)):
-        at, calls = 1, 2
-        while at <= calls:
-            scene.restore(case, mode)
-            calls, where = 0, ""
+        is_output = not description.startswith("hidden")
+        # Where only their owners rename names, and before the output is moved, one moment is like another.
+        few = range(1, len(calls) - 20, 4) if is_output or sticky else range(1, len(calls) - 20)
+        for at in (*few, *range(max(len(calls) - 20, 1), len(calls) + 1)):
+            scene.restore(case, 0o1777 if sticky else 0o777)
+            where = ""
 
             def at_call(number: int, at: int = at, act: Callable[[], None] = act) -> None:
-                nonlocal calls, where
-                calls = number
+                nonlocal where
                 if number == at:
                     where = shim.call
                     as_other(act)
 
             outcome = paused(shim, lambda: scene.merge(case), at_call)
-            scene.judge(found, f"{description} before {where} ({at})", outcome)
-            at += 1
+            where = f"{description} before {where} ({at})"
+            scene.judge(found, where, outcome, is_output_his=is_output and not sticky)
     return found.lines
 
 
-KINDS = {"before": before_the_merge, "during": during_the_merge}
+KINDS = {"before the merge": before_the_merge, "during the merge": during_the_merge}
 
 
 def main(folder: Path, wanted: list[tuple[str, str, bool]], result: Path) -> None:
