@@ -26,4 +26,5 @@ def found(quick_folder: Path, request: pytest.FixtureRequest) -> dict[str, list[
 @pytest.mark.parametrize("action", KINDS)
 @pytest.mark.parametrize("case", [str(case) for case in CASES])
 def test_at_every_call(found: dict[str, list[str]], case: str, action: str) -> None:
-    assert found[f"{case}: {action}"] == []
+    lines = found[f"{case}: {action}"]
+    assert not lines, "\n".join(lines)

@@ -31,4 +31,5 @@ def found(quick_folder: Path, request: pytest.FixtureRequest) -> dict[str, list[
 @pytest.mark.parametrize("moment", KINDS)
 @pytest.mark.parametrize("case", [str(case) for case in CASES])
 def test_of_another_user(found: dict[str, list[str]], case: str, moment: str, sticky: bool) -> None:
-    assert found[f"{case}: {moment}, {'sticky' if sticky else 'not sticky'}"] == []
+    lines = found[f"{case}: {moment}, {'sticky' if sticky else 'not sticky'}"]
+    assert not lines, "\n".join(lines)

@@ -6,7 +6,6 @@ each attack a list of lines.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
