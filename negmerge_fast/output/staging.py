@@ -299,9 +299,11 @@ class Staging:
         directory, former = self.destination.directory, self.former.stat()
         if directory and former and stat.S_ISDIR(former.st_mode):
             move_directory(self.former, self.published, MANIFEST)
-        elif not directory and former and stat.S_ISREG(former.st_mode):
+        elif directory or not self._is_marked():  # the older manifest is still in its place
+            return
+        elif former and stat.S_ISREG(former.st_mode):
             self.former.rename(self.published_manifest)
-        elif not directory and self._is_marked() and not self.published.exists():
+        elif not self.published.exists():
             self.published_manifest.unlink()
         else:
             return
