@@ -29,6 +29,9 @@ from .filesystem import lock
 from .reserve import create_files, permissions_in, refuse_full_disk, refuse_other_files
 
 _LOCK, _MARK, _STAGED, _JOURNAL = "lock", "exchange", "output", "journal-"
+# What may lie beside the lock, or begin the names there. share-*: rank files of early versions.
+_RANKS = ("rank-", "share-")
+_OWN_NAMES = (_MARK, _STAGED, _JOURNAL, FORMER, *_RANKS)
 _MAX_TRIES = 1000  # of a directory that others remove again and again
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -215,9 +218,17 @@ class Staging:
                 os.close(descriptor)
 
     def _refuse_unlocked_files(self) -> None:
-        """Refuse a directory without the lock file that all of negmerge's files lie beside."""
-        if (found := self.directory.entries()) and _LOCK not in [entry.name for entry in found]:
-            raise InputError(f"{found[0].path}: not negmerge's, expected nothing of others in {self.path}")
+        """Refuse a directory without a lock in which there is more than what negmerge leaves there.
+
+        The lock lies beside all of negmerge's files, but a power loss may take its name and leave others.
+        """
+        found = self.directory.entries()
+        if _LOCK not in [entry.name for entry in found]:
+            for entry in found:
+                if not entry.name.startswith(_OWN_NAMES):
+                    raise InputError(
+                        f"{entry.path}: not negmerge's, expected nothing of others in {self.path}"
+                    )
 
     def journals(self) -> list[Entry]:
         """The journals that an earlier run left."""
@@ -328,9 +339,11 @@ class Staging:
         self.put_back()
         remove_tree(self.former)
         remove_tree(self.staged)
-        for entry in self.directory.entries():  # share-*: the name of rank files in early versions
-            if entry.name == _MARK or entry.name.startswith(("rank-", "share-")):
+        for entry in self.directory.entries():
+            if entry.name.startswith(_RANKS):
                 entry.unlink()
+        # Last: while it is here, a later run knows that the output was published.
+        (self.directory / _MARK).unlink()
 
     def _remove(self) -> None:
         self._clear()
