@@ -68,7 +68,8 @@ class File:
 
     def open(self) -> int:
         """Return a descriptor for positioned reads."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        # A FIFO that has been put in its place is not waited for.
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self.refuse_change(descriptor)
         except OSError:

@@ -159,6 +159,14 @@ class Staging:
         self._is_owner = False
         self._acquire(fcntl.LOCK_SH)
 
+    def remove_finished(self) -> None:
+        """Remove what a run left that published its output and was killed then, unless it is in use, or another job's."""
+        if os.path.lexists(self.path):
+            with suppress(InputError, OSError), self:
+                self._acquire(fcntl.LOCK_EX)
+                if not self._was_published() and len(self.directory.entries()) > 1:  # more than the lock
+                    self.leave_to_others()
+
     def leave_to_others(self) -> None:
         """Keep what is here, which is another job's."""
         self._is_left = True

@@ -215,7 +215,12 @@ def _check_destination(
         and holds(destination.manifest_path, recipe, checkpoints, copied_files)
     )
     if not finished:
-        check(destination)
+        try:
+            check(destination)
+        except OccupiedError:
+            with without_interrupts():
+                Staging(destination).remove_finished()
+            raise
     return destination, finished
 
 
