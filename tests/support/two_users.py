@@ -6,6 +6,7 @@ each attack a list of lines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -268,7 +269,60 @@ def during_the_merge(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list
     return found.lines
 
 
-KINDS = {"before the merge": before_the_merge, "during the merge": during_the_merge}
+# What is private of the inputs, and which files of an output the other may read.
+PRIVATE = {
+    "the base's folder": lambda folder: _private(folder, 0o700, 0o644, ["base"]),
+    "the models' files": lambda folder: _private(folder, 0o755, 0o600, ["ft-0", "ft-1"]),
+    "one model's folder": lambda folder: _private(folder, 0o750, 0o644, ["ft-1"]),
+}
+_OF_THE_BASE_ALONE = ("config.json", "words.txt", "model.safetensors.index.json")
+
+
+def _private(folder: Path, directory_mode: int, file_mode: int, names: list[str]) -> list[str]:
+    """Give models modes; returns the names of the files that may still be read by others."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, VICTIM, VICTIM)
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for name in names:
+        for path in (folder / name, *(folder / name).rglob("*")):
+            path.chmod(directory_mode if path.is_dir() else file_mode)
+        # A single file lies in no folder of its own.
+        (folder / f"{name}.safetensors").chmod(0o600)
+    return [] if "base" in names else list(_OF_THE_BASE_ALONE)
+
+
+def reading(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list[str]:
+    """The other reads what he can, before every call and afterwards."""
+    found = Found(scene.models, case)
+    for what, make in PRIVATE.items():
+        scene.restore(case, 0o1777 if sticky else 0o777)
+        allowed = make(scene.models.folder)
+        for path in scene.place.rglob("*"):  # the older output
+            path.chmod(0o700 if path.is_dir() else 0o600)
+
+        def read(where: str, what: str = what, allowed: list[str] = allowed) -> None:
+            names: list[str] = []
+            as_other(lambda: names.extend(_readable(scene.place)))
+            leaked = [name for name in names if name.rpartition("/")[2] not in allowed]
+            found.expect(not leaked, f"{what} private, {where}", f"others may read {leaked}")
+
+        outcome = paused(shim, lambda: scene.merge(case), lambda _: read(f"before {shim.call}"))
+        found.expect(outcome.status == 0 and found.state(what)[0] == "new", what, str(outcome))
+        read("afterwards")
+    _private(scene.models.folder, 0o755, 0o644, [])
+    for path in scene.models.folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+    return found.lines
+
+
+def _readable(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.open("rb").read(1):
+                yield str(path.relative_to(folder))
+
+
+KINDS = {"reading": reading, "before the merge": before_the_merge, "during the merge": during_the_merge}
 
 
 def main(folder: Path, wanted: list[tuple[str, str, bool]], result: Path) -> None:
