@@ -130,11 +130,13 @@ class Models:
     Attributes:
         place: The folder of the output.
         old, new: What merges leave there, by their kind.
+        given: The inputs.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.place = folder / "models", folder / "place"
         _make_models(self.folder)
+        self.given = tree(self.folder)
         self.place.mkdir()
         self.old, self.new = (
             {kind: self._merged(Case(kind), scale) for kind in ("directory", "file")}
@@ -386,23 +388,23 @@ def at_every_call(models: Models, shim: Shim, case: Case, action_name: str) -> l
             found.expect(outcome.status == KILLED, where, f"not killed: {outcome}")
             state, _ = found.state(where, mixed=True, missing=not case.exchange)
         else:
-            state = _look(found, where, action, outcome, shim.call)
+            state = _check_ended(found, where, action, outcome)
         found.again(where, state)
     assert hits * step > calls // 2, f"{hits} hits of {calls} calls"
     return found.lines
 
 
-def _look(found: Found, where: str, action: Action, outcome: Outcome, call: str) -> str:
+def _check_ended(found: Found, where: str, action: Action, outcome: Outcome) -> str:
     """Look at what a merge left that failed or was interrupted."""
     state, left = found.state(where)
-    ended = {0, 1} if action.what == FAIL else {0, 128 + action.value}
+    ended = {128 + action.value} if action.what == SIGNAL else {0, 1}
+    if action.is_command:  # it may be done when it asks for signals
+        ended |= {0}
     found.expect(outcome.status in ended, where, str(outcome))
     found.expect(outcome.status or state == "new", where, f"status 0, but the output is {state}")
     found.expect(outcome.said.strip().count("\n") == 0, where, f"not one line: {outcome.said}")
-    removes = call.startswith(("unlink", "rmdir"))
     if outcome.status == 0 or not found.case.resume:
-        # What cannot be removed stays until the next time.
-        found.expect(not left or (action.what == FAIL and removes), where, f"left behind {left} ({outcome})")
+        found.expect(not left, where, f"left behind {left} ({outcome})")
     return state
 
 
@@ -422,7 +424,7 @@ def notebook(models: Models, shim: Shim, case: Case, action_name: str) -> list[s
             if not shim.call:
                 return []
             where = f"{action_name} {shim.call}"
-            state = _look(found, where, action, outcome, shim.call)
+            state = _check_ended(found, where, action, outcome)
             found.again(where, state, models.merge(case))
             return found.lines
 
@@ -479,8 +481,7 @@ def with_two_ranks(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
                         any(statuses) or state == "new", where, f"{statuses}, but the output is {state}"
                     )
                     if not case.resume:
-                        removes = shim.call.startswith(("unlink", "rmdir"))
-                        found.expect(not left or removes, where, f"left behind {left} {ended}")
+                        found.expect(not left, where, f"left behind {left} {ended}")
                 found.again(where, state)
     return found.lines
 
@@ -522,7 +523,7 @@ def power_loss(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
             key = hash(tuple(tree_.items())), at == len(calls)
             if key not in seen:
                 seen.add(key)
-                _look_after_power_loss(
+                _check_after_power_loss(
                     found, tree_, f"power lost after {last}, {description}", ended=at == len(calls)
                 )
         if at < len(calls):
@@ -532,7 +533,7 @@ def power_loss(models: Models, shim: Shim, case: Case, _: str) -> list[str]:
     return found.lines
 
 
-def _look_after_power_loss(found: Found, content: disk.Tree, where: str, *, ended: bool) -> None:
+def _check_after_power_loss(found: Found, content: disk.Tree, where: str, *, ended: bool) -> None:
     models, case = found.models, found.case
     for resume in (case.resume, not case.resume):
         models.clear()
@@ -579,6 +580,8 @@ def main_(folder: Path, wanted: list[tuple[str, str]], result: Path) -> None:
             found[f"{case}: {action}"] = KINDS[action](models, shim, by_name[case], action)
         except Exception:
             found[f"{case}: {action}"] = [traceback.format_exc()]
+        if tree(models.folder) != models.given:
+            found[f"{case}: {action}"].append("an input was changed")
         result.write_text(json.dumps(found))
 
 

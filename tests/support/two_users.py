@@ -275,7 +275,7 @@ PRIVATE = {
     "the models' files": lambda folder: _private(folder, 0o755, 0o600, ["ft-0", "ft-1"]),
     "one model's folder": lambda folder: _private(folder, 0o750, 0o644, ["ft-1"]),
 }
-_OF_THE_BASE_ALONE = ("config.json", "words.txt", "model.safetensors.index.json")
+_NO_MODELS_FILES = ("config.json", "words.txt", "model.safetensors.index.json")
 
 
 def _private(folder: Path, directory_mode: int, file_mode: int, names: list[str]) -> list[str]:
@@ -288,10 +288,10 @@ def _private(folder: Path, directory_mode: int, file_mode: int, names: list[str]
             path.chmod(directory_mode if path.is_dir() else file_mode)
         # A single file lies in no folder of its own.
         (folder / f"{name}.safetensors").chmod(0o600)
-    return [] if "base" in names else list(_OF_THE_BASE_ALONE)
+    return [] if "base" in names else list(_NO_MODELS_FILES)
 
 
-def reading(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list[str]:
+def read_by_the_other(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list[str]:
     """The other reads what he can, before every call and afterwards."""
     found = Found(scene.models, case)
     for what, make in PRIVATE.items():
@@ -322,7 +322,11 @@ def _readable(folder: Path) -> Iterator[str]:
                 yield str(path.relative_to(folder))
 
 
-KINDS = {"reading": reading, "before the merge": before_the_merge, "during the merge": during_the_merge}
+KINDS = {
+    "read by the other": read_by_the_other,
+    "before the merge": before_the_merge,
+    "during the merge": during_the_merge,
+}
 
 
 def main(folder: Path, wanted: list[tuple[str, str, bool]], result: Path) -> None:
