@@ -29,9 +29,7 @@ from .filesystem import lock
 from .reserve import create_files, permissions_in, refuse_full_disk, refuse_other_files
 
 _LOCK, _MARK, _STAGED, _JOURNAL = "lock", "exchange", "output", "journal-"
-# What may lie beside the lock, or begin the names there. share-*: rank files of early versions.
-_RANKS = ("rank-", "share-")
-_OWN_NAMES = (_MARK, _STAGED, _JOURNAL, FORMER, *_RANKS)
+_RANKS = ("rank-", "share-")  # the latter of early versions
 _MAX_TRIES = 1000  # of a directory that others remove again and again
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -197,6 +195,8 @@ class Staging:
                 self._refuse_unlocked_files()
                 self._open_lock(kind)
                 if self._lock != -1:
+                    if is_new:  # a power loss must not take its name and leave others
+                        self.directory.sync()
                     return
             except FileNotFoundError:  # its holder has just finished and removed the directory
                 pass
@@ -226,17 +226,9 @@ class Staging:
                 os.close(descriptor)
 
     def _refuse_unlocked_files(self) -> None:
-        """Refuse a directory without a lock in which there is more than what negmerge leaves there.
-
-        The lock lies beside all of negmerge's files, but a power loss may take its name and leave others.
-        """
-        found = self.directory.entries()
-        if _LOCK not in [entry.name for entry in found]:
-            for entry in found:
-                if not entry.name.startswith(_OWN_NAMES):
-                    raise InputError(
-                        f"{entry.path}: not negmerge's, expected nothing of others in {self.path}"
-                    )
+        """Refuse a directory without the lock file that all of negmerge's files lie beside."""
+        if (found := self.directory.entries()) and _LOCK not in [entry.name for entry in found]:
+            raise InputError(f"{found[0].path}: not negmerge's, expected nothing of others in {self.path}")
 
     def journals(self) -> list[Entry]:
         """The journals that an earlier run left."""
@@ -355,7 +347,8 @@ class Staging:
 
     def _remove(self) -> None:
         self._clear()
-        # The lock file last: until it is gone, no other process can hold the lock.
+        # The lock file last, also on the disk: until it is gone, no other process can hold the lock.
+        self.directory.sync()
         (self.directory / _LOCK).unlink()
 
 
