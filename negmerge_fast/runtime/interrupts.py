@@ -13,7 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-_NUMBERS = sorted(signal.valid_signals())
+_SIGNALS = sorted(signal.valid_signals())
 # More bytes than any platform's struct sigaction has. PyDLL keeps the interpreter's lock: no thread comes between.
 _ACTION_BYTES = 1024
 _sigaction = ctypes.PyDLL(None).sigaction
@@ -87,7 +87,7 @@ def without_interrupts() -> Iterator[None]:
             received.setdefault(number, partial(handler, number, frame))
 
     try:
-        for number in _NUMBERS:
+        for number in _SIGNALS:
             if callable(handler := signal.getsignal(number)):
                 replaced[number] = handler
                 _set_handler(number, partial(defer, handler))
