@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -27,6 +28,8 @@ NOT_HERE = frozenset({
 
 # Blocks of a file's sample, and bytes of each: a disk reads them in a fraction of a second, and versions of a model differ in one.
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+# Or they differ in one tensor, such as a head: so many tensors of a file, and bytes in the middle of each.
+_MAX_TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 256, 64
 
 
 @dataclass(frozen=True, eq=False)  # as a key, it is itself: what it holds is slow to hash
@@ -41,6 +44,7 @@ class File:
         header: The hash of its header, or of a whole index; empty if neither was read.
         aliases: Names that its metadata calls tied to a tensor in it, and the names of those tensors.
         changed_ns: When its content or its inode changed last, in ns.
+        tensor_samples: Ranges of tensors that its sample has, too.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class File:
     header: str = ""
     changed_ns: int = 0
     aliases: Mapping[str, str] = field(default_factory=dict)
+    tensor_samples: list[range] = field(default_factory=list)
 
     @classmethod
     def at(cls, path: Path) -> File:
@@ -106,7 +111,15 @@ class File:
     @cached_property
     def sample(self) -> str:
         """The hash of a few blocks from the first to the last, or of all of a short file."""
-        return hash_of(self._read(_sample_ranges(self.size)))
+        whole, *more = _sample_ranges(self.size)
+        return hash_of(self._read([whole, *more, *self.tensor_samples] if more else [whole]))
+
+    def add_tensors(self, count: int, ranges: Iterable[range]) -> None:
+        """Have the sample tell versions apart that differ in one tensor only. It has all of these, or some of very many."""
+        step = max(-(-count // _MAX_TENSOR_SAMPLES), 1)
+        for each in islice(ranges, 0, None, step):
+            begin = each.start + max(len(each) - _TENSOR_SAMPLE_BYTES, 0) // 2
+            self.tensor_samples.append(range(begin, min(begin + _TENSOR_SAMPLE_BYTES, each.stop)))
 
     def _read(self, ranges: Sequence[range]) -> bytearray:
         """Return the bytes of a few ranges, one after the other."""
@@ -148,7 +161,7 @@ def _sample_ranges(size: int) -> list[range]:
 
 
 def sample_of(descriptor: int) -> str:
-    """File.sample of an open file."""
+    """File.sample of an open file, without samples of tensors."""
     ranges = _sample_ranges(os.fstat(descriptor).st_size)
     return hash_of(b"".join(os.pread(descriptor, len(each), each.start) for each in ranges))
 

@@ -76,6 +76,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     if position != file.size:
         problem = "truncated" if position > file.size else "bytes left over"
         raise InputError(f"{path}: {file.size} bytes, expected {position}: {problem}")
+    sources = (tensor.source for tensor in ordered.values())
+    file.add_tensors(len(ordered), (range(source.offset, source.end) for source in sources))
     return ordered, file
 
 

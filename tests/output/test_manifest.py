@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import flip, read_manifest
+from checkpoint_files import flip, read_manifest, save_model
 from safetensors.torch import save_file
 from small_chunks import set_chunk_bytes
 from xxhash import xxh3_128_hexdigest
 
 import negmerge_fast as nm
+from negmerge_fast.checkpoints.formats import open_checkpoint
 from negmerge_fast.checkpoints.reader import File
 from negmerge_fast.output import publish
 from negmerge_fast.output.manifest import altered
@@ -342,6 +343,24 @@ def copied(source: str, path: str) -> object:
     return shutil.copy2(source, path)
 
 
+@pytest.mark.parametrize("count", [4, 200])
+def test_versions_that_differ_in_one_tensor(folder: Path, count: int) -> None:
+    """A head that alone was trained, wherever it lies: a sample of blocks would miss it."""
+    for k, name in enumerate(("base", "ft-0", "other")):
+        shutil.rmtree(name, ignore_errors=True)
+        tensors = {f"body.{n}": torch.zeros((1 << 20) // count) for n in range(count)}
+        tensors["body.1.head"] = torch.full((10, 30), float(k))
+        save_model(Path(name), tensors)
+    nm.merge_checkpoints("base", ["ft-0"], "new", scale=0.9, resume=True)
+    assert nm.merge_checkpoints("base", ["ft-0"], "new", scale=0.9, resume=True).bytes_written == 0
+    Path("ft-0").rename("x")
+    Path("other").rename("ft-0")
+    with pytest.raises(nm.InputError, match="exists already"):
+        nm.merge_checkpoints("base", ["ft-0"], "new", scale=0.9, resume=True)
+    with pytest.raises(nm.InputError, match=r"ft-0/model.safetensors: sample \S+, expected \S+ as in ft-0"):
+        nm.verify_checkpoint("new", ["base", "ft-0"])
+
+
 REPLACED: dict[str, Callable[[], object]] = {
     "another file of the same size": lambda: copied("ft-1/model.safetensors", "out/model.safetensors"),
     "its last byte": lambda: with_one_byte(Path("out/model.safetensors"), -1),
@@ -473,3 +492,21 @@ def test_a_sample(tmp_path: Path) -> None:
     for size in (0, 1, 4096, 65_536):
         (tmp_path / "short").write_bytes(content[:size])
         assert File.at(tmp_path / "short").sample == "xxh3_128:" + xxh3_128_hexdigest(content[:size])
+
+
+@pytest.mark.parametrize("count", [1, 3, 600])
+def test_a_sample_of_tensors(tmp_path: Path, count: int) -> None:
+    """After the blocks, 64 bytes in the middle of each tensor, or all of a shorter one; of every third if there are 600."""
+    tensors = {f"w{n:03d}": torch.randn(9000 // count + n % 2) for n in range(count)}
+    save_file({**tensors, "x": torch.randn(1 << 15)}, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    offsets = sorted(
+        each["data_offsets"] for name, each in json.loads(content[8:header]).items() if name != "__metadata__"
+    )
+    sampled = [content[(len(content) - 4096) * k // 15 :][:4096] for k in range(16)]
+    for begin, end in offsets[:: 3 if count == 600 else 1]:
+        middle = header + begin + max(end - begin - 64, 0) // 2
+        sampled.append(content[middle : min(middle + 64, header + end)])
+    [file] = open_checkpoint(tmp_path / "model.safetensors").weights.values()
+    assert file.sample == "xxh3_128:" + xxh3_128_hexdigest(b"".join(sampled))
