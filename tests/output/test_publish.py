@@ -311,11 +311,24 @@ def test_a_single_file_that_was_killed_between_its_renames(
     if renames == 2 and not overwrite and not resume:
         with pytest.raises(nm.InputError, match="exists already"):
             nm.merge_checkpoints(base, models, out, scale=0.9, **options)
+        assert not (folder / ".out.safetensors.negmerge").exists()
         options["overwrite"] = True
     report = nm.merge_checkpoints(base, models, out, scale=0.9, **options)
     assert (report.bytes_written == 0) == (resume and (renames == 2 or report.bytes_done_before > 0))
     assert out.read_bytes() == (folder / "new.safetensors").read_bytes()
     assert nm.verify_checkpoint(out).files == 1 and not (folder / ".out.safetensors.negmerge").exists()
+
+
+def test_a_copy_of_a_manifest_that_a_kill_cut_short(folder: Path) -> None:
+    """The manifest itself is still in its place, and stays there."""
+    base, models = folder / "base" / "model.safetensors", [folder / "ft-0" / "model.safetensors"]
+    nm.merge_checkpoints(base, models, folder / "out.safetensors", scale=0.5)
+    staging_dir = folder / ".out.safetensors.negmerge"
+    (staging_dir / "output").mkdir(parents=True, mode=0o700)
+    for name in ("lock", "former", "output/model.safetensors"):
+        (staging_dir / name).touch()
+    nm.merge_checkpoints(base, models, folder / "out.safetensors", scale=0.9, overwrite=True)
+    assert nm.verify_checkpoint(folder / "out.safetensors").files == 1 and not staging_dir.exists()
 
 
 def test_another_job_after_a_kill_between_the_renames(folder: Path) -> None:
