@@ -101,7 +101,8 @@ class Staging:
             self._close()
 
     def _leave(self, is_published: bool) -> None:
-        may_remove = self._is_owner if is_published else self._is_last()
+        # Rank 0 may have been stopped when it had published, and have left it to the others.
+        may_remove = (is_published and self._is_owner) or self._is_last()
         is_kept = self._is_left or (not is_published and self.resume and self.journals())
         if may_remove and not (is_kept and not self._was_published()):
             self._try_twice(self._remove)

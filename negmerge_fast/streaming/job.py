@@ -28,7 +28,7 @@ from ..core.ranges import Range, subtract
 from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
 from ..core.unmergeable import variances_below_zero
-from ..output.destination import Destination, refuse_existing
+from ..output.destination import Destination, OccupiedError, refuse_existing
 from ..output.directory import Entry
 from ..output.journal import Fingerprint, Journal, ProgressRecord, difference, summed
 from ..output.journal import read as read_journal
@@ -124,7 +124,7 @@ class Job:
             remaining_bytes = sum(self._bytes_moved(range_) for shard in shards for range_ in shard)
             on_moved = self._on_moved(progress, ranks, remaining_bytes)
             with ranks.failing_together():
-                self._join(fingerprint, ranks.rank)
+                self._join(fingerprint, ranks)
                 with self._recorder(own, ranks.rank, on_moved) as recorder:
                     process_in_order(
                         self._chunks(own), self.workers, self._worker_maker(timeline), recorder.on_result
@@ -228,11 +228,17 @@ class Job:
 
         return on_moved
 
-    def _join(self, fingerprint: Fingerprint, rank: int) -> None:
+    def _join(self, fingerprint: Fingerprint, ranks: SingleProcess) -> None:
         if differs := difference(fingerprint, self._rank_fingerprint):
-            raise InputError(f"rank {rank}: the output of the first rank {differs}")
-        if rank:
-            self.staging.join()
+            raise InputError(f"rank {ranks.rank}: the output of the first rank {differs}")
+        if ranks.rank:
+            try:
+                self.staging.join()
+            except OccupiedError:
+                ranks.poll(
+                    0
+                )  # raises if the first rank has been stopped meanwhile, and is removing what it made
+                raise
 
     def _bytes_moved(self, range_: Range) -> int:
         """The bytes to read and write for a range of the output."""

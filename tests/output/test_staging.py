@@ -76,6 +76,19 @@ def test_unfinished_output_is_kept_for_resume_only(tmp_path: Path, resume: bool)
     assert first.path.exists() == resume
 
 
+def test_the_last_rank_removes_what_the_first_left_when_it_had_published(tmp_path: Path) -> None:
+    first, second = (staging_for(tmp_path / "out") for _ in range(2))
+    with second:
+        with pytest.raises(KeyboardInterrupt), first:
+            first.open()
+            first.create()
+            first.let_join()
+            second.join()
+            raise KeyboardInterrupt
+        assert first.path.exists()
+    assert not first.path.exists()
+
+
 def test_the_output_is_as_private_as_the_base(folder: Path) -> None:
     (folder / "base" / "model.safetensors").chmod(0o400)
     (folder / "base" / "config.json").chmod(0o640)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,15 @@ from interrupted import contents, finish, kill_all, make_models, start, under_wa
 from resumable import Stop, folder, interrupt, made, merge, weights  # noqa: F401
 from safetensors.torch import load_file
 from small_chunks import record_every_chunk
+from staged import staging_for
 
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.reader import Reader
 from negmerge_fast.output import journal, manifest
 from negmerge_fast.output.staging import Staging
 from negmerge_fast.output.writer import Writer
+from negmerge_fast.runtime.distributed import PeerError, SingleProcess
+from negmerge_fast.streaming.job import Job
 
 pytestmark = pytest.mark.processes
 
@@ -312,3 +316,20 @@ def test_an_input_that_is_replaced_meanwhile(
     with pytest.raises(OSError, match=f"{path}: the file changed while it was being read"):
         merge(folder, progress=replace, resume=False, threads=1)
     assert replaced and nothing_left(folder)
+
+
+def test_a_rank_that_comes_when_the_first_is_stopped(tmp_path: Path) -> None:
+    """The first holds the lock alone to remove what it made: no other merge is under way."""
+
+    class Second(SingleProcess):
+        rank, count = 1, 2
+
+        def poll(self, moved: int) -> int:
+            raise PeerError("another rank failed")
+
+    first, second = (staging_for(tmp_path / "out") for _ in range(2))
+    with first:
+        first.open()
+        job: Any = SimpleNamespace(_rank_fingerprint={}, staging=second)
+        with pytest.raises(PeerError):
+            Job._join(job, {}, Second())
