@@ -13,7 +13,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -277,6 +277,14 @@ def _remove(entry: Entry) -> None:
     _rmdir(entry)
 
 
+def or_once_more(remove: Callable[[], None]) -> None:
+    """Remove something, at the second attempt if the first fails, as on a disk that was full for a moment."""
+    try:
+        remove()
+    except OSError:
+        remove()
+
+
 def remove_empty(entry: Entry) -> None:
     """Remove a directory, unless there is more in it than files that were closed just now."""
     deadline = time.monotonic() + _CLOSING_S
@@ -311,7 +319,7 @@ def scratch_directory(parent: Directory) -> Iterator[Directory]:
         try:
             yield directory
         finally:
-            remove_tree(parent / directory.path.name)
+            or_once_more(lambda: remove_tree(parent / directory.path.name))
 
 
 def _new_scratch(parent: Directory) -> Directory | None:

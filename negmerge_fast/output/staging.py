@@ -24,7 +24,15 @@ from ..checkpoints.reader import naming, same_file
 from ..core.errors import InputError
 from ..core.hashing import hash_of
 from .destination import FORMER, Destination, OccupiedError
-from .directory import Directory, Entry, move_directory, remove_empty, remove_tree, scratch_directory
+from .directory import (
+    Directory,
+    Entry,
+    move_directory,
+    or_once_more,
+    remove_empty,
+    remove_tree,
+    scratch_directory,
+)
 from .filesystem import lock
 from .reserve import create_files, permissions_in, refuse_full_disk, refuse_other_files
 
@@ -105,19 +113,16 @@ class Staging:
         may_remove = (is_published and self._is_owner) or self._is_last()
         is_kept = self._is_left or (not is_published and self.resume and self.journals())
         if may_remove and not (is_kept and not self._was_published()):
-            self._try_twice(self._remove)
+            self._try_to(self._remove)
         self._unlock()
         # Only now: FUSE and NFS keep what is removed while it is open, by this rank or another.
         if not (self.directory / _LOCK).exists():
-            self._try_twice(lambda: remove_empty(self.parent / self.path.name))
+            self._try_to(lambda: remove_empty(self.parent / self.path.name))
 
-    def _try_twice(self, remove: Callable[[], None]) -> None:
+    def _try_to(self, remove: Callable[[], None]) -> None:
         """Remove something; if that fails, the next run does it. On NFS, others may have a file of an older output open."""
         try:
-            try:
-                remove()
-            except OSError:  # of a disk that was full for a moment
-                remove()
+            or_once_more(remove)
         except OSError as error:
             self.notes.append(
                 f"{self.path}: left behind ({error.strerror}): the next merge to here removes it"
