@@ -112,6 +112,8 @@ def merge_checkpoints(
 def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, options: MergeOptions) -> Job:
     """Check a merge of checkpoints and decide how it runs, without writing anything.
 
+    What a killed run left beside the output that it had just published is removed.
+
     Args:
         base: As of merge_checkpoints, like finetuned and output.
         options: All else.

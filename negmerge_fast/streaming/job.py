@@ -235,9 +235,7 @@ class Job:
             try:
                 self.staging.join()
             except OccupiedError:
-                ranks.poll(
-                    0
-                )  # raises if the first rank has been stopped meanwhile, and is removing what it made
+                ranks.poll(0)  # raises if the first rank was stopped, and is removing what it made
                 raise
 
     def _bytes_moved(self, range_: Range) -> int:
