@@ -427,6 +427,10 @@ def killed_again(models: Models, shim: Shim, case: Case, action_name: str) -> li
     for first in (calls // 2, calls * 9 // 10):
         models.restore(case)
         merge(first)
+        while not shim.call:  # there may be fewer records than the first time
+            first -= 1
+            models.restore(case)
+            merge(first)
         where = f"killed before {shim.call}, and {action_name}"
         left = read_modes(models.place)
         second = 1

@@ -252,8 +252,9 @@ def during_the_merge(scene: Scene, shim: Shim, case: Case, sticky: bool) -> list
     for description, act in swapped(scene.lead(case)):
         is_output = not description.startswith("hidden")
         # Where only their owners rename names, and before the output is moved, one moment is like another.
-        few = range(1, len(calls) - 20, 4) if is_output or sticky else range(1, len(calls) - 20)
-        for at in (*few, *range(max(len(calls) - 20, 1), len(calls) + 1)):
+        step = 6 if is_output or sticky else 1
+        last = max(len(calls) - 15, 1)
+        for at in (*range(1, last, step), *range(last, len(calls) + 1)):
             scene.restore(case, 0o1777 if sticky else 0o777)
             where = ""
 
