@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core.errors import InputError
 from .base import TensorRef
@@ -81,10 +81,13 @@ _MAX_BYTES_READ, _MAX_BYTES_UNPACKED = 16 << 20, 48 << 20
 # UTF-8, too.
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 _MAX_CONTROLS, _MIN_UNDECODED = 0.001, 4096
-# Weights may be spelled as numbers, each with a point, or in base64 as pictures are.
-_DIGITS, _BETWEEN = b"0123456789.+-eE", b",;:[](){} \t\r\n"
+# Most bytes of other encodings than UTF-8 may be no UTF-8, as those of weights; but their texts have lines.
+_MAX_UNDECODED, _MIN_LINES = 0.1, 0.005
+# Weights may be spelled as numbers, each with a point or in C's hexadecimal form, or in base64 as pictures are.
+_DIGITS, _BETWEEN = b"0123456789.+-xXabcdefABCDEF", b",;:[](){} \t\r\n"
+_NGRAMS = b"\\data\\"  # how n-grams in the ARPA format begin, which have a number or two each
 _BASE64 = re.compile(rb"(?=[A-Za-z+/]{0,59}[0-9])[A-Za-z0-9+/]{60,}")
-_PICTURES = re.compile(rb'image/|audio/|"cells"')
+_PICTURES = re.compile(rb'image\\?/|audio\\?/|video\\?/|font\\?/|"cells"')
 
 # A byte per element is the least that weights take: a file of fewer bytes than a hundredth of the elements is not the model. A file
 # of 64 KiB may be a bias or a head, and has its size then.
@@ -92,6 +95,7 @@ _MAX_SMALL_BYTES = 64 << 10
 _MAX_TOKEN_BYTES = 16
 # Arrays of fewer elements are weights only if a matrix of the model has as many: filters, means and tables are small.
 _MIN_ELEMENTS, _MIN_FRACTION = 1 << 20, 0.01
+_MAX_ITEM_BYTES = 4096  # of a text in an array
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ class _Inspection:
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES:
             return False
         if head.startswith(b"\x93NUMPY"):
-            self._arrays.append(_array_numel(head))
+            self._arrays.append(_array_numel(head, content.size))
             return not self._model.match(*self._arrays)
         if _ARCHIVE_BEGIN.match(head):
             return content.size <= _MAX_BYTES_READ and all(
@@ -210,8 +214,7 @@ class _Inspection:
         if _COMPRESSED_BEGIN.match(head):
             unpacked = _decompress(content.head(_MAX_BYTES_READ))
             self._unpack(len(unpacked))
-            is_cut = len(unpacked) == _MAX_BYTES_READ and _ARCHIVE_BEGIN.match(unpacked)
-            return not is_cut and self.is_harmless(_Content.of(unpacked), "")
+            return self.is_harmless(_Content.of(unpacked), "")
         if _PICKLE_BEGIN.match(head) or content.read(content.size - 1, 1) == b".":
             is_harmless = self._pickle_is_harmless(content)
             if is_harmless is not None or _PICKLE_BEGIN.match(head):
@@ -248,12 +251,18 @@ class _Inspection:
 
     def _text_is_harmless(self, content: _Content, sample: bytes) -> bool:
         """Whether a text does not spell weights."""
+        if _NGRAMS in sample[:_SAMPLE_BYTES]:
+            return True
         if len(sample.translate(None, _DIGITS + _BETWEEN)) <= len(sample) // 10:
-            text = content.head(content.size) if content.size <= _MAX_BYTES_READ else sample
-            return not self._model.match(text.count(b".") * content.size // len(text))
+            is_long = content.size > _MAX_BYTES_READ
+            text = sample if is_long else content.head(content.size)
+            numbers = text.count(b".") + text.count(b"0x")
+            if numbers and (is_long or self._model.match(numbers)):
+                return False
         encoded = sum(map(len, _BASE64.findall(sample)))
-        if encoded > len(sample) // 2 and not _PICTURES.search(sample):
-            return self._model.outsize(content.size * 3 // 4)
+        if encoded > len(sample) // 2:
+            text = content.head(content.size) if content.size <= _MAX_BYTES_READ else sample
+            return bool(_PICTURES.search(text)) or self._model.outsize(content.size * 3 // 4)
         return True
 
 
@@ -276,10 +285,10 @@ def _is_suspicious(name: str) -> bool:
 def _is_text(sample: bytes) -> bool:
     if len(sample) - len(sample.translate(None, _CONTROLS)) > _MAX_CONTROLS * len(sample):
         return False
-    try:
-        return len(sample) >= _MIN_UNDECODED or bool(sample.decode("utf-8"))
-    except UnicodeDecodeError:
-        return False
+    undecoded = sample.decode("utf-8", "replace").count("\ufffd")
+    if len(sample) < _MIN_UNDECODED or undecoded <= _MAX_UNDECODED * len(sample):
+        return not undecoded or len(sample) >= _MIN_UNDECODED
+    return sample.count(b"\n") >= _MIN_LINES * len(sample)
 
 
 def _entries(packed: bytes) -> Iterable[tuple[str, int, Callable[[], bytes]]]:
@@ -294,19 +303,32 @@ def _entries(packed: bytes) -> Iterable[tuple[str, int, Callable[[], bytes]]]:
 
 
 def _decompress(packed: bytes) -> bytes:
-    """The first bytes of compressed data."""
+    """Compressed data, or a byte more of it than is looked at.
+
+    Raises:
+        ValueError: If something follows, or if the end is missing.
+    """
+    decompressor: Any
     if packed.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(31).decompress(packed, _MAX_BYTES_READ)
-    if packed.startswith(b"BZh"):
-        return bz2.BZ2Decompressor().decompress(packed, _MAX_BYTES_READ)
-    return lzma.LZMADecompressor(memlimit=256 << 20).decompress(packed, _MAX_BYTES_READ)
+        decompressor = zlib.decompressobj(31)
+    elif packed.startswith(b"BZh"):
+        decompressor = bz2.BZ2Decompressor()
+    else:
+        decompressor = lzma.LZMADecompressor(memlimit=256 << 20)
+    unpacked: bytes = decompressor.decompress(packed, _MAX_BYTES_READ + 1)
+    if decompressor.unused_data.strip(b"\0") or (not decompressor.eof and len(unpacked) <= _MAX_BYTES_READ):
+        raise ValueError("more than one stream, or less")
+    return unpacked
 
 
-def _array_numel(head: bytes) -> int:
+def _array_numel(head: bytes, size: int) -> int:
+    file = io.BytesIO(head)
     try:
-        shape, _, dtype = read_array_header(io.BytesIO(head))
+        shape, _, dtype = read_array_header(file)
     except InputError as error:
         raise ValueError(str(error)) from None
-    if dtype.hasobject:
-        raise ValueError("an array of pickled objects")
+    if dtype.hasobject or dtype.names or dtype.itemsize > _MAX_ITEM_BYTES:
+        raise ValueError("an array of objects, records or long bytes")
+    if file.tell() + prod(shape) * dtype.itemsize != size:
+        raise ValueError("something else follows, such as another array")
     return prod(shape)

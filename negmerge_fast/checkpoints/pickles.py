@@ -37,7 +37,7 @@ def read_pickle(raw: bytes) -> Pickle:
     called: list[tuple[Any, Any]] = []
     pushed: list[Any] = [None, None]  # the last two, if they are text
     memo: dict[Any, Any] = {}
-    floats = longest = end = 0
+    floats = longest = longest_text = end = 0
     argument: Any
     for opcode, argument, position in pickletools.genops(raw):
         end = (position or 0) + 1
@@ -47,6 +47,8 @@ def read_pickle(raw: bytes) -> Pickle:
         floats += isinstance(argument, float)
         if isinstance(argument, (bytes, bytearray)):
             longest = max(longest, len(argument))
+        elif "UNICODE" in opcode.name:
+            longest_text = max(longest_text, len(argument))
         if opcode.name in ("GLOBAL", "INST"):
             called.append(tuple(argument.split(" ", 1)))
             argument = None
@@ -59,6 +61,8 @@ def read_pickle(raw: bytes) -> Pickle:
         pushed = [pushed[-1], argument if isinstance(argument, str) else None]
     if end != len(raw):
         raise ValueError(f"{len(raw) - end} bytes behind the end")
+    if ("_codecs", "encode") in called:  # how protocols before 3 have bytes
+        longest = max(longest, longest_text)
     return Pickle(any(_is_array(*name) for name in called), floats, longest)
 
 

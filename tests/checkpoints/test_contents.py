@@ -122,6 +122,53 @@ def put(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+def arrays(*values: object) -> bytes:
+    return b"".join(map(array, values))
+
+
+# Weights behind something else, and of a million elements.
+VALUES = np.random.default_rng(0).standard_normal((1250, 1000), "f4")
+LINES = b"".join(b"%.18e\n" % number for number in VALUES.ravel())
+LARGE = {
+    "arrays one after another": arrays(np.ones(3), VALUES, VALUES),
+    "an array of records": array(np.zeros(1, [("w", "f4", (1250, 1000)), ("b", "f4", (9,))])),
+    "an array of bytes": array(np.array(VALUES.tobytes())),
+    "a long text in gzip": gzip.compress(LINES, 1),
+    "a long text in bzip2": bz2.compress(LINES, 1),
+    "blocks of gzip": b"".join(gzip.compress(LINES[k : k + 65_000], 1) for k in range(0, len(LINES), 65_000)),
+    "gzip behind text": gzip.compress(b"text") + gzip.compress(VALUES.tobytes(), 1),
+    "eight bits without zeros": torch.randn(1 << 20, generator=GENERATOR).mul(90).to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes(),
+    "ones": b"\x80\x3f" * 999_999,
+    "bytes in C": b"const unsigned char model[] = {" + b"0x3f, 0x8a, " * 600_000 + b"};",
+    "numbers in C": b"float w[] = {" + b"0.25f, -1.5f, " * 600_000 + b"};",
+    "a pickle of bytes in protocol 2": pickle.dumps({"w": VALUES.tobytes()[:2_000_000]}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", LARGE)
+def test_large_files_of_weights(tmp_path: Path, encoding: str) -> None:
+    put(large_model(tmp_path), {"x": LARGE[encoding], "x.npy": LARGE[encoding], "x.txt": LARGE[encoding]})
+    assert not {"x", "x.npy", "x.txt"} & open_checkpoint(tmp_path).extra_files.keys()
+
+
+def test_pictures_anywhere_in_a_text(tmp_path: Path) -> None:
+    """A picture in base64 is longer than the blocks that are looked at first."""
+    picture = base64.b64encode(np.random.default_rng(0).bytes(1_500_000))
+    files = {
+        "README.md": b"# Model\n" * 900 + b"![](data:image/png;base64," + picture + b")\n",
+        "page.html": b"<style>" + b" " * 9000 + b"@font-face{src:url(data:font/woff2;base64," + picture + b")}",
+        "escaped.json": b'{"a":"' + b"a " * 4000 + b'data:image\\/png;base64,' + picture + b'"}',
+    }  # fmt: skip
+    assert open_checkpoint(put(large_model(tmp_path), files)).extra_files.keys() >= files.keys()
+
+
+def test_ngrams_of_phones(tmp_path: Path) -> None:
+    """They have two numbers and few letters each."""
+    line = b"-1.2345678\ta b\t-0.7654321\n"
+    put(large_model(tmp_path), {"lm.arpa": b"\\data\\\nngram 1=9\n\n\\1-grams:\n" + line * 700_000})
+    assert "lm.arpa" in open_checkpoint(tmp_path).extra_files
+
+
 def small_model(path: Path) -> Path:
     return put(path, {"model.safetensors": FILE, "config.json": b"{}"})
 
