@@ -17,7 +17,7 @@ from .lfs import refuse_pointer
 # name, five texts, three brackets, and a comma for each extent and four others; in an index a name has its shard. Half of the
 # bytes that these have on average are required: then a text takes at most 16 times its size. A short text takes little.
 _MIN_CHECKED_BYTES = 1 << 20
-_BYTES_PER_KEY, _BYTES_PER_QUOTE, _BYTES_PER_COMMA, _BYTES_PER_BRACKET = 24, 4, 5, 8
+_BYTES_PER_KEY, _BYTES_PER_QUOTE, _BYTES_PER_COMMA, _BYTES_PER_BRACKET = 24, 4, 5, 16
 # 2^63 with a sign: longer numbers take long to parse, and no real file has one.
 _MAX_INTEGER_DIGITS = 20
 _ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_MAX_INTEGER_DIGITS + 1))

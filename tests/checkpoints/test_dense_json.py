@@ -56,6 +56,9 @@ REFUSED: dict[str, Callable[[], str]] = {
     "numbers": lambda: listed("1.5,", 900_000),
     "empty lists": lambda: listed("[],", 900_000),
     "deep lists": lambda: listed("[" * 90 + "]" * 90 + ",", 20_000),
+    "lists of a number": lambda: listed("[1.5],2.5,", 800_000),
+    "objects and lists": lambda: listed('{"abcdefg":1.5},[ 1.5 ],  ', 400_000),
+    "objects and their offsets": lambda: listed('{"data_offsets":{"a":{"b":9}}},', 400_000),
     "integers in a shape": lambda: (
         f'{{"a":{{"dtype":"F32","shape":[{"300," * 900_000}1],"data_offsets":[0,4]}}}}'
     ),
