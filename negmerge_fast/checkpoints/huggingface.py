@@ -134,7 +134,8 @@ def _links_out(path: Path, names: Sequence[str]) -> list[str]:
     cache, _, _ = f"{root}/".rpartition("/snapshots/")
     inside = [os.path.join(root, "")]
     if os.path.basename(cache).startswith("models--"):
-        inside.append(os.path.join(cache, "blobs", ""))
+        blobs = os.path.realpath(os.path.join(cache, "blobs"))  # may be on another disk
+        inside.append(os.path.join(blobs, ""))
     links = [name for name in dict.fromkeys(names) if os.path.islink(path / name)]
     real = {name: os.path.realpath(path / name) for name in links}
     out = [name for name in links if not real[name].startswith(tuple(inside))]

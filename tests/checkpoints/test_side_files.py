@@ -461,6 +461,9 @@ def test_links_in_a_cache_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(snapshot)
     for given in (snapshot, tmp_path / "link"):
         assert open_checkpoint(given).notes == () == open_checkpoint(given, extra_files=False).notes
+    (cache / "blobs").rename(tmp_path / "another disk")
+    (cache / "blobs").symlink_to(tmp_path / "another disk")
+    assert open_checkpoint(snapshot).notes == ()
     (tmp_path / "secret").write_bytes(TEXT)
     (cache / "blobs" / "x").symlink_to(tmp_path / "secret")
     (snapshot / "vocab.txt").symlink_to("../../blobs/x")
