@@ -73,7 +73,7 @@ def without_interrupts() -> Iterator[None]:
     Then the handler of each signal that came is called once, whatever the others raise. Blocking signals would not do: another
     thread would be given them, and Python would call the handlers in this one all the same.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread calls handlers
+    if not _calls_handlers():
         yield
         return
     replaced: dict[int, Any] = {}
@@ -101,6 +101,22 @@ def without_interrupts() -> Iterator[None]:
             finally:
                 ended = True
                 _call_all(iter(received.values()))
+
+
+def _calls_handlers() -> bool:
+    """Whether this is the thread in which Python calls handlers: the interpreter's first one.
+
+    threading takes the one that imported it first for the main thread: in a program that embeds Python it may be another.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    try:
+        signal.signal(signal.SIGINT, object())  # type: ignore[arg-type]
+    except TypeError:  # of the handler, which is looked at after the thread
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _put_back(handlers: dict[int, Any]) -> None:

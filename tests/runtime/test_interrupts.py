@@ -8,6 +8,8 @@ import faulthandler
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -303,3 +305,25 @@ def test_another_thread_changes_no_handlers() -> None:
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_thread_that_imported_threading_first() -> None:
+    """In a program that embeds Python it is the main thread to threading, and not to signal."""
+    code = """
+import _thread, sys, time
+ended = []
+def run():
+    try:
+        from negmerge_fast.runtime.interrupts import without_interrupts
+        with without_interrupts():
+            ended.append("")
+    except BaseException as error:
+        ended.append(repr(error))
+assert "threading" not in sys.modules
+_thread.start_new_thread(run, ())
+while not ended:
+    time.sleep(0.01)
+print(ended)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "['']\n", done.stderr
