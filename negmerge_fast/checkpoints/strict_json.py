@@ -23,19 +23,21 @@ _MAX_INTEGER_DIGITS = 20
 _ODD_INTEGER = re.compile(rb"-0|[0-9-]{%d}" % (_MAX_INTEGER_DIGITS + 1))
 
 
-def parse_json(raw: bytearray, path: Path, what: str, surrogates: bool = False) -> dict[str, Any]:
+def parse_json(
+    raw: bytearray, path: Path, what: str, surrogates: bool = False, dense: bool = False
+) -> dict[str, Any]:
     """Parse a JSON object strictly, as parse_value does.
 
     Raises:
         InputError: If it is none.
     """
-    value = parse_value(raw, path, what, surrogates)
+    value = parse_value(raw, path, what, surrogates, dense)
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
     return value
 
 
-def parse_value(raw: bytearray, path: Path, what: str, surrogates: bool = False) -> Any:
+def parse_value(raw: bytearray, path: Path, what: str, surrogates: bool = False, dense: bool = False) -> Any:
     """Parse JSON without repeated keys, lone surrogates, NaN and very long numbers; -0 becomes a float.
 
     Args:
@@ -43,12 +45,13 @@ def parse_value(raw: bytearray, path: Path, what: str, surrogates: bool = False)
         path: The file, for errors.
         what: What the text is, for errors.
         surrogates: Whether lone surrogates are allowed: they stand for names of files that are not UTF-8.
+        dense: Whether little but brackets, quotes, commas and keys is allowed: this program has written it.
 
     Raises:
         InputError: If it is none, or a Git LFS pointer.
     """
     refuse_pointer(path, raw)
-    if len(raw) > _MIN_CHECKED_BYTES:
+    if len(raw) > _MIN_CHECKED_BYTES and not dense:
         _refuse_dense(raw, path, what)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

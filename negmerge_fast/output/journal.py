@@ -196,7 +196,7 @@ def _lines(entry: Entry) -> tuple[list[dict[str, Any]], int]:
         crc, _, text = line.partition(b" ")
         if not text.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text[:-1]):
             break
-        found.append(parse_json(bytearray(text), entry.path, "a line", surrogates=True))
+        found.append(parse_json(bytearray(text), entry.path, "a line", surrogates=True, dense=True))
         size += len(line)
     return found, size
 

@@ -17,6 +17,8 @@ from small_chunks import record_every_chunk
 from staged import staging_for
 
 import negmerge_fast as nm
+from negmerge_fast.core.ranges import Range
+from negmerge_fast.core.stats import Stats, TensorStats
 from negmerge_fast.output import journal, publish
 from negmerge_fast.output.directory import Directory, Entry
 from negmerge_fast.output.staging import Staging
@@ -184,3 +186,18 @@ def test_a_journal_that_negmerge_did_not_write(
     said = str(caught.value)
     assert "\n" not in said and len(said) < 1000
     assert reason in said or (first and "was made with" in said)
+
+
+@pytest.mark.parametrize(("tensors", "ranges"), [(60_000, 1), (1, 70_000)])
+def test_a_long_record_is_read(tmp_path: Path, tensors: int, ranges: int) -> None:
+    """Of many tensors with short names, or of many ranges: it is denser than a header of others may be."""
+    stats = Stats()
+    stats.include({f"{k}": TensorStats(768, 300, 0, 0) for k in range(tensors)})
+    record = journal.ProgressRecord([Range(10 * k, 10 * k + 5) for k in range(ranges)], stats, 1)
+    with Directory.at(tmp_path) as directory:
+        entry = Entry(directory, "journal-0")
+        written = journal.Journal(entry, {}, lambda: None)
+        written.keep_now(record)
+        assert (tmp_path / "journal-0").stat().st_size > 1 << 20
+        (found,) = journal.read(entry, {})
+    assert found.to_json() == record.to_json()
