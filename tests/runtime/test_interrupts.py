@@ -212,7 +212,7 @@ def test_handlers_that_raise_while_others_are_put_back(monkeypatch: pytest.Monke
             both = (signal.SIGHUP, signal.SIGUSR1)
             signal.pthread_sigmask(signal.SIG_BLOCK, both)
             for each in both:
-                os.kill(os.getpid(), each)
+                signal.raise_signal(each)  # to this thread: another one would not block it
             signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
 
     set_as_before = interrupts._set_handler
