@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -25,6 +26,9 @@ _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # One that may be written and not read can be opened so, but not listed.
 _ENTERED = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 SCRATCH = ".negmerge-"
+# All that is put into scratch directories: a directory of the user's may have such a name, too.
+_SCRATCH_NAME = re.compile(rf"{re.escape(SCRATCH)}[0-9a-f]{{8}}")
+_SCRATCH_FILES = {"file", "from", "to", "moved"}
 # FUSE and NFS keep a removed file under such a name until it is closed, which may be a little later.
 _HIDDEN, _CLOSING_S = (".fuse_hidden", ".nfs", ".cifs", ".smb"), 2.0
 
@@ -343,11 +347,16 @@ def _remove_abandoned(parent: Directory) -> None:
     """Remove this user's scratch directories that nobody holds."""
     with suppress(OSError):
         for entry in parent.entries():
-            found = entry.stat() if entry.name.startswith(SCRATCH) else None
+            found = entry.stat() if _SCRATCH_NAME.fullmatch(entry.name) else None
             if found and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
                 with entry.directory() as directory:
-                    if _try_lock(directory):
+                    if _is_scratch(directory) and _try_lock(directory):
                         remove_tree(entry)
+
+
+def _is_scratch(directory: Directory) -> bool:
+    names = (os.path.basename(name) for name, _ in directory.walk())
+    return all(name in _SCRATCH_FILES or name.startswith(_HIDDEN) for name in names)
 
 
 def _try_lock(directory: Directory) -> bool:

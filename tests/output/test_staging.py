@@ -229,3 +229,14 @@ def test_scratch_of_a_killed_run_is_removed(folder: Path) -> None:
         merge(folder)
         assert [p.name for p in folder.glob(".negmerge-*")] == [scratch.path.name]
     assert not list(folder.glob(".negmerge-*"))
+
+
+@pytest.mark.parametrize("name", [".negmerge-notes", ".negmerge-0badcafe"])
+def test_a_directory_that_is_named_like_scratch_is_left_alone(folder: Path, name: str) -> None:
+    """It may be the base itself."""
+    (folder / "base").rename(folder / name)
+    (folder / name / "sub").mkdir()
+    before = sorted(folder.rglob("*"))
+    with Directory.at(folder) as parent, scratch_directory(parent):
+        pass
+    assert sorted(folder.rglob("*")) == before
