@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,11 +155,14 @@ def check_existing(destination: Destination) -> None:
     if path.is_symlink() or path.is_dir() != directory:
         kind = "directory" if directory else "regular file"
         raise InputError(f"{path}: exists and is not a {kind}: not replaced")
-    if os.path.ismount(path) or _is_mounted(path):
+    mounts = _mounts_in(path)
+    if os.path.ismount(path) or path in mounts:
         raise InputError(f"{path}: a mount point, expected a path that can be replaced")
     if directory:
         with Directory.at(path.parent) as parent, (parent / path.name).directory() as older:
             refuse_unknown_files(destination, older)
+        if mounts:  # what is mounted there would be emptied, or could not be removed
+            raise InputError(f"{mounts[0]}: a mount point, so {path} is not replaced")
     else:
         open_checkpoint(path)
     _refuse_changed_files(destination)
@@ -170,14 +174,15 @@ def refuse_existing(destination: Destination) -> None:
         raise OccupiedError(f"{destination.path}: exists already (--overwrite replaces what negmerge wrote)")
 
 
-def _is_mounted(path: Path) -> bool:
-    """Whether a path is a mount point, also one of the same file system, as far as /proc tells."""
+def _mounts_in(path: Path) -> list[Path]:
+    """The mount points at and below a path, also those of the same file system, as far as /proc tells."""
     try:
-        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
-        return False
-    escaped = b"".join(b"\\%03o" % c if c in b" \t\n\\" else bytes([c]) for c in os.fsencode(path))
-    return any(line.split(b" ")[4] == escaped for line in mounts)
+        return []
+    escaped = [line.split(b" ")[4] for line in lines]
+    every = [re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), point) for point in escaped]
+    return [point for point in map(Path, map(os.fsdecode, every)) if point.is_relative_to(path)]
 
 
 def _manifests(destination: Destination) -> list[Path]:

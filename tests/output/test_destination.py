@@ -79,6 +79,18 @@ def test_an_input_that_is_mounted_in_an_older_output(folder: Path) -> None:
     assert contents(folder / "base") == before
 
 
+@pytest.mark.parametrize("name", ["sub", "sub dir"])
+def test_what_is_mounted_in_an_older_output(folder: Path, name: str) -> None:
+    """A folder of the base, or of a disk: though all files have listed names, removing them would empty it."""
+    (folder / "base" / name).mkdir()
+    (folder / "base" / name / "README.md").write_text("#")
+    merge(folder)
+    before = contents(folder / "base")
+    with mounted(folder / "base" / name, folder / "out" / name):
+        refused(folder, folder / "out", rf"out/{name}: a mount point, so .*out is not replaced")
+    assert contents(folder / "base") == before
+
+
 def test_an_output_that_is_a_mount_point(folder: Path) -> None:
     """It cannot be renamed; that is said before the work, not after it."""
     merge(folder)
