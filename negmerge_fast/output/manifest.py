@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from .._version import __version__
 from ..checkpoints.base import MANIFEST, Checkpoint
@@ -69,11 +69,13 @@ class OutputFile(NamedTuple):
     checksum: str
     sample: str
 
-    def is_at(self, path: Path) -> bool:
-        """Whether a path has this file, as far as its size and its sample tell."""
+    def is_at(self, path: Path, written: int, block: int) -> bool:
+        """Whether a path has this file: by its size, its sample and, if it was written since a time, its checksum."""
         try:
             found = File.at(path)
-            return found.size == self.size and self.sample in ("", found.sample)
+            if found.size != self.size or self.sample not in ("", found.sample):
+                return False
+            return found.identity[2] < written or self.checksum == _checksum(found, block)
         except InputError:
             return False
 
@@ -227,9 +229,7 @@ def read(path: Path) -> Manifest:
         tuple(validator.listed(found, "drop", _is_text)),
     )
     version = validator.field(found, "negmerge_fast", _is_text, "a version")
-    block = validator.field(
-        found, "block", lambda v: type(v) is int and v in _BLOCK_SIZES, "the size of a block"
-    )
+    block = validator.field(found, "block", _is_block, "the size of a block")
     listed = validator.files(found, "files", "checksum")
     validator.field({"files": listed}, "files", bool, "at least one")
     files = {
@@ -240,25 +240,34 @@ def read(path: Path) -> Manifest:
 
 
 def holds(
-    path: Path, recipe: Recipe, checkpoints: Sequence[Checkpoint], copied_files: Mapping[str, File]
+    path: Path,
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    copied_files: Mapping[str, File],
+    all_read: bool,
 ) -> bool:
     """Whether a manifest lists a complete output of the same inputs and options.
 
     What was read must be older than the manifest. If it was not written since, but its inode changed (by a link to it, another
-    mode, or a copy that took over a time), its sample decides. What was copied is compared with the output's checksums. The files
-    of the output have to be those that were written, as far as their samples tell.
+    mode, or a copy that took over a time), its sample decides. What was copied is compared with the output's checksums: an older
+    version of it may have got its name. The files of the output have to be those that were written: by their samples, and by their
+    checksums if they were written since.
 
     Args:
         path: The manifest's path.
         recipe: The inputs and options of the current job.
         checkpoints: The inputs, the base first.
         copied_files: The files of the base that are copied, by their names in the output.
+        all_read: Whether every element has to be read, so that a non-finite one is an error: nothing may have been skipped.
     """
     try:
         found, written = read(path), path.stat().st_mtime_ns
     except (InputError, OSError):
         return False
-    if not all(file.is_at(_listed_path(path, name)) for name, file in found.files.items()):
+    if all_read and found.counted.nonfinite is None:
+        return False
+    files = {_listed_path(path, name): file for name, file in found.files.items()}
+    if not all(file.is_at(each, written, found.block) for each, file in files.items()):
         return False
     if found.version != __version__ or not _is_same_recipe(found.recipe, recipe):
         return False
@@ -268,7 +277,7 @@ def holds(
         return False
     others = found.files.keys() - checkpoints[0].weights.keys() if checkpoints[0].is_directory else set()
     return others == copied_files.keys() and all(
-        _is_older(file, written, False) or found.files[name][:2] == (file.size, _checksum(file, found.block))
+        found.files[name][:2] == (file.size, _checksum(file, found.block))
         for name, file in copied_files.items()
     )
 
@@ -276,17 +285,18 @@ def holds(
 def altered(path: Path, files: Mapping[str, Path]) -> str | None:
     """How the first of some files differs from what a manifest lists, in one line; None if negmerge wrote them all.
 
-    A file that is missing does not differ. Size and sample are compared, as far as the manifest has them: early ones have names
-    and sizes, or only names. Nothing else in the manifest has to be right.
+    A file that is missing does not differ. Size and sample are compared, and the checksum of a file that was written after the
+    manifest, as far as the manifest has them: early ones have names and sizes, or only names. Nothing else in it has to be right.
 
     Args:
         path: The manifest's path.
         files: Paths by the names that a manifest lists; a single file may have any name.
     """
     try:
-        listed = load(path).get("files")
+        found, written = load(path), path.stat().st_mtime_ns
     except (InputError, OSError) as error:
         return str(error)
+    listed, block = found.get("files"), found.get("block")
     if isinstance(listed, list):
         listed = {name: {} for name in listed if isinstance(name, str)}
     if not isinstance(listed, dict):
@@ -294,12 +304,12 @@ def altered(path: Path, files: Mapping[str, Path]) -> str | None:
     if path.name != MANIFEST and len(listed) == 1:
         listed = dict.fromkeys(files, *listed.values())
     for name, file in sorted(files.items()):
-        if os.path.lexists(file) and (differs := _alteration(file, listed.get(name))):
+        if os.path.lexists(file) and (differs := _alteration(file, listed.get(name), written, block)):
             return f"{file}: {differs} as in {path}"
     return None
 
 
-def _alteration(path: Path, entry: object) -> str | None:
+def _alteration(path: Path, entry: object, written: int, block: object) -> str | None:
     if not isinstance(entry, dict):
         return "is there, expected no such file"
     if path.is_symlink() or not path.is_file():
@@ -309,7 +319,11 @@ def _alteration(path: Path, entry: object) -> str | None:
         return f"{file.size} bytes, expected {str(size)[:60]}"
     if sample and file.sample != sample:
         return f"sample {file.sample}, expected {str(sample)[:60]}"
-    return None
+    checksum = entry.get("checksum")
+    if not checksum or not _is_block(block) or file.identity[2] < written:
+        return None
+    now = _checksum(file, block)
+    return None if now == checksum else f"checksum {now}, expected {str(checksum)[:60]}"
 
 
 def _listed_path(path: Path, name: str) -> Path:
@@ -419,6 +433,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_HASH
+
+
+def _is_block(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value in _BLOCK_SIZES
 
 
 def _is_count(value: Any) -> bool:

@@ -214,7 +214,7 @@ def _check_destination(
     finished = (
         options.resume
         and not destination.is_half_replaced
-        and holds(destination.manifest_path, recipe, checkpoints, copied_files)
+        and holds(destination.manifest_path, recipe, checkpoints, copied_files, options.counts_nonfinite)
     )
     if not finished:
         try:

@@ -116,6 +116,11 @@ class MergeOptions:
         """Whether what cannot change the output is skipped."""
         return self.nonfinite == "keep-base" if self.skip_unchanged is None else self.skip_unchanged
 
+    @property
+    def counts_nonfinite(self) -> bool:
+        """Whether every element that is not finite has to be found, as it is an error."""
+        return self.nonfinite == "error" and not self.skips
+
 
 def as_integer(name: str, value: object) -> int:
     """An integer of Python, of NumPy or of whatever else can be an index."""

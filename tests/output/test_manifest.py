@@ -261,6 +261,8 @@ def finished(folder: Path) -> Path:
         for extra in (folder / name).glob("model*-of-*"):
             extra.unlink()
         (folder / name / "model.safetensors.index.json").unlink(missing_ok=True)
+    shutil.copytree("base", "older")
+    flip(Path("older/config.json"), 3)
     merge(resume=True)
     return folder
 
@@ -304,6 +306,7 @@ CHANGED: dict[str, Callable[[], object]] = {
     "a byte in the middle of a sampled block": lambda: with_one_byte(Path("ft-0/model.safetensors"), (524_000 // 15) * 7 + 9),
     "written again": lambda: Path("ft-0/model.safetensors").write_bytes(Path("ft-0/model.safetensors").read_bytes()),
     "a side file's content": lambda: with_one_byte(Path("base/config.json"), 3),
+    "an older side file's content": lambda: Path("base").rename("x") and Path("older").rename("base"),
     "another side file": lambda: Path("base/more.txt").write_text("x"),
     "no side file": lambda: Path("base/tokenizer.json").unlink(),
 }  # fmt: skip
@@ -365,6 +368,7 @@ REPLACED: dict[str, Callable[[], object]] = {
     "another file of the same size": lambda: copied("ft-1/model.safetensors", "out/model.safetensors"),
     "its last byte": lambda: with_one_byte(Path("out/model.safetensors"), -1),
     "a byte of a copied file": lambda: with_one_byte(Path("out/config.json"), 3),
+    "a byte between samples": lambda: flip(Path("out/model.safetensors"), 10_000),
     "its length": lambda: os.truncate("out/model.safetensors", 9),
     "missing": lambda: os.unlink("out/tokenizer.json"),
     "a directory": lambda: (os.unlink("out/config.json"), os.mkdir("out/config.json")),
@@ -375,6 +379,26 @@ REPLACED: dict[str, Callable[[], object]] = {
 def test_an_output_with_another_file_in_it_is_not_finished(finished: Path, case: str) -> None:
     REPLACED[case]()
     assert not is_finished()
+
+
+def test_an_output_that_was_trained_between_samples_is_not_replaced(finished: Path) -> None:
+    """A head that alone was trained. The time of another file is another merge's, or a copy's."""
+    os.utime("out/model.safetensors")
+    assert merge(overwrite=True).bytes_written > 0
+    flip(Path("out/model.safetensors"), 10_000)
+    before = contents(Path("out"))
+    with pytest.raises(nm.InputError, match=r"out/model\.safetensors: checksum .*out is not replaced"):
+        merge(overwrite=True)
+    assert contents(Path("out")) == before
+
+
+def test_an_output_of_which_a_part_was_not_read_is_not_finished_if_it_has_to_be(finished: Path) -> None:
+    """There may be a NaN in that part."""
+    merge(overwrite=True, skip_unchanged=True)
+    assert merge(resume=True, skip_unchanged=True).bytes_written == 0
+    assert not is_finished()
+    merge(overwrite=True, nonfinite="keep-base")
+    assert merge(resume=True, nonfinite="keep-base", skip_unchanged=False).bytes_written == 0
 
 
 def test_a_single_file_that_was_replaced_is_not_finished(folder: Path) -> None:
@@ -453,7 +477,7 @@ def test_what_was_altered_is_named(folder: Path) -> None:
 
 
 def test_what_was_altered_beside_an_early_manifest(folder: Path) -> None:
-    """As far as it tells: it has names, or names and sizes."""
+    """As far as it tells: it has names, or names and sizes, or checksums, too."""
     merge()
     manifest, config = Path("out/negmerge.json"), Path("out/config.json")
     found = read_manifest()
@@ -461,6 +485,10 @@ def test_what_was_altered_beside_an_early_manifest(folder: Path) -> None:
         del entry["sample"]
     manifest.write_text(json.dumps(found))
     flip(config, 3)
+    assert "out/config.json: checksum " in str(altered(manifest, listed(Path("out"))))
+    manifest.write_text(
+        json.dumps({"files": {name: {"size": each["size"]} for name, each in found["files"].items()}})
+    )
     assert altered(manifest, listed(Path("out"))) is None
     config.write_text("{}")
     assert "2 bytes, expected" in str(altered(manifest, listed(Path("out"))))
