@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from ..checkpoints.base import MANIFEST
 from ..checkpoints.reader import File
 from .destination import Destination
 
-_READ_WRITE, _GROUP, _ALL = 0o666, 0o070, 0o777
+_READ_WRITE, _GROUP, _OTHERS, _ALL = 0o666, 0o070, 0o007, 0o777
+# Entries of an access list (posix_acl_xattr.h).
+_NAMED_USER, _NAMED_GROUP, _MASK = 0x02, 0x08, 0x10
 
 
 class Permissions:
@@ -69,8 +72,8 @@ class Permissions:
     def _common(self, found: os.stat_result, path: Path) -> int:
         """The permissions of a mode that hold for the groups of what is created."""
         mode = stat.S_IMODE(found.st_mode) & _ALL
-        if _has_acl(path):  # then these bits are the bound of its entries, and not the group's
-            mode &= ~_GROUP
+        if acl := _acl(path, "access"):  # then the group's bits are the bound of its entries
+            mode &= ~_GROUP & (~_OTHERS | _named(acl))
         if self._groups == {found.st_gid}:
             return mode
         # Its group is another: everybody may be in that one, and may not be.
@@ -82,8 +85,26 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _has_acl(path: Path) -> bool:
+def has_acl(path: Path | int, kind: str) -> bool:
+    """Whether a file, or an open one, has an access list ("access"), or gives one to what is made in it ("default")."""
+    return bool(_acl(path, kind))
+
+
+def _acl(path: Path | int, kind: str) -> bytes:
     try:
-        return bool(os.getxattr(path, "system.posix_acl_access"))
+        return os.getxattr(path, f"system.posix_acl_{kind}")
     except OSError:  # none, or none here
-        return False
+        return b""
+
+
+def _named(acl: bytes) -> int:
+    """What all users and groups that an access list names may do: an entry may give less than everybody has."""
+    entries = list(struct.iter_unpack("<HHI", acl[4:]))
+    permitted = 0o7
+    for tag, permissions, _ in entries:
+        if tag in (_NAMED_USER, _NAMED_GROUP):
+            permitted &= permissions
+    for tag, permissions, _ in entries:
+        if tag == _MASK and permitted != 0o7:
+            permitted &= permissions
+    return permitted

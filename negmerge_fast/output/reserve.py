@@ -14,12 +14,16 @@ from ..core.errors import InputError
 from .destination import Destination
 from .directory import Directory, Entry
 from .filesystem import TMPFS, allocate, filesystem_type, or_not_here, set_size, sync
-from .permissions import Permissions
+from .permissions import Permissions, has_acl
 
 
 def permissions_in(directory: Directory, destination: Destination) -> Permissions:
     """The permissions of what is created in a directory: in its group, or in this process's."""
-    return Permissions(destination, {os.getegid(), os.fstat(directory.descriptor).st_gid})
+    found = os.fstat(directory.descriptor)
+    if has_acl(directory.descriptor, "default"):  # its entries get the bits of a group
+        return Permissions(destination, ())
+    inherited = found.st_mode & stat.S_ISGID
+    return Permissions(destination, {found.st_gid} if inherited else {os.getegid(), found.st_gid})
 
 
 def create_files(staged: Entry, destination: Destination, is_durable: bool) -> None:

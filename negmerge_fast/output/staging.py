@@ -403,5 +403,7 @@ def _refuse_others(directory: Directory, parent: Directory) -> None:
         if found.st_mode & ~own.st_mode & _OTHERS_MAY_WRITE:
             mode = stat.S_IMODE(found.st_mode)
             raise InputError(f"{directory.path}: others may write in it (mode {mode:o}), expected mode 700")
-    with suppress(OSError):  # of an earlier version, which others could read
-        os.fchmod(directory.descriptor, stat.S_IRWXU)
+    if found.st_mode & 0o777 != stat.S_IRWXU:
+        with suppress(OSError):  # of an earlier version, which others could read
+            # What is made in it belongs to its group, as in the directory that it lies in.
+            os.fchmod(directory.descriptor, stat.S_IRWXU | found.st_mode & stat.S_ISGID)

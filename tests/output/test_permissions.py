@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from struct import pack
 
 import pytest
 from resumable import Stop
@@ -103,6 +104,52 @@ def test_an_access_list(modes: Path) -> None:
         pytest.skip(f"no access lists here: {done.stderr.strip()}")
     merge(modes)
     assert found(modes / "out")["model.safetensors"] == "600"
+
+
+def set_acl(path: Path, kind: str, *entries: tuple[int, int, int]) -> None:
+    """Set an access list of tags (user 1, named user 2, group 4, mask 16, others 32), permissions and ids."""
+    try:
+        os.setxattr(
+            path, f"system.posix_acl_{kind}", b"".join([pack("<I", 2), *(pack("<HHI", *e) for e in entries)])
+        )
+    except OSError as error:
+        pytest.skip(f"no access lists here: {error}")
+
+
+NOBODY, ALL = 65534, 0xFFFFFFFF
+
+
+def test_an_access_list_that_takes_permissions_away(modes: Path) -> None:
+    """From one whom others' permissions would be given to."""
+    path = modes / "ft-0" / "model.safetensors"
+    set_acl(path, "access", (1, 6, ALL), (2, 0, NOBODY), (4, 4, ALL), (16, 4, ALL), (32, 4, ALL))
+    merge(modes)
+    assert found(modes / "out")["model.safetensors"] == found(modes / "out")["negmerge.json"] == "600"
+    set_acl(path, "access", (1, 6, ALL), (2, 4, NOBODY), (4, 4, ALL), (16, 4, ALL), (32, 4, ALL))
+    merge(modes, overwrite=True)
+    assert found(modes / "out")["model.safetensors"] == "604"
+
+
+def test_a_directory_that_gives_an_access_list(modes: Path) -> None:
+    """What a group may read, those whom the list names may not."""
+    (modes / "ft-0" / "model.safetensors").chmod(0o640)
+    set_acl(modes, "default", (1, 7, ALL), (2, 7, NOBODY), (4, 5, ALL), (16, 7, ALL), (32, 5, ALL))
+    merge(modes)
+    assert found(modes / "out")["model.safetensors"] == "600" and found(modes / "out")["config.json"] == "644"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_directory_of_a_group(modes: Path) -> None:
+    """What is made in a directory with the set-group-ID bit is its group's, who may read what they could."""
+    for path in (modes, *modes.rglob("*")):
+        os.chown(path, -1, os.getegid() + 1)
+        path.chmod(0o2750 if path.is_dir() else 0o640)
+    merge(modes)
+    out = modes / "out"
+    assert (
+        found(out)["."] == "2750" and found(out)["model.safetensors"] == found(out)["negmerge.json"] == "640"
+    )
+    assert {path.stat().st_gid for path in (out, *out.iterdir())} == {os.getegid() + 1}
 
 
 def test_a_single_file(modes: Path) -> None:
