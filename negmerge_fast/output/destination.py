@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from ..checkpoints.base import MANIFEST
@@ -57,7 +58,10 @@ class Destination:
     ) -> Destination:
         # Not abspath, for which a/.. is nothing even where a is a link; and a link at the very end stays one.
         named = path.name not in ("", "..")
-        real = os.path.realpath(path.parent if named else path)
+        try:
+            real = os.path.realpath(path.parent if named else path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: the current directory is gone, expected an absolute path") from None
         resolved = Path(real, path.name) if named else Path(real)
         if not resolved.name:
             raise InputError(f"{path}: the root of the file system, expected a path to a new place")
@@ -101,40 +105,33 @@ def refuse_overlap(destination: Destination) -> None:
     A bind mount, or a file system that does not tell upper case from lower case, gives one directory several names.
     """
     path, staging = destination.path, destination.staging_path
-    own, own_staging = _Lineage.of(path), _Lineage.of(staging)
+
+    # Asked once for each directory: there may be hundreds of inputs, on a network file system.
+    @cache
+    def ancestors(parent: Path) -> frozenset[object]:
+        return frozenset(key for each in (parent, *parent.parents) for key in identifiers(each))
+
+    identifiers = cache(lambda path: frozenset(_identifiers(path)))
+
+    def lineage(path: Path) -> tuple[frozenset[object], frozenset[object]]:
+        real = Path(os.path.realpath(path))
+        return identifiers(real), ancestors(real.parent)
+
+    (own, above), (own_staging, _) = lineage(path), lineage(staging)
     for given in destination.inputs:
-        found = _Lineage.of(given)
-        if found.is_or_is_in(own_staging):
+        found, found_above = lineage(given)
+        if own_staging & (found | found_above):
             raise InputError(f"{given}: the input is inside {staging}, which is cleared for the output")
-        if own.is_same(found):
+        if own & found:
             raise InputError(f"{path}: the output is the input {given}")
-        if found.is_or_is_in(own):
+        if own & found_above:
             raise InputError(f"{path}: the output is above the input {given}")
-        if given.is_dir() and own.is_or_is_in(found):
+        if above & found and given.is_dir():
             raise InputError(f"{path}: the output is inside the input {given}")
 
 
-@dataclass(frozen=True)
-class _Lineage:
-    """What identifies a path, and each of the directories above it: real paths, devices and inodes."""
-
-    own: frozenset[object]
-    above: frozenset[object]
-
-    @classmethod
-    def of(cls, path: Path) -> _Lineage:
-        real = Path(os.path.realpath(path))
-        above = [key for parent in real.parents for key in _identifiers(parent)]
-        return cls(frozenset(_identifiers(real)), frozenset(above))
-
-    def is_same(self, other: _Lineage) -> bool:
-        return not self.own.isdisjoint(other.own)
-
-    def is_or_is_in(self, other: _Lineage) -> bool:
-        return self.is_same(other) or not self.above.isdisjoint(other.own)
-
-
 def _identifiers(path: Path) -> Iterator[object]:
+    """What tells a path from others: itself, if it is a real one, and device and inode."""
     yield path
     try:
         found = os.stat(path)
@@ -165,7 +162,7 @@ def check_existing(destination: Destination) -> None:
             raise InputError(f"{mounts[0]}: a mount point, so {path} is not replaced")
     else:
         open_checkpoint(path)
-    _refuse_changed_files(destination)
+    refuse_changed_files(destination, path)
 
 
 def refuse_existing(destination: Destination) -> None:
@@ -183,15 +180,6 @@ def _mounts_in(path: Path) -> list[Path]:
     escaped = [line.split(b" ")[4] for line in lines]
     every = [re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), point) for point in escaped]
     return [point for point in map(Path, map(os.fsdecode, every)) if point.is_relative_to(path)]
-
-
-def _manifests(destination: Destination) -> list[Path]:
-    """The manifests that may speak of an older output.
-
-    A run that was killed may have moved a part of the output, its manifest first, or may have replaced the manifest of a single file.
-    """
-    former = destination.staging_path / FORMER
-    return [destination.manifest_path, former / MANIFEST if destination.directory else former]
 
 
 def refuse_unknown_files(destination: Destination, older: Directory) -> None:
@@ -212,27 +200,37 @@ def refuse_unknown_files(destination: Destination, older: Directory) -> None:
             )
 
 
-def _refuse_changed_files(destination: Destination) -> None:
-    """Refuse to replace files that are not as negmerge wrote them: another program's model may be in their place."""
-    path, directory = destination.path, destination.directory
+def refuse_changed_files(destination: Destination, older: Path) -> None:
+    """Refuse to replace files that are not as negmerge wrote them: another program's model may be in their place.
+
+    Args:
+        destination: The destination.
+        older: Where the older output is.
+    """
+    path, former = destination.path, destination.staging_path / FORMER
+    # A run that was killed may have moved a part of a directory, its manifest first, or replaced the manifest of a single file.
+    if destination.directory:
+        manifests = [older / MANIFEST, former / MANIFEST]
+    else:
+        manifests = [destination.manifest_path, former]
     differences = []
-    for manifest in filter(os.path.lexists, _manifests(destination)):
-        files = {name: path / name if directory else path for name in _listed(manifest)}
+    for manifest in filter(os.path.lexists, manifests):
+        files = {name: older / name if destination.directory else older for name in _listed(manifest)}
         if (differs := altered(manifest, files)) is None:
             return
         differences.append(differs)
     if differences:
         raise InputError(f"{differences[0]}: {path} is not replaced")
-    if not directory or any(path.iterdir()):
+    if not destination.directory or any(older.iterdir()):
         raise InputError(
             f"{destination.manifest_path}: missing, so {path} is not negmerge's, and is not replaced"
         )
 
 
 def _listed(manifest: Path) -> list[str]:
-    """The files that a manifest lists: a list of names, or an object with their names as keys."""
+    """The files that a manifest lists."""
     try:
         files = load(manifest).get("files")
     except (OSError, InputError):
         return []
-    return [name for name in files if isinstance(name, str)] if isinstance(files, (list, dict)) else []
+    return list(files) if isinstance(files, dict) else []

@@ -316,7 +316,7 @@ def _holds_only_hidden(entry: Entry) -> bool:
 @contextmanager
 def scratch_directory(parent: Directory) -> Iterator[Directory]:
     """Make a directory to try things out in, and remove it, and those that killed processes left."""
-    _remove_abandoned(parent)
+    remove_abandoned(parent)
     while (directory := _new_scratch(parent)) is None:
         pass
     with directory:
@@ -343,7 +343,7 @@ def _new_scratch(parent: Directory) -> Directory | None:
     return None
 
 
-def _remove_abandoned(parent: Directory) -> None:
+def remove_abandoned(parent: Directory) -> None:
     """Remove this user's scratch directories that nobody holds."""
     with suppress(OSError):
         for entry in parent.entries():

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from ..checkpoints.base import MANIFEST
 from ..core.errors import InputError
-from .destination import Destination, check_existing, refuse_overlap, refuse_unknown_files
+from .destination import (
+    Destination,
+    check_existing,
+    refuse_changed_files,
+    refuse_overlap,
+    refuse_unknown_files,
+)
 from .directory import Entry, exchange, move_directory, rename_to_new
 from .staging import Staging
 
@@ -57,29 +63,30 @@ def _move(destination: Destination, staging: Staging, staged: Entry) -> None:
 def _exchange(destination: Destination, staging: Staging) -> None:
     """Exchange an older output with the new one; the staging directory then holds the older."""
     if exchange(staging.staged, staging.published):
-        _refuse_late_unknown_files(destination, staging)
+        _check_exchanged(destination, staging)
         return
     try:
         if not move_directory(staging.published, staging.former, MANIFEST):
             staging.notes.append(
                 f"{destination.path}: was replaced file by file: its directory cannot be moved"
             )
-        _refuse_unknown_files(destination, staging.former)
+        _refuse_late_changes(destination, staging.former)
         staging.staged.rename(staging.published)
     except BaseException:
         staging.put_back()
         raise
 
 
-def _refuse_late_unknown_files(destination: Destination, staging: Staging) -> None:
+def _check_exchanged(destination: Destination, staging: Staging) -> None:
     """Check the older output once more after the exchange, for what came since the last check."""
     try:
-        _refuse_unknown_files(destination, staging.staged)
+        _refuse_late_changes(destination, staging.staged)
     except (InputError, OSError):
         exchange(staging.staged, staging.published)
         raise
 
 
-def _refuse_unknown_files(destination: Destination, older: Entry) -> None:
+def _refuse_late_changes(destination: Destination, older: Entry) -> None:
     with older.directory() as found:
         refuse_unknown_files(destination, found)
+    refuse_changed_files(destination, older.path)

@@ -16,6 +16,7 @@ import stat
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from .directory import (
     Entry,
     move_directory,
     or_once_more,
+    remove_abandoned,
     remove_empty,
     remove_tree,
     scratch_directory,
@@ -165,6 +167,8 @@ class Staging:
 
     def remove_finished(self) -> None:
         """Remove what a run left that published its output and was killed then, unless it is in use, or another job's."""
+        with suppress(OSError), Directory.at(self.path.parent) as parent:
+            remove_abandoned(parent)
         if os.path.lexists(self.path):
             with suppress(InputError, OSError), self:
                 self._acquire(fcntl.LOCK_EX)
@@ -374,18 +378,26 @@ def _open_own(entry: Entry) -> Directory:
     """Open a directory that only this user may write in: others could put links and files of their own there."""
     try:
         directory = entry.directory()
+    except PermissionError:
+        if (found := entry.stat()) and found.st_uid != os.geteuid():
+            raise _foreign(entry.path, found) from None
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         is_link = os.path.islink(entry.path)
-        found = "a symbolic link" if is_link else "not a directory"
-        raise InputError(f"{entry.path}: {found}, expected a directory of negmerge's own") from None
+        kind = "a symbolic link" if is_link else "not a directory"
+        raise InputError(f"{entry.path}: {kind}, expected a directory of negmerge's own") from None
     try:
         _refuse_others(directory, entry.parent)
     except BaseException:
         directory.close()
         raise
     return directory
+
+
+def _foreign(path: Path, found: os.stat_result) -> InputError:
+    return InputError(f"{path}: belongs to user {found.st_uid}, expected a directory of negmerge's own")
 
 
 def _refuse_others(directory: Directory, parent: Directory) -> None:
@@ -397,9 +409,7 @@ def _refuse_others(directory: Directory, parent: Directory) -> None:
             own = os.fstat(descriptor)
             os.close(descriptor)
         if found.st_uid != own.st_uid:
-            raise InputError(
-                f"{directory.path}: belongs to user {found.st_uid}, expected a directory of negmerge's own"
-            )
+            raise _foreign(directory.path, found)
         if found.st_mode & ~own.st_mode & _OTHERS_MAY_WRITE:
             mode = stat.S_IMODE(found.st_mode)
             raise InputError(f"{directory.path}: others may write in it (mode {mode:o}), expected mode 700")

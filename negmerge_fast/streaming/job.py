@@ -338,14 +338,11 @@ class Job:
     def _tidy_up(self, ranks: SingleProcess) -> Report:
         """Remove what the run that finished the output left; report the counts of its manifest."""
         path, directory = self.destination.path, self.destination.directory
-        if ranks.rank == 0 and os.path.lexists(self.staging.path):
-            with without_interrupts(), self.staging:
-                self.staging.open()
-                if not all(map(self._is_own, self.staging.journals())):
-                    self.staging.leave_to_others()
-                    self.notes.append(
-                        f"{self.staging.path}: the unfinished output of another merge, left alone"
-                    )
+        if ranks.rank == 0:
+            with without_interrupts():
+                self.staging.remove_finished()
+                if os.path.lexists(self.staging.path):
+                    self._clear_own()
         self._note_variances(lambda name: (path / name if directory else path).open("rb"))
         counted = read_manifest(self.destination.manifest_path).counted
         stats = Stats()
@@ -354,6 +351,14 @@ class Job:
         return dataclasses.replace(
             report, nonfinite=counted.nonfinite, vetoed_by_zero=counted.vetoed_by_zero, tensors=[]
         )
+
+    def _clear_own(self) -> None:
+        """Remove unfinished output of this job, which is of no use any more, and leave that of others."""
+        with self.staging:
+            self.staging.open()
+            if not all(map(self._is_own, self.staging.journals())):
+                self.staging.leave_to_others()
+                self.notes.append(f"{self.staging.path}: the unfinished output of another merge, left alone")
 
     def _is_own(self, journal: Entry) -> bool:
         """Whether a journal is of this job."""

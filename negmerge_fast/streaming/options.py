@@ -148,9 +148,17 @@ def as_paths(name: str, value: Iterable[PathLike]) -> list[Path]:
 
 def as_path(name: str, value: PathLike) -> Path:
     """A path. Raises InputError if it is none."""
-    if isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str):
-        return Path(value)
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if isinstance(text, str) and text and "\0" not in text and _is_encodable(text):
+        return Path(text)
     raise InputError(f"{name}: {short_repr(value)}, expected a path")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def require_callable(name: str, value: object) -> None:

@@ -114,23 +114,24 @@ def verify_checkpoint(
     threads = registry.usual_threads() if threads is None else _at_least_1("threads", threads)
     require_callable("progress", progress)
     out_path, inputs = as_path("output", output), None if against is None else as_paths("against", against)
-    out = _open(out_path)
-    plan = None if inputs is None else _plan(out, inputs)
-    sample = _sample(plan, blocks, seed) if plan else []
-    total = sum(file.size for file in out.files.values())
-    total += sum(chunk.sources[0].nbytes + sum(s.nbytes for s in chunk.sources) for chunk in sample)
-    done = 0
+    with _being_readable(out_path):
+        out = _open(out_path)
+        plan = None if inputs is None else _plan(out, inputs)
+        sample = _sample(plan, blocks, seed) if plan else []
+        total = sum(file.size for file in out.files.values())
+        total += sum(chunk.sources[0].nbytes + sum(s.nbytes for s in chunk.sources) for chunk in sample)
+        done = 0
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress(done, total)
 
-    advance(0)
-    _check(out, min(threads, MAX_THREADS), advance)
-    if plan:
-        _compare(out, plan, sample, advance)
+        advance(0)
+        _check(out, min(threads, MAX_THREADS), advance)
+        if plan:
+            _compare(out, plan, sample, advance)
     return Verified(
         str(out.path),
         out.manifest.version,
@@ -140,6 +141,17 @@ def verify_checkpoint(
         len(sample),
         sum(chunk.sources[0].nbytes for chunk in sample),
     )
+
+
+@contextmanager
+def _being_readable(path: Path) -> Iterator[None]:
+    """Tell what cannot be read from damage."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror}, expected to read it") from None
+    except RecursionError:
+        raise InputError(f"{path}: folders are nested too deep") from None
 
 
 def _at_least_1(name: str, value: object) -> int:

@@ -15,7 +15,7 @@ from interrupted import contents
 from small_models import folder, merge  # noqa: F401
 
 import negmerge_fast as nm
-from negmerge_fast.output import staging
+from negmerge_fast.output import destination, publish, staging
 
 
 @contextmanager
@@ -148,6 +148,36 @@ def test_a_model_that_was_trained_over_an_output_is_not_replaced(folder: Path) -
     (folder / "alone.safetensors.negmerge.json").unlink()
     with pytest.raises(nm.InputError, match=r"negmerge\.json: missing, so .*alone\.safetensors is not negm"):
         nm.merge_checkpoints(single[0], single[1:], folder / "alone.safetensors", scale=0.9, overwrite=True)
+
+
+def test_an_output_that_is_trained_over_at_the_last_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last check and the exchange; it is put back."""
+    merge(folder)
+    check = publish.check_existing
+
+    def and_train(given: destination.Destination) -> None:
+        check(given)
+        train(folder / "out" / "model.safetensors")
+
+    monkeypatch.setattr(publish, "check_existing", and_train)
+    refused(folder, folder / "out", r"output/model\.safetensors: sample .*out is not replaced")
+    with pytest.raises(nm.DamageError, match=r"model\.safetensors: checksum"):
+        nm.verify_checkpoint(folder / "out")
+
+
+@pytest.mark.processes
+def test_a_relative_output_where_there_is_no_directory_any_more(folder: Path) -> None:
+    code = (
+        "import os, sys, negmerge_fast as nm\n"
+        "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
+        "base, ft = (os.path.join(sys.argv[1], name) for name in ('base', 'ft-0'))\n"
+        "try: nm.merge_checkpoints(base, [ft], 'out', scale=0.9)\n"
+        "except nm.InputError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "out: the current directory is gone, expected an absolute path\n", done
 
 
 def test_an_empty_directory_may_be_replaced(folder: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_crash_right_after_the_exchange(made: Path, folder: Path, often: pytes
     def crash(*arguments: Any) -> None:
         raise Stop
 
-    often.setattr(publish, "_refuse_late_unknown_files", crash)
+    often.setattr(publish, "_check_exchanged", crash)
     often.setattr(Staging, "_leave", lambda self, is_published: None)
     with pytest.raises(Stop):
         merge(folder, overwrite=True)

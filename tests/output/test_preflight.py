@@ -99,6 +99,13 @@ def test_a_directory_that_may_not_be_written(open_folder: Path, function: str) -
 
 
 @pytest.mark.processes
+def test_a_private_staging_directory_of_another_user(open_folder: Path) -> None:
+    (open_folder / ".out.negmerge").mkdir(mode=0o700)
+    said = as_nobody(open_folder, MERGE).stdout
+    assert said.startswith("InputError ") and "/.out.negmerge: belongs to user 0, expected" in said
+
+
+@pytest.mark.processes
 def test_an_older_output_of_another_user(open_folder: Path) -> None:
     """In a sticky directory nobody else may replace it; nor may one that cannot write its directories."""
     folder = open_folder

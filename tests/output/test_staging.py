@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -240,3 +240,14 @@ def test_a_directory_that_is_named_like_scratch_is_left_alone(folder: Path, name
     with Directory.at(folder) as parent, scratch_directory(parent):
         pass
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_scratch_of_a_killed_run_is_removed_though_nothing_is_to_be_done(folder: Path, resume: bool) -> None:
+    """The output is finished already, or exists and is refused."""
+    merge(folder)
+    (folder / ".negmerge-0badcafe").mkdir()
+    (folder / ".negmerge-0badcafe" / "file").touch()
+    with nullcontext() if resume else pytest.raises(nm.InputError, match="exists already"):
+        assert merge(folder, resume=resume).bytes_written == 0
+    assert not list(folder.glob(".negmerge-*"))

@@ -601,3 +601,25 @@ def test_progress_and_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[-1][0] == seen[-1][1]
     with pytest.raises(KeyboardInterrupt):
         nm.verify_checkpoint("out", progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+
+def test_what_cannot_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another user's, and more folders in each other than can be walked."""
+    merge()
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "out/model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reader, "read_into", refused)
+        with pytest.raises(
+            nm.InputError, match=r"out/model\.safetensors: Permission denied, expected to read"
+        ):
+            nm.verify_checkpoint("out")
+
+    def nested(*_: Any) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(verify, "_open", nested)
+    with pytest.raises(nm.InputError, match="out: folders are nested too deep"):
+        nm.verify_checkpoint("out")
