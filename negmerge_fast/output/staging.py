@@ -380,7 +380,7 @@ def _open_own(entry: Entry) -> Directory:
         directory = entry.directory()
     except PermissionError:
         if (found := entry.stat()) and found.st_uid != os.geteuid():
-            raise _foreign(entry.path, found) from None
+            raise _of_another_user(entry.path, found) from None
         raise
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
@@ -396,7 +396,7 @@ def _open_own(entry: Entry) -> Directory:
     return directory
 
 
-def _foreign(path: Path, found: os.stat_result) -> InputError:
+def _of_another_user(path: Path, found: os.stat_result) -> InputError:
     return InputError(f"{path}: belongs to user {found.st_uid}, expected a directory of negmerge's own")
 
 
@@ -409,7 +409,7 @@ def _refuse_others(directory: Directory, parent: Directory) -> None:
             own = os.fstat(descriptor)
             os.close(descriptor)
         if found.st_uid != own.st_uid:
-            raise _foreign(directory.path, found)
+            raise _of_another_user(directory.path, found)
         if found.st_mode & ~own.st_mode & _OTHERS_MAY_WRITE:
             mode = stat.S_IMODE(found.st_mode)
             raise InputError(f"{directory.path}: others may write in it (mode {mode:o}), expected mode 700")
