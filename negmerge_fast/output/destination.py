@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -111,10 +111,10 @@ def refuse_overlap(destination: Destination) -> None:
     def ancestors(parent: Path) -> frozenset[object]:
         return frozenset(key for each in (parent, *parent.parents) for key in identifiers(each))
 
-    identifiers = cache(lambda path: frozenset(_identifiers(path)))
+    identifiers, real_path = cache(lambda path: frozenset(_identifiers(path))), resolver()
 
     def lineage(path: Path) -> tuple[frozenset[object], frozenset[object]]:
-        real = Path(os.path.realpath(path))
+        real = real_path(path)
         return identifiers(real), ancestors(real.parent)
 
     (own, above), (own_staging, _) = lineage(path), lineage(staging)
@@ -128,6 +128,18 @@ def refuse_overlap(destination: Destination) -> None:
             raise InputError(f"{path}: the output is above the input {given}")
         if above & found and given.is_dir():
             raise InputError(f"{path}: the output is inside the input {given}")
+
+
+def resolver() -> Callable[[Path], Path]:
+    """Return what resolves the links in paths, and those of each directory once."""
+    real_parent = cache(os.path.realpath)
+
+    def real_path(path: Path) -> Path:
+        if path.name in ("", "..") or os.path.islink(path):
+            return Path(os.path.realpath(path))
+        return Path(real_parent(path.parent), path.name)
+
+    return real_path
 
 
 def _identifiers(path: Path) -> Iterator[object]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoints.base import MANIFEST
 from ..checkpoints.reader import File
-from .destination import Destination
+from .destination import Destination, resolver
 
 _READ_WRITE, _GROUP, _OTHERS, _ALL = 0o666, 0o070, 0o007, 0o777
 # Entries of an access list (posix_acl_xattr.h).
@@ -32,6 +32,7 @@ class Permissions:
         self._destination, self._groups = destination, frozenset(groups)
         self._shared = {_identity(os.stat(folder)) for folder in destination.path.parents}
         self._modes: dict[Path, int] = {}
+        self._real_path = resolver()
 
     def of_file(self, name: str) -> int:
         mode = _READ_WRITE
@@ -53,20 +54,16 @@ class Permissions:
 
     def _readers(self, path: Path) -> int:
         """Who may read and write a file, and may reach it."""
-        real = Path(os.path.realpath(path))
-        if real not in self._modes:
-            mode = self._common(os.stat(real), real)
-            for folder in real.parents:
-                mode &= self._visitors(folder)
-            self._modes[real] = mode
-        return self._modes[real]
+        real = self._real_path(path)
+        return self._common(os.stat(real), real) & self._visitors(real.parent)
 
     def _visitors(self, folder: Path) -> int:
         """Who may reach what is in a directory."""
         if folder not in self._modes:
             found = os.stat(folder)
             search = 0o111 if _identity(found) in self._shared else self._common(found, folder) & 0o111
-            self._modes[folder] = search << 2 | search << 1
+            above = self._visitors(folder.parent) if folder != folder.parent else _READ_WRITE
+            self._modes[folder] = above & (search << 2 | search << 1)
         return self._modes[folder]
 
     def _common(self, found: os.stat_result, path: Path) -> int:

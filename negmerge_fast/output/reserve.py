@@ -26,15 +26,15 @@ def permissions_in(directory: Directory, destination: Destination) -> Permission
     return Permissions(destination, {found.st_gid} if inherited else {os.getegid(), found.st_gid})
 
 
-def create_files(staged: Entry, destination: Destination, is_durable: bool) -> None:
+def create_files(staged: Entry, destination: Destination, permissions: Permissions, is_durable: bool) -> None:
     """Create the folders and files of an output, each of its size.
 
     Args:
         staged: What becomes the output's directory, or holds its single file.
         destination: The output.
+        permissions: Their permissions.
         is_durable: Whether they are on the disk afterwards.
     """
-    permissions = permissions_in(staged.parent, destination)
     staged.mkdir(permissions.of_folder("") if destination.directory else stat.S_IRWXU)
     parents = {str(parent) for name in destination.files for parent in PurePosixPath(name).parents}
     with staged.directory() as directory:
@@ -61,12 +61,11 @@ def _reserve(directory: Directory, descriptor: int, size: int) -> None:
         allocate(descriptor, size)
 
 
-def refuse_other_files(staged: Directory, destination: Destination) -> None:
+def refuse_other_files(staged: Directory, destination: Destination, permissions: Permissions) -> None:
     """Refuse to resume an output of which a file is missing, has another size, or is some other file of the user's.
 
     Permissions that the inputs do not give any more are taken from the files.
     """
-    permissions = permissions_in(staged, destination)
     for name, file in destination.files.items():
         if (found := _inspect(staged, name, permissions.of_file(name))) != f"{file.size} bytes":
             raise InputError(

@@ -16,6 +16,7 @@ import stat
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -36,6 +37,7 @@ from .directory import (
     scratch_directory,
 )
 from .filesystem import lock
+from .permissions import Permissions
 from .reserve import create_files, permissions_in, refuse_full_disk, refuse_other_files
 
 _LOCK, _MARK, _STAGED, _JOURNAL = "lock", "exchange", "output", "journal-"
@@ -266,10 +268,12 @@ class Staging:
         """Write the manifest beside the output's files, and sync it and all names."""
         with self.staged.directory() as staged:
             (staged / MANIFEST).unlink()  # of an earlier run, which may have given it other permissions
-            (staged / MANIFEST).write_json(
-                manifest, permissions_in(staged, self.destination).of_file(MANIFEST), indent=2
-            )
+            (staged / MANIFEST).write_json(manifest, self._permissions.of_file(MANIFEST), indent=2)
         self.directory.sync_tree()
+
+    @cached_property
+    def _permissions(self) -> Permissions:
+        return permissions_in(self.directory, self.destination)
 
     def mark(self) -> None:
         """Mark the output that is about to be published, so that a run after a crash knows what was.
@@ -334,12 +338,12 @@ class Staging:
         """Create the files of a new output, in place of any unfinished one."""
         self._clear()
         refuse_full_disk(self.path, self.path.parent, self.destination.files)
-        create_files(self.staged, self.destination, is_durable=self.resume)
+        create_files(self.staged, self.destination, self._permissions, is_durable=self.resume)
 
     def refuse_incomplete(self) -> None:
         """Refuse to resume an output of which a file is missing or is not what was created."""
         with self.staged.directory() as staged:
-            refuse_other_files(staged, self.destination)
+            refuse_other_files(staged, self.destination, self._permissions)
 
     def _clear(self) -> None:
         if found := self.journals():  # first, and for good: they speak of what is removed next
