@@ -169,13 +169,17 @@ class Staging:
 
     def remove_finished(self) -> None:
         """Remove what a run left that published its output and was killed then, unless it is in use, or another job's."""
-        with suppress(OSError), Directory.at(self.path.parent) as parent:
-            remove_abandoned(parent)
+        self.remove_scratch()
         if os.path.lexists(self.path):
             with suppress(InputError, OSError), self:
                 self._acquire(fcntl.LOCK_EX)
                 if not self._was_published() and len(self.directory.entries()) > 1:  # more than the lock
                     self.leave_to_others()
+
+    def remove_scratch(self) -> None:
+        """Remove what killed runs left that had not begun yet."""
+        with suppress(OSError), Directory.at(self.path.parent) as parent:
+            remove_abandoned(parent)
 
     def leave_to_others(self) -> None:
         """Keep what is here, which is another job's."""

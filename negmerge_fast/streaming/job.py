@@ -340,7 +340,7 @@ class Job:
         path, directory = self.destination.path, self.destination.directory
         if ranks.rank == 0:
             with without_interrupts():
-                self.staging.remove_finished()
+                self.staging.remove_scratch()
                 if os.path.lexists(self.staging.path):
                     self._clear_own()
         self._note_variances(lambda name: (path / name if directory else path).open("rb"))
