@@ -10,8 +10,9 @@ import json
 import os
 import time
 import zlib
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from threading import Event, Thread
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 from ..checkpoints.reader import naming
@@ -90,13 +91,15 @@ class Journal:
     def keep(self, record: ProgressRecord) -> None:
         """Write a record in the background."""
         self._last = time.monotonic()
-        self._written.clear()
-        thread = Thread(target=self._keep, args=(record,), name="journal")
+        token = Lock()
         try:
-            thread.start()
-        finally:
-            if not thread.is_alive():  # it could not be started, or has ended
+            self._written.clear()
+            # Not a Thread: its start waits, and an interrupt there does not tell whether it runs.
+            start_new_thread(self._keep, (record, token))
+        except BaseException:
+            if token.acquire(blocking=False):  # it does not run, or finds that it is not to
                 self._written.set()
+            raise
 
     def flush(self) -> None:
         """Wait for the record that is being written, and raise its error; an interrupt is raised after that."""
@@ -109,7 +112,9 @@ class Journal:
         if (raised := raised or self._error) is not None:
             raise raised
 
-    def _keep(self, record: ProgressRecord) -> None:
+    def _keep(self, record: ProgressRecord, token: Lock) -> None:
+        if not token.acquire(blocking=False):
+            return
         try:
             self.sync()
             self.append(record)

@@ -48,8 +48,8 @@ def process_in_order(
     started: list[_Worker[_Item, _Result]] = []
     try:
         for thread in threads:
+            started.append(thread)  # before: an interrupt of its start does not tell whether it runs
             thread.start()
-            started.append(thread)
         for outcome in _in_order(outcomes, workers):
             if outcome.error is not None:
                 raise outcome.error
@@ -75,9 +75,16 @@ class _Worker(Thread, Generic[_Item, _Result]):
     ) -> None:
         super().__init__(name=name)
         self._items, self._outcomes, self._make_worker = items, outcomes, make_worker
+        self._token = Lock()
         self.ended = Event()
 
+    def cancel(self) -> bool:
+        """Whether it has not begun; then it never will."""
+        return self._token.acquire(blocking=False)
+
     def run(self) -> None:
+        if not self._token.acquire(blocking=False):
+            return
         number: int | None = None
         try:
             with self._make_worker() as process:
@@ -138,10 +145,12 @@ def _join(workers: Sequence[_Worker[_Item, _Result]]) -> None:
     """Wait for all threads, which use files that are closed next; an interrupt is raised after that."""
     interrupted: BaseException | None = None
     for worker in workers:
-        while worker.is_alive():
+        has_ended = worker.cancel()
+        while not has_ended:
             try:
                 worker.ended.wait()
                 worker.join()
+                has_ended = True
             except BaseException as error:
                 interrupted = error
     if interrupted is not None:
