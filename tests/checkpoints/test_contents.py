@@ -330,6 +330,7 @@ def test_the_beginning_is_not_all(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).skipped_files == ("x.txt",)
 
 
+@pytest.mark.slow
 def test_archives_that_unpack_to_more_are_skipped_soon(tmp_path: Path) -> None:
     bombs = zipped(**{f"{k}": gzip.compress(bytes(1 << 24)) for k in range(99)})
     put(large_model(tmp_path), {"a": bombs, "b": gzip.compress(gzip.compress(bytes(1 << 26)))})

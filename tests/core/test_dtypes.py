@@ -58,12 +58,11 @@ def test_kernels_have_the_same_the_same_codes_and_sizes() -> None:
     assert [int(size) for size in sizes[1].split(", ")] == [FLOAT_SIZES[name] for name in DTYPE_CODES]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "use",
     [
         "import negmerge_fast as nm; nm.merge",
-        "from negmerge_fast import merge_checkpoints",
-        "import negmerge_fast.ops",
         "import runpy; sys.argv = ['negmerge', 'verify', 'out']; runpy.run_module('negmerge_fast', run_name='__main__')",
     ],
 )

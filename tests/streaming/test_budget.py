@@ -47,6 +47,7 @@ def test_a_merge_takes_no_more_than_half_of_what_is_free(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_a_merge_within_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of 128 MiB each, whose usual buffers take 192 MiB, in a group that may use 96 MiB: the same bytes as without."""
     monkeypatch.syspath_prepend(str(PROCESSES))

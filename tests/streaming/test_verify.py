@@ -218,6 +218,7 @@ def test_damage_is_named(folder: Path, case: str, capfd: pytest.CaptureFixture[s
         assert message in line and "\n" not in line and len(line) < 6000
 
 
+@pytest.mark.processes
 def test_the_command(folder: Path) -> None:
     merge()
     arguments = ("verify", "out", "--against", *INPUTS)
