@@ -160,11 +160,10 @@ def _open(
 ) -> tuple[Checkpoint, list[Checkpoint]]:
     if not finetuned:
         raise InputError("finetuned: no models, expected at least one")
-    paths = [Path(path) for path in (base, *finetuned)]
     with without_gc():
-        opened = open_checkpoint(paths[0], keep=options.keep, drop=options.drop)
+        opened = open_checkpoint(base, keep=options.keep, drop=options.drop)
     models = []
-    for path in paths[1:]:
+    for path in finetuned:
         with without_gc():
             models.append(open_checkpoint(path, keep=options.keep, extra_files=False))
     own = {file.identity for file in opened.weights.values()}

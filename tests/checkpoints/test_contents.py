@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import entry, negmerge, raw
+from checkpoint_files import entry, negmerge, put, raw
 from safetensors.torch import save
 
 import negmerge_fast as nm
@@ -113,13 +113,6 @@ ENCODINGS = {
     "GGUF": b"GGUF\3\0\0\0" + MATRIX.tobytes(),
     "Zstandard": b"\x28\xb5\x2f\xfd" + MATRIX.tobytes(),
 }  # fmt: skip
-
-
-def put(path: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
 
 
 def arrays(*values: object) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import negmerge, save_model
+from checkpoint_files import negmerge, put, save_model
 from in_process import Answer, Process
 from malformed import POINTER
 from safetensors.torch import save
@@ -201,13 +201,6 @@ SKIPPED = {
     "._model.safetensors": b"\0\5\x16\7",
     "._README.md": b"\0\5\x16\7",
 }  # fmt: skip
-
-
-def put(path: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize("name", COPIED)

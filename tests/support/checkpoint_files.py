@@ -112,3 +112,11 @@ def check(out: Path, tensors: list[dict[str, torch.Tensor]], **options: Any) -> 
 
 def nothing_left(folder: Path) -> bool:
     return not (folder / "out").exists() and not (folder / ".out.negmerge").exists()
+
+
+def put(path: Path, files: dict[str, bytes]) -> Path:
+    """Write files into a folder, by their names relative to it."""
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
