@@ -36,6 +36,7 @@ Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled kernels; native.py wraps them.";
   m.attr("instruction_sets") = instruction_sets();
+  m.def("asked_instruction_set", asked_instruction_set);
   m.def(
       "merge_cpu",
       [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <exception>
 #include <stdexcept>
 #include <thread>
@@ -104,6 +105,11 @@ std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const NamedLoop& each : loops()) names.push_back(each.name);
   return names;
+}
+
+std::string asked_instruction_set() {
+  const char* asked = std::getenv("NEGMERGE_CPU");
+  return asked ? asked : loops().front().name;
 }
 
 void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set) {

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from array import array
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
-
-from ..core.batch import COUNTED, Batch
+from ..core.batch import COUNTED, Batch, Counts
 from ..core.control_groups import granted_cpus
 from ..core.descriptors import pack_descriptors, pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES
@@ -98,20 +97,35 @@ def details(name: str) -> str:
     return f" (compiled for {', '.join(f'sm_{number}' for number in built['cuda_architectures'])})"
 
 
-def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> np.ndarray[Any, Any]:
-    """Merge a batch in main memory; returns int64[segments, len(COUNTED)]."""
-    from .. import _native
+def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> Counts:
+    """Merge a batch in main memory; returns int64[segments, len(COUNTED)] as a buffer.
 
+    A small tensor takes less time than what stands here, so nothing is imported, asked or converted twice.
+    """
     descriptors = pack_descriptors(batch)
-    counts = np.zeros((len(batch.segments), len(COUNTED)), np.int64)
-    _native.merge_cpu(
+    counts = array("q", _ZEROS * len(batch.segments))
+    _library().merge_cpu(
         *kernel_arguments(batch, rule),
-        descriptors.ctypes.data,
-        counts.ctypes.data,
+        descriptors.buffer_info()[0],
+        counts.buffer_info()[0],
         threads or usual_threads(),
         instruction_set(),
     )
-    return counts
+    if not counts:  # a buffer of two dimensions cannot be empty
+        return counts
+    return memoryview(counts).cast("B").cast("q", (len(batch.segments), len(COUNTED)))
+
+
+# The counts of a segment before anything is counted.
+_ZEROS = bytes(len(COUNTED) * 8)
+
+
+@cache
+def _library() -> Any:
+    """The compiled library: there is none where it could not be compiled."""
+    from .. import _native
+
+    return _native
 
 
 def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
@@ -148,10 +162,9 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int) -> torch.Tensor:
 
 def instruction_set() -> str:
     """The best instruction set of this machine that has a kernel, or the one that NEGMERGE_CPU names, for tests."""
-    from .. import _native
-
-    found: list[str] = _native.instruction_sets
-    if (asked := os.environ.get("NEGMERGE_CPU", found[0])) not in found:
+    # Asked of the library at each call: os.environ takes longer to read than a small tensor to merge.
+    asked: str = _library().asked_instruction_set()
+    if asked not in (found := _library().instruction_sets):
         raise InputError(f"NEGMERGE_CPU: {asked!r}, expected one of {', '.join(found)}")
     return asked
 
@@ -179,10 +192,9 @@ def _configured_threads() -> int:
 def kernel_arguments(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float, int, int]:
     """The arguments that both kernels begin with."""
     result, models, task_vectors = batch.signature
-    codes = bytes(DTYPE_CODES[dtype] for dtype in models)
     return (
         DTYPE_CODES[result],
-        codes,
+        bytes(map(DTYPE_CODES.__getitem__, models)),
         task_vectors,
         rule.scale,
         rule.required(len(models)),

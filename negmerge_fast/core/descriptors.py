@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .batch import Batch
-
-if TYPE_CHECKING:
-    import torch
 from .dtypes import DTYPE_CODES
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-def pack_descriptors(batch: Batch) -> np.ndarray[Any, Any]:
-    """Pack a batch as int64[segments, 3 + n]: elements, then the addresses of base, out and the models, or 0."""
-    rows = [
-        (
-            segment.numel,
-            segment.base.address if segment.base else 0,
-            segment.out.address if segment.out else 0,
-            *[stream.address for stream in segment.models],
-        )
-        for segment in batch.segments
-    ]
-    # An address may have its highest bit set.
-    return np.array(rows, np.uint64).reshape(len(rows), 3 + len(batch.signature.models)).view(np.int64)
+
+def pack_descriptors(batch: Batch) -> array[int]:
+    """Pack a batch as int64[segments, 3 + n]: elements, then the addresses of base, out and the models, or 0.
+
+    Without NumPy: a merge of files on the CPU needs nothing else of it, and it takes longer to import than a small one takes.
+    """
+    integers: list[int] = []
+    for numel, base, models, out in batch.segments:
+        integers += (numel, base.address if base else 0, out.address if out else 0)
+        integers += [address for address, _, _ in models]
+    return array("Q", integers)  # unsigned: an address may have its highest bit set
 
 
 def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
@@ -36,7 +33,10 @@ def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]
         each segment and whether all its addresses are multiples of 16; then the descriptors; then the models' storage
         types, a byte each.
     """
-    descriptors = pack_descriptors(batch)
+    import numpy as np
+
+    packed = np.asarray(pack_descriptors(batch))
+    descriptors = packed.view(np.int64).reshape(len(batch.segments), 3 + len(batch.signature.models))
     tiles = np.zeros((len(descriptors) + 1, 2), np.int64)
     np.cumsum(-(descriptors[:, 0] // -tile), out=tiles[1:, 0])
     tiles[:-1, 1] = np.bitwise_or.reduce(descriptors[:, 1:], axis=1) % 16 == 0

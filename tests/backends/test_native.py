@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from negmerge_fast.backends import native
+from negmerge_fast.core.batch import Batch, Signature, segment_at
+from negmerge_fast.core.errors import InputError
+from negmerge_fast.core.rule import Rule
 
 
 def test_build_info_is_true() -> None:
@@ -40,3 +44,26 @@ def test_without_a_record_the_package_was_not_installed(
     info = native.build_info()
     assert "pip install" in info["cpu"] and "pip install" in info["cuda"]
     assert info["cuda_architectures"] == []
+
+
+def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("negmerge_fast._native")
+    monkeypatch.setenv("NEGMERGE_CPU", "abacus")
+    with pytest.raises(InputError, match=r"NEGMERGE_CPU: 'abacus', expected one of .*baseline"):
+        native.instruction_set()
+    monkeypatch.setenv("NEGMERGE_CPU", "baseline")
+    assert native.instruction_set() == "baseline"
+    monkeypatch.delenv("NEGMERGE_CPU")
+    assert native.instruction_set() == native._library().instruction_sets[0]
+
+
+@pytest.mark.parametrize("segments", [0, 1, 3])
+def test_counts_are_a_table_in_memory(segments: int) -> None:
+    """A row for each segment, of no segment too, and no NumPy."""
+    pytest.importorskip("negmerge_fast._native")
+    held = [np.full(5, value, np.float32) for value in (1.0, 2.0, 3.0)]
+    signature = Signature("F32", ("F32", "F32"), False)
+    segment = segment_at(5, signature, [array.ctypes.data for array in held], held)._replace(out=None)
+    counts = native.merge_cpu(Batch("cpu", signature, [segment] * segments), Rule(0.5))
+    assert counts.tolist() == [[5, 0, 0]] * segments
+    assert not isinstance(counts, np.ndarray)
