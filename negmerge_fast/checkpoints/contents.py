@@ -10,12 +10,8 @@ Content decides, a few megabytes of it at most; names do where content does not 
 
 from __future__ import annotations
 
-import bz2
 import io
-import lzma
 import re
-import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -293,11 +289,16 @@ def _is_text(sample: bytes) -> bool:
 
 def _entries(packed: bytes) -> Iterable[tuple[str, int, Callable[[], bytes]]]:
     """The files in a zip or tar archive: the name and size of each, and what reads it."""
+    # Libraries of archives are imported where one is found: together they take as long as a small merge.
     if packed.startswith(b"PK"):
+        import zipfile
+
         archive = zipfile.ZipFile(io.BytesIO(packed))
         return [
             (e.filename, e.file_size, partial(archive.read, e)) for e in archive.infolist() if not e.is_dir()
         ]
+    import tarfile
+
     tar = tarfile.TarFile(fileobj=io.BytesIO(packed))
     return ((e.name, e.size, tar.extractfile(e).read) for e in tar if e.isfile())  # type: ignore[union-attr]
 
@@ -312,8 +313,12 @@ def _decompress(packed: bytes) -> bytes:
     if packed.startswith(b"\x1f\x8b"):
         decompressor = zlib.decompressobj(31)
     elif packed.startswith(b"BZh"):
+        import bz2
+
         decompressor = bz2.BZ2Decompressor()
     else:
+        import lzma
+
         decompressor = lzma.LZMADecompressor(memlimit=256 << 20)
     unpacked: bytes = decompressor.decompress(packed, _MAX_BYTES_READ + 1)
     if decompressor.unused_data.strip(b"\0") or (not decompressor.eof and len(unpacked) <= _MAX_BYTES_READ):

@@ -7,9 +7,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..core.dtypes import NUMPY_DTYPES
 from ..core.errors import InputError, first_line, short_repr
@@ -19,6 +17,9 @@ from .base import ByteRange, Checkpoint, TensorRef
 from .lfs import refuse_pointer
 from .reader import File
 from .strict_json import is_shape
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The name of the tensor in messages and reports.
 NAME = "vector"
@@ -64,6 +65,8 @@ def read_array_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype
         InputError: If its version is unknown.
         Exception: If it is malformed.
     """
+    import numpy as np  # takes longer to import than a small merge takes, and most checkpoints need none of it
+
     version = np.lib.format.read_magic(head)
     if version not in ((1, 0), (2, 0)):
         raise InputError(f".npy version {version[0]}.{version[1]}, expected 1.0 or 2.0")

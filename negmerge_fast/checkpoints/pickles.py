@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickletools
 import re
 from typing import Any, NamedTuple
 
@@ -34,6 +33,8 @@ def read_pickle(raw: bytes) -> Pickle:
     Raises:
         Exception: Of many types, if it is none, or if something follows it.
     """
+    import pickletools  # slow to import, for few checkpoints
+
     called: list[tuple[Any, Any]] = []
     pushed: list[Any] = [None, None]  # the last two, if they are text
     memo: dict[Any, Any] = {}

@@ -34,16 +34,18 @@ def progress_bar(title: str, signals: Signals, quiet: bool) -> Iterator[Callable
     Yields:
         A function of the bytes done and the bytes in all.
     """
-    from tqdm import tqdm
-
     bars: list[Any] = []
+    is_shown = not quiet and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
         signals.check()
+        if not is_shown:
+            return
         if not bars:
-            # disable=None: no bar where standard error is not a terminal.
+            from tqdm import tqdm  # takes longer to import than a small merge takes, for a bar that few see
+
             bars.append(tqdm(
-                total=total, unit="B", unit_scale=True, desc=title, leave=False, disable=True if quiet else None,
+                total=total, unit="B", unit_scale=True, desc=title, leave=False,
                 bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
             ))  # fmt: skip
         bars[0].update(done - bars[0].n)
@@ -138,6 +140,10 @@ def contents(checkpoint: Checkpoint) -> str:
 
 
 def _size(count: float) -> str:
-    from tqdm import tqdm
-
-    return str(tqdm.format_sizeof(count, "B"))
+    """A number of bytes with three digits and a unit, as the progress bar shows it."""
+    units = iter(" kMGTPEZ")
+    unit = next(units)
+    while abs(count) >= 999.5 and unit != "Z":
+        count, unit = count / 1000, next(units)
+    digits = 2 if abs(count) < 9.995 else 1 if abs(count) < 99.95 else 0
+    return f"{count:.{digits}f}{unit.strip()}B"

@@ -92,9 +92,16 @@ COUNTED = ("agreed", "nonfinite", "vetoed_by_zero")
 
 
 class Counts(Protocol):
-    """int64[segments, len(COUNTED)]: a NumPy array, or a tensor on the batch's device."""
+    """int64[segments, len(COUNTED)]: a buffer of two dimensions in main memory, or a tensor on the batch's device."""
 
     def tolist(self) -> Any: ...
+
+
+class Rows(list[list[int]]):
+    """Counts that are in main memory: a list for each segment."""
+
+    def tolist(self) -> list[list[int]]:
+        return self
 
 
 class Merge(Protocol):

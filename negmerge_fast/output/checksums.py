@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
 
-import numpy as np
 from xxhash import xxh3_128_digest
 
 from ..core.hashing import hash_of
@@ -113,6 +112,8 @@ class _Blocks:
         return None
 
     def update(self, known: bytes, digests: bytes) -> None:
+        import numpy as np
+
         theirs = np.frombuffer(known, bool)
         np.frombuffer(self.known, np.uint8)[theirs] = 1
         rows = np.frombuffer(self.digests, np.uint8).reshape(-1, _DIGEST)

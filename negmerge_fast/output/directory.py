@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -328,7 +327,7 @@ def scratch_directory(parent: Directory) -> Iterator[Directory]:
 
 def _new_scratch(parent: Directory) -> Directory | None:
     """Make a scratch directory and lock it; returns None if it was taken for an abandoned one meanwhile."""
-    entry = parent / f"{SCRATCH}{secrets.token_hex(4)}"
+    entry = parent / f"{SCRATCH}{os.urandom(4).hex()}"
     if not entry.mkdir(0o700):
         return None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import time
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,6 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate
 from threading import current_thread
 from typing import Any
-
-import numpy as np
 
 # Versions begin at multiples of this, so that kernels load 16 bytes at a time wherever the files allow it.
 _ALIGNMENT = 256
@@ -54,7 +53,8 @@ class WorkerBuffers:
     def __init__(self, versions: int, chunk_bytes: int, timeline: Timeline) -> None:
         # A private mapping: its pages can be released as soon as the job is done.
         self._mapping = mmap.mmap(-1, versions * chunk_bytes, flags=_PRIVATE)
-        self.memory = np.frombuffer(self._mapping, np.uint8)
+        self.memory = memoryview(self._mapping)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self.timeline = timeline
         self.starts: list[int] = []
         self.sizes: Sequence[int] = ()
@@ -78,11 +78,11 @@ class WorkerBuffers:
         """
         self.sizes = sizes
         self.starts = [0, *accumulate(-(size // -_ALIGNMENT) * _ALIGNMENT for size in sizes)]
-        return [self.memory.data[s : s + size] for s, size in zip(self.starts, sizes, strict=False)]
+        return [self.memory[s : s + size] for s, size in zip(self.starts, sizes, strict=False)]
 
     def addresses(self) -> tuple[list[int], Any]:
         """Return the addresses of the versions, and the owner of their memory."""
-        return [self.memory.ctypes.data + start for start in self.starts[:-1]], self.memory
+        return [self._address + start for start in self.starts[:-1]], self.memory
 
     @contextmanager
     def launch(self) -> Iterator[tuple[list[int], Any]]:

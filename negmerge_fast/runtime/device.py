@@ -25,7 +25,7 @@ class DeviceBuffers(WorkerBuffers):
         import torch
 
         super().__init__(versions, chunk_bytes, timeline)
-        self.host = torch.from_numpy(self.memory)
+        self.host = torch.frombuffer(self.memory, dtype=torch.uint8)
         self.stream = stream_on(device, timeline)
         self.device = self.stream.empty(len(self.memory))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
-
-import numpy as np
 
 from ..backends import registry
 from ..core.errors import InputError, require_choice, short_repr
@@ -168,7 +167,8 @@ def require_callable(name: str, value: object) -> None:
 
 
 def _boolean(name: str, value: object) -> bool:
-    if isinstance(value, (bool, np.bool_)):
+    numpy = sys.modules.get("numpy")  # which is slow to import, and whoever has a bool of it has imported it
+    if isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_)):
         return bool(value)
     raise InputError(f"{name}: {short_repr(value)}, expected True or False")
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..checkpoints.base import Checkpoint, TensorRef
 from ..checkpoints.reader import Reader
@@ -18,6 +16,9 @@ from ..core import pairing, unmergeable
 from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from ..core.errors import InputError, short_repr
 from ..core.schema import TensorSpec, mismatches
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Tensors: TypeAlias = Mapping[str, TensorRef]
 
@@ -208,8 +209,10 @@ def _equal(left: TensorRef, right: TensorRef, reader: Reader) -> bool:
         return False
     if left.source == right.source:
         return True
+    if left.spec.dtype == right.spec.dtype:  # without NumPy: the integers of most models are compared
+        return all(a == b for a, b in zip(_chunks(left, reader), _chunks(right, reader), strict=True))
     pairs = zip(_values(left, reader), _values(right, reader), strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
+    return all(bool((a == b).all()) for a, b in pairs)
 
 
 def _is_constant(tensor: TensorRef, reader: Reader) -> bool:
@@ -223,13 +226,23 @@ def _is_constant(tensor: TensorRef, reader: Reader) -> bool:
 
 def _values(tensor: TensorRef, reader: Reader) -> Iterator[np.ndarray[Any, Any]]:
     """Yield a tensor's elements in chunks: integers as such, all else as bits."""
-    size = tensor.source.nbytes // max(tensor.numel, 1)
-    dtype = _NUMPY_INTEGERS.get(tensor.spec.dtype, f"<u{size}")
-    count = _CHUNK_BYTES // 8
+    import numpy as np
+
+    dtype = _NUMPY_INTEGERS.get(tensor.spec.dtype, f"<u{_size(tensor)}")
+    yield from (np.frombuffer(chunk, dtype) for chunk in _chunks(tensor, reader))
+
+
+def _chunks(tensor: TensorRef, reader: Reader) -> Iterator[bytearray]:
+    """Yield a tensor's bytes in chunks of so many elements, whatever their size."""
+    size, count = _size(tensor), _CHUNK_BYTES // 8
     for begin in range(0, tensor.numel, count):
-        buffer = bytearray(min(count, tensor.numel - begin) * size)
-        tensor.source.read_into(reader, memoryview(buffer), begin * size)
-        yield np.frombuffer(buffer, dtype)
+        chunk = bytearray(min(count, tensor.numel - begin) * size)
+        tensor.source.read_into(reader, memoryview(chunk), begin * size)
+        yield chunk
+
+
+def _size(tensor: TensorRef) -> int:
+    return tensor.source.nbytes // max(tensor.numel, 1)
 
 
 _NUMPY_INTEGERS = {

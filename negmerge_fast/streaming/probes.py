@@ -10,8 +10,6 @@ from itertools import accumulate
 from threading import Barrier
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
@@ -46,6 +44,8 @@ def merge_bandwidth(signature: Signature, rule: Rule, threads: int, backend: str
 
 
 def _batch(signature: Signature) -> Batch:
+    import numpy as np
+
     sizes = _sizes(signature)
     numel = max(_MERGE_BYTES // sum(sizes), 1024)
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
@@ -60,6 +60,8 @@ def _sizes(signature: Signature) -> list[int]:
 
 def copy_bandwidth(threads: int) -> float:
     """Measure the bytes per second that so many threads copy from memory to memory."""
+    import numpy as np
+
     size = _COPY_BYTES // 2 // threads
     memory = [np.ones((2, size), np.uint8) for _ in range(threads)]
     return threads * size / on_threads([partial(np.copyto, *pair) for pair in memory])
@@ -90,6 +92,8 @@ def read_bandwidth(plan: Plan, threads: int) -> tuple[float, bool | None]:
     Returns:
         Bytes per second, and whether all of them came from memory; None if a file system does not tell.
     """
+    import numpy as np
+
     samples = list(_sample(plan, max(_MIN_SAMPLES, 8 * threads)))
     buffers = min(len(plan.models) + 1, _MAX_BUFFERS)
     began = 0.0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
-
+from ..core.batch import Rows
 from ..core.ranges import Range, between
 from ..core.stats import Stats
 from ..output.journal import Journal, ProgressRecord
@@ -16,7 +15,7 @@ from ..output.journal import Journal, ProgressRecord
 OnProgress = Callable[[int, int], None]
 
 # The name and the number of elements of each segment of a batch, and its counts.
-ChunkCounts: TypeAlias = "tuple[list[tuple[str, int]], np.ndarray[Any, Any]]"
+ChunkCounts: TypeAlias = "tuple[list[tuple[str, int]], Rows]"
 
 
 class ChunkResult(NamedTuple):

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ..core.batch import COUNTED, Batch, Merge, Segment, Signature, segment_at
+from ..core.batch import COUNTED, Batch, Merge, Rows, Segment, Signature, segment_at
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 from .progress import ChunkCounts
@@ -200,4 +198,4 @@ def none_agreed(chunk: Extent) -> list[ChunkCounts]:
     named: dict[Signature, list[tuple[str, int]]] = {}
     for tensor_slice in chunk.slices:
         named.setdefault(tensor_slice.signature, []).append((tensor_slice.name, tensor_slice.numel))
-    return [(each, np.zeros((len(each), len(COUNTED)), np.int64)) for each in named.values()]
+    return [(each, Rows([0] * len(COUNTED) for _ in each)) for each in named.values()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.dtypes import FLOAT_SIZES
 from ..core.unmergeable import is_variance
 from .plan import Extent
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CHUNK_BYTES = 1 << 20
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -40,6 +41,8 @@ def below_zero(extents: Sequence[Extent], open_file: Callable[[str], BinaryIO]) 
 
 def _values(file: BinaryIO, begin: int, end: int, dtype: str) -> Iterator[np.ndarray[Any, Any]]:
     """Yield the numbers of a tensor in chunks."""
+    import numpy as np
+
     file.seek(begin)
     for start in range(begin, end, _CHUNK_BYTES):
         values = np.frombuffer(file.read(min(_CHUNK_BYTES, end - start)), _NUMPY[dtype])

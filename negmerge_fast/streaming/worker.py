@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
-from ..core.batch import Batch, Counts, Merge, Segment, Signature, segment_at
+from ..core.batch import COUNTED, Batch, Counts, Merge, Rows, Segment, Signature, segment_at
 from ..core.errors import InputError, short_repr
 from ..core.rule import NonFinite, Rule
 from ..output.writer import Writer
@@ -20,6 +18,8 @@ from ..runtime.buffers import Timeline, WorkerBuffers
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult
 from .skipping import ChunkPruner, Skipping, none_agreed
+
+_NONFINITE = COUNTED.index("nonfinite")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Worker:
             ranges = pruner.byte_ranges(k + 1)
             if omitted := source.nbytes - sum(end - begin for begin, end in ranges):
                 skipped += omitted
+                import numpy as np
+
                 np.frombuffer(buffer, np.uint8).fill(0)
             for begin, end in ranges:
                 source.read_into(self.reader, buffer[begin:end], begin, self.release)
@@ -106,13 +108,15 @@ class Worker:
                 self.reader.expect(models[k].file, models[k].offset + begin, end - begin)
 
     def _count(self, chunk: Extent, merged: Sequence[tuple[list[TensorSlice], Counts]]) -> list[ChunkCounts]:
-        counted = [([(s.name, s.numel) for s in slices], np.array(c.tolist())) for slices, c in merged]
-        if self.nonfinite == "error" and any(counts[:, 1].any() for _, counts in counted):
+        counted = [([(s.name, s.numel) for s in slices], Rows(c.tolist())) for slices, c in merged]
+        if self.nonfinite == "error" and any(row[_NONFINITE] for _, rows in counted for row in rows):
             self._refuse_nonfinite(chunk)
         return counted
 
     def _refuse_nonfinite(self, chunk: Extent) -> None:
         """Name the first non-finite element of a chunk; its base was overwritten, and is read again."""
+        import numpy as np
+
         buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
         with Reader(1) as reader:
             chunk.sources[0].read_into(reader, buffers[0])

@@ -17,7 +17,9 @@ from bits import same_bits
 from checkpoint_files import MERGE, check, load_model, nothing_left, save_model
 from command import Run, run  # noqa: F401
 from safetensors.torch import save_file
+from tqdm import tqdm
 
+from negmerge_fast.cli.text import _size
 from negmerge_fast.core.reference import plain_merge
 
 
@@ -222,6 +224,26 @@ def test_help_info_and_version(run: Run) -> None:
     assert run("--version")[1].startswith("negmerge, version ")
     status, out, _ = run("info")
     assert status == 0 and "backend torch on cpu: usable" in out
+
+
+def test_a_small_merge_imports_little(tmp_path: Path, models: Any) -> None:
+    # Each of these takes a good part of the time of a small merge, or most of it.
+    heavy = {
+        "torch", "numpy", "tqdm", "email", "importlib.metadata", "multiprocessing", "subprocess", "concurrent", "logging",
+        "tarfile", "zipfile", "pickle", "pickletools", "hashlib", "secrets", "random", "tempfile", "socket",
+    }  # fmt: skip
+    code = (
+        f"import sys; sys.argv = {['negmerge', *MERGE]!r}\nfrom negmerge_fast.cli import main\n"
+        f"try: main.main()\nfinally: print({heavy!r} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr
+    check(tmp_path / "out", models)
+
+
+@pytest.mark.parametrize("count", [0, 9.994, 9.996, 99.94, 99.96, 999, 999.6, 12_345, 2**40, 2**64])
+def test_sizes_are_written_as_in_the_progress_bar(count: float) -> None:
+    assert _size(count) == tqdm.format_sizeof(count, "B")
 
 
 def test_help_and_inspect_wait_for_no_torch(tmp_path: Path, models: Any) -> None:

@@ -20,7 +20,7 @@ def test_versions_are_apart_and_aligned() -> None:
             buffer[:] = bytes([number + 1]) * len(buffer)
         assert [set(buffer) for buffer in reserved] == [{1}, {2}, {3}]
         addresses, owner = buffers.addresses()
-        assert owner is buffers.memory and addresses[0] == buffers.memory.ctypes.data
+        assert owner is buffers.memory and addresses[0] == np.asarray(buffers.memory).ctypes.data
         assert [address - addresses[0] for address in addresses] == [0, 512, 1024]
         assert all(address % 256 == 0 for address in addresses)
 
@@ -40,7 +40,7 @@ def test_a_merge_gets_the_addresses_of_the_reserved_versions() -> None:
 
 def resident(buffers: WorkerBuffers) -> int:
     """KiB of the mapping that are in memory."""
-    address = f"{buffers.memory.ctypes.data:x}"
+    address = f"{np.asarray(buffers.memory).ctypes.data:x}"
     for entry in re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
         bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+)", entry)
         if bounds and int(bounds[1], 16) <= int(address, 16) < int(bounds[2], 16):
@@ -55,7 +55,7 @@ def test_pages_are_released_even_if_an_error_holds_the_buffers(error: Exception 
     buffers = WorkerBuffers(2, 4 << 20, Timeline())
     try:
         with buffers:
-            buffers.memory.fill(1)
+            np.asarray(buffers.memory).fill(1)
             before = resident(buffers)
             if error:
                 raise error

@@ -82,7 +82,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_calls_of_device_buffers(cuda: FakeCuda, kept: bool) -> None:
     timeline, current = Timeline(kept), [DEVICE, f"stream of {DEVICE}"]
     with device_module.buffers_on(DEVICE, 2, 512, timeline) as buffers:
-        assert cuda.locked == {(buffers.memory.ctypes.data, 1024)}
+        assert cuda.locked == {(buffers.host.data_ptr(), 1024)}
         for memory in buffers.reserve([300, 200]):
             memory[:] = bytes([7]) * len(memory)
 
