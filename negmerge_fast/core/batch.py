@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 from .dtypes import holds
 from .rule import Rule
@@ -23,6 +23,32 @@ class Operand(NamedTuple):
     address: int
     dtype: str
     owner: Any
+
+
+class Operands(Sequence[Operand]):
+    """The operands of a segment's models, in columns: thousands of small tensors are batched in a fraction of the time.
+
+    Attributes:
+        addresses, dtypes, owners: As of Operand, an item for each model.
+    """
+
+    __slots__ = ("addresses", "dtypes", "owners")
+
+    def __init__(self, addresses: Sequence[int], dtypes: tuple[str, ...], owners: Sequence[Any]) -> None:
+        self.addresses, self.dtypes, self.owners = addresses, dtypes, owners
+
+    def __len__(self) -> int:
+        return len(self.dtypes)
+
+    def __iter__(self) -> Iterator[Operand]:
+        return map(Operand, self.addresses, self.dtypes, self.owners)
+
+    @overload
+    def __getitem__(self, index: int) -> Operand: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Operand]: ...
+    def __getitem__(self, index: int | slice) -> Operand | list[Operand]:
+        return list(self)[index]
 
 
 class Segment(NamedTuple):
@@ -73,9 +99,10 @@ def segment_at(numel: int, signature: Signature, addresses: Sequence[int], owner
         addresses: Where the base and each model lie.
         owners: What keeps each of these addresses valid.
     """
-    dtypes = (signature.result, *signature.models)
-    base, *models = [Operand(*each) for each in zip(addresses, dtypes, owners, strict=True)]
-    return Segment(numel, base, models, base)
+    if not len(addresses) == len(owners) == 1 + len(signature.models):
+        raise ValueError(f"{len(addresses)} addresses, {len(owners)} owners for {signature}")
+    base = Operand(addresses[0], signature.result, owners[0])
+    return Segment(numel, base, Operands(addresses[1:], signature.models, owners[1:]), base)
 
 
 @dataclass(frozen=True)

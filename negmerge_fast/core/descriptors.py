@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from .batch import Batch
+from .batch import Batch, Operands
 from .dtypes import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def pack_descriptors(batch: Batch) -> array[int]:
     integers: list[int] = []
     for numel, base, models, out in batch.segments:
         integers += (numel, base.address if base else 0, out.address if out else 0)
-        integers += [address for address, _, _ in models]
+        integers += models.addresses if type(models) is Operands else [address for address, _, _ in models]
+    if len(integers) != len(batch.segments) * (3 + len(batch.signature.models)):
+        raise ValueError(f"segments of other numbers of models, expected {len(batch.signature.models)}")
     return array("Q", integers)  # unsigned: an address may have its highest bit set
 
 

@@ -7,6 +7,9 @@ import gc
 import os
 import signal
 import threading
+from _signal import (  # type: ignore[import-not-found]
+    getsignal,  # signal.getsignal makes an enum of each answer: for all signals that takes as long as a small merge
+)
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -88,7 +91,7 @@ def without_interrupts() -> Iterator[None]:
 
     try:
         for number in _SIGNALS:
-            if callable(handler := signal.getsignal(number)):
+            if callable(handler := getsignal(number)):
                 replaced[number] = handler
                 _set_handler(number, partial(defer, handler))
         yield

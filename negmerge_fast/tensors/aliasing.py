@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.batch import Segment
+from ..core.batch import Operands, Segment
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 
@@ -47,9 +47,20 @@ def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -
     """
     if not segments:
         return True
-    operands: list[Any] = [s for _, base, models, _ in segments for s in (base, *models)]
-    starts = np.array([s.address for s in operands], np.uint64).reshape(len(segments), -1)
-    sizes = np.array([FLOAT_SIZES[s.dtype] for s in operands], np.uint64).reshape(starts.shape)
+    if len(segments) == 1:  # without NumPy, whose calls take longer than a small merge
+        (written_start, written_end), *read = _spans(segments[0])
+        read += [span(t) for t in others if t.numel()]
+        return all(end <= written_start or written_end <= start for start, end in read)
+    integers: list[int] = []
+    kinds: dict[tuple[str, ...], int] = {}
+    kind_of = []
+    for _, base, models, _ in segments:
+        assert base and isinstance(models, Operands)
+        integers.append(base.address)
+        integers += models.addresses
+        kind_of.append(kinds.setdefault((base.dtype, *models.dtypes), len(kinds)))
+    starts = np.array(integers, np.uint64).reshape(len(segments), -1)
+    sizes = np.array([[FLOAT_SIZES[dtype] for dtype in kind] for kind in kinds], np.uint64)[kind_of]
     ends = starts + sizes * np.array([[s.numel] for s in segments], np.uint64)
     other_spans = np.array([span(t) for t in others if t.numel()], np.uint64).reshape(-1, 2)
     read_starts = np.concatenate([starts[:, 1:].ravel(), other_spans[:, 0]])
@@ -62,6 +73,12 @@ def plainly_apart(segments: Sequence[Segment], others: Iterable[torch.Tensor]) -
     # The first written span that ends after the start of a read span must not start before the end of that.
     following = np.searchsorted(ends, read_starts, side="right")
     return bool((read_ends <= np.append(starts, read_ends.max(initial=0))[following]).all())
+
+
+def _spans(segment: Segment) -> list[tuple[int, int]]:
+    """The spans of a segment's base and models."""
+    operands: list[Any] = [segment.base, *segment.models]
+    return [(start, start + segment.numel * FLOAT_SIZES[dtype]) for start, dtype, _ in operands]
 
 
 def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
 from ..core.stats import Stats
 from ..core.unmergeable import may_have_factors, refuse_factors, variances_below_zero
-from ..runtime.interrupts import without_gc, without_interrupts
+from ..runtime.interrupts import without_interrupts
 from . import dtensor, modules
 from .aliasing import memory, plainly_apart, refuse_shared_memory, tied
 from .arrays import as_array, as_tensor, is_array
@@ -33,7 +32,7 @@ from .checks import (
     refuse_quantized,
 )
 from .counts import LEFT, Results, readable, stats_of, tell_of_earlier, tell_of_nonfinite
-from .flatten import Item, batches, flat_item, plain, signatures, specs
+from .flatten import Item, batches, flat_items, plain, signatures, specs
 from .names import (
     NO_NAMES,
     SINGLE,
@@ -64,17 +63,6 @@ def require_options(inputs: str, nonfinite: str) -> None:
     require_choice("nonfinite", nonfinite, ("keep-base", "error"))
 
 
-@without_gc()
-def flat_items(
-    named: list[dict[str, Any]], known: Mapping[str, Item] = MappingProxyType({})
-) -> dict[str, Item]:
-    """Items of the names whose tensors can be merged where they are. They need no further check.
-
-    known are items that were made before.
-    """
-    return {name: item for name in named[0] if (item := known.get(name) or flat_item(name, named))}
-
-
 def pair(
     named: list[dict[str, Any]], flat: Mapping[str, Item], where: Label, reference: str
 ) -> tuple[dict[str, Item], list[dict[str, Any]]]:
@@ -88,6 +76,8 @@ def pair(
         InputError: If tensors do not fit each other.
         TypeError: If a value is no dense tensor.
     """
+    if all(len(model) == len(flat) for model in named):
+        return dict(flat), [{} for _ in named]
     base, *models = rest = [
         _checked({n: v for n, v in model.items() if n not in flat}, k - 1 if k else None, where)
         for k, model in enumerate(named)
@@ -382,9 +372,8 @@ class Call:
             self.run(self.items, rule)
         # Autograd must notice writes through addresses. It has a version each for a DTensor and for its shard.
         dtensor_floats = [t for name, t in self._dtensors.items() if name not in self.untouched]
-        for tensor in [item.versions[0] for item in self.items] + dtensor_floats:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+        written = [item.versions[0] for item in self.items] + dtensor_floats
+        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with without_interrupts():
             results = readable(run_batches(items, rule, self.task_vectors, self.backend))

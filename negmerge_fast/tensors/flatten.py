@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import repeat
+from operator import add, attrgetter, ge, mul
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES
-from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.batch import Batch, Operand, Operands, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.pairing import is_extra_state
 from ..core.schema import TensorSpec
+from ..runtime.interrupts import without_gc
 
+# Of a tensor. map() calls them in half the time of a loop in Python.
 _STORAGE, _STORAGE_NBYTES = torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
-_OFFSET = torch.Tensor.storage_offset
+_OFFSET, _ADDRESS, _NUMEL = torch.Tensor.storage_offset, torch.Tensor.data_ptr, torch.Tensor.numel
+_IS_CONTIGUOUS, _IS_NEG = torch.Tensor.is_contiguous, torch.Tensor.is_neg
+_DTYPE, _SHAPE, _DEVICE = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
+_IS_CPU, _REQUIRES_GRAD = attrgetter("is_cpu"), attrgetter("requires_grad")
+# Tensors are checked one thing after another, so many names at a time that those of all models stay in the cache.
+_NAMES_AT_ONCE = 64
 # Types that are known to have their numbers in their own memory. Subclasses are checked one by one.
 _PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
 _NO_MEMORY = (
@@ -39,14 +49,113 @@ class Item(NamedTuple):
     out: torch.Tensor | None = None
 
 
-def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
-    """The item of a name, if its tensors are plain, contiguous, of one shape and on one device.
+@without_gc()
+def flat_items(
+    models: list[dict[str, Any]], known: Mapping[str, Item] = MappingProxyType({})
+) -> dict[str, Item]:
+    """Items of the names whose tensors can be merged where they are. They need no further check.
 
-    Most of the time of a merge of many small tensors is spent here, so each is visited once and no view is made.
+    known are items that were made before.
     """
+    names = [name for name in models[0] if name not in known] if min(len(models), len(models[0])) > 1 else []
+    found: dict[str, Item] = {}
+    for first in range(0, len(names), _NAMES_AT_ONCE):
+        found |= _flat_columns(names[first : first + _NAMES_AT_ONCE], models)
+    return {
+        name: item
+        for name in models[0]
+        if (item := known.get(name) or found.get(name) or _flat_item(name, models))
+    }
+
+
+def _flat_columns(names: list[str], models: list[dict[str, Any]]) -> dict[str, Item]:
+    """Items of those of some names whose base is flat, if all models are flat there; else none.
+
+    These are the checks of _flat_item, each of all tensors of a model at once. Most of the time of a merge of many small
+    tensors is spent in them.
+    """
+    names = [
+        name
+        for name in names
+        if type(tensor := models[0][name]) in _PLAIN
+        and tensor.dtype in FLOAT_NAMES
+        and not is_extra_state(name)
+    ]
+    try:
+        base = [models[0][name] for name in names]
+        are_flat = zip(names, map(_IS_CONTIGUOUS, base), map(_ADDRESS, base), strict=True)
+        names = [name for name, is_contiguous, address in are_flat if is_contiguous and address]
+        columns: list[_Column] = []
+        for model in models:
+            if (column := _flat_column(list(map(model.get, names)), columns[0] if columns else None)) is None:
+                return {}
+            columns.append(column)
+    except RuntimeError:  # as in _flat_item
+        return {}
+    first, *others = columns
+    rows = zip(
+        names,
+        first.numels,
+        zip(*[column.tensors for column in columns], strict=True),
+        zip(first.addresses, first.dtypes, first.tensors, strict=True),
+        zip(*[column.addresses for column in others], strict=True),
+        zip(*[column.dtypes for column in others], strict=True),
+        strict=True,
+    )
+    # One tuple for all that are equal: they are compared later.
+    same: dict[tuple[str, ...], tuple[str, ...]] = {}
+    new = tuple.__new__  # as Operand(...), without the call of a Python function: half the time
+    items: dict[str, Item] = {}
+    for name, numel, versions, operand, addresses, dtypes in rows:
+        models_of = Operands(addresses, same.setdefault(dtypes, dtypes), versions[1:])
+        segment = new(Segment, (numel, new(Operand, operand), models_of, None))
+        items[name] = new(Item, (name, list(versions), segment, None))
+    return items
+
+
+class _Column(NamedTuple):
+    """Flat tensors of one model, and what is known of them."""
+
+    tensors: list[torch.Tensor]
+    addresses: list[int]
+    dtypes: list[str]
+    shapes: list[torch.Size]
+    devices: list[Any]
+    numels: list[int]
+
+
+def _flat_column(tensors: list[Any], base: _Column | None) -> _Column | None:
+    """Tensors of a model, if all are as _flat_item wants them beside those of the base."""
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return None
+    dtypes: list[Any] = list(map(FLOAT_NAMES.get, map(_DTYPE, tensors)))
+    addresses, shapes = list(map(_ADDRESS, tensors)), list(map(_SHAPE, tensors))
+    are_dense = all(dtypes) and all(addresses) and all(map(_IS_CONTIGUOUS, tensors))
+    if not are_dense or any(map(_IS_NEG, tensors)):
+        return None
+    devices = list(map(_IS_CPU, tensors))  # the device takes longer
+    if not all(devices):
+        devices = list(map(_DEVICE, tensors))
+    if base is not None and (shapes != base.shapes or devices != base.devices):
+        return None
+    numels = base.numels if base is not None else list(map(_NUMEL, tensors))
+    kinds = set(dtypes)
+    sizes = repeat(FLOAT_SIZES[kinds.pop()]) if len(kinds) == 1 else map(FLOAT_SIZES.__getitem__, dtypes)
+    ends = map(mul, map(add, map(_OFFSET, tensors), numels), sizes)
+    if not all(map(ge, map(_STORAGE_NBYTES, map(_STORAGE, tensors)), ends)):
+        return None
+    if any(map(_REQUIRES_GRAD, tensors)):
+        tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    return _Column(tensors, addresses, dtypes, shapes, devices, numels)
+
+
+def _flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
+    """The item of a name, if its tensors are plain, contiguous, of one shape and on one device."""
     if is_extra_state(name):
         return None
-    operands: list[Operand] = []
+    versions: list[torch.Tensor] = []
+    addresses: list[int] = []
+    dtypes: list[str] = []
     shape = device = previous = None
     widest = 0
     try:
@@ -68,16 +177,18 @@ def flat_item(name: str, models: list[dict[str, Any]]) -> Item | None:
                 tensor = tensor.detach()
             if not (address := tensor.data_ptr()) and tensor.numel():  # its memory was freed
                 return None
-            # As Operand(...), without the call of a Python function: this saves a tenth of the time.
-            operands.append(tuple.__new__(Operand, (address, dtype, tensor)))
-        versions, numel = [s.owner for s in operands], tensor.numel()
+            versions.append(tensor)
+            addresses.append(address)
+            dtypes.append(dtype)
+        numel = tensor.numel()
         if not _holds(versions, numel * widest):
             return None
     except RuntimeError:  # a nested tensor has no shape, a sparse one no memory
         return None
     if tensor.is_meta:
         return None
-    return Item(name, versions, Segment(numel, operands[0], operands[1:], None))
+    operands = Operands(addresses[1:], tuple(dtypes[1:]), versions[1:])
+    return Item(name, versions, Segment(numel, Operand(addresses[0], dtypes[0], versions[0]), operands, None))
 
 
 def _holds(tensors: list[torch.Tensor], nbytes: int) -> bool:
@@ -151,14 +262,17 @@ def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> I
 
 def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
     """Batches, the names of their segments, and a function to call once the batch is merged."""
-    groups: dict[tuple[torch.device, Signature], list[tuple[str, Segment]]] = {}
+    groups: dict[tuple[torch.device, str, tuple[str, ...]], tuple[list[str], list[Segment]]] = {}
     scattered = []
     for item in items:
-        if segment := _segment_in_place(item):
-            key = item.versions[1].device, _signature(segment, task_vectors)
-            groups.setdefault(key, []).append((item.name, segment))
-        else:
+        if (segment := _segment_in_place(item)) is None:
             scattered.append(item)
+            continue
+        key = (item.versions[1].device, _result(segment), _dtypes(segment))
+        if (group := groups.get(key)) is None:
+            group = groups[key] = [], []
+        group[0].append(item.name)
+        group[1].append(segment)
     # Scattered tensors come first and one at a time: memory for their flat copies may be missing.
     for item in scattered:
         *versions, out = _in_memory_order([*item.versions, item.out])
@@ -171,12 +285,13 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
                     out.copy_(merged)
 
         segment = _segment([*copies, merged])
-        batch = Batch(str(item.versions[1].device), _signature(segment, task_vectors), [segment])
+        signature = Signature(_result(segment), _dtypes(segment), task_vectors)
+        batch = Batch(str(item.versions[1].device), signature, [segment])
         del copies, versions, segment
         yield batch, [item.name], finish
         del batch, finish, merged
-    for (device, signature), segments in groups.items():
-        yield Batch(str(device), signature, [s for _, s in segments]), [n for n, _ in segments], lambda: None
+    for (device, result, dtypes), (names, segments) in groups.items():
+        yield Batch(str(device), Signature(result, dtypes, task_vectors), segments), names, lambda: None
 
 
 def _segment_in_place(item: Item) -> Segment | None:
@@ -190,9 +305,15 @@ def _segment_in_place(item: Item) -> Segment | None:
     return None
 
 
-def _signature(segment: Segment, task_vectors: bool) -> Signature:
-    result: Any = segment.out or segment.base
-    return Signature(result.dtype, tuple([m.dtype for m in segment.models]), task_vectors)
+def _result(segment: Segment) -> str:
+    written: Any = segment.out or segment.base
+    dtype: str = written.dtype
+    return dtype
+
+
+def _dtypes(segment: Segment) -> tuple[str, ...]:
+    models = segment.models
+    return models.dtypes if isinstance(models, Operands) else tuple([m.dtype for m in models])
 
 
 def _segment(contiguous: list[Any]) -> Segment:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..backends import registry
@@ -18,9 +19,9 @@ from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES, rounded
 from ..core.batch import COUNTED
 from ..core.errors import InputError, require_choice
 from ..core.rule import Rule
-from .call import flat_items, misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
+from .call import misfits, not_mergeable, other_device, pair, refuse_aliasing, run_batches
 from .counts import LEFT, tell_of_nonfinite
-from .flatten import Item, require_dense
+from .flatten import Item, flat_items, require_dense
 
 _ARGUMENTS = (
     'Tensor[] finetuned, float scale, float min_agreement=1.0, bool task_vectors=False, str backend="auto"'
@@ -244,7 +245,7 @@ def _counts(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> 
     results = run_batches(items, rule, task_vectors, backend)
     tell_of_nonfinite(results, [item.name for item in items], LEFT, stacklevel=2)
     for segments, found in results:
-        counts = found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
+        counts = found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
         if len(segments) == len(items):  # a single batch has the order of the items
             return counts
         rows.update(zip([name for name, _ in segments], counts.unbind(), strict=True))

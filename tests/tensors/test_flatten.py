@@ -13,6 +13,7 @@ from bits import same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import negmerge_fast as nm
+from negmerge_fast.tensors import flatten
 
 
 class Labelled(torch.Tensor):
@@ -211,3 +212,47 @@ def test_plain_tensors_inside_torch_func(transform: str) -> None:
         return x * 1
 
     TRANSFORMS[transform](inner)(torch.ones(3, 3) if transform == "vmap" else torch.ones(3))
+
+
+def freed(t: torch.Tensor) -> torch.Tensor:
+    held = torch.cat([t, t])[2:]
+    held.untyped_storage().resize_(0)
+    return held
+
+
+def cut(t: torch.Tensor) -> torch.Tensor:
+    held = torch.cat([t, t])[2:]
+    held.untyped_storage().resize_(held.untyped_storage().nbytes() - 1)
+    return held
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("which", [0, 2])
+def test_many_names_are_checked_as_one_is(which: int) -> None:
+    """Columns of names find the same tensors flat, at the same addresses, as each name alone; in the base's order."""
+    others = {
+        "freed": freed, "cut": cut, "half": torch.Tensor.half, "double": torch.Tensor.double, "integer": torch.Tensor.long,
+        "longer": lambda t: torch.cat([t, t]), "flatter": torch.Tensor.flatten, "empty": lambda t: t[:0],
+        "missing": lambda t: None,
+    }  # fmt: skip
+    makers = {**MERGED, **{kind: make for kind, (make, _) in REFUSED.items()}, **others}
+    for odd in (list(makers), *([kind] for kind in makers)):
+        tensors = versions()
+        named: list[dict[str, Any]] = [{f"a.{i}": t for i in range(70)} for t in tensors]
+        for k, (model, t) in enumerate(zip(named, tensors, strict=True)):
+            model |= {kind: makers[kind](t) if k == which else t.clone() for kind in odd}
+            model |= {f"b.{i}": t for i in range(70)} | {"c._extra_state": t}
+        found = flatten.flat_items(named)
+        single = {name: item for name in named[0] if (item := flatten._flat_item(name, named))}
+        assert list(found) == list(single) and not found.keys() & {"freed", "cut", "c._extra_state"}
+        assert [facts(item) for item in found.values()] == [facts(item) for item in single.values()]
+
+
+def facts(item: flatten.Item) -> tuple[Any, ...]:
+    """All of an item but its tensors, of which it may hold detached views."""
+    assert item.segment and item.segment.base and item.segment.out is item.out is None
+    operands = [item.segment.base, *item.segment.models]
+    for tensor, (address, dtype, owner) in zip(item.versions, operands, strict=True):
+        assert owner is tensor and tensor.data_ptr() == address and not tensor.requires_grad
+        assert flatten.FLOAT_NAMES[tensor.dtype] == dtype
+    return item.name, item.segment.numel, [tuple(operand[:2]) for operand in operands]
