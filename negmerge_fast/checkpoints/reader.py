@@ -178,10 +178,14 @@ class Reader:
 
     Args:
         max_open: The most files open at a time.
+
+    Attributes:
+        requests: Whether the system is told beforehand of all that will be read, or reads ahead as it sees fit.
     """
 
     def __init__(self, max_open: int) -> None:
-        self._max_open = max_open
+        self.max_open = max_open
+        self.requests = True
         self._open: dict[File, int] = {}
         self._read: set[File] = set()
 
@@ -196,7 +200,8 @@ class Reader:
 
     def expect(self, file: File, offset: int, size: int) -> None:
         """Tell the system what will be read next, so that it may fetch it meanwhile."""
-        advise(self.descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
+        if self.requests:
+            advise(self.descriptor(file), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, file: File, offset: int, buffer: memoryview, release: bool = False) -> bool | None:
         """Fill a buffer from a position in a file.
@@ -220,8 +225,8 @@ class Reader:
             found = _read_cached(descriptor, offset, buffer)
         done, cached = found or 0, None if found is None else found == len(buffer)
         if not cached:
-            # One hint for the whole read: the kernel's own read-ahead is shorter.
-            advise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
+            if self.requests:
+                advise(descriptor, offset + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
             file.fill(descriptor, offset + done, buffer[done:])
         if release:
             advise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
@@ -231,7 +236,7 @@ class Reader:
         """Return the descriptor of a file, which is valid until the next call."""
         descriptor = self._open.pop(file, None)
         if descriptor is None:
-            if len(self._open) == self._max_open:
+            if len(self._open) == self.max_open:
                 self._close(next(iter(self._open)))
             descriptor = file.open()
             self._read.add(file)

@@ -54,7 +54,7 @@ class Writer:
         """
         if not data:
             return
-        descriptor = self._descriptor(name)
+        descriptor = self.descriptor(name)
         with naming(self.destination.path):
             cloned = range(offset, offset)
             if like is not None and self._can_reflink:
@@ -63,6 +63,10 @@ class Writer:
                 while begin < end:
                     begin += os.pwrite(descriptor, data[begin - offset : end - offset], begin)
             start_writing_back(descriptor, offset, len(data))
+        self.written(name, offset, data, release)
+
+    def written(self, name: str, offset: int, data: memoryview, release: bool = False) -> None:
+        """Take note of bytes that were written to a file's descriptor; the arguments are those of write."""
         self.checksums.add(name, offset, data)  # now, for it is still in the cache
         with self._lock:
             self._unwritten[name] -= len(data)
@@ -126,7 +130,8 @@ class Writer:
     def _can_reflink(self) -> bool:
         return filesystem_type(self.staging.path) in REFLINK_FILESYSTEMS
 
-    def _descriptor(self, name: str) -> int:
+    def descriptor(self, name: str) -> int:
+        """Return the descriptor that a file is written to. It stays open until all of the file is written."""
         with self._lock:
             if name not in self._open:
                 self._open[name] = self.staging.open_file(name, os.O_WRONLY)

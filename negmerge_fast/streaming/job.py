@@ -21,6 +21,7 @@ from threading import Semaphore
 from typing import BinaryIO
 
 from ..backends import registry
+from ..backends.native import merge_cpu
 from ..checkpoints.reader import Reader
 from ..core.batch import Merge
 from ..core.errors import InputError
@@ -45,11 +46,13 @@ from ..runtime.executor import process_in_order
 from ..runtime.interrupts import without_interrupts
 from . import probes, variances
 from .budget import max_open_files
+from .native import ChunkMerger
 from .options import MergeOptions
 from .partition import chunks, partition, slice_plan
 from .placement import Placement, Throughput, measure_throughput
 from .plan import Extent, Plan
 from .progress import ChunkResult, OnProgress, Recorder
+from .read_ahead import ReadAhead
 from .report import Report
 from .skipping import Skipping
 from .worker import Worker
@@ -264,6 +267,8 @@ class Job:
         turns = Semaphore(self.options.thread_count if concurrent else 1)
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
         release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
+        read_ahead = ReadAhead()
+        is_native = self.merge is merge_cpu and not self.options.skips
 
         @contextmanager
         def open_worker() -> Iterator[Callable[[Extent], ChunkResult]]:
@@ -284,6 +289,10 @@ class Job:
                     writer=self.writer,
                     release=release,
                     reader=reader,
+                    read_ahead=read_ahead,
+                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error")
+                    if is_native
+                    else None,
                     buffers=buffers,
                     timeline=timeline,
                 ).process_chunk

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,8 +19,10 @@ from ..core.errors import InputError, short_repr
 from ..core.rule import NonFinite, Rule
 from ..output.writer import Writer
 from ..runtime.buffers import Timeline, WorkerBuffers
+from .native import NOT_READ, NOT_WRITTEN, ChunkMerger
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult
+from .read_ahead import ReadAhead
 from .skipping import ChunkPruner, Skipping, none_agreed
 
 _NONFINITE = COUNTED.index("nonfinite")
@@ -36,6 +42,8 @@ class Worker:
         writer: Takes the output.
         release: Whether pages of files are given back to the system after use.
         reader: Reads the inputs.
+        read_ahead: How, as all workers together found best.
+        native: Processes chunks in one call; None for other backends, and to skip what need not be read.
         buffers: Memory for all versions of a chunk.
         timeline: Records what the worker did when.
     """
@@ -51,6 +59,8 @@ class Worker:
     writer: Writer
     release: bool
     reader: Reader
+    read_ahead: ReadAhead
+    native: ChunkMerger | None
     buffers: WorkerBuffers
     timeline: Timeline
 
@@ -58,9 +68,15 @@ class Worker:
         """Read a chunk, merge it in place on the base's buffer, and write that."""
         base = chunk.sources[0]
         buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
+        if self.native and base.nbytes and (done := self._process_natively(self.native, chunk, buffers[0])):
+            return done
         pruner = ChunkPruner(self.skipping, chunk, buffers, *self.buffers.addresses())
+        self.reader.requests = self.read_ahead.requests
+        began = time.perf_counter()
         with self.timeline.span("read"):
-            skipped = self._read(chunk, pruner, buffers)
+            skipped, cached = self._read(chunk, pruner, buffers)
+        read = sum(source.nbytes for source in chunk.sources) - skipped
+        self.read_ahead.record(cached, read, time.perf_counter() - began)
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
             with self.turns, self.buffers.launch() as (addresses, owner):
@@ -73,11 +89,38 @@ class Worker:
         with self.timeline.span("write"):
             like = None if pruner.can_agree else self.reader.descriptor(base.file)
             self.writer.write(chunk.path, base.offset, buffers[0], self.release, like)
-        read = sum(source.nbytes for source in chunk.sources) - skipped
         return ChunkResult(read, base.nbytes, counted, skipped)
 
-    def _read(self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview]) -> int:
-        """Read the base and, of each model, what can still agree; return the bytes that were skipped."""
+    def _process_natively(self, native: ChunkMerger, chunk: Extent, result: memoryview) -> ChunkResult | None:
+        """Process a chunk in one call; None if it cannot be read so, and is to be read again to tell why."""
+        if len(chunk.sources) > self.reader.max_open:  # their descriptors are all needed at once
+            return None
+        base, requests = chunk.sources[0], self.read_ahead.requests
+        descriptors = [self.reader.descriptor(source.file) for source in chunk.sources]
+        output = self.writer.descriptor(chunk.path)
+        with self.turns:
+            done = native.merge(chunk, descriptors, self.buffers.addresses()[0], output, requests)
+        if done.outcome == NOT_READ:
+            return None
+        counted = self._count(chunk, done.counted)
+        if done.outcome == NOT_WRITTEN:
+            raise OSError(done.error, os.strerror(done.error), str(self.writer.destination.path))
+        read = sum(source.nbytes for source in chunk.sources)
+        began, *ended = done.times
+        self.read_ahead.record(done.cached, read, ended[0] - began)
+        for stage, end in zip(("read", "merge", "write"), ended, strict=True):
+            self.timeline.add(stage, began, end)
+            began = end
+        with self.timeline.span("write"):
+            self.writer.written(chunk.path, base.offset, result, self.release)
+        return ChunkResult(read, base.nbytes, counted)
+
+    def _read(self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview]) -> tuple[int, bool]:
+        """Read the base and, of each model, what can still agree.
+
+        Returns:
+            The bytes that were skipped, and whether the base was cached.
+        """
         base, *models = chunk.sources
         cached = base.read_into(self.reader, buffers[0], release=self.release)
         skipped, prefetched, expected = 0, 0, self.skipping.expected_models
@@ -86,7 +129,7 @@ class Worker:
             if not pruner.can_agree:
                 skipped += sum(model.nbytes for model in models[k:])
                 self.skipping.record(k, skipped)
-                return skipped
+                return skipped, bool(cached)
             if k == prefetched and not cached:  # nor are the models, then: the disk may fetch several at once
                 self._prefetch(models, range(k, expected), pruner)
                 prefetched, expected = expected, len(models)
@@ -100,7 +143,7 @@ class Worker:
                 source.read_into(self.reader, buffer[begin:end], begin, self.release)
         if models:
             self.skipping.record(len(models), skipped)
-        return skipped
+        return skipped, bool(cached)
 
     def _prefetch(self, models: Sequence[ByteRange], numbers: range, pruner: ChunkPruner) -> None:
         for k in numbers:
@@ -114,12 +157,16 @@ class Worker:
         return counted
 
     def _refuse_nonfinite(self, chunk: Extent) -> None:
-        """Name the first non-finite element of a chunk; its base was overwritten, and is read again."""
+        """Name the first non-finite element of a chunk.
+
+        It is read again: its base was overwritten, and its models may have been mapped.
+        """
         import numpy as np
 
         buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
         with Reader(1) as reader:
-            chunk.sources[0].read_into(reader, buffers[0])
+            for source, buffer in zip(chunk.sources, buffers, strict=True):
+                source.read_into(reader, buffer)
         for batch, slices in batches(chunk, "cpu", *self.buffers.addresses()):
             if found := registry.first_nonfinite(batch, self.rule):
                 row, element, version, value = found

@@ -54,22 +54,22 @@ def merge(folder: Path, out: Path, **options: Any) -> nm.Report:
     )
 
 
-# Others use up what was free, byte by byte with what is written: a tmpfs reserves nothing.
+# Others use up what was free, chunk by chunk as it is written: a tmpfs reserves nothing.
 GREEDY = f"""{RECORD_EVERY_CHUNK}
 import sys
 from negmerge_fast.cli import main
 from negmerge_fast.output.writer import Writer
-write, written = Writer.write, [0]
-def with_others(self, name, offset, data, *more):
-    written[0] += len(data)
-    if written[0] > 1 << 21:
+descriptor, chunks = Writer.descriptor, [0]
+def with_others(self, name):
+    chunks[0] += 1
+    if chunks[0] > 32:
         try:
             with open("small/others", "ab", 0) as others:
-                others.write(bytes(len(data) + (1 << 14)))
+                others.write(bytes((1 << 16) + (1 << 14)))
         except OSError:
             pass
-    write(self, name, offset, data, *more)
-Writer.write = with_others
+    return descriptor(self, name)
+Writer.descriptor = with_others
 main.main()
 """
 

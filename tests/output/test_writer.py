@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -56,15 +55,12 @@ def test_stopped_while_syncing(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def fail_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
-    )
+    """Memory of this process as a file: its first page cannot be read."""
+    monkeypatch.setattr(Reader, "descriptor", lambda *_: os.open("/proc/self/mem", os.O_RDONLY))
 
 
 def fail_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
-    )
+    monkeypatch.setattr(Writer, "descriptor", lambda *_: os.open("/dev/full", os.O_WRONLY))
 
 
 def fail_merging(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +72,17 @@ def fail_for_space(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at_the_first_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
-    """Changes ft-1's file once it is being read."""
-    read, changed = Reader.read_into, []
+    """Changes ft-1's file once it is open."""
+    descriptor, changed = Reader.descriptor, []
 
-    def and_change(self: Reader, file: File, *arguments: Any) -> None:
-        read(self, file, *arguments)
+    def and_change(self: Reader, file: File) -> int:
+        found = descriptor(self, file)
         if file.path.parent.name == "ft-1" and not changed:
             changed.append(True)
             change(file.path)
+        return found
 
-    monkeypatch.setattr(Reader, "read_into", and_change)
+    monkeypatch.setattr(Reader, "descriptor", and_change)
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +95,7 @@ def overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTS = {
     "the disk fails": (fail_reading, r"Input/output error: '.*model\.safetensors'"),
-    "the disk is full": (fail_writing, r"No space left: '.*out'"),
+    "the disk is full": (fail_writing, r"No space left on device: '.*out'"),
     "the kernel fails": (fail_merging, "the kernel failed"),
     "there is no room": (fail_for_space, "bytes are needed, 10 are free"),
     "an input shrinks": (shrink, "ends at byte|the file changed while it was being read"),
@@ -107,14 +104,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+@pytest.mark.parametrize("skips", [False, True], ids=["native", "Python"])
+def test_a_fault_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, skips: bool
+) -> None:
     plant, message = FAULTS[fault]
-    job = api.prepare(folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", MergeOptions(0.9))
+    models, options = [folder / "ft-0", folder / "ft-1"], MergeOptions(0.9, skip_unchanged=skips)
+    job = api.prepare(folder / "base", models, folder / "out", options)
     plant(monkeypatch)
     if fault == "the kernel fails":
-        job = api.prepare(
-            folder / "base", [folder / "ft-0", folder / "ft-1"], folder / "out", MergeOptions(0.9)
-        )
+        job = api.prepare(folder / "base", models, folder / "out", options)
     with pytest.raises(OSError, match=message):
         job.run()
     assert sorted(p.name for p in folder.iterdir()) == ["base", "ft-0", "ft-1"]
@@ -209,7 +208,7 @@ def test_the_first_error_in_the_order_of_the_chunks_is_raised(
     monkeypatch.setattr(Worker, "_read", failing)
     set_chunk_bytes(monkeypatch, 512)
     with pytest.raises(OSError, match="chunk 1"):
-        merge(folder, threads=3)
+        merge(folder, threads=3, skip_unchanged=True)
     assert len(calls) <= 3
 
 
@@ -231,7 +230,7 @@ def test_a_thread_that_cannot_be_started(folder: Path, monkeypatch: pytest.Monke
 
 def test_without_nonblocking_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_NOWAIT", None)
-    merge(folder)
+    merge(folder, backend="torch")
     assert (folder / "out" / "config.json").exists()
 
 

@@ -292,7 +292,7 @@ def test_nothing_is_expected_that_is_not_read(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(api.registry, "usual_threads", lambda: 1)
     made = a_third(6, 1 << 14)  # of 16 chunks each
     check(tmp_path, made)
-    job, whole = prepare(tmp_path, made, None), prepare(tmp_path, made, False)
+    job, whole = prepare(tmp_path, made, None), prepare(tmp_path, made, False, backend="torch")
     asked = counted_reads(monkeypatch, cached=False)
     report = job.run()
     expected = sum(size for _, _, size in asked["expect"])

@@ -1,0 +1,126 @@
+#include "merge_chunk.h"
+
+#include <cerrno>
+#include <chrono>
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "merge_cpu.h"
+
+namespace negmerge {
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Reads what of a range is in the page cache, and returns its size.
+std::int64_t read_cached(const Source& source) {
+#ifdef RWF_NOWAIT
+  iovec to{source.memory, static_cast<std::size_t>(source.range.size)};
+  const ssize_t got = preadv2(static_cast<int>(source.range.descriptor), &to, 1, source.range.offset, RWF_NOWAIT);
+  return got < 0 ? 0 : got;
+#else
+  return 0;
+#endif
+}
+
+// Reads the rest of a range. Returns false if it cannot be read, or the file ends before.
+bool read_rest(const Source& source, std::int64_t done) {
+  while (done < source.range.size) {
+    const ssize_t got = pread(static_cast<int>(source.range.descriptor), source.memory + done, source.range.size - done,
+                              source.range.offset + done);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    done += got;
+  }
+  return true;
+}
+
+void advise(const FileRange& range, int advice) {
+  posix_fadvise(static_cast<int>(range.descriptor), range.offset, range.size, advice);  // a hint: it may fail
+}
+
+// Replaces offsets in a batch's descriptors by addresses.
+void relocate(Batch& batch, const std::vector<const char*>& addresses) {
+  for (std::int64_t i = 0; i < batch.segments; ++i) {
+    std::int64_t* row = const_cast<std::int64_t*>(batch.row(i));
+    row[1] += reinterpret_cast<std::int64_t>(addresses[0]);
+    row[2] = row[1];
+    for (std::int64_t k = 0; k < batch.n; ++k) row[3 + k] += reinterpret_cast<std::int64_t>(addresses[1 + k]);
+  }
+}
+
+bool any_nonfinite(const std::vector<Batch>& batches) {
+  for (const Batch& batch : batches)
+    for (std::int64_t i = 0; i < batch.segments; ++i)
+      if (batch.counts[kCounted * i + 1]) return true;
+  return false;
+}
+
+// Returns errno, 0 if all was written.
+int write(int descriptor, const char* memory, std::int64_t size, std::int64_t offset) {
+  for (std::int64_t done = 0; done < size;) {
+    const ssize_t put = pwrite(descriptor, memory + done, size - done, offset + done);
+    if (put < 0 && errno == EINTR) continue;
+    if (put <= 0) return put ? errno : EIO;
+    done += put;
+  }
+  // The final sync has little to do then. A hint: it may fail.
+  sync_file_range(descriptor, offset, size, SYNC_FILE_RANGE_WRITE);
+  return 0;
+}
+
+}  // namespace
+
+bool ChunkMerger::read(const std::vector<Source>& sources, const ChunkOptions& options, std::vector<const char*>& addresses,
+                       bool& cached) {
+  // The base is read, as the result is made in its memory. If it is cached, the models may be.
+  const std::int64_t base_cached = read_cached(sources[0]);
+  cached = base_cached == sources[0].range.size;
+  if (!cached && options.fetch)
+    for (const Source& source : sources) advise(source.range, POSIX_FADV_WILLNEED);
+  const bool may_map = cached;
+  for (std::size_t k = 0; k < sources.size(); ++k) {
+    const Source& source = sources[k];
+    addresses[k] = source.memory;
+    if (k && may_map) {
+      if (const char* found = windows_.find(k, source.range)) {
+        addresses[k] = found;
+        continue;
+      }
+      cached = false;
+    }
+    if (!read_rest(source, k ? 0 : base_cached)) return false;
+    if (options.release) advise(source.range, POSIX_FADV_DONTNEED);
+  }
+  return true;
+}
+
+ChunkResult ChunkMerger::merge(const std::vector<Source>& sources, std::vector<Batch>& batches,
+                               const std::string& instruction_set, int descriptor, std::int64_t offset,
+                               const ChunkOptions& options) {
+  ChunkResult result{kNotRead, 0, false, {now(), 0, 0, 0}};
+  std::vector<const char*> addresses(sources.size());
+  if (!read(sources, options, addresses, result.cached)) return result;
+  result.times[1] = now();
+  {
+    const Windows::Use use(windows_);
+    for (Batch& batch : batches) {
+      relocate(batch, addresses);
+      merge_cpu(batch, 1, instruction_set);
+    }
+  }
+  result.times[2] = now();
+  if (windows_.failed()) {
+    windows_.clear();
+    return result;
+  }
+  result.outcome = kNonfinite;
+  if (options.refuse_nonfinite && any_nonfinite(batches)) return result;
+  result.error = write(descriptor, sources[0].memory, sources[0].range.size, offset);
+  result.outcome = result.error ? kNotWritten : kWritten;
+  result.times[3] = now();
+  return result;
+}
+
+}  // namespace negmerge
