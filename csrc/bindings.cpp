@@ -41,7 +41,7 @@ auto merge_chunk(ChunkMerger& merger, std::uintptr_t sources, std::int64_t versi
                  const std::string& instruction_set, int descriptor, std::int64_t offset, bool fetch, bool release,
                  bool refuse_nonfinite) {
   const auto* rows = reinterpret_cast<const std::int64_t(*)[5]>(sources);
-  std::vector<Source> read;
+  std::vector<Version> read;
   for (std::int64_t k = 0; k < versions; ++k)
     read.push_back({{rows[k][0], rows[k][1], rows[k][2], rows[k][3]}, reinterpret_cast<char*>(rows[k][4])});
   std::vector<std::string> dtypes;  // the batches point to them

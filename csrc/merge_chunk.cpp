@@ -14,10 +14,10 @@ namespace {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Reads what of a range is in the page cache, and returns its size.
-std::int64_t read_cached(const Source& source) {
+std::int64_t read_cached(const Version& version) {
 #ifdef RWF_NOWAIT
-  iovec to{source.memory, static_cast<std::size_t>(source.range.size)};
-  const ssize_t got = preadv2(static_cast<int>(source.range.descriptor), &to, 1, source.range.offset, RWF_NOWAIT);
+  iovec to{version.memory, static_cast<std::size_t>(version.range.size)};
+  const ssize_t got = preadv2(static_cast<int>(version.range.descriptor), &to, 1, version.range.offset, RWF_NOWAIT);
   return got < 0 ? 0 : got;
 #else
   return 0;
@@ -25,10 +25,10 @@ std::int64_t read_cached(const Source& source) {
 }
 
 // Reads the rest of a range. Returns false if it cannot be read, or the file ends before.
-bool read_rest(const Source& source, std::int64_t done) {
-  while (done < source.range.size) {
-    const ssize_t got = pread(static_cast<int>(source.range.descriptor), source.memory + done, source.range.size - done,
-                              source.range.offset + done);
+bool read_rest(const Version& version, std::int64_t done) {
+  while (done < version.range.size) {
+    const ssize_t got = pread(static_cast<int>(version.range.descriptor), version.memory + done, version.range.size - done,
+                              version.range.offset + done);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) return false;
     done += got;
@@ -72,36 +72,36 @@ int write(int descriptor, const char* memory, std::int64_t size, std::int64_t of
 
 }  // namespace
 
-bool ChunkMerger::read(const std::vector<Source>& sources, const ChunkOptions& options, std::vector<const char*>& addresses,
+bool ChunkMerger::read(const std::vector<Version>& versions, const ChunkOptions& options, std::vector<const char*>& addresses,
                        bool& cached) {
   // The base is read, as the result is made in its memory. If it is cached, the models may be.
-  const std::int64_t base_cached = read_cached(sources[0]);
-  cached = base_cached == sources[0].range.size;
+  const std::int64_t base_cached = read_cached(versions[0]);
+  cached = base_cached == versions[0].range.size;
   if (!cached && options.fetch)
-    for (const Source& source : sources) advise(source.range, POSIX_FADV_WILLNEED);
+    for (const Version& version : versions) advise(version.range, POSIX_FADV_WILLNEED);
   const bool may_map = cached;
-  for (std::size_t k = 0; k < sources.size(); ++k) {
-    const Source& source = sources[k];
-    addresses[k] = source.memory;
+  for (std::size_t k = 0; k < versions.size(); ++k) {
+    const Version& version = versions[k];
+    addresses[k] = version.memory;
     if (k && may_map) {
-      if (const char* found = windows_.find(k, source.range)) {
+      if (const char* found = windows_.find(k, version.range)) {
         addresses[k] = found;
         continue;
       }
       cached = false;
     }
-    if (!read_rest(source, k ? 0 : base_cached)) return false;
-    if (options.release) advise(source.range, POSIX_FADV_DONTNEED);
+    if (!read_rest(version, k ? 0 : base_cached)) return false;
+    if (options.release) advise(version.range, POSIX_FADV_DONTNEED);
   }
   return true;
 }
 
-ChunkResult ChunkMerger::merge(const std::vector<Source>& sources, std::vector<Batch>& batches,
+ChunkResult ChunkMerger::merge(const std::vector<Version>& versions, std::vector<Batch>& batches,
                                const std::string& instruction_set, int descriptor, std::int64_t offset,
                                const ChunkOptions& options) {
   ChunkResult result{kNotRead, 0, false, {now(), 0, 0, 0}};
-  std::vector<const char*> addresses(sources.size());
-  if (!read(sources, options, addresses, result.cached)) return result;
+  std::vector<const char*> addresses(versions.size());
+  if (!read(versions, options, addresses, result.cached)) return result;
   result.times[1] = now();
   {
     const Windows::Use use(windows_);
@@ -117,7 +117,7 @@ ChunkResult ChunkMerger::merge(const std::vector<Source>& sources, std::vector<B
   }
   result.outcome = kNonfinite;
   if (options.refuse_nonfinite && any_nonfinite(batches)) return result;
-  result.error = write(descriptor, sources[0].memory, sources[0].range.size, offset);
+  result.error = write(descriptor, versions[0].memory, versions[0].range.size, offset);
   result.outcome = result.error ? kNotWritten : kWritten;
   result.times[3] = now();
   return result;

@@ -10,7 +10,7 @@
 namespace negmerge {
 
 // A version of a chunk: a range of a file, and the memory that it is read to.
-struct Source {
+struct Version {
   FileRange range;
   char* memory;
 };
@@ -34,13 +34,13 @@ struct ChunkResult {
 // Merges chunks one at a time, on one thread.
 class ChunkMerger {
  public:
-  // sources: the base, then the models. Addresses in the batches' descriptors are offsets into their sources here, and are
-  // replaced. The result is made in the base's memory, and written.
-  ChunkResult merge(const std::vector<Source>& sources, std::vector<Batch>& batches, const std::string& instruction_set,
+  // versions: the base, then the models. Addresses in the batches' descriptors are offsets into the versions
+  // here, and are replaced by addresses. The result is made in the base's memory, and written.
+  ChunkResult merge(const std::vector<Version>& versions, std::vector<Batch>& batches, const std::string& instruction_set,
                     int descriptor, std::int64_t offset, const ChunkOptions& options);
 
  private:
-  bool read(const std::vector<Source>& sources, const ChunkOptions& options, std::vector<const char*>& addresses, bool& cached);
+  bool read(const std::vector<Version>& versions, const ChunkOptions& options, std::vector<const char*>& addresses, bool& cached);
   Windows windows_;
 };
 

@@ -104,7 +104,7 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> Counts:
     """
     descriptors = pack_descriptors(batch)
     counts = array("q", _ZEROS * len(batch.segments))
-    _library().merge_cpu(
+    library().merge_cpu(
         *kernel_arguments(batch, rule),
         descriptors.buffer_info()[0],
         counts.buffer_info()[0],
@@ -121,7 +121,7 @@ _ZEROS = bytes(len(COUNTED) * 8)
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
     """The compiled library: there is none where it could not be compiled."""
     from .. import _native
 
@@ -163,8 +163,8 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int) -> torch.Tensor:
 def instruction_set() -> str:
     """The best instruction set of this machine that has a kernel, or the one that NEGMERGE_CPU names, for tests."""
     # Asked of the library at each call: os.environ takes longer to read than a small tensor to merge.
-    asked: str = _library().asked_instruction_set()
-    if asked not in (found := _library().instruction_sets):
+    asked: str = library().asked_instruction_set()
+    if asked not in (found := library().instruction_sets):
         raise InputError(f"NEGMERGE_CPU: {asked!r}, expected one of {', '.join(found)}")
     return asked
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from ..backends.native import instruction_set
+from ..backends.native import instruction_set, library
 from ..core.batch import COUNTED, Rows, Signature
 from ..core.dtypes import DTYPE_CODES
 from ..core.rule import Rule
@@ -47,9 +47,7 @@ class ChunkMerger:
     """
 
     def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool) -> None:
-        from .. import _native
-
-        self._merger = _native.ChunkMerger()
+        self._merger = library().ChunkMerger()
         self._instruction_set = instruction_set()
         self._rule, self._release, self._refuse_nonfinite = rule, release, refuse_nonfinite
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Lock
 
 # Chunks read in each way before one is chosen. What the first way has had the system read ahead is not counted for the second.
-_TRIED, _UNCOUNTED = 16, 16
+_PROBED, _UNCOUNTED = 16, 16
 # Requested pages are single pages, which take the system more time than those it reads ahead: only if the disk is so much faster.
 _MIN_GAIN = 0.1
 
@@ -24,14 +24,14 @@ class ReadAhead:
         """Add a chunk that was read: whether all of it was cached, its bytes, and the time that it took."""
         with self._lock:
             self._begun = self._begun or not cached
-            if not self._begun or self._number >= 2 * _TRIED + _UNCOUNTED:
+            if not self._begun or self._number >= 2 * _PROBED + _UNCOUNTED:
                 return
-            if not _TRIED <= self._number < _TRIED + _UNCOUNTED:
+            if not _PROBED <= self._number < _PROBED + _UNCOUNTED:
                 self._seconds[self.requests] += seconds
                 self._bytes[self.requests] += nbytes
             self._number += 1
-            if self._number == _TRIED:
+            if self._number == _PROBED:
                 self.requests = True
-            elif self._number == 2 * _TRIED + _UNCOUNTED:
+            elif self._number == 2 * _PROBED + _UNCOUNTED:
                 plain, requested = (s / max(b, 1) for s, b in zip(self._seconds, self._bytes, strict=True))
                 self.requests = requested < (1 - _MIN_GAIN) * plain

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
