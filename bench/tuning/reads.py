@@ -1,226 +1,163 @@
-"""Compares positioned reads with memory maps, for the inputs of a streamed merge.
+"""Compares `negmerge merge` with plain loops over the same files (plain_files.cpp), which differ in how they read.
 
-Two threads merge a base and 8 fine-tuned versions chunk by chunk. "positioned reads" reads each chunk into buffers
-that stay in the cache and merges it there, as streaming/ does. "maps" merges in the memory map. It asks for a chunk's
-pages with MADV_WILLNEED (a thread then waits for each missing page) or MADV_POPULATE_READ (it waits for all of them
-at once), and drops them afterwards.
+The models are a base and fine-tuned versions of a small Llama in F32. Warm: the inputs are in the page cache, and the
+output goes to a tmpfs. Cold: the inputs were evicted from it, the output goes to the same disk, and all are within a
+memory limit. All take turns. Seconds are those from the first read to the last write, without a process's start.
 
-The output goes to existing pages of a tmpfs. The inputs are in the page cache (warm) or were evicted from it (cold).
-All candidates take turns and must make the reference's output. The roofline reads every input byte once, 256 KiB at a
-time, on as many threads, and writes every output byte once. Those bytes are counted.
+The roofline reads every input byte once and writes every output byte once, and does not merge. Warm, it does so on
+one thread. Cold, it is the fastest of several, which read like cat on 1, 2 or 4 threads, or past the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import mmap
+import json
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import numpy as np
-from chunk_sizes import DTYPES, make
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+sys.path.append(str(HERE.with_name("processes")))
 
-import negmerge_fast as nm
-from negmerge_fast.backends import native
-from negmerge_fast.benchmark.bandwidth import make_cold, read_files
-from negmerge_fast.benchmark.records import percentiles, record, roofline_fields
-from negmerge_fast.benchmark.timing import alternate
-from negmerge_fast.benchmark.workload import RULE, SCALE
-from negmerge_fast.checkpoints.reader import File, Reader
-from negmerge_fast.core.batch import Batch, Operand
-from negmerge_fast.runtime.buffers import Timeline, WorkerBuffers
-from negmerge_fast.streaming import api, budget
-from negmerge_fast.streaming.options import MergeOptions
-from negmerge_fast.streaming.partition import chunks
-from negmerge_fast.streaming.plan import Extent, Plan
-from negmerge_fast.streaming.worker import batches
+import llamas  # noqa: E402
+import process  # noqa: E402
+from process import Ended, Failed  # noqa: E402
 
-RESULTS = Path(__file__).parents[1] / "results" / "reads.jsonl"
-MODELS, THREADS = 8, 2
-ROOFLINE = "read and write"
-# Python names it from 3.14 on; Linux has it from 5.14 on.
-POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
-ADVICE = {
-    "maps, WILLNEED": (mmap.MADV_WILLNEED,),
-    "maps, POPULATE_READ": (POPULATE_READ,),
-    "maps, WILLNEED and POPULATE_READ": (mmap.MADV_WILLNEED, POPULATE_READ),
-}
+from negmerge_fast.benchmark.bandwidth import make_cold, read_files  # noqa: E402
+from negmerge_fast.benchmark.records import percentiles, record, roofline_fields  # noqa: E402
+from negmerge_fast.benchmark.workload import SCALE  # noqa: E402
+from negmerge_fast.runtime.memory import parse_size  # noqa: E402
 
-# Merges a chunk, and returns its output.
-Merged = Callable[[Extent], memoryview]
+RESULTS = HERE.parent / "results" / "reads.jsonl"
+MODEL = llamas.Llama(12, 768, 2048, 768, 12, 32000, "F32")
+THREADS, CHUNK_BYTES = 2, 1 << 20
+OURS = "negmerge merge"
+# By name: the way to read, the threads, and whether it merges.
+PLAIN = {
+    f"{kind}, {threads} thread{'s' * (threads > 1)}": (kind.partition(",")[0], threads, "merged" in kind)
+    for kind, threads in (
+        ("in turn", 1), ("in turn", 2), ("in turn", 4), ("direct", 4),
+        ("mapped, merged", 2), ("read, merged", 2), ("read, merged", 4), ("requested, merged", 2), ("direct, merged", 4),
+    )
+}  # fmt: skip
+ROOFLINES = {"warm": ["in turn, 1 thread"], "cold": [name for name, kind in PLAIN.items() if not kind[2]]}
 
 
-@contextmanager
-def reads(plan: Plan) -> Iterator[Merged]:
-    """Reads chunks into buffers, as streaming/worker.py does."""
-    versions = len(plan.models) + 1
+class Case:
+    """Commands that merge models, from the page cache to a tmpfs or from a disk to itself."""
 
-    def merged(chunk: Extent) -> memoryview:
-        first, *others = chunk.sources
-        reserved = buffers.reserve([source.nbytes for source in chunk.sources])
-        if not reader.read_into(first.file, first.offset, reserved[0]):
-            for source in others:
-                reader.expect(source.file, source.offset, source.nbytes)
-        for source, buffer in zip(others, reserved[1:], strict=True):
-            reader.read_into(source.file, source.offset, buffer)
-        for batch, _ in batches(chunk, "cpu", *buffers.addresses()):
-            native.merge_cpu(batch, RULE, 1)
-        return reserved[0]
+    def __init__(self, models: list[Path], state: str, out: Path, program: Path, limit: int | None) -> None:
+        self.models, self.state, self.out, self.limit = models, state, out, limit
+        self.files = [path for model in models for path in llamas.weights(model)]
+        self.moved = sum(path.stat().st_size for path in (*self.files, self.files[0]))
+        self.program = program
 
-    with (
-        Reader(versions) as reader,
-        WorkerBuffers(versions, budget.MAX_CHUNK_BYTES, Timeline(kept=False)) as buffers,
-    ):
-        yield merged
+    def candidates(self) -> dict[str, Callable[[], float]]:
+        """Functions that return the seconds of one run, by name."""
+        plain = {
+            name: lambda way=way, threads=threads, merges=merges: self.plain(way, threads, merges)
+            for name, (way, threads, merges) in PLAIN.items()
+            if merges or name in ROOFLINES[self.state]
+            # Past the page cache, what is in it is not read from it.
+            if self.state == "cold" or way != "direct"
+        }
+        return {OURS: self.ours, **plain}
 
+    def ours(self) -> float:
+        report = self.out / "report.json"
+        self.run((
+            sys.executable, "-m", "negmerge_fast", "merge", *self.models, "--output", self.out / "merged", "--scale", SCALE,
+            "--backend", "cpu", "--threads", THREADS, "--quiet", "--report", report,
+        ))  # fmt: skip
+        return float(json.loads(report.read_text())["seconds"])
 
-@contextmanager
-def maps(plan: Plan, advice: Sequence[int]) -> Iterator[Merged]:
-    """Merges chunks in the memory map, into a buffer that stays in the cache."""
-    checkpoints = (plan.base, *plan.models)
-    mapped = {file: _mapped(file) for held in checkpoints for file in held.weights.values()}
-    out = np.empty(budget.MAX_CHUNK_BYTES, np.uint8)
+    def plain(self, way: str, threads: int, merges: bool) -> float:
+        command = (self.program, way, threads, CHUNK_BYTES, int(merges), self.out / "plain", *self.files)
+        return float(self.run(command).said)
 
-    def advise(chunk: Extent, what: int) -> None:
-        for file, offset, size in chunk.sources:
-            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped[file].madvise(what, start, offset + size - start)
+    def run(self, command: tuple[object, ...]) -> Ended:
+        if self.limit is None:
+            return process.done(command)
+        with process.limited(self.limit) as group:
+            return process.done(command, group)
 
-    def merged(chunk: Extent) -> memoryview:
-        for what in advice:
-            advise(chunk, what)
-        inputs = [np.frombuffer(mapped[file], np.uint8, size, offset) for file, offset, size in chunk.sources]
-        if chunk.slices:
-            _merge_apart(chunk, inputs, out)
-        else:
-            out[: len(inputs[0])] = inputs[0]
-        advise(chunk, mmap.MADV_DONTNEED)
-        return out[: len(inputs[0])].data
+    def prepare(self) -> None:
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        read_files(self.files, THREADS) if self.state == "warm" else make_cold(self.files)
 
-    yield merged
-
-
-def _mapped(file: File) -> mmap.mmap:
-    descriptor = file.open()
-    try:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
-
-
-def _merge_apart(chunk: Extent, inputs: list[Any], out: Any) -> None:
-    """Merge a chunk into separate memory. Batches of streaming/ would write over the base."""
-    addresses = [held.ctypes.data for held in inputs]
-    distance = out.ctypes.data - addresses[0]
-    for batch, _ in batches(chunk, "cpu", addresses, inputs):
-        segments = [
-            segment._replace(out=Operand(segment.base.address + distance, batch.signature.result, out))
-            for segment in batch.segments
-        ]
-        native.merge_cpu(Batch("cpu", batch.signature, segments), RULE, 1)
+    def rows(self, model: llamas.Llama, rounds: int) -> list[dict[str, Any]]:
+        found: dict[str, list[float]] = {}
+        for number in range(rounds + 1):
+            for name, candidate in self.candidates().items():
+                self.prepare()
+                seconds = candidate()
+                if number:  # the first round is not counted
+                    found.setdefault(name, []).append(seconds)
+        roofline = min(ROOFLINES[self.state], key=lambda name: statistics.median(found[name]))
+        speeds = [self.moved / seconds for seconds in found[roofline]]
+        within = "to tmpfs" if self.limit is None else f"within {self.limit >> 20} MiB"
+        return [
+            {
+                "layout": "Llama in files", "way": name, "dtype": model.dtype, "n": len(self.models) - 1, "numel": model.numel,
+                "bytes": self.moved, "state": f"{self.state}, {within}", "rounds": rounds, **percentiles(taken),
+                "GB/s": self.moved / statistics.median(taken) / 1e9,
+                **roofline_fields(roofline, speeds, [self.moved / seconds for seconds in taken]),
+            }
+            for name, taken in found.items()
+        ]  # fmt: skip
 
 
-def run(plan: Plan, out: Path, candidate: Callable[[Plan], AbstractContextManager[Merged]]) -> None:
-    """Merge a plan of models with one file each, on several threads."""
-    coming, lock = chunks(plan.extents, budget.MAX_CHUNK_BYTES), Lock()
-
-    def take() -> Extent | None:
-        with lock:
-            return next(coming, None)
-
-    def process_chunks(_: int) -> None:
-        with candidate(plan) as merged:
-            while chunk := take():
-                os.pwrite(target, merged(chunk), chunk.sources[0].offset)
-
-    target = os.open(out, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(process_chunks, range(THREADS)))
-    finally:
-        os.close(target)
-
-
-def roofline(paths: list[Path], out: Path) -> None:
-    read_files(paths, THREADS)
-    chunk_bytes = bytes(256 << 10)
-    remaining = paths[0].stat().st_size
-    with open(out, "r+b", buffering=0) as file:
-        while remaining:
-            remaining -= file.write(chunk_bytes[: min(remaining, len(chunk_bytes))])
-
-
-def measure(
-    dtype: str, paths: list[Path], folder: Path, rounds: int
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each candidate, warm and cold, and lines that name the fastest."""
-    merged, out = folder / "merged.safetensors", folder / "out.safetensors"
-    usual = nm.merge_checkpoints(paths[0], paths[1:], merged, scale=SCALE, backend="torch")
-    plan = api.prepare(paths[0], paths[1:], folder / "none.safetensors", MergeOptions(SCALE)).plan
-    candidates = {"positioned reads": partial(run, plan, out, reads)}
-    candidates |= {
-        name: partial(run, plan, out, partial(maps, advice=advice)) for name, advice in ADVICE.items()
-    }
-    for name, candidate in candidates.items():
-        out.unlink(missing_ok=True)
-        candidate()
-        assert out.read_bytes() == merged.read_bytes(), f"{name}: not the reference's output"
-    moved = usual.bytes_read + usual.bytes_written
-    rows, said = [], []
-    for state, before in (("warm", partial(read_files, paths, THREADS)), ("cold", partial(make_cold, paths))):
-        seconds = alternate({ROOFLINE: partial(roofline, paths, out), **candidates}, rounds, before)
-        rooflines = seconds.pop(ROOFLINE)
-        for candidate, taken in seconds.items():
-            rows.append({
-                "suite": "tune", "layout": "files", "way": candidate, "dtype": dtype, "n": MODELS, "numel": usual.elements,
-                "bytes": moved, "state": f"{state}, to tmpfs", "rounds": rounds, **percentiles(taken),
-                "GB/s": moved / statistics.median(taken) / 1e9,
-                **roofline_fields(ROOFLINE, [moved / s for s in rooflines], [moved / s for s in taken]),
-            })  # fmt: skip
-        best = min(rows[-len(seconds) :], key=lambda row: float(row["p50"]))
-        said.append(f"{dtype}, {state}: {best['way']}, {best['of_limit']:.2f} of {ROOFLINE}")
-    for path in (merged, out):
-        path.unlink()
-    return rows, said
+def build(folder: Path) -> Path:
+    """Compile the plain loops."""
+    program = folder / "plain_files"
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-pthread", "-mavx2", "-mf16c", f"-I{CSRC}"]
+    sources = [HERE / "plain_files.cpp", CSRC / "merge_loop.cpp"]
+    command = [os.environ.get("CXX", "c++"), *flags, "-DNEGMERGE_LOOP=merge_loop", *sources, "-o", program]
+    subprocess.run(command, check=True)
+    return program
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--bytes", type=int, default=2 << 30, help="total size of all files")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--models", type=int, default=8, help="fine-tuned versions")
+    options.add_argument("--layers", type=int, default=MODEL.layers)
+    options.add_argument(
+        "--shrink", type=int, default=1, help="what dimensions are divided by: 1, 2, 4, … 32"
+    )
+    options.add_argument("--states", nargs="+", choices=("warm", "cold"), default=["warm", "cold"])
+    options.add_argument("--limit", default="512MiB", help="of the control group of cold merges")
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to measure")
     options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a tmpfs for the outputs")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
-    if not given.tmpfs.is_dir():
-        print(f"reads: no tmpfs at {given.tmpfs}; name one with --tmpfs")
-        return
-    if reason := native.why_not("cpu", "cpu"):
-        print(f"reads: the compiled kernel {reason}")
-        return
-    rows, said = [], []
-    with (
-        tempfile.TemporaryDirectory(dir=given.folder) as inputs,
-        tempfile.TemporaryDirectory(dir=given.tmpfs) as outputs,
-    ):
-        for dtype, kind in DTYPES.items():
-            numel = given.bytes // (MODELS + 1) // kind.itemsize // 1024 * 1024
-            paths = make(Path(inputs), MODELS + 1, kind, numel)
-            found, lines = measure(dtype, paths, Path(outputs), given.rounds)
-            rows += found
-            said += lines
-            for path in paths:
-                path.unlink()
+    model = llamas.Llama(given.layers, *MODEL[1:]).shrunk(given.shrink)
+    rows = []
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=given.folder) as disk,
+            tempfile.TemporaryDirectory(dir=given.tmpfs) as tmpfs,
+        ):
+            models = llamas.make(Path(disk), model, given.models, 5 << 30)
+            program = build(Path(disk))
+            for state in given.states:
+                warm = state == "warm"
+                out = Path(tmpfs if warm else disk) / "outs"
+                limit = None if warm else parse_size(given.limit)
+                rows += Case(models, state, out, program, limit).rows(model, given.rounds)
+    except (OSError, Failed) as error:
+        sys.exit(f"reads: {error}")
     record(given.results, rows)
-    print("\n".join(said))
 
 
 if __name__ == "__main__":
