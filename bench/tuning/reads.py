@@ -39,7 +39,7 @@ RESULTS = HERE.parent / "results" / "reads.jsonl"
 MODEL = llamas.Llama(12, 768, 2048, 768, 12, 32000, "F32")
 THREADS, CHUNK_BYTES = 2, 1 << 20
 OURS = "negmerge merge"
-# By name: the way to read, the threads, and whether it merges.
+# By name: the access to read, the threads, and whether it merges.
 PLAIN = {
     f"{kind}, {threads} thread{'s' * (threads > 1)}": (kind.partition(",")[0], threads, "merged" in kind)
     for kind, threads in (
@@ -62,11 +62,11 @@ class Case:
     def candidates(self) -> dict[str, Callable[[], float]]:
         """Functions that return the seconds of one run, by name."""
         plain = {
-            name: lambda way=way, threads=threads, merges=merges: self.plain(way, threads, merges)
-            for name, (way, threads, merges) in PLAIN.items()
+            name: lambda access=access, threads=threads, merges=merges: self.plain(access, threads, merges)
+            for name, (access, threads, merges) in PLAIN.items()
             if merges or name in ROOFLINES[self.state]
             # Past the page cache, what is in it is not read from it.
-            if self.state == "cold" or way != "direct"
+            if self.state == "cold" or access != "direct"
         }
         return {OURS: self.ours, **plain}
 
@@ -78,8 +78,8 @@ class Case:
         ))  # fmt: skip
         return float(json.loads(report.read_text())["seconds"])
 
-    def plain(self, way: str, threads: int, merges: bool) -> float:
-        command = (self.program, way, threads, CHUNK_BYTES, int(merges), self.out / "plain", *self.files)
+    def plain(self, access: str, threads: int, merges: bool) -> float:
+        command = (self.program, access, threads, CHUNK_BYTES, int(merges), self.out / "plain", *self.files)
         return float(self.run(command).said)
 
     def run(self, command: tuple[object, ...]) -> Ended:

@@ -68,7 +68,7 @@ def why_not(name: str, device: str) -> str | None:
     if (reason := built["cpu" if name == "cpu" else "cuda"]) is not None:
         return f"not built: {reason}"
     try:
-        _library()
+        library()
     except ImportError as error:
         return f"cannot be loaded: {error}"
     if name == "cpu":

@@ -30,8 +30,8 @@ def test_plain_loops_merge(script: Callable[[str], Any], tmp_path: Path) -> None
     case.ours()
     (merged,) = llamas.weights(case.out / "merged")
     begin = int.from_bytes(merged.read_bytes()[:8], "little") + 8
-    for way, threads, merges in reads.PLAIN.values():
-        case.plain(way, threads, merges)
+    for access, threads, merges in reads.PLAIN.values():
+        case.plain(access, threads, merges)
         expected = merged if merges else case.files[0]
         # The header is not of numbers.
-        assert (case.out / "plain").read_bytes()[begin:] == expected.read_bytes()[begin:], way
+        assert (case.out / "plain").read_bytes()[begin:] == expected.read_bytes()[begin:], access
