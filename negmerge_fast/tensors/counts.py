@@ -136,7 +136,7 @@ def _nonfinite(results: Results, order: Sequence[str], kept: str) -> str:
 
 def _read(counts: Counts) -> Any:
     if not isinstance(counts, StreamCounts):
-        return counts if isinstance(counts, np.ndarray) else counts.tolist()
+        return counts if isinstance(counts, (np.ndarray, memoryview)) else counts.tolist()
     # On a stream of its own: the current one may have much else to do.
     with torch.cuda.stream(torch.cuda.Stream(counts.counts.device)):  # type: ignore[attr-defined,no-untyped-call]
         return counts.tolist()
