@@ -70,7 +70,7 @@ PYBIND11_MODULE(_native, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   py::class_<ChunkMerger>(m, "ChunkMerger")
-      .def(py::init<>())
+      .def(py::init<std::int64_t>())
       .def("merge", [](ChunkMerger& merger, std::uintptr_t sources, std::int64_t versions,
                        const std::vector<BatchArguments>& batches, const std::string& instruction_set, int descriptor,
                        std::int64_t offset, bool fetch, bool release, bool refuse_nonfinite) {

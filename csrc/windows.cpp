@@ -10,10 +10,6 @@
 namespace negmerge {
 namespace {
 
-// Workers take neighbouring chunks in turn, so that a window serves several chunks of a worker. A larger one would hold more
-// pages of files in the process's resident set.
-constexpr std::int64_t kWindowBytes = 8 << 20;
-
 // To ask for every page takes as long as a tenth of reading them. One that is not cached after all is read when it is used.
 constexpr int kSamples = 7;
 
@@ -60,7 +56,7 @@ void uninstall() {
 
 }  // namespace
 
-Windows::Windows() { install(); }
+Windows::Windows(std::int64_t window_bytes) : window_bytes_(window_bytes) { install(); }
 
 Windows::~Windows() {
   clear();
@@ -74,7 +70,7 @@ const char* Windows::find(std::size_t slot, const FileRange& range) {
   if (window.file != range.file || range.offset < window.begin || end > window.begin + static_cast<std::int64_t>(window.size)) {
     unmap(window);
     const std::int64_t begin = range.offset / kPage * kPage;
-    const std::size_t size = std::max(kWindowBytes, end - begin);
+    const std::size_t size = std::max(window_bytes_, end - begin);
     void* address = mmap(nullptr, size, PROT_READ, MAP_SHARED, static_cast<int>(range.descriptor), begin);
     if (address == MAP_FAILED) return nullptr;
     window = {range.file, begin, static_cast<char*>(address), size};

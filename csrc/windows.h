@@ -16,7 +16,8 @@ struct FileRange {
 // its disk failed) reads as zeros, and failed() tells so: without that, SIGBUS would end the process.
 class Windows {
  public:
-  Windows();
+  // window_bytes: of a window, if a range is not longer. What was read of it counts as the process's resident memory.
+  explicit Windows(std::int64_t window_bytes);
   ~Windows();
   Windows(const Windows&) = delete;
   Windows& operator=(const Windows&) = delete;
@@ -46,6 +47,7 @@ class Windows {
   static bool is_cached(const Window& window, const FileRange& range);
   static void unmap(Window& window);
 
+  const std::int64_t window_bytes_;
   std::vector<Window> windows_;
   volatile bool failed_ = false;
 };

@@ -32,6 +32,7 @@ def merge_cuda(
 ) -> None: ...
 
 class ChunkMerger:
+    def __init__(self, window_bytes: int) -> None: ...
     def merge(
         self,
         sources: int,

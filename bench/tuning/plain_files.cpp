@@ -1,9 +1,9 @@
 // Plain loops over files: what reading a base and its models of one type, merging them and writing the result takes without
 // anything else. Prints its seconds. reads.py compiles it with csrc/merge_loop.cpp and compares.
 //
-//     plain_files ACCESS THREADS CHUNK MERGES OUT BASE MODEL...
+//     plain_files READING THREADS CHUNK MERGES OUT BASE MODEL...
 //
-// ACCESS: "in turn" reads one file after the other, as cat does; "read" the same chunk of every file before the next; "requested" asks
+// READING: "in turn" reads one file after the other, as cat does; "read" the same chunk of every file before the next; "requested" asks
 // for all of that chunk first; "direct" does not go through the page cache; "mapped" reads through maps of the files. CHUNK: bytes.
 // MERGES: 1 to merge F32, 0 to write the base. Pages are given back but for "mapped".
 #include <fcntl.h>
@@ -31,9 +31,9 @@ namespace {
 using namespace negmerge;
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kPage = 4096, kWindow = 8 << 20;
+constexpr std::int64_t kPage = 4096, kWindow = 4 << 20;
 
-std::string access;
+std::string reading;
 std::int64_t chunk_bytes, file_bytes;
 bool merges;
 std::vector<int> files;
@@ -48,12 +48,12 @@ void require(bool holds, const char* what) {
 
 void read(int file, char* to, std::int64_t at, std::int64_t size) {
   for (std::int64_t done = 0; done < size;) {
-    const std::int64_t wanted = access == "direct" ? (size - done + kPage - 1) / kPage * kPage : size - done;
+    const std::int64_t wanted = reading == "direct" ? (size - done + kPage - 1) / kPage * kPage : size - done;
     const ssize_t got = pread(file, to + done, wanted, at + done);
     require(got > 0, "pread");
     done += got;
   }
-  if (access != "direct") posix_fadvise(file, at, size, POSIX_FADV_DONTNEED);
+  if (reading != "direct") posix_fadvise(file, at, size, POSIX_FADV_DONTNEED);
 }
 
 void write(const char* from, std::int64_t at, std::int64_t size) {
@@ -87,12 +87,12 @@ struct Worker {
     std::vector<Dtype> dtypes(n, kF32);
     std::vector<std::int64_t> row(3 + n);
     std::int64_t counts[kCounted] = {};
-    for (std::int64_t k = 0; k < versions && access == "requested"; ++k)
+    for (std::int64_t k = 0; k < versions && reading == "requested"; ++k)
       posix_fadvise(files[k], at, size, POSIX_FADV_WILLNEED);
     row[0] = size / 4;
     for (std::int64_t k = 0; k < versions; ++k) {
       char* version = memory + k * chunk_bytes;
-      if (k && access == "mapped") version = mapped(k, at, size);
+      if (k && reading == "mapped") version = mapped(k, at, size);
       else read(files[k], version, at, size);
       row[k ? 2 + k : 1] = reinterpret_cast<std::int64_t>(version);
     }
@@ -103,10 +103,10 @@ struct Worker {
   }
 
   void run() {
-    const std::int64_t in_file = (file_bytes + chunk_bytes - 1) / chunk_bytes, all = access == "in turn" ? versions * in_file : in_file;
+    const std::int64_t in_file = (file_bytes + chunk_bytes - 1) / chunk_bytes, all = reading == "in turn" ? versions * in_file : in_file;
     for (std::int64_t i; (i = next_chunk++) < all;) {
       const std::int64_t at = i % in_file * chunk_bytes, size = std::min(chunk_bytes, file_bytes - at);
-      if (access != "in turn") {
+      if (reading != "in turn") {
         merge(at, size);
         continue;
       }
@@ -120,11 +120,11 @@ struct Worker {
 
 int main(int count, char** arguments) {
   if (count < 8) return 2;
-  access = arguments[1];
+  reading = arguments[1];
   chunk_bytes = std::atoll(arguments[3]);
   merges = std::atoi(arguments[4]);
   for (int i = 6; i < count; ++i) {
-    files.push_back(open(arguments[i], O_RDONLY | (access == "direct" ? O_DIRECT : 0)));
+    files.push_back(open(arguments[i], O_RDONLY | (reading == "direct" ? O_DIRECT : 0)));
     require(files.back() >= 0, arguments[i]);
   }
   struct stat found;

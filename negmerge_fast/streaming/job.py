@@ -1,7 +1,8 @@
 """A merge of checkpoints that was checked: run by one process or several, and resumed after a crash.
 
 A few workers, each with its own buffers, take the chunks of a plan in order, and read, merge and write them: while one waits
-for the disk or for copies to a GPU, others work. On the CPU a chunk is still in the cache when it is merged; on a GPU copies and
+for the disk or for copies to a GPU, others work. On the CPU a chunk is one native call (native.py), and is still in the cache when
+it is written; on a GPU copies and
 kernels of different workers overlap. Memory depends on the budget alone, not on the size of the model or the number of models;
 what is known of each tensor (half a KiB for each version) is counted.
 """
@@ -290,7 +291,7 @@ class Job:
                     release=release,
                     reader=reader,
                     read_ahead=read_ahead,
-                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error")
+                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error", self.chunk_bytes)
                     if is_native
                     else None,
                     buffers=buffers,

@@ -13,6 +13,10 @@ from ..core.dtypes import DTYPE_CODES
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 
+# Workers take neighbouring chunks in turn, so that one map serves two of them or more. A larger one would be no faster, and hold
+# more pages of files in the process's resident memory.
+_CHUNKS_OF_WINDOW = 4
+
 WRITTEN, NOT_READ, NONFINITE, NOT_WRITTEN = range(4)  # ChunkOutcome of csrc/merge_chunk.h
 
 
@@ -44,10 +48,11 @@ class ChunkMerger:
         rule: The rule of the merge.
         release: Whether pages of what was read are given back to the system.
         refuse_nonfinite: Whether a chunk with a non-finite element is not written.
+        chunk_bytes: The most bytes of a version in a chunk.
     """
 
-    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool) -> None:
-        self._merger = library().ChunkMerger()
+    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool, chunk_bytes: int) -> None:
+        self._merger = library().ChunkMerger(_CHUNKS_OF_WINDOW * chunk_bytes)
         self._instruction_set = instruction_set()
         self._rule, self._release, self._refuse_nonfinite = rule, release, refuse_nonfinite
 
