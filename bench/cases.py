@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from negmerge_fast.benchmark.bandwidth import IN_MEMORY
-from negmerge_fast.benchmark.candidates import BASELINES, IN_PLACE, PUBLIC
+from negmerge_fast.benchmark.candidates import BASELINES, IN_PLACE, MAX_AUTOTUNE, ONE_GRAPH, PUBLIC
 from negmerge_fast.benchmark.records import on_gpu
 from negmerge_fast.benchmark.shapes import LAYOUTS, Shapes, one_tensor
 from negmerge_fast.core.dtypes import FLOAT_SIZES
@@ -96,6 +96,8 @@ def memory(size: Size) -> Iterator[Case]:
                 for candidate in ours:
                     yield replace(case, candidate=candidate)
                 for candidate in BASELINES if n == 8 else ():
+                    if candidate == ONE_GRAPH:  # of one tensor it is the same
+                        continue
                     yield replace(case, candidate=candidate, usual=on_gpu(device) or dtype != "F64")
                 for small in size.small if n == 8 else ():
                     for name in names:
@@ -127,21 +129,16 @@ def layouts(size: Size) -> Iterator[Case]:
                         long = candidate == "torch" and layout.startswith("Llama") and device == CPU
                         yield replace(case, candidate=candidate, usual=usual and not long)
                     for candidate in BASELINES:
-                        # torch.compile compiles for each shape and gives up after eight; with max-autotune each call of a
-                        # round would be a CUDA graph of its own.
-                        if candidate.endswith("max-autotune") or (candidate, layout) == (
-                            "torch.compile",
-                            "ViT-B/32",
+                        # max-autotune finds nothing else than for one tensor; a graph of 18,000 inputs takes hours.
+                        if candidate == MAX_AUTOTUNE or (
+                            candidate == ONE_GRAPH and layout.startswith("2,000")
                         ):
                             continue
-                        few = layout == "2,000 tensors" or (layout, candidate) == (
-                            "ViT-B/32",
-                            "eager formula",
-                        )
-                        yield replace(case, candidate=candidate, usual=usual and (on_gpu(device) or few))
+                        long = candidate == ONE_GRAPH and layout == "Llama 8B"
+                        yield replace(case, candidate=candidate, usual=usual and not long)
 
 
-PLAIN = "load_file, formula, save_file"
+PLAIN = "lazy files, formula, save_file"
 
 
 def files() -> Iterator[Case]:

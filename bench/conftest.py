@@ -14,7 +14,15 @@ import torch
 from cases import SIZES, Case, Size, cases
 
 from negmerge_fast.benchmark import append, table
-from negmerge_fast.benchmark.candidates import PUBLIC, Refused, candidate, check, failure, min_rounds
+from negmerge_fast.benchmark.candidates import (
+    PUBLIC,
+    Refused,
+    candidate,
+    check,
+    failure,
+    min_rounds,
+    without_compilation,
+)  # fmt: skip
 from negmerge_fast.benchmark.records import line, on_gpu
 from negmerge_fast.benchmark.timers import clock, wall
 from negmerge_fast.benchmark.timing import Timing, timing_of
@@ -121,9 +129,13 @@ def time_merge(time: Time, size: Size) -> Time:
         try:
             workload = shared_workload(case.layout, case.shapes, case.dtype, case.n, case.device, size.rotate)
             chosen = candidate(workload, case.candidate)
-            differing, taken = check(workload, chosen)
+            differing, first_call = check(workload, chosen)
             timing = timing_of(workload, chosen, case.suite, as_called=case.candidate == PUBLIC)
-            time(timing, min_rounds(case.candidate), workload.copies, taken, differing=differing)
+            taken, found = (
+                without_compilation(case.candidate, first_call),
+                {"differing": differing, "first_call": first_call},
+            )
+            time(timing, min_rounds(case.candidate), workload.copies, taken, **found)
         except Lacking as error:
             failed = str(error)
         except Refused as error:

@@ -1,5 +1,5 @@
-"""Writes the tables of docs/benchmarks.md, between its two marks: the latest rows of each device in bench/results/suite.jsonl, and of a GPU
-that the suite has not been run on those of the tuner in tune_gpu.jsonl.
+"""Writes the tables of docs/benchmarks.md, between its marks: the latest rows of each device in bench/results/suite.jsonl, and of a GPU
+that the suite has not been run on those of the tuner in tune_gpu.jsonl; and the latest whole processes in peers.jsonl.
 
 python bench/docs.py [--check]        check: exit status 1 if there are others
 """
@@ -18,11 +18,20 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 SUITE = HERE / "results" / "suite.jsonl"
 TUNER = HERE / "results" / "tune_gpu.jsonl"
+PROCESSES = HERE / "results" / "peers.jsonl"
 BEGIN, END = "<!-- written by bench/docs.py -->", "<!-- until here -->"
+BEGIN_PROCESSES = "<!-- whole processes, written by bench/docs.py -->"
+COMPILED, BEST = "compiled formula", "best compiled formula"
+# Slow forms of what others can do, which earlier runs measured: nothing can be read from them.
+SUPERSEDED = {
+    "eager formula", "torch._foreach formula", "dense two-step", "torch.compile", "torch.compile max-autotune", "load_file, formula, save_file",
+}  # fmt: skip
 OURS = ("cuda", "triton", "cpu", "torch", "merge_")
 # Rows of code that was taken back after them, by commit, kernel and dtype: of Triton's minimum and maximum for doubles, which
 # were slower than the comparisons of the run before. Those are the code since then.
 TAKEN_BACK = {("d19b937", "triton", "F64")}
+# Candidates whose speeds are divided by each other.
+COMPARED = (("triton", "cuda"), *((f"{kernel}, in place", BEST) for kernel in ("cpu", "cuda", "triton")))
 NO_GPU = "No GPU has been measured yet: where there is one, `make bench` measures the kernels there beside the same baselines."
 NO_SUITE = "The suite has not been run on this GPU yet: `make bench` measures there whole models, streaming and the same baselines, too."
 
@@ -68,11 +77,13 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
             largest[row["way"], row["dtype"], row["n"]] = row
     ordered = [row for row in rows if row in largest.values()]
     if usual := [row for row in ordered if row["n"] == 8]:
+        usual = best_compiled(usual)
         corner = f"8 models, one tensor: GB/s (share of the limit, {usual[0]['limit']})"
         lines += ["", *crossed(usual, "dtype", speed, corner), ""]
         between = sorted(row["limit GB/s"] for row in usual)
         lines.append(
-            f"The limit beside them was between {between[0]:.3g} and {between[-1]:.3g} GB/s.{_ratio(usual)}"
+            f"The limit beside them was between {between[0]:.3g} and {between[-1]:.3g} GB/s."
+            f"{''.join(_ratio(usual, *pair) for pair in COMPARED)}{_first_calls(rows)}"
         )
         by_n = [
             {**row, "way": f"{row['way']}, {row['dtype']}"}
@@ -85,7 +96,7 @@ def of_device(device: str, rows: list[Row]) -> list[str]:
         ("files", seconds, "seconds (share of reading and writing)"),
     ):
         if found := [row for row in rows if row["suite"] == suite]:
-            named = [{**row, "what": _what(row)} for row in found]
+            named = [{**row, "what": _what(row)} for row in best_compiled(found)]
             lines += ["", *crossed(named, "what", cell, corner)]
     return lines
 
@@ -142,15 +153,35 @@ def _fraction(rows: list[Row]) -> float:
     return statistics.geometric_mean(row["of_limit"] for row in rows)
 
 
-def _ratio(rows: list[Row]) -> str:
-    """How the speeds of our two kernels for GPUs compare, by type; empty where they were not both measured."""
+def best_compiled(rows: list[Row]) -> list[Row]:
+    """Rows with the fastest form of the compiled formula of each workload, in place of all its forms."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        compiled = row["way"].startswith(COMPILED)
+        candidate = BEST if compiled else row["way"]
+        key = (candidate, row["layout"], row["dtype"], row["n"], row["numel"], row["state"])
+        if key not in found or row["GB/s"] > found[key]["GB/s"]:
+            found[key] = {**row, "way": candidate}
+    return list(found.values())
+
+
+def _ratio(rows: list[Row], one: str, other: str) -> str:
+    """How the speeds of two candidates compare, by type; empty where they were not both measured."""
     found = {(row["way"], row["dtype"]): row["GB/s"] for row in rows}
     ratios = [
-        f"{found['triton', dtype] / speed:.3g} ({dtype})"
+        f"{found[one, dtype] / speed:.3g} ({dtype})"
         for (candidate, dtype), speed in found.items()
-        if candidate == "cuda" and ("triton", dtype) in found
+        if candidate == other and (one, dtype) in found
     ]
-    return f" `triton` ÷ cuda: {', '.join(ratios)}." if ratios else ""
+    return f" `{one}` ÷ {other}: {', '.join(ratios)}." if ratios else ""
+
+
+def _first_calls(rows: list[Row]) -> str:
+    """How long the first calls of compiled formulas took."""
+    found = sorted(
+        row["first_call"] for row in rows if row["way"].startswith(COMPILED) and row.get("first_call")
+    )
+    return f" The first call of a compiled formula took {found[0]:.2g} to {found[-1]:.2g} s." if found else ""
 
 
 def _what(row: Row) -> str:
@@ -159,11 +190,45 @@ def _what(row: Row) -> str:
     return f"{row['layout']}, {row['dtype']}, {size}{state}"
 
 
+def processes(path: Path) -> str:
+    """The table of whole processes."""
+    rows = [row for row in read(path) if not str(row["commit"]).endswith("-dirty")] if path.exists() else []
+    lines = []
+    for device, found in latest(rows).items():
+        last = found[-1]
+        moved = f"{last['n']} fine-tuned models, {last['dtype']}, {last['bytes'] / 1e9:.2g} GB moved, {last['state']}"
+        lines += [
+            f"**{device}**, {last['threads']} threads, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}", "",
+            *table(
+                [moved, "seconds", "times this package's", "peak memory", "elements that differ"],
+                (
+                    [
+                        f"**{row['way']}**" if row["way"] == "negmerge merge" else row["way"], f"{row['p50']:.3g}", f"{row['times ours']:.3g}", amount(row["peak MB"]),
+                        "–" if row["differing"] is None else f"{row['differing']:,}",
+                    ]
+                    for row in found if row["way"] not in SUPERSEDED
+                ),
+            ),
+            "",
+        ]  # fmt: skip
+    return "\n".join([BEGIN_PROCESSES, "", *lines, END])
+
+
+def amount(megabytes: float) -> str:
+    return f"{megabytes / 1000:.2g} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"
+
+
 def text(suite: Path, tuner: Path) -> str:
     """What stands between the marks."""
     # Numbers of what nobody else can have are for their maker.
     rows, tuned = (
-        [row for row in read(path) if not str(row["commit"]).endswith("-dirty")] if path.exists() else []
+        [
+            row
+            for row in read(path)
+            if not str(row["commit"]).endswith("-dirty") and row["way"] not in SUPERSEDED
+        ]
+        if path.exists()
+        else []
         for path in (suite, tuner)
     )
     lines = [line for device, found in latest(rows).items() for line in (*of_device(device, found), "")]
@@ -183,9 +248,11 @@ def main() -> int:
     options.add_argument("--check", action="store_true")
     check = options.parse_args().check
     before = PAGE.read_text(encoding="utf-8")
-    head, _, rest = before.partition(BEGIN)
+    after = before
     try:
-        after = head + text(SUITE, TUNER) + rest.partition(END)[2]
+        for begin, written in ((BEGIN, text(SUITE, TUNER)), (BEGIN_PROCESSES, processes(PROCESSES))):
+            head, _, rest = after.partition(begin)
+            after = head + written + rest.partition(END)[2]
     except Unreadable as error:
         print(error, file=sys.stderr)
         return 2

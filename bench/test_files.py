@@ -18,6 +18,7 @@ from time import perf_counter
 import pytest
 import torch
 from cases import CPU, GPU, PLAIN, SIZES, Case
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
@@ -125,8 +126,11 @@ def _merge(case: Case, paths: list[Path], out: Path, timeline: Timeline | None =
         options = MergeOptions(SCALE, backend=case.candidate, device=case.device, memory_budget=budget)
         base, *models = [path.parent for path in paths]
         return prepare(base, models, out, options).run(timeline=timeline)
-    base, *models = map(load_file, paths)
-    merged = {name: eager(tensor, [model[name] for model in models]) for name, tensor in base.items()}
+    base, *models = [safe_open(path, "pt") for path in paths]
+    merged = {}
+    for name in base.keys():  # noqa: SIM118
+        merged[name] = base.get_tensor(name)  # a private copy of what it writes to
+        eager([merged[name]], [[model.get_tensor(name)] for model in models])
     out.mkdir()
     save_file(merged, out / WEIGHTS, metadata={"format": "pt"})
     return None

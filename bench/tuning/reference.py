@@ -1,4 +1,4 @@
-"""Tunes the block size of the PyTorch backend on a CPU, beside the eager formula.
+"""Tunes the block size of the PyTorch backend on a CPU, beside the formula in as many blocks.
 
 The counted bytes are (n + 2) · numel · size. The roofline reads memory once, in the same rounds. A result gets a
 speed only if it equals the formula's bit for bit.
@@ -14,7 +14,7 @@ import torch
 
 import negmerge_fast as nm
 from negmerge_fast.backends import pytorch
-from negmerge_fast.benchmark.candidates import eager
+from negmerge_fast.benchmark.candidates import EAGER, eager
 from negmerge_fast.benchmark.records import percentiles, record
 from negmerge_fast.benchmark.timing import alternate
 from negmerge_fast.benchmark.workload import SCALE
@@ -49,14 +49,15 @@ def main() -> None:
             (base + torch.randn(given.numel, generator=generator)).to(dtype) for _ in range(given.models)
         ]
         merged = base.clone()
-        expected = eager(base, models)
+        expected = base.clone()
+        eager([expected], [[model] for model in models])
         for block in (usual // 16, usual // 4, usual, usual * 4):
             merged.copy_(base)
             blocked(block, merged, models)
             assert torch.equal(merged, expected), f"{name}: the blocked result is not the formula's"
         candidates = {
             "memory read": partial(read_memory, [base, *models]),
-            "eager formula": partial(eager, base, models),
+            EAGER: partial(eager, [merged], [[model] for model in models]),
             **{
                 f"reference, {block >> 10} KiB": partial(blocked, block, merged, models)
                 for block in (usual // 16, usual // 4, usual, usual * 4)

@@ -21,6 +21,8 @@ from .._version import __version__
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
+# The beginning of the names of all forms of the formula under torch.compile.
+COMPILED = "compiled formula"
 # Fields that say what was measured, None where one does not apply.
 WORKLOAD_FIELDS = ("suite", "layout", "way", "dtype", "n", "numel", "bytes", "state")
 
@@ -124,7 +126,7 @@ def speed(row: Row, seconds: Sequence[float]) -> Row:
     """The row of a measurement: the fields of its workload, and the seconds of its rounds as percentiles and GB/s."""
     spread = percentiles(seconds)
     timed = {"rounds": len(seconds), **spread, "GB/s": row["bytes"] / spread["p50"] / 1e9}
-    rest = {"limit": None, "limit GB/s": None, "of_limit": None, "differing": None}
+    rest = {"limit": None, "limit GB/s": None, "of_limit": None, "differing": None, "first_call": None}
     return {**dict.fromkeys(WORKLOAD_FIELDS), **row, **timed, **rest}
 
 
@@ -188,7 +190,7 @@ def _group(rows: list[Row]) -> list[str]:
         return [f"limits on {first['device']}", *_aligned(cells)]
     title = f"{first['layout']}, {first['dtype']}, {first['state']}, on {first['device']}"
     cells, before = [], None
-    for row in rows:
+    for row in with_best_compiled(rows):
         if (workload := (row["n"], row["numel"])) != before:
             heading = f"n = {row['n']}, {row['numel']:,} elements"
             cells.append([heading, "ms (p20 … p80)", "GB/s", "limit", "share", "differing"])
@@ -199,6 +201,17 @@ def _group(rows: list[Row]) -> list[str]:
             f"{row['of_limit']:.2f}" if with_roofline else "", "" if row["differing"] is None else f"{row['differing']:,}",
         ])  # fmt: skip
     return [title + (f"; limit: {first['limit']}" if first["limit"] else ""), *_aligned(cells)]
+
+
+def with_best_compiled(rows: Sequence[Row]) -> list[Row]:
+    """Rows, and after those of each workload the fastest form of the compiled formula once more."""
+    workloads: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        workloads.setdefault((row["n"], row["numel"]), []).append(row)
+    for found in workloads.values():
+        if compiled := [row for row in found if row["way"].startswith(COMPILED)]:
+            found.append({**max(compiled, key=lambda row: float(row["GB/s"])), "way": f"best {COMPILED}"})
+    return [row for found in workloads.values() for row in found]
 
 
 def _spread(row: Row) -> str:

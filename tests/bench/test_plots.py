@@ -13,8 +13,8 @@ from benchmark_rows import ON_A_CPU, row, write
 def suite(path: Path) -> str:
     """Write rows of two devices and two dtypes, as the suite measures them."""
     for device, names in (
-        ("A CPU", ("cpu", "torch", "eager formula")),
-        ("A GPU", ("cuda", "triton", "torch._foreach formula")),
+        ("A CPU", ("cpu", "torch", "blocked eager formula")),
+        ("A GPU", ("cuda", "triton", "compiled formula, dynamic")),
     ):
         for dtype in ("F32", "BF16"):
             for n in (2, 8, 32):
@@ -62,7 +62,7 @@ def test_every_candidate_is_in_the_legend(tmp_path: Path) -> None:
     rows = latest(read(Path(suite(tmp_path / "suite.jsonl"))))["A GPU"]
     figure = bandwidth(rows, "A GPU")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "limit: memory read", "cpu", "cuda", "triton", "torch._foreach formula",
+        "limit: memory read", "cpu", "cuda", "triton", "compiled formula, dynamic",
     ]  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
     assert "elements differ from the reference's, no speed (files)" in done.stdout
     assert {row["way"] for row in rows_of(tmp_path / "rows.jsonl")} == {
         "torch",
-        "load_file, formula, save_file",
+        "lazy files, formula, save_file",
     }
 
 
@@ -109,8 +109,8 @@ def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
         "cuda",
         "cuda_in_place",
         "triton",
-        "torch.compile_max-autotune",
-        "torch._foreach_formula",
+        "compiled_formula_max-autotune",
+        "foreach_formula",
     ):
         assert any(
             text.startswith("bench/test_memory.py")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from negmerge_fast.benchmark import candidates
+from negmerge_fast.benchmark.records import COMPILED
 from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timing import timing_of
 from negmerge_fast.benchmark.workload import Workload
@@ -24,13 +29,52 @@ def test_a_backend_that_failed_its_selftest_is_refused(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
-@pytest.mark.parametrize("name", ["eager formula", "torch._foreach formula", "dense two-step"])
-def test_baselines_compute_the_formula(dtype: str, name: str) -> None:
-    shapes = {"a": (7, 11), "b": (), "c": (5000,)}
-    workload = Workload("three tensors", shapes, dtype, 3, "cpu", rotate=False)
-    differing, _ = candidates.check(workload, candidates.candidate(workload, name))
-    # Summation in another order may round to another number.
-    assert differing == 0 or (name == "dense two-step" and differing < 0.5 * workload.numel)
+@pytest.mark.parametrize("name", [candidates.EAGER, candidates.FOREACH])
+@pytest.mark.parametrize("n", [1, 3])
+def test_baselines_compute_the_formula(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, name: str, n: int
+) -> None:
+    """In place, in blocks that end within tensors, and in groups of several."""
+    monkeypatch.setitem(candidates._BLOCK_NUMEL, "cpu", 1000)
+    shapes = {"a": (7, 11), "b": (), "c": (5000,), "d": (1000,), "e": (3, 3)}
+    workload = Workload("five tensors", shapes, dtype, n, "cpu", rotate=False)
+    baseline = candidates.candidate(workload, name)
+    assert candidates.check(workload, baseline)[0] == 0
+    baseline.task()  # on what is merged already
+    assert workload.compare(workload.tensors(workload.out))[0] > 0
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("name", [name for name in candidates.BASELINES if name.startswith(COMPILED)])
+def test_compiled_formulas_are_in_place_and_take_their_first_call_to_compile(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
+) -> None:
+    """Without the compiler, which takes seconds: as the graph that it is given runs."""
+    modes = []
+
+    def compile(formula: Callable[..., None], **options: Any) -> Callable[..., None]:
+        modes.append(options)
+        return formula
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(candidates, "_SHORT_NUMEL", 1000)
+    monkeypatch.setattr(candidates, "_fresh_cache", nullcontext)
+    workload = Workload(
+        "four tensors", {"a": (7, 11), "b": (), "c": (5000,), "d": (20,)}, dtype, 3, "cpu", rotate=False
+    )
+    differing, first_call = candidates.check(workload, candidates.candidate(workload, name))
+    assert differing == 0 and first_call > 0
+    assert candidates.without_compilation(name, first_call) == 0.0
+    assert candidates.without_compilation(candidates.EAGER, first_call) == first_call
+    assert len(modes) == 1 and modes[0]["dynamic"] == name.endswith("dynamic")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ for inductor")
+def test_the_compiled_formula_has_the_bits_of_the_reference() -> None:
+    """On a CPU: on a GPU it may contract multiplications and additions."""
+    workload = Workload("one tensor", one_tensor(4096), "BF16", 3, "cpu", rotate=False)
+    assert candidates.check(workload, candidates.candidate(workload, COMPILED))[0] == 0
 
 
 @pytest.mark.parametrize("name", ["torch", "merge_"])

@@ -11,6 +11,7 @@ from benchmark_rows import MACHINE, MEASURED, WORKLOAD, rows_of
 from command import Run, run  # noqa: F401
 
 from negmerge_fast.benchmark import quick, workload
+from negmerge_fast.benchmark.candidates import EAGER
 from negmerge_fast.benchmark.timing import Timing
 
 
@@ -19,7 +20,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quick, "BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
     monkeypatch.setattr(quick, "SECONDS", 0.0)
     monkeypatch.setattr(quick, "MODELS", (2,))
-    monkeypatch.setattr(quick, "COMPARED", {("F32", 2): ("eager formula",)})
+    monkeypatch.setattr(quick, "COMPARED", {("F32", 2): (EAGER,)})
     monkeypatch.setattr(quick, "FLOAT_SIZES", {"F32": 4, "BF16": 2})
     monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 18)
     monkeypatch.setattr("negmerge_fast.benchmark.timing.rest", lambda device: None)
@@ -29,7 +30,7 @@ def test_negmerge_bench(run: Run, small: None, tmp_path: Path) -> None:
     status, out, err = run("bench", "--device", "cpu", "--report", "rows.jsonl")
     assert (status, err) == (0, "")
     rows = rows_of(tmp_path / "rows.jsonl")
-    assert {row["way"] for row in rows} >= {"memory read", "memory copy", "torch", "eager formula"}
+    assert {row["way"] for row in rows} >= {"memory read", "memory copy", "torch", EAGER}
     assert all(set(row) == MACHINE | WORKLOAD | MEASURED for row in rows)
     assert "one tensor, BF16, in memory" in out and "not measured: backend triton on cpu: is for GPUs" in out
     status, out, err = run("bench", "--device", "cuda:77")
@@ -55,7 +56,7 @@ def test_negmerge_bench_refuses_a_wrong_kernel(
     assert (
         status == 1 and "torch: counts differ from the reference's, no speed" in err and err.count("\n") == 1
     )
-    assert "eager formula" in out and "  torch  " not in out
+    assert EAGER in out and "  torch  " not in out
 
 
 def test_negmerge_bench_is_interrupted_with_one_line(

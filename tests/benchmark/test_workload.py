@@ -21,5 +21,5 @@ def test_a_workload_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch
         Workload("Llama 8B", LAYOUTS["Llama 8B"](), "F32", 8, "cpu")
     workload = Workload("one tensor", one_tensor(4096), "F32", 2, "cpu", rotate=False)
     monkeypatch.setattr(candidates, "free_memory", lambda device: 1000)
-    with pytest.raises(Lacking, match=r"eager formula of one tensor, F32, n = 2: .* needed"):
-        candidates.candidate(workload, "eager formula")
+    with pytest.raises(Lacking, match=r"blocked eager formula of one tensor, F32, n = 2: .* needed"):
+        candidates.candidate(workload, candidates.EAGER)

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from benchmark_rows import row, write
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -42,6 +43,45 @@ def test_rows_of_code_that_was_taken_back_are_not_in_the_tables(monkeypatch: pyt
     # A run that measures all of it again takes the place of both.
     again = [{**row, "commit": "abc1234"} for row in tuned]
     assert docs.latest_tuned([*tuned, *again]) == {again[0]["device"]: again}
+
+
+def test_tables_have_the_best_form_of_the_compiled_formula_and_none_that_are_superseded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import docs
+
+    measured = [
+        row(1.0, way="cpu, in place", driver=None, first_call=0.1),
+        row(4.0, way="compiled formula", driver=None, first_call=2.5),
+        row(2.0, way="compiled formula, dynamic", driver=None, first_call=57.0),
+        *(row(9.0, way=name, driver=None) for name in docs.SUPERSEDED),
+    ]
+    suite = tmp_path / "suite.jsonl"
+    write(
+        suite, *({**each, "suite": name, "threads": 2} for each in measured for name in ("memory", "layouts"))
+    )
+    text = docs.text(suite, tmp_path / "tune_gpu.jsonl")
+    assert [re.sub(r"\W*\|.*", "", line[2:]) for line in text.splitlines() if re.match(r"\| (\*\*)?(cpu|best|comp|eager)", line)] == [
+        "**cpu, in place", "best compiled formula", "**cpu, in place, F32", "**cpu, in place", "best compiled formula",
+    ]  # fmt: skip
+    assert "`cpu, in place` ÷ best compiled formula: 2 (F32)." in text
+    assert "The first call of a compiled formula took 2.5 to 57 s." in text
+    assert not any(name in text for name in docs.SUPERSEDED - {"eager formula"})
+    peers = tmp_path / "peers.jsonl"
+    found = {
+        "driver": None,
+        "threads": 2,
+        "differing": None,
+        "peak MB": 5943.0,
+        "suite": "peers",
+        "times ours": 11.9,
+    }
+    write(
+        peers, row(9.3, way="mergekit ties", **found), row(9.3, way="load_file, formula, save_file", **found)
+    )
+    lines = [line for line in docs.processes(peers).splitlines() if line.startswith("| ")]
+    assert lines[2:] == ["| mergekit ties | 9.3 | 11.9 | 5.9 GB | – |"]
 
 
 def in_memory() -> list[str]:

@@ -8,7 +8,18 @@ from typing import Any
 
 MACHINE = {"commit", "date", "device", "driver", "threads", "negmerge_fast", "torch", "triton", "python"}
 WORKLOAD = {"suite", "layout", "way", "dtype", "n", "numel", "bytes", "state"}
-MEASURED = {"rounds", "p20", "p50", "p80", "GB/s", "limit", "limit GB/s", "of_limit", "differing"}
+MEASURED = {
+    "rounds",
+    "p20",
+    "p50",
+    "p80",
+    "GB/s",
+    "limit",
+    "limit GB/s",
+    "of_limit",
+    "differing",
+    "first_call",
+}
 
 ON_A_CPU = {"commit": "0000001", "date": "2026-01-02T03:04:05+00:00", "device": "A CPU", "torch": "2.4"}
 
