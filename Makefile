@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Python compiles what is imported when it is imported: for all of what is installed that would take longer.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test suite beside slow libraries fuzz sanitize lint format docs bench tune ci clean
+.PHONY: demo test suite beside slow libraries fuzz sanitize lint format docs bench baselines tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
@@ -63,6 +63,11 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench
 	$(BIN)/python bench/docs.py
 	$(BIN)/python bench/plots.py
+
+# Whole merges of files, beside scripts and other tools, each in an environment of its own: 11 GB of disk, 2 GB of tmpfs, 15 minutes.
+baselines: $(VENV)/.test
+	$(BIN)/python bench/processes/baselines.py
+	$(BIN)/python bench/docs.py
 
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
 # the CPU kernel, of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.

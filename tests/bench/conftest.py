@@ -17,7 +17,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Imports a script by its name."""
-    for folder in ("tuning", "processes"):
+    for folder in ("tuning", "processes", "processes/methods"):
         monkeypatch.syspath_prepend(str(BENCH / folder))
     return importlib.import_module
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from checkpoint_files import load_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import negmerge_fast as nm
 from negmerge_fast.benchmark.workload import SCALE
 
 SMALL = ["--layers", "2", "--shrink", "32", "--rounds", "2"]
@@ -85,19 +89,79 @@ def test_out_of_core_with_skipping_and_ranks(
     assert 0 < rows[2]["read"] <= most_read
 
 
-@pytest.mark.slow
-def test_baselines_without_mergekit(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run("baselines", *SMALL, "--rounds", "1", "--mergekit", "/", "--tmpfs", str(tmp_path))
-    assert [row["way"] for row in rows] == [
-        "read and write",
-        "negmerge merge",
-        "load_file, formula, save_file",
+@pytest.mark.parametrize("name", ["plain.py", "released.py"])
+def test_scripts_have_the_bits_of_the_reference(
+    script: Callable[[str], Any], tmp_path: Path, name: str
+) -> None:
+    """On models of several files, and tensors of several blocks."""
+    llamas, baselines = script("llamas"), script("baselines")
+    model = baselines.MODEL.shrunk(16)._replace(layers=1, vocabulary=8000)
+    base, *models = llamas.make(tmp_path, model, 3, 1 << 20)
+    assert len(llamas.weights(base)) > 1 and max(map(math.prod, model.shapes.values())) > 1 << 18
+    inputs = {path: path.read_bytes() for folder in (base, *models) for path in llamas.weights(folder)}
+    command = [
+        sys.executable,
+        str(baselines.SCRIPTS / name),
+        "--scale",
+        str(SCALE),
+        str(tmp_path / "out"),
+        str(base),
     ]
+    subprocess.run([*command, *map(str, models)], check=True)
+    assert llamas.differing(tmp_path / "out", base, models) == 0
+    assert {path: path.read_bytes() for path in inputs} == inputs
+
+
+def test_the_formula_of_the_scripts(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that is compiled, here without the compiler; on zeros of both signs and subnormals."""
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    formula = script("formula")
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1000, 3, generator=generator)
+    base[:100], base[100:200] = -0.0, 1e-40
+    models = [base + torch.randn(1000, 3, generator=generator) * base.abs() for _ in range(3)]
+    expected = nm.merge(base, models, scale=SCALE)
+    for apply in (formula.Formula(SCALE), formula.compiled(SCALE)):
+        out = base.clone()
+        apply(out, models)
+        assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.slow
+def test_baselines_without_tools(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run("baselines", *SMALL, "--rounds", "1", "--environments", "/proc", "--tmpfs", str(tmp_path))
+    assert [row["way"] for row in rows] == [
+        "read and write", "negmerge merge", "plain script", "compiled script", "released loops",
+    ]  # fmt: skip
     assert rows[1]["times ours"] == 1 and rows[2]["peak MB"] > rows[1]["peak MB"]
-    assert [row["differing"] for row in rows] == [None, 0, 0]
-    assert (
-        "baselines: mergekit is not measured: /bin/mergekit-yaml: no such file\n" in capsys.readouterr().out
+    assert [row["differing"] for row in rows] == [None, 0, 0, 0, 0]
+    said = capsys.readouterr().out
+    for tool in ("mergekit", "sd-mecha", "fusion-bench"):
+        assert re.search(
+            f"^baselines: {tool} is not measured: exit status 1: .*/proc/{tool}", said, re.MULTILINE
+        )
+
+
+@pytest.mark.slow
+def test_a_tool_that_fails_is_not_measured(
+    run: Run, script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        script("baselines"),
+        "TOOLS",
+        {"sd-mecha": ("sd-mecha", "plain.py"), "mergekit": ("mergekit", "none.py")},
     )
+    environments = Path(sys.prefix).parent
+    monkeypatch.setattr(script("baselines"), "environment", lambda folder, package: Path(sys.prefix))
+    monkeypatch.setattr(script("baselines"), "PLAIN", {})
+    rows = run(
+        "baselines", *SMALL, "--rounds", "1", "--environments", str(environments), "--tmpfs", str(tmp_path)
+    )
+    assert [row["way"] for row in rows] == ["read and write", "negmerge merge", "sd-mecha negmerge"]
+    assert rows[2]["differing"] == 0
+    said = capsys.readouterr().out
+    assert "baselines: mergekit negmerge is not measured: exit status 2: " in said
+    assert "baselines: mergekit ties is not measured: " in said
 
 
 @pytest.mark.slow
@@ -106,7 +170,7 @@ def test_a_wrong_result_gets_no_number(
     run: Run, script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr(script("llamas"), "SCALE", SCALE + 0.1)
-    options = ["--without-mergekit", "--tmpfs", str(tmp_path)] if name == "baselines" else []
+    options = ["--without-tools", "--tmpfs", str(tmp_path)] if name == "baselines" else []
     with pytest.raises(SystemExit, match="elements differ from the reference's, no speed"):
         run(name, *SMALL, *options)
     assert not list((tmp_path / "results").iterdir())
