@@ -17,9 +17,9 @@
 
 namespace negmerge {
 
-void merge_loop_baseline(const Batch&, Position, std::int64_t);
+void merge_loop_baseline(const Batch&, Position, std::int64_t, bool);
 #ifdef __x86_64__
-void merge_loop_avx2(const Batch&, Position, std::int64_t);
+void merge_loop_avx2(const Batch&, Position, std::int64_t, bool);
 #endif
 
 namespace {
@@ -82,7 +82,7 @@ class Partition {
     for (std::int64_t at; (at = next_.fetch_add(chunk_, std::memory_order_relaxed)) < elements();) {
       const std::int64_t segment = std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin();
       const std::int64_t start = at - (segment ? ends_[segment - 1] : 0);
-      loop(batch_, {segment, start}, std::min(chunk_, elements() - at));
+      loop(batch_, {segment, start}, std::min(chunk_, elements() - at), true);
     }
   }
 

@@ -1,9 +1,10 @@
 // The rule over consecutive elements, on one thread. Compiled once for each instruction set (CMakeLists.txt).
 //
-// A tile has as many elements as keep their accumulators in the first-level cache. It is merged with the models in groups of
-// up to 8. Within a group the accumulators stay in registers, and the hardware reads 8 operands well; meanwhile the next
-// group's tile is prefetched to the second-level cache. All models at once would touch as many pages, a line at a time. One
-// model at a time would move all accumulators for every element. Both are slower: bench/results/loop.jsonl.
+// The models are taken in groups of up to 8: the hardware reads so many streams well, and their addresses fit the registers. With
+// up to 8 models, all values of an element stay in registers from the first load to the store. With more, each group goes over
+// a tile, whose accumulators stay in the first-level cache, and the last group finishes it; meanwhile the next group's operands
+// are prefetched to the second-level cache. All models at once would touch as many pages, a line at a time. One model at a time
+// would move all accumulators for every element. Both are slower: bench/results/loop.jsonl.
 #include "merge_loop.h"
 
 #include <type_traits>
@@ -34,21 +35,24 @@ namespace {
 #define NEGMERGE_PAST_CACHE 1
 #endif
 constexpr int kTileBytes = NEGMERGE_TILE_BYTES;  // of one field of the accumulators
+constexpr int kLongTile = 1 << 16;               // elements, where no accumulators are kept
 constexpr int kGroup = NEGMERGE_GROUP;           // models at once
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+constexpr int kPackBytes = 64;
+#elif defined(__AVX2__)
 constexpr int kPackBytes = 32;
 #else
 constexpr int kPackBytes = 16;
 #endif
 constexpr int kLine = 64;
-constexpr int kPacks = 2;  // at once: their accumulators fit 16 registers
+constexpr int kPacks = 2;  // of a step
 
 template <class E, int lanes>
 struct Vector {
   typedef E type __attribute__((vector_size(sizeof(E) * lanes)));
 };
 
-// Packs for one arithmetic type: of numbers, and of other types with as many lanes.
+// Packs for one arithmetic type: of numbers, and of other types with as many lanes. A step is the elements of two packs.
 template <class T>
 struct Pack {
   static constexpr int lanes = kPackBytes / sizeof(T);
@@ -72,18 +76,14 @@ NEGMERGE_INLINE To convert(From from) {
   return __builtin_convertvector(from, To);
 }
 
-// The compiler's own conversions of 16-bit integers take five instructions for these two.
+// 16-bit integers as 32-bit ones, and back if they fit. The compiler's own conversions take five instructions for these two.
+template <class Words, class Bits>
+NEGMERGE_INLINE Words widened(Bits bits) {
 #ifdef __AVX2__
-// 16-bit integers to the upper halves of 32-bit ones.
-NEGMERGE_INLINE __m256i upper_halves(const char* from) {
-  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
-                                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
-  return _mm256_shuffle_epi8(twice, order);
-}
+  if constexpr (sizeof(Bits) == 16 && sizeof(Words) == 32) return (Words)_mm256_cvtepu16_epi32((__m128i)bits);
 #endif
-
-// 32-bit integers that fit 16 bits.
+  return convert<Words>(bits);
+}
 template <class Bits, class Words>
 NEGMERGE_INLINE Bits narrowed(Words words) {
 #ifdef __AVX2__
@@ -95,54 +95,94 @@ NEGMERGE_INLINE Bits narrowed(Words words) {
   return convert<Bits>(words);
 }
 
-// A pack of storage type S, as numbers of the arithmetic type.
-template <class S, class T>
-NEGMERGE_INLINE typename Pack<T>::N load(const char* from) {
-  using P = Pack<T>;
-  using N = typename P::N;
-  using F = typename P::template Of<typename S::Float>;
-  using Word = typename P::template Of<typename S::Word>;
-  const auto bits = read<typename P::template Of<typename S::Bits>>(from);
-#ifdef __AVX2__
-  if constexpr (sizeof(bits) == 16 && std::is_same_v<S, BF16>) return (N)upper_halves(from);
-#endif
+// Numbers of storage type M, loaded and widened; and numbers in M's range, rounded.
+template <class M, class F, class Word, class Bits>
+NEGMERGE_INLINE F load_floats(const char* from) {
 #ifdef __F16C__
-  if constexpr (sizeof(bits) == 16 && S::kHalf) return (N)_mm256_cvtph_ps((__m128i)bits);
-  if constexpr (sizeof(bits) == 8 && S::kHalf) return (N)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadu_si64(from)));
+  if constexpr (M::kHalf && sizeof(F) == 16) return (F)_mm_cvtph_ps(_mm_loadu_si64(from));
+  if constexpr (M::kHalf && sizeof(F) == 32) return (F)_mm256_cvtph_ps(read<__m128i>(from));
 #endif
-  return convert<N>(S::template widen<F>(convert<Word>(bits)));
+#ifdef __AVX512F__
+  if constexpr (M::kHalf && sizeof(F) == 64) return (F)_mm512_cvtph_ps(read<__m256i>(from));
+#endif
+  return M::template widen<F>(widened<Word>(read<Bits>(from)));
+}
+template <class M, class Bits, class Word, class F>
+NEGMERGE_INLINE Bits rounded_bits(F x) {
+#ifdef __F16C__
+  if constexpr (M::kHalf && sizeof(F) == 32) return (Bits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
+#ifdef __AVX512F__
+  if constexpr (M::kHalf && sizeof(F) == 64) return (Bits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  return narrowed<Bits>(M::template round<Word>(x));
 }
 
-// Rounds and stores numbers in the range of S. past_cache: not through the cache, where the address allows it.
-template <class S, class F>
-NEGMERGE_INLINE void store(char* to, F x, [[maybe_unused]] bool past_cache) {
+// Whether the packs of a step are its even and its odd elements, not its halves. Then one load of 16-bit numbers gives both,
+// and no number changes its place. All streams must be of one type; F16C converts halves.
+template <class S, bool kSame>
+constexpr bool kEvenAndOdd = kSame && sizeof(typename S::Bits) == 2
+#ifdef __F16C__
+                             && !S::kHalf
+#endif
+    ;
+
+// Pack j of a step of storage type M, as numbers of the arithmetic type.
+template <class M, class T, bool kSame>
+NEGMERGE_INLINE typename Pack<T>::N load(const char* step, int j) {
+  using P = Pack<T>;
+  using F = typename P::template Of<typename M::Float>;
+  using Word = typename P::template Of<typename M::Word>;
+  using Bits = typename P::template Of<typename M::Bits>;
+  if constexpr (kEvenAndOdd<M, kSame>) {
+    const Word both = read<Word>(step);
+    return M::template widen<F>(j ? both >> 16 : both & 0xffffu);
+  } else return convert<typename P::N>(load_floats<M, F, Word, Bits>(step + j * sizeof(Bits)));
+}
+
+// Pack j of a base of type S, as d_k of models of type M takes it.
+template <class T, class S, class M, bool kSame>
+NEGMERGE_INLINE typename Pack<T>::N origin(const char* step, int j) {
+  const auto b = load<S, T, kSame>(step, j);
+  if constexpr (kHolds<M, S>) return b;
+  else {
+    using F = typename Pack<T>::template Of<typename M::Float>;
+    return convert<typename Pack<T>::N>(as_stored<M, typename Pack<T>::template Of<typename M::Word>>(convert<F>(b)));
+  }
+}
+
+// Stores a value. past_cache: not through the cache; the address must allow it.
+template <class Value>
+NEGMERGE_INLINE void store(char* to, Value value, [[maybe_unused]] bool past_cache) {
+#ifdef __AVX512F__
+  if constexpr (sizeof value == 64)
+    if (past_cache) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)value);
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof value == 32)
+    if (past_cache) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)value);
+#endif
+  memcpy(to, &value, sizeof value);
+}
+
+// Rounds and stores the packs of a step: numbers in the range of S.
+template <class S, bool kSame, class F>
+NEGMERGE_INLINE void store_step(char* to, const F (&x)[kPacks], bool past_cache) {
   constexpr int lanes = sizeof(F) / sizeof(typename S::Float);
   using Word = typename Vector<typename S::Word, lanes>::type;
   using Bits = typename Vector<typename S::Bits, lanes>::type;
-  Bits bits;
-#ifdef __F16C__
-  if constexpr (S::kHalf && lanes == 8) bits = (Bits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-  else
-#endif
-    bits = narrowed<Bits>(S::template round<Word>(x));
-#ifdef __AVX2__
-  if constexpr (sizeof bits == 32)
-    if (past_cache) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)bits);
-#endif
-  memcpy(to, &bits, sizeof bits);
-}
-
-// Whether an output is stored past the cache: whole aligned packs of 32 bytes, apart from the base. Through the cache, its old
-// bytes would be read first.
-template <class S, class T>
-bool past_cache(const char* out, const char* base) {
-  return NEGMERGE_PAST_CACHE && out != base && Pack<T>::lanes * sizeof(typename S::Bits) == 32 &&
-         reinterpret_cast<std::uintptr_t>(out) % 32 == 0;
+  if constexpr (kEvenAndOdd<S, kSame>) {
+    store(to, S::template round<Word>(x[0]) | S::template round<Word>(x[1]) << 16, past_cache);
+  } else {
+    for (int j = 0; j < kPacks; ++j) store(to + j * sizeof(Bits), rounded_bits<S, Bits, Word>(x[j]), past_cache);
+  }
 }
 
 template <class Mask>
 NEGMERGE_INLINE bool all(Mask mask) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)mask) == -1;
 #elif defined(__SSE2__)
   return _mm_movemask_epi8((__m128i)mask) == 0xffff;
@@ -168,14 +208,6 @@ bool holds(Dtype dtype) {
   return dtype == kF64 || (dtype == kF32 ? kHolds<F32, S> : dtype == kF16 ? kHolds<F16, S> : kHolds<BF16, S>);
 }
 
-// Whether some d_k of a batch subtracts a rounded base.
-template <class S>
-bool rounds_base(const Batch& batch) {
-  bool found = false;
-  for (std::int64_t k = 0; k < batch.n; ++k) found |= !holds<S>(batch.dtypes[k]);
-  return found && !batch.task_vectors;
-}
-
 template <class T>
 NEGMERGE_INLINE T load_one(Dtype dtype, const char* from) {
   switch (dtype) {
@@ -189,22 +221,15 @@ NEGMERGE_INLINE T load_one(Dtype dtype, const char* from) {
 struct Counts {
   std::int64_t agreed = 0, nonfinite = 0, vetoed = 0;
 
-  // Adds to the counts of a segment, and starts again.
-  void flush(std::int64_t* to) {
-    __atomic_fetch_add(to, agreed, __ATOMIC_RELAXED);
-    __atomic_fetch_add(to + 1, nonfinite, __ATOMIC_RELAXED);
-    __atomic_fetch_add(to + 2, vetoed, __ATOMIC_RELAXED);
+  // Adds to the counts of a segment, and starts again. shared: other threads may do so, too.
+  void flush(std::int64_t* to, bool shared) {
+    const std::int64_t found[kCounted] = {agreed, nonfinite, vetoed};
+    for (int i = 0; i < kCounted; ++i) {
+      if (!shared) to[i] += found[i];
+      else if (found[i]) __atomic_fetch_add(to + i, found[i], __ATOMIC_RELAXED);
+    }
     *this = {};
   }
-};
-
-// A batch, and the rule's parameters in one arithmetic type. rounded: memory for a tile of a base rounded to the type of
-// models that do not hold it; null if all do.
-template <class T>
-struct KernelArgs {
-  const Batch& batch;
-  Constants<T> constants;
-  typename Pack<T>::N* rounded;
 };
 
 // The part of a segment that is in one tile.
@@ -222,33 +247,23 @@ struct Tile {
   }
 };
 
-// A base of zeros.
-alignas(64) const char kZeros[kTileBytes] = {};
-
-// A tile's accumulators, not constructed: the first group writes them, and constructing them would take half as long as a tile.
-template <class Accumulator, int count>
-union Unwritten {
-  Unwritten() {}
-  Accumulator each[count];
-};
-
-// Merges elements begin … end of a tile one by one: those behind the last whole pack, and those that may not be finite.
+// Merges elements begin … end of a tile one by one: those that may not be finite.
 template <class T, class S, template <class, class> class Accumulator>
-__attribute__((noinline)) void merge_each(const KernelArgs<T>& args, const Tile& tile, int begin, int end, Counts& counts) {
-  const Batch& batch = args.batch;
+__attribute__((noinline)) void merge_each(const Batch& batch, const Constants<T>& constants, const Tile& tile, int begin, int end,
+                                          Counts& counts) {
   using Bits = typename S::Bits;
   const char* base = tile.base(batch);
   char* out = tile.out(batch);
   for (int i = begin; i < end; ++i) {
     const Bits bits = base ? read<Bits>(base + i * sizeof(Bits)) : Bits{};
     const T b = static_cast<T>(S::template widen<typename S::Float>(static_cast<typename S::Word>(bits)));
-    Accumulator<T, T> accumulator;
+    typename Accumulator<T, typename Pack<T>::N>::OfOne accumulator;
     for (std::int64_t k = 0; k < batch.n; ++k) {
       const T x = load_one<T>(batch.dtypes[k], tile.model(batch, k) + i * kSizes[batch.dtypes[k]]);
       const T from = holds<S>(batch.dtypes[k]) ? b : rounded_one(batch.dtypes[k], b);
       accumulator.accumulate(batch.task_vectors ? x : x - from);
     }
-    const auto outcome = finish<S>(bits, accumulator, args.constants);
+    const auto outcome = finish<S>(bits, accumulator, constants);
     counts.agreed += outcome.agreed;
     counts.nonfinite += !outcome.finite;
     counts.vetoed += outcome.vetoed;
@@ -264,223 +279,300 @@ struct Ahead {
 
   NEGMERGE_INLINE void prefetch(std::int64_t element) const {
     const std::int64_t offset = element * size;
-    if (!NEGMERGE_PREFETCH || offset % kLine) return;
+    if (!NEGMERGE_PREFETCH || !count || offset % kLine) return;
+#pragma GCC unroll 1
     for (int k = 0; k < count; ++k) __builtin_prefetch(operands[k] + offset, 0, 2);
   }
 };
 
-// The size of the group from model k on: 8, 4, 2 or 1 models of one storage type.
-int group_at(const Batch& batch, std::int64_t k) {
-  int same = 1;
-  while (same < kGroup && k + same < batch.n && batch.dtypes[k + same] == batch.dtypes[k]) ++same;
-  return same >= 8 ? 8 : same >= 4 ? 4 : same >= 2 ? 2 : 1;
-}
+// A stream over steps; of a base that is null, the same zeros at each step, and of an output that is null, the same memory.
+struct Stream {
+  char* at;
+  std::int64_t step;  // bytes
 
-// Accumulates G models of storage type M over the whole packs of a tile. from: what is subtracted, b or zeros.
-template <class T, class M, class Accumulator, int G>
-void accumulate(const char* const* x, const typename Pack<T>::N* from, Accumulator* accumulators, int packs, bool first,
-                const Ahead& ahead) {
-  constexpr int bytes = Pack<T>::lanes * sizeof(typename M::Bits);
-  const char* operands[G];
-  for (int k = 0; k < G; ++k) operands[k] = x[k];
-  for (int at = 0; at < packs; at += kPacks) {
-    ahead.prefetch(at * Pack<T>::lanes);
-    Accumulator s[kPacks];
-    typename Pack<T>::N b[kPacks];
-    for (int j = 0; j < kPacks; ++j) {
-      b[j] = from[at + j];
-      if (!first) s[j] = accumulators[at + j];
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < G; ++k)
-#pragma GCC unroll 2
-      for (int j = 0; j < kPacks; ++j) s[j].accumulate(load<M, T>(operands[k] + (at + j) * bytes) - b[j]);
-    for (int j = 0; j < kPacks; ++j) accumulators[at + j] = s[j];
-  }
-}
+  NEGMERGE_INLINE char* operator[](int i) const { return at + i * step; }
+};
 
-template <class T, class Accumulator, int G>
-void accumulate(Dtype dtype, const char* const* x, const typename Pack<T>::N* from, Accumulator* accumulators, int packs,
-                bool first, const Ahead& ahead) {
-  switch (dtype) {
-    case kF64:
-      if constexpr (sizeof(T) == 8) accumulate<T, F64, Accumulator, G>(x, from, accumulators, packs, first, ahead);
-      break;
-    case kF32: accumulate<T, F32, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
-    case kF16: accumulate<T, F16, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
-    case kBF16: accumulate<T, BF16, Accumulator, G>(x, from, accumulators, packs, first, ahead); break;
-  }
-}
+// One group of models over the steps of a tile.
+template <class Accumulator>
+struct Pass {
+  const char* x[kGroup];
+  int count;
+  Stream from, base, out;     // from: what d_k subtracts
+  Accumulator* accumulators;  // of all packs, between groups
+  bool first, last, past_cache;
+  Ahead ahead;
+};
 
-// Rounds the whole packs of a base to storage type M.
-template <class T, class M>
-__attribute__((noinline)) const typename Pack<T>::N* rounded(const typename Pack<T>::N* b, typename Pack<T>::N* to, int packs) {
-  using P = Pack<T>;
-  for (int at = 0; at < packs; ++at) {
-    const auto x = convert<typename P::template Of<typename M::Float>>(b[at]);
-#ifdef __F16C__
-    if constexpr (sizeof x == 32 && M::kHalf) {
-      to[at] = (typename P::N)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-      continue;
-    }
-#endif
-    to[at] = convert<typename P::N>(as_stored<M, typename P::template Of<typename M::Word>>(x));
-  }
-  return to;
-}
-
-// What d_k of models of a type subtracts: b, or b rounded where the type does not hold every value of the base's, S.
-template <class T, class S>
-const typename Pack<T>::N* origin(Dtype dtype, const typename Pack<T>::N* b, typename Pack<T>::N* to, int packs) {
-  if (holds<S>(dtype)) return b;
-  return dtype == kF32 ? rounded<T, F32>(b, to, packs) : dtype == kF16 ? rounded<T, F16>(b, to, packs) : rounded<T, BF16>(b, to, packs);
-}
-
-// Finishes packs of a tile from `at` on: from accumulators to stored bits. Returns where it stopped: at the end, or at a step in
-// which anything may not be finite. No call is in this loop, so that the counts stay in registers.
-template <class T, class S, template <class, class> class Accumulator>
-NEGMERGE_INLINE int finish_sure_packs(const Constants<T>& constants, char* out, bool past, const typename Pack<T>::N* b,
-                                      const Accumulator<T, typename Pack<T>::N>* accumulators, int at, int packs,
-                                      const char* ahead, Counts& counts) {
+// Accumulates a group of G models, or pass.count if G is 0, of storage type M over steps of a tile; the last group also finishes
+// and stores them. kAlone: there is no other group. Returns where it stopped: at the end, or at a step in which anything may not be finite. No call is in this
+// loop, so that all values of a step stay in registers.
+template <class T, class S, class M, bool kSame, class Accumulator, int G, bool kAlone>
+__attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const Constants<T>& constants, int at, int steps,
+                                          Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
   using F = typename P::template Of<typename S::Float>;
-  constexpr int bytes = P::lanes * sizeof(typename S::Bits);
+  constexpr std::int64_t bytes = P::step * sizeof(typename M::Bits);
+  const char* x[kGroup];
+  for (int k = 0; k < (G ? G : pass.count); ++k) x[k] = pass.x[k];
+  const char *from = pass.from[at], *base = pass.base[at];
+  char* out = pass.out[at];
+  const std::int64_t from_step = pass.from.step, base_step = pass.base.step, out_step = pass.out.step;
+  const bool first = kAlone || pass.first, last = kAlone || pass.last;
   typename P::Mask agreed{}, vetoed{};
-  for (; at < packs; at += kPacks) {
-    if (NEGMERGE_PREFETCH && at * bytes % kLine == 0) __builtin_prefetch(ahead + at * bytes, 0, 2);
+  for (; at < steps; ++at, from += from_step, base += base_step, out += out_step) {
+    if (!kAlone) pass.ahead.prefetch(at * P::step);
+    const std::int64_t offset = at * bytes;
+    Accumulator s[kPacks];
+    N minus[kPacks];
+    for (int j = 0; j < kPacks; ++j) minus[j] = N{} - origin<T, S, M, kSame>(from, j);
+    const auto d = [&](int k, int j) { return load<M, T, kSame>(x[k] + offset, j) + minus[j]; };
+    for (int j = 0; j < kPacks; ++j) {
+      if (first) s[j].start(d(0, j));
+      else (s[j] = pass.accumulators[at * kPacks + j]).accumulate(d(0, j));
+    }
+    if constexpr (G) {
+#pragma GCC unroll 8
+      for (int k = 1; k < G; ++k)
+        for (int j = 0; j < kPacks; ++j) s[j].accumulate(d(k, j));
+    } else {
+#pragma GCC unroll 1
+      for (int k = 1; k < pass.count; ++k)
+        for (int j = 0; j < kPacks; ++j) s[j].accumulate(d(k, j));
+    }
+    if (!last) {
+      for (int j = 0; j < kPacks; ++j) pass.accumulators[at * kPacks + j] = s[j];
+      continue;
+    }
     typename P::Mask agree[kPacks], veto[kPacks], sure = N{} == N{};
     F result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
-      const Accumulator<T, N>& s = accumulators[at + j];
-      const N merged = negated(b[at + j], s, constants);
-      agree[j] = s.agree(constants);
-      veto[j] = s.vetoed_by_zero(constants);
-      result[j] = convert<F>(agree[j] ? merged : b[at + j]);
-      sure &= convert<typename P::Mask>(in_range<S>(s.kResultTells ? convert<F>(merged) : result[j]));
-      if (!s.kResultTells) sure &= magnitude(s.sum) < N{} + s.kInf;
+      const N b = load<S, T, kSame>(base, j), merged = negated(b, s[j], constants);
+      agree[j] = s[j].agree(constants);
+      veto[j] = s[j].vetoed_by_zero(constants);
+      result[j] = convert<F>(agree[j] ? merged : b);
+      sure &= convert<typename P::Mask>(in_range<S>(s[j].kResultTells ? convert<F>(merged) : result[j]));
+      if (!s[j].kResultTells) sure &= magnitude(s[j].sum) < N{} + s[j].kInf;
     }
     if (__builtin_expect(!all(sure), 0)) break;
     for (int j = 0; j < kPacks; ++j) {
       agreed -= agree[j];
       vetoed -= veto[j];
-      if (out) store<S>(out + (at + j) * bytes, result[j], past);
     }
+    store_step<S, kSame>(out, result, pass.past_cache);
   }
   for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane], counts.vetoed += vetoed[lane];
   return at;
 }
 
-// Finishes the whole packs of a tile. A step in which anything may not be finite is merged again, element by element.
-template <class T, class S, template <class, class> class Accumulator>
-void finish_packs(const KernelArgs<T>& args, const Tile& tile, const typename Pack<T>::N* b,
-                  const Accumulator<T, typename Pack<T>::N>* accumulators, int packs, const char* ahead, Counts& counts) {
-  constexpr int lanes = Pack<T>::lanes;
-  char* out = tile.out(args.batch);
-  const bool past = past_cache<S, T>(out, tile.base(args.batch));
-  for (int at = 0; at < packs; at += kPacks) {
-    at = finish_sure_packs<T, S, Accumulator>(args.constants, out, past, b, accumulators, at, packs, ahead, counts);
-    if (at < packs) merge_each<T, S, Accumulator>(args, tile, at * lanes, (at + kPacks) * lanes, counts);
+template <class T, class Accumulator>
+using MergeSteps = int (*)(const Pass<Accumulator>&, const Constants<T>&, int, int, Counts&);
+
+// The loop for a group of models of one type, which is the base's if kSame.
+template <class T, class S, bool kSame, class Accumulator, bool kAlone>
+MergeSteps<T, Accumulator> steps_of(Dtype dtype, int group) {
+  if constexpr (kSame && Accumulator::kResultTells) {
+    static constexpr MergeSteps<T, Accumulator> of[] = {
+        merge_steps<T, S, S, true, Accumulator, 1, kAlone>, merge_steps<T, S, S, true, Accumulator, 2, kAlone>,
+        merge_steps<T, S, S, true, Accumulator, 3, kAlone>, merge_steps<T, S, S, true, Accumulator, 4, kAlone>,
+        merge_steps<T, S, S, true, Accumulator, 5, kAlone>, merge_steps<T, S, S, true, Accumulator, 6, kAlone>,
+        merge_steps<T, S, S, true, Accumulator, 7, kAlone>, merge_steps<T, S, S, true, Accumulator, 8, kAlone>};
+    return of[group - 1];
+  } else if constexpr (kSame) {
+    return merge_steps<T, S, S, true, Accumulator, 0, false>;
+  } else {
+    if constexpr (sizeof(T) == 8)
+      if (dtype == kF64) return merge_steps<T, S, F64, false, Accumulator, 0, false>;
+    if (dtype == kF32) return merge_steps<T, S, F32, false, Accumulator, 0, false>;
+    if (dtype == kF16) return merge_steps<T, S, F16, false, Accumulator, 0, false>;
+    return merge_steps<T, S, BF16, false, Accumulator, 0, false>;
   }
 }
 
-// The operands of the group from model k on, in a tile.
-Ahead ahead_of(const Batch& batch, const Tile& tile, std::int64_t k) {
-  Ahead ahead;
-  if (!tile.row) return ahead;
-  ahead.count = group_at(batch, k);
-  ahead.size = kSizes[batch.dtypes[k]];
-  for (int i = 0; i < ahead.count; ++i) ahead.operands[i] = tile.model(batch, k + i);
-  return ahead;
+// The size of the group from model k on: models of one storage type.
+int group_at(const Batch& batch, std::int64_t k) {
+  int same = 1;
+  while (same < kGroup && k + same < batch.n && batch.dtypes[k + same] == batch.dtypes[k]) ++same;
+  return same;
 }
 
-template <class T, class S, template <class, class> class Accumulator>
-void merge_tile(const KernelArgs<T>& args, const Tile& tile, const Tile& next, Counts& counts) {
-  using P = Pack<T>;
-  using N = typename P::N;
-  alignas(64) N b[P::tile / P::lanes];
-  alignas(64) Unwritten<Accumulator<T, N>, P::tile / P::lanes> accumulators;
-  const Batch& batch = args.batch;
-  const int packs = tile.count / P::step * kPacks;
-  const char* base = tile.base(batch) ? tile.base(batch) : kZeros;
-  for (int at = 0; at < packs; ++at) b[at] = load<S, T>(base + at * P::lanes * sizeof(typename S::Bits));
-  const N* from = batch.task_vectors ? reinterpret_cast<const N*>(kZeros) : b;
-  for (std::int64_t k = 0, group; k < batch.n; k += group) {
-    group = group_at(batch, k);
-    const char* x[kGroup];
-    for (int i = 0; i < group; ++i) x[i] = tile.model(batch, k + i);
-    const bool last = k + group == batch.n;
-    const Ahead ahead = last ? ahead_of(batch, next, 0) : ahead_of(batch, tile, k + group);
-    const Dtype dtype = batch.dtypes[k];
-    if (args.rounded && (k == 0 || dtype != batch.dtypes[k - 1])) from = origin<T, S>(dtype, b, args.rounded, packs);
-    switch (group) {
-      case 8: accumulate<T, Accumulator<T, N>, 8>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
-      case 4: accumulate<T, Accumulator<T, N>, 4>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
-      case 2: accumulate<T, Accumulator<T, N>, 2>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
-      default: accumulate<T, Accumulator<T, N>, 1>(dtype, x, from, accumulators.each, packs, k == 0, ahead); break;
-    }
-  }
-  const char* next_base = next.row && next.base(batch) ? next.base(batch) : base;
-  finish_packs<T, S, Accumulator>(args, tile, b, accumulators.each, packs, next_base, counts);
-  if (const int whole = packs * P::lanes; whole < tile.count) merge_each<T, S, Accumulator>(args, tile, whole, tile.count, counts);
-}
-
-// The tile at a position, which moves behind it.
+// Whether packs of integers as wide as T are compared as fast as those of T.
+#if defined(__AVX512F__)
 template <class T>
-Tile tile_at(const Batch& batch, Position& position, std::int64_t& elements) {
-  while (position.segment < batch.segments && position.start == batch.row(position.segment)[0])
-    position = {position.segment + 1, 0};
-  if (!elements || position.segment == batch.segments) return {};
-  const std::int64_t* row = batch.row(position.segment);
-  std::int64_t count = row[0] - position.start;
-  if (count > Pack<T>::tile) count = Pack<T>::tile;
-  if (count > elements) count = elements;
-  const Tile tile{row, position.segment, position.start, static_cast<int>(count)};
-  position.start += count;
-  elements -= count;
-  return tile;
-}
-
-template <class T, class S, template <class, class> class Accumulator>
-void merge_range(const Batch& batch, Position position, std::int64_t elements) {
-  const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required),
-                               static_cast<T>(batch.n - batch.required)};
-  alignas(64) typename Pack<T>::N rounded[Pack<T>::tile / Pack<T>::lanes];
-  const KernelArgs<T> args{batch, constants, rounds_base<S>(batch) ? rounded : nullptr};
-  Counts counts;
-  for (Tile tile = tile_at<T>(batch, position, elements); tile.row;) {
-    const Tile next = tile_at<T>(batch, position, elements);
-    merge_tile<T, S, Accumulator>(args, tile, next, counts);
-    if (next.row != tile.row) counts.flush(batch.counts + kCounted * tile.segment);
-    tile = next;
-  }
-#ifdef __AVX2__
-  _mm_sfence();  // what was stored past the cache is visible to the thread that waits for this one
+constexpr bool kIntegersAreFast = true;
+#elif defined(__SSE4_1__) || !defined(__SSE2__)
+template <class T>
+constexpr bool kIntegersAreFast = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool kIntegersAreFast = false;
 #endif
-}
+template <class T, class N>
+using OfPacks = OneSign<T, N, std::conditional_t<kIntegersAreFast<T>, typename Pack<T>::Mask, N>>;
+
+// Merges a range of a batch. kSame: the models are stored as the base is, S.
+template <class T, class S, bool kSame, template <class, class> class Rule>
+class Range {
+ public:
+  Range(const Batch& batch, Position position, std::int64_t elements, bool past_cache)
+      : batch_(batch), constants_{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required),
+                                  static_cast<T>(batch.n - batch.required)},
+        position_(position), elements_(elements), tile_(group_at(batch, 0) == batch.n ? kLongTile : P::tile),
+        past_cache_(NEGMERGE_PAST_CACHE && past_cache) {}
+
+  void merge() {
+    std::int64_t begin = position_.start;  // of this range, in the tile's segment
+    for (Tile tile = next_tile(); tile.row;) {
+      const Tile next = next_tile();
+      merge_tile(tile, next);
+      if (next.row != tile.row) {
+        counts_.flush(batch_.counts + kCounted * tile.segment, begin || tile.start + tile.count < tile.row[0]);
+        begin = 0;
+      }
+      tile = next;
+    }
+#ifdef __AVX2__
+    _mm_sfence();  // what was stored past the cache is visible to the thread that waits for this one
+#endif
+  }
+
+ private:
+  using P = Pack<T>;
+  using Accumulator = Rule<T, typename P::N>;
+  static constexpr int kStepBytes = P::step * 8;  // of the widest type
+
+  // The next tile, if there is one.
+  Tile next_tile() {
+    while (position_.segment < batch_.segments && position_.start == batch_.row(position_.segment)[0])
+      position_ = {position_.segment + 1, 0};
+    if (!elements_ || position_.segment == batch_.segments) return {};
+    const std::int64_t* row = batch_.row(position_.segment);
+    std::int64_t count = row[0] - position_.start;
+    if (count > tile_) count = tile_;
+    if (count > elements_) count = elements_;
+    const Tile tile{row, position_.segment, position_.start, static_cast<int>(count)};
+    position_.start += count;
+    elements_ -= count;
+    return tile;
+  }
+
+  void merge_tile(const Tile& tile, const Tile& next) {
+    const char* base = tile.base(batch_);
+    char* out = tile.out(batch_);
+    const int steps = tile.count / P::step, rest = tile.count % P::step;
+    Pass<Accumulator> pass;
+    pass.base = {const_cast<char*>(base), kBaseStep};
+    pass.out = {out, kBaseStep};
+    pass.past_cache = past_cache_ && out != base && reinterpret_cast<std::uintptr_t>(out) % kPackBytes == 0;
+    if (!base) pass.base = {const_cast<char*>(kZeros), 0};
+    if (!out) pass.out = {unused_, 0}, pass.past_cache = false;
+    const auto operand = [&](std::int64_t k, int) { return tile.model(batch_, k); };
+    merge_groups(pass, tile, next, 0, steps, operand);
+    if (!rest) return;
+    // What is behind the last step, copied to the end of one of zeros, which are vetoed and do not count.
+    const auto copy = [&](const char* from, int size, char* to) { return copied(from, tile.count, rest, size, to); };
+    const auto copied_operand = [&](std::int64_t k, int i) {
+      return copy(tile.model(batch_, k), kSizes[batch_.dtypes[k]], operands_[i]);
+    };
+    if (base) pass.base = {copy(base, sizeof(typename S::Bits), base_), 0};
+    pass.out = {unused_, 0};
+    pass.past_cache = false;
+    if (!merge_groups(pass, tile, {}, steps * P::step, 1, copied_operand)) return;
+    counts_.vetoed -= P::step - rest;
+    const int bytes = rest * sizeof(typename S::Bits);
+    if (out) memcpy(out + steps * kBaseStep, unused_ + kBaseStep - bytes, bytes);
+  }
+
+  // Merges the elements of a tile from `begin` on, a step or several. operand(k, i): those of model k, the i-th of its group. Returns
+  // false if any were merged one by one.
+  template <class Operand>
+  bool merge_groups(Pass<Accumulator>& pass, const Tile& tile, const Tile& next, int begin, int steps, Operand operand) {
+    bool sure = true;
+    pass.from = batch_.task_vectors ? Stream{const_cast<char*>(kZeros), 0} : pass.base;
+    pass.accumulators = accumulators_.each;
+    for (std::int64_t k = 0; k < batch_.n; k += pass.count) {
+      pass.count = group_at(batch_, k);
+      for (int i = 0; i < pass.count; ++i) pass.x[i] = operand(k + i, i);
+      pass.first = k == 0;
+      pass.last = k + pass.count == batch_.n;
+      if (!(pass.first && pass.last)) pass.ahead = pass.last ? ahead_of(next, 0) : ahead_of(tile, k + pass.count);
+      const auto run = pass.first && pass.last ? steps_of<T, S, kSame, Accumulator, true>(batch_.dtypes[k], pass.count)
+                                               : steps_of<T, S, kSame, Accumulator, false>(batch_.dtypes[k], pass.count);
+      for (int at = 0; (at = run(pass, constants_, at, steps, counts_)) < steps; ++at) {
+        const int from = begin + at * P::step;
+        merge_each<T, S, Rule>(batch_, constants_, tile, from, from + P::step < tile.count ? from + P::step : tile.count, counts_);
+        sure = false;
+      }
+    }
+    return sure;
+  }
+
+  // The last `rest` of `count` elements, copied to the end of a step of zeros.
+  static char* copied(const char* from, int count, int rest, int size, char* to) {
+    memset(to, 0, P::step * size);
+    memcpy(to + (P::step - rest) * size, from + static_cast<std::int64_t>(count - rest) * size, rest * size);
+    return to;
+  }
+
+  // The operands of the group from model k on, in a tile.
+  Ahead ahead_of(const Tile& tile, std::int64_t k) const {
+    Ahead ahead;
+    if (!tile.row) return ahead;
+    ahead.count = group_at(batch_, k);
+    ahead.size = kSizes[batch_.dtypes[k]];
+    for (int i = 0; i < ahead.count; ++i) ahead.operands[i] = tile.model(batch_, k + i);
+    return ahead;
+  }
+
+  // Not constructed: the first group writes what later ones read, and constructing them would take half as long as a tile.
+  union Unwritten {
+    Unwritten() {}
+    Accumulator each[P::tile / P::lanes];
+  };
+
+  static constexpr std::int64_t kBaseStep = P::step * sizeof(typename S::Bits);
+  alignas(64) static constexpr char kZeros[kStepBytes] = {};
+  const Batch& batch_;
+  const Constants<T> constants_;
+  Position position_;
+  std::int64_t elements_;
+  const int tile_;
+  const bool past_cache_;
+  Counts counts_;
+  alignas(64) char unused_[kStepBytes], base_[kStepBytes], operands_[kGroup][kStepBytes];
+  alignas(64) Unwritten accumulators_;
+};
 
 template <class T, class S>
-void merge_range(const Batch& batch, Position from, std::int64_t elements) {
-  if (batch.required == batch.n) merge_range<T, S, Unanimous>(batch, from, elements);
-  else merge_range<T, S, Majority>(batch, from, elements);
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool past_cache) {
+  bool same = true;
+  for (std::int64_t k = 0; k < batch.n; ++k) same &= batch.dtypes[k] == batch.result;
+  const bool unanimous = batch.required == batch.n;
+  if constexpr (sizeof(T) == sizeof(typename S::Float)) {
+    if (same && unanimous) return Range<T, S, true, OfPacks>(batch, from, elements, past_cache).merge();
+    if (same) return Range<T, S, true, Majority>(batch, from, elements, past_cache).merge();
+  }
+  if (unanimous) Range<T, S, false, OfPacks>(batch, from, elements, past_cache).merge();
+  else Range<T, S, false, Majority>(batch, from, elements, past_cache).merge();
 }
 
 template <class T>
-void merge_range(const Batch& batch, Position from, std::int64_t elements) {
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool past_cache) {
   switch (batch.result) {
     case kF64:
-      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements);
+      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements, past_cache);
       break;
-    case kF32: merge_range<T, F32>(batch, from, elements); break;
-    case kF16: merge_range<T, F16>(batch, from, elements); break;
-    case kBF16: merge_range<T, BF16>(batch, from, elements); break;
+    case kF32: merge_range<T, F32>(batch, from, elements, past_cache); break;
+    case kF16: merge_range<T, F16>(batch, from, elements, past_cache); break;
+    case kBF16: merge_range<T, BF16>(batch, from, elements, past_cache); break;
   }
 }
 
 }  // namespace
 
-void NEGMERGE_LOOP(const Batch& batch, Position from, std::int64_t elements) {
-  is_double(batch) ? merge_range<double>(batch, from, elements) : merge_range<float>(batch, from, elements);
+void NEGMERGE_LOOP(const Batch& batch, Position from, std::int64_t elements, bool past_cache) {
+  is_double(batch) ? merge_range<double>(batch, from, elements, past_cache) : merge_range<float>(batch, from, elements, past_cache);
 }
 
 }  // namespace negmerge

@@ -10,7 +10,8 @@ struct Position {
   std::int64_t segment, start;
 };
 
-// Merges `elements` elements from a position on, across segments, and adds to the batch's counts.
-using Loop = void (*)(const Batch& batch, Position from, std::int64_t elements);
+// Merges `elements` elements from a position on, across segments, and adds to the batch's counts. past_cache: an output apart from
+// the base need not be in a cache afterwards; through the cache, its old bytes would be read first.
+using Loop = void (*)(const Batch& batch, Position from, std::int64_t elements, bool past_cache);
 
 }  // namespace negmerge

@@ -47,6 +47,7 @@ NEGMERGE_INLINE N greater(N x, N known) {
 template <class T, class N>
 struct Unanimous {
   static constexpr T kInf = T(__builtin_huge_val());
+  using OfOne = Unanimous<T, T>;  // the accumulator of a single element
   // If the result is finite, so are the sum, b and every d_k: a quick test with false alarms.
   static constexpr bool kResultTells = true;
   N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
@@ -55,6 +56,10 @@ struct Unanimous {
     sum = sum + d;
     least = lesser(d, least);
     greatest = greater(d, greatest);
+  }
+  NEGMERGE_INLINE void start(N d) {
+    *this = {};
+    accumulate(d);
   }
   NEGMERGE_INLINE auto finite() const { return (sum == sum) & (least > N{} - kInf) & (greatest < N{} + kInf); }
   // Above zero if all d_k have one sign, zero if some are zero and the others have one sign, below zero otherwise.
@@ -69,6 +74,7 @@ struct Unanimous {
 template <class T, class N>
 struct Majority : Unanimous<T, N> {
   static constexpr bool kResultTells = false;
+  using OfOne = Majority<T, T>;
   N positive = N{}, negative = N{}, n_positive = N{}, n_negative = N{};
 
   NEGMERGE_INLINE void accumulate(N d) {
@@ -79,6 +85,10 @@ struct Majority : Unanimous<T, N> {
     negative = negative + (d < zero ? d : zero);
     n_positive = n_positive + (d > zero ? one : zero);
     n_negative = n_negative + (d < zero ? one : zero);
+  }
+  NEGMERGE_INLINE void start(N d) {
+    *this = {};
+    accumulate(d);
   }
   NEGMERGE_INLINE auto agree(const Constants<T>& c) const {
     return (n_positive >= N{} + c.required) | (n_negative >= N{} + c.required);
@@ -93,11 +103,36 @@ struct Majority : Unanimous<T, N> {
   }
 };
 
+// Unanimous for packs whose results are finite, and for d_k that are never -0. As integers, the bits of such numbers have the same
+// signs, and more units of a processor compare those: least and greatest are of the bits where `Ordered` is an integer.
+template <class T, class N, class Ordered>
+struct OneSign {
+  static constexpr bool kResultTells = true;
+  static constexpr T kInf = Unanimous<T, N>::kInf;
+  using OfOne = Unanimous<T, T>;
+  N sum;
+  Ordered least, greatest;
+
+  NEGMERGE_INLINE void start(N d) {
+    sum = d;
+    least = greatest = (Ordered)d;
+  }
+  NEGMERGE_INLINE void accumulate(N d) {
+    sum = sum + d;
+    least = lesser((Ordered)d, least);
+    greatest = greater((Ordered)d, greatest);
+  }
+  // As Unanimous says.
+  NEGMERGE_INLINE Ordered unity() const { return greater(-greatest, least); }
+  NEGMERGE_INLINE auto agree(const Constants<T>&) const { return unity() > Ordered{}; }
+  NEGMERGE_INLINE auto vetoed_by_zero(const Constants<T>&) const { return unity() == Ordered{}; }
+  NEGMERGE_INLINE N mean(const Constants<T>& c) const { return sum / c.n; }
+};
+
 // The result where the models agree, before it is rounded to storage.
 template <class T, class N>
 NEGMERGE_INLINE N negated_mean(N b, N mean, const Constants<T>& c) {
-  const N t = c.scale * -mean;
-  return b + t;
+  return b - c.scale * mean;  // the bits of b + λ · (-mean)
 }
 template <class T, class N, class Accumulator>
 NEGMERGE_INLINE N negated(N b, const Accumulator& accumulator, const Constants<T>& c) {
