@@ -74,6 +74,7 @@ baselines: $(VENV)/.test
 tune: $(VENV)/.test
 	$(BIN)/python bench/tuning/reference.py
 	$(BIN)/python bench/tuning/loop.py
+	$(BIN)/python bench/tuning/plain_loop.py
 	$(BIN)/python bench/tuning/threads.py
 	$(BIN)/python bench/tuning/chunk_sizes.py
 	$(BIN)/python bench/tuning/reads.py

@@ -20,6 +20,7 @@ namespace negmerge {
 void merge_loop_baseline(const Batch&, Position, std::int64_t, bool);
 #ifdef __x86_64__
 void merge_loop_avx2(const Batch&, Position, std::int64_t, bool);
+void merge_loop_avx512(const Batch&, Position, std::int64_t, bool);
 #endif
 
 namespace {
@@ -34,10 +35,15 @@ namespace {
 #ifndef NEGMERGE_BYTES_PER_THREAD
 #define NEGMERGE_BYTES_PER_THREAD (1 << 21)
 #endif
+#ifndef NEGMERGE_IN_CACHE
+#define NEGMERGE_IN_CACHE (1 << 20)
+#endif
 // Elements of a chunk: enough that taking one costs nothing to speak of, few enough that threads end together.
 constexpr std::int64_t kMaxAtOnce = NEGMERGE_MAX_AT_ONCE, kMinAtOnce = NEGMERGE_MIN_AT_ONCE;
 // With fewer bytes for each thread, fewer threads are faster: starting one takes as long.
 constexpr std::int64_t kBytesPerThread = NEGMERGE_BYTES_PER_THREAD;
+// What is probably in a cache: an output of a batch so small is soon read again.
+constexpr std::int64_t kInCache = NEGMERGE_IN_CACHE;
 constexpr int kMaxThreads = 1024;
 
 struct NamedLoop {
@@ -58,7 +64,11 @@ const std::vector<NamedLoop>& loops() {
   static const std::vector<NamedLoop> found = [] {
     std::vector<NamedLoop> loops;
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx2") && has_f16c()) loops.push_back({"avx2", merge_loop_avx2});
+    const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      loops.push_back({"avx512", merge_loop_avx512});
+    if (avx2) loops.push_back({"avx2", merge_loop_avx2});
 #endif
     loops.push_back({"baseline", merge_loop_baseline});
     return loops;
@@ -77,12 +87,12 @@ class Partition {
 
   std::int64_t elements() const { return ends_.empty() ? 0 : ends_.back(); }
 
-  void process(Loop loop) {
+  void process(Loop loop, bool in_cache) {
     const PlainArithmetic plain;
     for (std::int64_t at; (at = next_.fetch_add(chunk_, std::memory_order_relaxed)) < elements();) {
       const std::int64_t segment = std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin();
       const std::int64_t start = at - (segment ? ends_[segment - 1] : 0);
-      loop(batch_, {segment, start}, std::min(chunk_, elements() - at), true);
+      loop(batch_, {segment, start}, std::min(chunk_, elements() - at), in_cache);
     }
   }
 
@@ -120,15 +130,16 @@ void merge_cpu(const Batch& batch, int threads, const std::string& instruction_s
 
   threads = std::clamp(threads, 1, kMaxThreads);
   Partition partition(batch, threads);
-  const std::int64_t worth = partition.elements() * bytes_per_element(batch) / kBytesPerThread;
-  const std::int64_t wanted = std::min<std::int64_t>(threads, worth);
+  const std::int64_t bytes = partition.elements() * bytes_per_element(batch);
+  const std::int64_t wanted = std::min<std::int64_t>(threads, bytes / kBytesPerThread);
+  const bool in_cache = bytes <= kInCache;
   std::vector<std::thread> helpers;
   try {
-    for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { partition.process(loop); });
+    for (std::int64_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { partition.process(loop, in_cache); });
   } catch (const std::exception&) {
     // The system has no more threads or no memory for them: fewer threads merge the batch.
   }
-  partition.process(loop);
+  partition.process(loop, in_cache);
   for (std::thread& helper : helpers) helper.join();
 }
 

@@ -16,6 +16,11 @@
 #include <immintrin.h>
 #endif
 
+// The compiler's rearrangements would have all differences of a step alive at once, more than there are registers.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-reassoc", "no-tree-ter")
+#endif
+
 // Code for one instruction set must never be linked in place of the same code for another, so that only the loop itself has
 // external linkage.
 namespace negmerge {
@@ -45,7 +50,8 @@ constexpr int kPackBytes = 32;
 constexpr int kPackBytes = 16;
 #endif
 constexpr int kLine = 64;
-constexpr int kPacks = 2;  // of a step
+constexpr int kPacks = 2;                           // of a step
+constexpr int kStepBytes = kPacks * kPackBytes;     // of a step of the arithmetic type
 
 template <class E, int lanes>
 struct Vector {
@@ -136,7 +142,8 @@ NEGMERGE_INLINE typename Pack<T>::N load(const char* step, int j) {
   using Bits = typename P::template Of<typename M::Bits>;
   if constexpr (kEvenAndOdd<M, kSame>) {
     const Word both = read<Word>(step);
-    return M::template widen<F>(j ? both >> 16 : both & 0xffffu);
+    if constexpr (!M::kHalf) return bits_as<F>(j ? both & 0xffff0000u : both << 16);
+    else return M::template widen<F>(j ? both >> 16 : both & 0xffffu);
   } else return convert<typename P::N>(load_floats<M, F, Word, Bits>(step + j * sizeof(Bits)));
 }
 
@@ -178,18 +185,53 @@ NEGMERGE_INLINE void store_step(char* to, const F (&x)[kPacks], bool past_cache)
   }
 }
 
+// Whether all lanes of a pack of integers are negative.
 template <class Mask>
-NEGMERGE_INLINE bool all(Mask mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask) == -1;
-#elif defined(__SSE2__)
-  return _mm_movemask_epi8((__m128i)mask) == 0xffff;
-#else
-  const auto halves = bits_as<Vector<std::int64_t, 2>::type>(mask);
-  return (halves[0] & halves[1]) == -1;
+NEGMERGE_INLINE bool all_negative(Mask x) {
+  constexpr bool wide = sizeof(x[0]) == 8;
+#ifdef __AVX512F__
+  if constexpr (sizeof x == 64)
+    return wide ? _mm512_movepi64_mask((__m512i)x) == 0xff : _mm512_movepi32_mask((__m512i)x) == 0xffff;
 #endif
+#ifdef __AVX2__
+  if constexpr (sizeof x == 32) return wide ? _mm256_movemask_pd((__m256d)x) == 0xf : _mm256_movemask_ps((__m256)x) == 0xff;
+#endif
+  std::uint64_t parts[sizeof x / 8], signs = wide ? 1ull << 63 : (1ull << 63 | 1ull << 31);
+  memcpy(parts, &x, sizeof x);
+  std::uint64_t found = signs;
+  for (const std::uint64_t part : parts) found &= part;
+  return found == signs;
+}
+
+// Whether packs of integers as wide as T are compared as fast as those of T.
+#if defined(__AVX512F__)
+template <class T>
+constexpr bool kIntegersAreFast = true;
+#elif defined(__SSE4_1__) || !defined(__SSE2__)
+template <class T>
+constexpr bool kIntegersAreFast = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool kIntegersAreFast = false;
+#endif
+template <class T, class N>
+using OfPacks = OneSign<T, N, std::conditional_t<kIntegersAreFast<T>, typename Pack<T>::Mask, N>>;
+
+// in_range for the packs of a step. As integers, magnitudes have the same order, and NaN is the greatest.
+template <class S, class F>
+NEGMERGE_INLINE bool all_in_range(const F (&x)[kPacks]) {
+  using Mask = decltype(x[0] < x[0]);
+  static_assert(kPacks == 2, "both at once");
+  if constexpr (kIntegersAreFast<typename S::Float>)
+    return all_negative(greater((Mask)magnitude(x[0]), (Mask)magnitude(x[1])) - (Mask)(F{} + S::kOverflow));
+  else return all_negative(in_range<S>(x[0]) & in_range<S>(x[1]));
+}
+
+// Whether all of a step is finite, the results in storage too, where the models agree. False alarms are allowed.
+template <class S, class Accumulator, class F>
+NEGMERGE_INLINE bool all_sure(const Accumulator (&s)[kPacks], const F (&merged)[kPacks], const F (&result)[kPacks]) {
+  if constexpr (Accumulator::kResultTells) return all_in_range<S>(merged);
+  else return all_in_range<S>(result) && all_negative((s[0].finite() & s[1].finite()));
 }
 
 // b as d_k of a model of type M takes it, where M does not hold every value of the base's type.
@@ -248,7 +290,7 @@ struct Tile {
 };
 
 // Merges elements begin … end of a tile one by one: those that may not be finite.
-template <class T, class S, template <class, class> class Accumulator>
+template <class T, class S, class Accumulator>
 __attribute__((noinline)) void merge_each(const Batch& batch, const Constants<T>& constants, const Tile& tile, int begin, int end,
                                           Counts& counts) {
   using Bits = typename S::Bits;
@@ -257,7 +299,7 @@ __attribute__((noinline)) void merge_each(const Batch& batch, const Constants<T>
   for (int i = begin; i < end; ++i) {
     const Bits bits = base ? read<Bits>(base + i * sizeof(Bits)) : Bits{};
     const T b = static_cast<T>(S::template widen<typename S::Float>(static_cast<typename S::Word>(bits)));
-    typename Accumulator<T, typename Pack<T>::N>::OfOne accumulator;
+    typename Accumulator::OfOne accumulator;
     for (std::int64_t k = 0; k < batch.n; ++k) {
       const T x = load_one<T>(batch.dtypes[k], tile.model(batch, k) + i * kSizes[batch.dtypes[k]]);
       const T from = holds<S>(batch.dtypes[k]) ? b : rounded_one(batch.dtypes[k], b);
@@ -279,7 +321,7 @@ struct Ahead {
 
   NEGMERGE_INLINE void prefetch(std::int64_t element) const {
     const std::int64_t offset = element * size;
-    if (!NEGMERGE_PREFETCH || !count || offset % kLine) return;
+    if (!count || offset % kLine) return;
 #pragma GCC unroll 1
     for (int k = 0; k < count; ++k) __builtin_prefetch(operands[k] + offset, 0, 2);
   }
@@ -292,6 +334,18 @@ struct Stream {
 
   NEGMERGE_INLINE char* operator[](int i) const { return at + i * step; }
 };
+
+// A base of zeros.
+alignas(64) constexpr char kZeros[kStepBytes] = {};
+
+// Bytes that clear what they are and-ed with, then as many that keep it.
+struct Keep {
+  char bytes[2 * kStepBytes] = {};
+  constexpr Keep() {
+    for (int i = kStepBytes; i < 2 * kStepBytes; ++i) bytes[i] = static_cast<char>(0xff);
+  }
+};
+constexpr Keep kKeep;
 
 // One group of models over the steps of a tile.
 template <class Accumulator>
@@ -345,17 +399,17 @@ __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const C
       for (int j = 0; j < kPacks; ++j) pass.accumulators[at * kPacks + j] = s[j];
       continue;
     }
-    typename P::Mask agree[kPacks], veto[kPacks], sure = N{} == N{};
-    F result[kPacks];
+    typename P::Mask agree[kPacks], veto[kPacks];
+    F merged[kPacks], result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
-      const N b = load<S, T, kSame>(base, j), merged = negated(b, s[j], constants);
+      const N b = load<S, T, kSame>(base, j);
+      const F kept = convert<F>(b);
+      merged[j] = convert<F>(negated(b, s[j], constants));
       agree[j] = s[j].agree(constants);
       veto[j] = s[j].vetoed_by_zero(constants);
-      result[j] = convert<F>(agree[j] ? merged : b);
-      sure &= convert<typename P::Mask>(in_range<S>(s[j].kResultTells ? convert<F>(merged) : result[j]));
-      if (!s[j].kResultTells) sure &= magnitude(s[j].sum) < N{} + s[j].kInf;
+      result[j] = convert<decltype(F{} < F{})>(agree[j]) ? merged[j] : kept;
     }
-    if (__builtin_expect(!all(sure), 0)) break;
+    if (__builtin_expect(!all_sure<S>(s, merged, result), 0)) break;
     for (int j = 0; j < kPacks; ++j) {
       agreed -= agree[j];
       vetoed -= veto[j];
@@ -390,36 +444,14 @@ MergeSteps<T, Accumulator> steps_of(Dtype dtype, int group) {
   }
 }
 
-// The size of the group from model k on: models of one storage type.
-int group_at(const Batch& batch, std::int64_t k) {
-  int same = 1;
-  while (same < kGroup && k + same < batch.n && batch.dtypes[k + same] == batch.dtypes[k]) ++same;
-  return same;
-}
-
-// Whether packs of integers as wide as T are compared as fast as those of T.
-#if defined(__AVX512F__)
-template <class T>
-constexpr bool kIntegersAreFast = true;
-#elif defined(__SSE4_1__) || !defined(__SSE2__)
-template <class T>
-constexpr bool kIntegersAreFast = sizeof(T) == 4;
-#else
-template <class T>
-constexpr bool kIntegersAreFast = false;
-#endif
-template <class T, class N>
-using OfPacks = OneSign<T, N, std::conditional_t<kIntegersAreFast<T>, typename Pack<T>::Mask, N>>;
-
 // Merges a range of a batch. kSame: the models are stored as the base is, S.
 template <class T, class S, bool kSame, template <class, class> class Rule>
 class Range {
  public:
-  Range(const Batch& batch, Position position, std::int64_t elements, bool past_cache)
+  Range(const Batch& batch, Position position, std::int64_t elements, bool in_cache)
       : batch_(batch), constants_{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required),
                                   static_cast<T>(batch.n - batch.required)},
-        position_(position), elements_(elements), tile_(group_at(batch, 0) == batch.n ? kLongTile : P::tile),
-        past_cache_(NEGMERGE_PAST_CACHE && past_cache) {}
+        position_(position), elements_(elements), tile_(group_at(0) == batch.n ? kLongTile : P::tile), in_cache_(in_cache) {}
 
   void merge() {
     std::int64_t begin = position_.start;  // of this range, in the tile's segment
@@ -440,7 +472,6 @@ class Range {
  private:
   using P = Pack<T>;
   using Accumulator = Rule<T, typename P::N>;
-  static constexpr int kStepBytes = P::step * 8;  // of the widest type
 
   // The next tile, if there is one.
   Tile next_tile() {
@@ -457,61 +488,78 @@ class Range {
     return tile;
   }
 
+  // The size of the group from model k on: models of one storage type.
+  int group_at(std::int64_t k) const {
+    const std::int64_t most = batch_.n - k < kGroup ? batch_.n - k : kGroup;
+    int same = kSame ? most : 1;
+    while (same < most && batch_.dtypes[k + same] == batch_.dtypes[k]) ++same;
+    return same;
+  }
+
   void merge_tile(const Tile& tile, const Tile& next) {
     const char* base = tile.base(batch_);
     char* out = tile.out(batch_);
-    const int steps = tile.count / P::step, rest = tile.count % P::step;
+    const int steps = tile.count / P::step, rest = tile.count % P::step, whole = tile.count - rest;
     Pass<Accumulator> pass;
-    pass.base = {const_cast<char*>(base), kBaseStep};
-    pass.out = {out, kBaseStep};
-    pass.past_cache = past_cache_ && out != base && reinterpret_cast<std::uintptr_t>(out) % kPackBytes == 0;
-    if (!base) pass.base = {const_cast<char*>(kZeros), 0};
-    if (!out) pass.out = {unused_, 0}, pass.past_cache = false;
-    const auto operand = [&](std::int64_t k, int) { return tile.model(batch_, k); };
-    merge_groups(pass, tile, next, 0, steps, operand);
+    pass.past_cache = NEGMERGE_PAST_CACHE && !in_cache_ && out && out != base && reinterpret_cast<std::uintptr_t>(out) % kPackBytes == 0;
+    pass.base = base ? Stream{const_cast<char*>(base), kBaseStep} : Stream{const_cast<char*>(kZeros), 0};
+    pass.out = out ? Stream{out, kBaseStep} : Stream{unused_, 0};
+    if (steps) merge_groups(pass, tile, next, 0, steps);
     if (!rest) return;
-    // What is behind the last step, copied to the end of one of zeros, which are vetoed and do not count.
-    const auto copy = [&](const char* from, int size, char* to) { return copied(from, tile.count, rest, size, to); };
-    const auto copied_operand = [&](std::int64_t k, int i) {
-      return copy(tile.model(batch_, k), kSizes[batch_.dtypes[k]], operands_[i]);
-    };
-    if (base) pass.base = {copy(base, sizeof(typename S::Bits), base_), 0};
-    pass.out = {unused_, 0};
+    // Elements behind the last step are copied to the end of one of zeros. Those are vetoed, and not counted.
     pass.past_cache = false;
-    if (!merge_groups(pass, tile, {}, steps * P::step, 1, copied_operand)) return;
+    if (base) pass.base = {copied(base, sizeof(typename S::Bits), whole, rest, base_), 0};
+    pass.out = {unused_, 0};
+    if (!merge_groups(pass, tile, {}, whole, 1)) return;
     counts_.vetoed -= P::step - rest;
-    const int bytes = rest * sizeof(typename S::Bits);
-    if (out) memcpy(out + steps * kBaseStep, unused_ + kBaseStep - bytes, bytes);
+    const std::int64_t size = sizeof(typename S::Bits);
+    if (out) memcpy(out + whole * size, unused_ + (P::step - rest) * size, rest * size);
   }
 
-  // Merges the elements of a tile from `begin` on, a step or several. operand(k, i): those of model k, the i-th of its group. Returns
-  // false if any were merged one by one.
-  template <class Operand>
-  bool merge_groups(Pass<Accumulator>& pass, const Tile& tile, const Tile& next, int begin, int steps, Operand operand) {
+  // Merges steps of a tile from element `begin` on; if it has not so many elements, they are copied. Returns false if any were
+  // merged one by one.
+  __attribute__((noinline)) bool merge_groups(Pass<Accumulator>& pass, const Tile& tile, const Tile& next, int begin, int steps) {
+    const int elements = tile.count - begin < steps * P::step ? tile.count - begin : steps * P::step;
     bool sure = true;
     pass.from = batch_.task_vectors ? Stream{const_cast<char*>(kZeros), 0} : pass.base;
     pass.accumulators = accumulators_.each;
     for (std::int64_t k = 0; k < batch_.n; k += pass.count) {
-      pass.count = group_at(batch_, k);
-      for (int i = 0; i < pass.count; ++i) pass.x[i] = operand(k + i, i);
+      const Dtype dtype = batch_.dtypes[k];
+      pass.count = group_at(k);
+      for (int i = 0; i < pass.count; ++i) {
+        pass.x[i] = tile.model(batch_, k + i);
+        if (elements < P::step) pass.x[i] = copied(pass.x[i], kSizes[dtype], begin, elements, operands_[i]);
+      }
       pass.first = k == 0;
       pass.last = k + pass.count == batch_.n;
-      if (!(pass.first && pass.last)) pass.ahead = pass.last ? ahead_of(next, 0) : ahead_of(tile, k + pass.count);
-      const auto run = pass.first && pass.last ? steps_of<T, S, kSame, Accumulator, true>(batch_.dtypes[k], pass.count)
-                                               : steps_of<T, S, kSame, Accumulator, false>(batch_.dtypes[k], pass.count);
+      const bool alone = pass.first && pass.last;
+      if (!alone && NEGMERGE_PREFETCH && !in_cache_) pass.ahead = pass.last ? ahead_of(next, 0) : ahead_of(tile, k + pass.count);
+      const auto run = alone ? steps_of<T, S, kSame, Accumulator, true>(dtype, pass.count)
+                             : steps_of<T, S, kSame, Accumulator, false>(dtype, pass.count);
       for (int at = 0; (at = run(pass, constants_, at, steps, counts_)) < steps; ++at) {
-        const int from = begin + at * P::step;
-        merge_each<T, S, Rule>(batch_, constants_, tile, from, from + P::step < tile.count ? from + P::step : tile.count, counts_);
+        const int from = begin + at * P::step, end = from + P::step;
+        merge_each<T, S, Accumulator>(batch_, constants_, tile, from, end < tile.count ? end : tile.count, counts_);
         sure = false;
       }
     }
     return sure;
   }
 
-  // The last `rest` of `count` elements, copied to the end of a step of zeros.
-  static char* copied(const char* from, int count, int rest, int size, char* to) {
-    memset(to, 0, P::step * size);
-    memcpy(to + (P::step - rest) * size, from + static_cast<std::int64_t>(count - rest) * size, rest * size);
+  // The last `rest` elements, those from `begin` on, copied to the end of a step of zeros.
+  static char* copied(const char* from, std::int64_t size, std::int64_t begin, int rest, char* to) {
+    const std::int64_t step = P::step * size, zeros = (P::step - rest) * size;
+    const char* end = from + (begin + rest) * size;
+    if (begin) {
+      // What is before them can be read, too, so that no loop is over a few bytes.
+      const char* keep = kKeep.bytes + kStepBytes - zeros;
+      for (int i = 0; i < step; i += 8) {
+        const auto word = read<std::uint64_t>(end - step + i) & read<std::uint64_t>(keep + i);
+        memcpy(to + i, &word, 8);
+      }
+    } else {
+      memset(to, 0, zeros);
+      memcpy(to + zeros, from, rest * size);
+    }
     return to;
   }
 
@@ -519,7 +567,7 @@ class Range {
   Ahead ahead_of(const Tile& tile, std::int64_t k) const {
     Ahead ahead;
     if (!tile.row) return ahead;
-    ahead.count = group_at(batch_, k);
+    ahead.count = group_at(k);
     ahead.size = kSizes[batch_.dtypes[k]];
     for (int i = 0; i < ahead.count; ++i) ahead.operands[i] = tile.model(batch_, k + i);
     return ahead;
@@ -532,47 +580,46 @@ class Range {
   };
 
   static constexpr std::int64_t kBaseStep = P::step * sizeof(typename S::Bits);
-  alignas(64) static constexpr char kZeros[kStepBytes] = {};
   const Batch& batch_;
   const Constants<T> constants_;
   Position position_;
   std::int64_t elements_;
   const int tile_;
-  const bool past_cache_;
+  const bool in_cache_;
   Counts counts_;
   alignas(64) char unused_[kStepBytes], base_[kStepBytes], operands_[kGroup][kStepBytes];
   alignas(64) Unwritten accumulators_;
 };
 
 template <class T, class S>
-void merge_range(const Batch& batch, Position from, std::int64_t elements, bool past_cache) {
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
   bool same = true;
   for (std::int64_t k = 0; k < batch.n; ++k) same &= batch.dtypes[k] == batch.result;
   const bool unanimous = batch.required == batch.n;
   if constexpr (sizeof(T) == sizeof(typename S::Float)) {
-    if (same && unanimous) return Range<T, S, true, OfPacks>(batch, from, elements, past_cache).merge();
-    if (same) return Range<T, S, true, Majority>(batch, from, elements, past_cache).merge();
+    if (same && unanimous) return Range<T, S, true, OfPacks>(batch, from, elements, in_cache).merge();
+    if (same) return Range<T, S, true, Majority>(batch, from, elements, in_cache).merge();
   }
-  if (unanimous) Range<T, S, false, OfPacks>(batch, from, elements, past_cache).merge();
-  else Range<T, S, false, Majority>(batch, from, elements, past_cache).merge();
+  if (unanimous) Range<T, S, false, OfPacks>(batch, from, elements, in_cache).merge();
+  else Range<T, S, false, Majority>(batch, from, elements, in_cache).merge();
 }
 
 template <class T>
-void merge_range(const Batch& batch, Position from, std::int64_t elements, bool past_cache) {
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
   switch (batch.result) {
     case kF64:
-      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements, past_cache);
+      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements, in_cache);
       break;
-    case kF32: merge_range<T, F32>(batch, from, elements, past_cache); break;
-    case kF16: merge_range<T, F16>(batch, from, elements, past_cache); break;
-    case kBF16: merge_range<T, BF16>(batch, from, elements, past_cache); break;
+    case kF32: merge_range<T, F32>(batch, from, elements, in_cache); break;
+    case kF16: merge_range<T, F16>(batch, from, elements, in_cache); break;
+    case kBF16: merge_range<T, BF16>(batch, from, elements, in_cache); break;
   }
 }
 
 }  // namespace
 
-void NEGMERGE_LOOP(const Batch& batch, Position from, std::int64_t elements, bool past_cache) {
-  is_double(batch) ? merge_range<double>(batch, from, elements, past_cache) : merge_range<float>(batch, from, elements, past_cache);
+void NEGMERGE_LOOP(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
+  is_double(batch) ? merge_range<double>(batch, from, elements, in_cache) : merge_range<float>(batch, from, elements, in_cache);
 }
 
 }  // namespace negmerge

@@ -10,8 +10,9 @@ struct Position {
   std::int64_t segment, start;
 };
 
-// Merges `elements` elements from a position on, across segments, and adds to the batch's counts. past_cache: an output apart from
-// the base need not be in a cache afterwards; through the cache, its old bytes would be read first.
-using Loop = void (*)(const Batch& batch, Position from, std::int64_t elements, bool past_cache);
+// Merges `elements` elements from a position on, across segments, and adds to the batch's counts. in_cache: the batch is so small
+// that it is probably in a cache; else operands are prefetched, and an output apart from the base is stored past the cache, through
+// which its old bytes would be read first.
+using Loop = void (*)(const Batch& batch, Position from, std::int64_t elements, bool in_cache);
 
 }  // namespace negmerge

@@ -69,7 +69,7 @@ int main(int, char** argument) {
     double merging[2];
     for (const bool apart : {true, false}) {
       batch.descriptors = (apart ? row : in_place).data();
-      merging[!apart] = seconds(elements, [&](std::int64_t at, std::int64_t count) { merge_loop(batch, {0, at}, count, true); });
+      merging[!apart] = seconds(elements, [&](std::int64_t at, std::int64_t count) { merge_loop(batch, {0, at}, count, false); });
     }
     std::printf("%.9f %.9f %.9f\n", reading, merging[0], merging[1]);
   }

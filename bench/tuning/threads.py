@@ -34,6 +34,10 @@ MODELS = 8
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 SIZES = {dtype: kind.itemsize for dtype, kind in DTYPES.items()}
 
+# Switches of the compiler, as in csrc/CMakeLists.txt.
+AVX2 = ["-mavx2", "-mf16c"]
+X86 = {"avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]}
+
 # The largest number of elements that a thread takes at once, for batches long enough to be cut into such chunks.
 MAX_AT_ONCE = [1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18]
 # The smallest number, for batches that would otherwise be cut into shorter chunks.
@@ -44,11 +48,11 @@ EVERY_THREAD = "-DNEGMERGE_BYTES_PER_THREAD=1"
 
 def compile_loops(folder: Path) -> list[Path]:
     """Compile merge_loop.cpp for each instruction set, as csrc/CMakeLists.txt does."""
-    avx2 = ["avx2"] if os.uname().machine == "x86_64" else []
+    sets = {"baseline": [], **(X86 if os.uname().machine == "x86_64" else {})}
     commands, objects = [], []
-    for name in ["baseline", *avx2]:
+    for name, switches in sets.items():
         objects.append(folder / f"{name}.o")
-        flags = [*(["-mavx2", "-mf16c"] if name == "avx2" else []), f"-DNEGMERGE_LOOP=merge_loop_{name}"]
+        flags = [*switches, f"-DNEGMERGE_LOOP=merge_loop_{name}"]
         commands.append([*flags, "-c", str(CSRC / "merge_loop.cpp"), "-o", str(objects[-1])])
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_with, commands))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Iterator
 from typing import Any
@@ -211,6 +212,59 @@ def placed(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> Operand:
     return Operand(memory.data_ptr() + offset, SPELLED[tensor.dtype], memory)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("n", range(1, 18))
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_every_group_of_models_and_every_rest_of_elements(
+    case: BackendCase, dtype: str, n: int, in_place: bool
+) -> None:
+    """Kernels take models in groups and elements in packs: segments of 1 to 130 elements leave every rest of both."""
+    lengths = list(range(1, 131, 7 if case in (ON_HOST, INTERPRETED) else 1))
+    base, models = random_models(n, sum(lengths), STORAGE[dtype], [STORAGE[dtype]], seed=n)
+    tensors = [base.clone(), *models] if in_place else [base.clone(), *models, torch.zeros_like(base)]
+    held = [to_device(t, case) for t in tensors]
+    segments, expected, at = [], [], 0
+    for length in lengths:
+        operands = [Operand(t[at:].data_ptr(), dtype, t) for t in held]
+        segments.append(Segment(length, operands[0], operands[1 : n + 1], operands[0 if in_place else -1]))
+        part = slice(at, at + length)
+        expected.append(list(plain_merge(base[part], [model[part] for model in models], 0.9)[1:]))
+        at += length
+    batch = Batch(str(held[0].device), Signature(dtype, (dtype,) * n, False), segments)
+    assert run_batch(case, batch, Rule(0.9)) == expected
+    assert same_bits(held[0 if in_place else -1].cpu(), plain_merge(base, models, 0.9)[0])
+
+
+@pytest.mark.parametrize("inputs", ["finetuned", "task_vectors"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_one_odd_number_at_each_place(case: BackendCase, dtype: str, n: int, inputs: str) -> None:
+    """The base or one model is odd; all others agree, are equal, or disagree."""
+    kind = torch.finfo(STORAGE[dtype])
+    odd = [0.0, -0.0, kind.tiny / 4, -kind.tiny, kind.max, -kind.max, torch.inf, -torch.inf, torch.nan]
+    columns = []
+    for others in ([2.0] * n, [0.5] * n, [1.0] * n, [2.0, 0.5] * n, [1.0, *[2.0] * n], [1.0, *[0.5] * n]):
+        for place in range(n + 1):
+            for number in odd:
+                columns.append([1.0, *others[:n]])
+                columns[-1][place] = number
+    base, *models = torch.tensor(columns, dtype=torch.float64).to(STORAGE[dtype]).T.contiguous()
+    check(case, base, models, inputs=inputs)
+
+
+@pytest.mark.parametrize("inputs", ["finetuned", "task_vectors"])
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_every_order_of_signs_and_zeros(case: BackendCase, dtype: str, n: int, inputs: str) -> None:
+    """Differences of both signs and of zero, whose sign depends on the zeros they are between, in every order."""
+    some = list(itertools.product([0.0, -0.0], *[[0.0, -0.0, 1.0, -1.0]] * min(n, 3)))
+    columns = [[*some_of, *(some_of[-1:] * (n - 3))] for some_of in some] + [
+        [some_of[0], *(some_of[1:2] * (n - 3)), *some_of[1:]] for some_of in some
+    ]
+    base, *models = torch.tensor(columns, dtype=torch.float64).to(STORAGE[dtype]).T.contiguous()
+    check(case, base, models, inputs=inputs)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8, 16, 63])
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_any_address(case: BackendCase, dtype: str, offset: int) -> None:
@@ -357,7 +411,7 @@ def test_threads_change_no_bit(case: BackendCase, n: int, threads: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "baseline"])
 def test_more_elements_than_32_bits_can_count(instruction_set: str) -> None:
     """A few elements that differ, on both sides of 2^31 and of 2^32, in memory that is otherwise never written."""
     numel = (1 << 32) + 70_000

@@ -71,6 +71,7 @@ CASES = [
         if os.environ.get("TRITON_INTERPRET") == "1"
         else [
             BackendCase("torch"),
+            BackendCase("cpu", instruction_set="avx512"),
             BackendCase("cpu", instruction_set="avx2"),
             BackendCase("cpu", instruction_set="baseline"),
             ON_HOST,
