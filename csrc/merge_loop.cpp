@@ -359,9 +359,9 @@ struct Pass {
 };
 
 // Accumulates a group of G models, or pass.count if G is 0, of storage type M over steps of a tile; the last group also finishes
-// and stores them. kAlone: there is no other group. Returns where it stopped: at the end, or at a step in which anything may not be finite. No call is in this
+// and stores them. kSingle: there is no other group. Returns where it stopped: at the end, or at a step in which anything may not be finite. No call is in this
 // loop, so that all values of a step stay in registers.
-template <class T, class S, class M, bool kSame, class Accumulator, int G, bool kAlone>
+template <class T, class S, class M, bool kSame, class Accumulator, int G, bool kSingle>
 __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const Constants<T>& constants, int at, int steps,
                                           Counts& counts) {
   using P = Pack<T>;
@@ -373,10 +373,10 @@ __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const C
   const char *from = pass.from[at], *base = pass.base[at];
   char* out = pass.out[at];
   const std::int64_t from_step = pass.from.step, base_step = pass.base.step, out_step = pass.out.step;
-  const bool first = kAlone || pass.first, last = kAlone || pass.last;
+  const bool first = kSingle || pass.first, last = kSingle || pass.last;
   typename P::Mask agreed{}, vetoed{};
   for (; at < steps; ++at, from += from_step, base += base_step, out += out_step) {
-    if (!kAlone) pass.ahead.prefetch(at * P::step);
+    if (!kSingle) pass.ahead.prefetch(at * P::step);
     const std::int64_t offset = at * bytes;
     Accumulator s[kPacks];
     N minus[kPacks];
@@ -424,14 +424,14 @@ template <class T, class Accumulator>
 using MergeSteps = int (*)(const Pass<Accumulator>&, const Constants<T>&, int, int, Counts&);
 
 // The loop for a group of models of one type, which is the base's if kSame.
-template <class T, class S, bool kSame, class Accumulator, bool kAlone>
+template <class T, class S, bool kSame, class Accumulator, bool kSingle>
 MergeSteps<T, Accumulator> steps_of(Dtype dtype, int group) {
   if constexpr (kSame && Accumulator::kResultTells) {
     static constexpr MergeSteps<T, Accumulator> of[] = {
-        merge_steps<T, S, S, true, Accumulator, 1, kAlone>, merge_steps<T, S, S, true, Accumulator, 2, kAlone>,
-        merge_steps<T, S, S, true, Accumulator, 3, kAlone>, merge_steps<T, S, S, true, Accumulator, 4, kAlone>,
-        merge_steps<T, S, S, true, Accumulator, 5, kAlone>, merge_steps<T, S, S, true, Accumulator, 6, kAlone>,
-        merge_steps<T, S, S, true, Accumulator, 7, kAlone>, merge_steps<T, S, S, true, Accumulator, 8, kAlone>};
+        merge_steps<T, S, S, true, Accumulator, 1, kSingle>, merge_steps<T, S, S, true, Accumulator, 2, kSingle>,
+        merge_steps<T, S, S, true, Accumulator, 3, kSingle>, merge_steps<T, S, S, true, Accumulator, 4, kSingle>,
+        merge_steps<T, S, S, true, Accumulator, 5, kSingle>, merge_steps<T, S, S, true, Accumulator, 6, kSingle>,
+        merge_steps<T, S, S, true, Accumulator, 7, kSingle>, merge_steps<T, S, S, true, Accumulator, 8, kSingle>};
     return of[group - 1];
   } else if constexpr (kSame) {
     return merge_steps<T, S, S, true, Accumulator, 0, false>;
@@ -532,9 +532,9 @@ class Range {
       }
       pass.first = k == 0;
       pass.last = k + pass.count == batch_.n;
-      const bool alone = pass.first && pass.last;
-      if (!alone && NEGMERGE_PREFETCH && !in_cache_) pass.ahead = pass.last ? ahead_of(next, 0) : ahead_of(tile, k + pass.count);
-      const auto run = alone ? steps_of<T, S, kSame, Accumulator, true>(dtype, pass.count)
+      const bool single = pass.first && pass.last;
+      if (!single && NEGMERGE_PREFETCH && !in_cache_) pass.ahead = pass.last ? ahead_of(next, 0) : ahead_of(tile, k + pass.count);
+      const auto run = single ? steps_of<T, S, kSame, Accumulator, true>(dtype, pass.count)
                              : steps_of<T, S, kSame, Accumulator, false>(dtype, pass.count);
       for (int at = 0; (at = run(pass, constants_, at, steps, counts_)) < steps; ++at) {
         const int from = begin + at * P::step, end = from + P::step;

@@ -125,7 +125,7 @@ struct Plain {
   }
 };
 
-// Returns the number of elements that agreed; they fit 32 bits for each lane.
+// Returns the number of elements that agreed; they fit 32 bits for each place of a pack.
 template <class P, int n>
 __attribute__((noinline)) std::int64_t plain_loop(const std::int64_t* row, double scale) {
   using N = typename P::N;
