@@ -54,7 +54,7 @@ def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("NEGMERGE_CPU", "baseline")
     assert native.instruction_set() == "baseline"
     monkeypatch.delenv("NEGMERGE_CPU")
-    assert native.instruction_set() == native._library().instruction_sets[0]
+    assert native.instruction_set() == native.library().instruction_sets[0]
 
 
 @pytest.mark.parametrize("segments", [0, 1, 3])
