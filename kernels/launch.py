@@ -42,41 +42,47 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     """Launch parameters chosen by reasoning. bench/tuning/tune_gpu.py measures them beside all candidates."""
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
     double = signature.arithmetic == "F64"
-    # 16 bytes of the narrowest operand, or four elements: eight of 16 bits took 123 registers instead of 80. On an H100, eight had
-    # 0.68 (BF16) and 0.75 (F16) of a device copy for 2 models and four 0.77 and 0.83; for 8 models all had 0.93 to 0.94; for 32,
-    # eight had 0.98 and four 0.99 and 0.93, bench/results/tune_gpu.jsonl. Majorities and mixtures were not measured.
+    # 16 bytes of the narrowest operand, or four elements. On an H100, eight elements of 16 bits had 0.68 (BF16) and 0.75 (F16) of a
+    # device copy for 2 models and four 0.77 and 0.83; for 8 models all had 0.93 to 0.94; for 32, eight had 0.98 and four 0.99 and
+    # 0.93: rows of commit d19b937 in bench/results/tune_gpu.jsonl, of a slower kernel. Majorities and mixtures were not measured.
     elements = min(4, 16 // min(sizes))
-    # 8 models of 16 bytes for each thread hide memory's latency: 64 KiB of a processor at a quarter of its threads. More
-    # bytes, or a majority's doubles, leave registers for fewer: tests/kernels/test_merge.py holds that no local memory is used.
+    # 8 models of 16 bytes for each thread hide memory's latency. More bytes, or a majority's doubles, leave registers for fewer:
+    # tests/kernels/test_merge.py holds that no local memory is used.
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
-    if double and not unanimous and elements == 4:
-        group = 2
+    if double and not unanimous:
+        group = 2 if elements == 4 else 4
     # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster. With 2^20 they were far
     # slower for few models, bench/results/tune_gpu.jsonl.
-    registers = _registers(elements, double, unanimous)
-    # Nor may it where the base is rounded to another type.
-    if not double and any(map(signature.rounds_base, set(signature.models))):
-        registers = max(registers, 96)
+    registers = _registers(elements, double, unanimous, len(signature.models))
     return Launch(elements, group, threads=128, programs=16384, registers=registers)
 
 
-def _registers(elements: int, double: bool, unanimous: bool) -> int:
-    # Without a limit, NVIDIA's compiler keeps some values of a majority, or of eight elements, in local memory to run more
-    # programs at once.
-    if unanimous:
-        return 128 if elements == 8 else 0
-    return 96 if elements * (8 if double else 4) <= 16 else 224 if double else 168
+def _registers(elements: int, double: bool, unanimous: bool, models: int) -> int:
+    # Of one running value: there are 3, or 6 for a majority.
+    narrow = elements * (8 if double else 4) <= 16
+    if not unanimous:
+        # Without a limit, NVIDIA's compiler keeps some values of a majority in local memory to run more programs at once.
+        return 96 if narrow else 224 if double else 168
+    # Read in the machine code, not measured: with these limits the loads of a group are issued before any is needed, 80 KiB of a
+    # processor for 8 models of 16 bits and 30 for 2, and sm_80 to sm_100 need no local memory. Without a limit, NVIDIA's compiler
+    # takes fewer registers and issues 2 loads of 10.
+    if narrow:
+        return 48 if models <= 4 else 56
+    return 80 if double else 96
 
 
 LaunchMerge = Callable[[Batch, Rule, Launch], Any]
 
 # What NEGMERGE_AUTOTUNE=1 or `make tune` printed, by device, dtypes of base and models, and whether the rule is unanimous.
-# bench/results/tune_gpu.jsonl has the rows of all candidates. F64 was searched for 8 and 32 models, the others for 2, too.
+# bench/results/tune_gpu.jsonl has the rows of all candidates: for 16 bits the usual launch was the best. F64 was searched for 8 and 32
+# models, F32 for 2, too. The rows are of the kernel of commit d19b937, which took more registers: the limits are of today's machine code.
 FOUND: dict[tuple[str, str, str, bool], Launch] = {
-    ("NVIDIA H100 80GB HBM3", "F64", "F64", True): Launch(elements=1, group=2, threads=256, programs=4096),
-    ("NVIDIA H100 80GB HBM3", "F32", "F32", True): Launch(elements=4, group=8, threads=256, programs=16384),
-    ("NVIDIA H100 80GB HBM3", "F16", "F16", True): Launch(elements=4, group=8, threads=128, programs=16384),
-    ("NVIDIA H100 80GB HBM3", "BF16", "BF16", True): Launch(elements=4, group=8, threads=128, programs=16384),
+    ("NVIDIA H100 80GB HBM3", "F64", "F64", True): Launch(
+        elements=1, group=2, threads=256, programs=4096, registers=56
+    ),
+    ("NVIDIA H100 80GB HBM3", "F32", "F32", True): Launch(
+        elements=4, group=8, threads=256, programs=16384, registers=56
+    ),
 }
 
 
@@ -109,10 +115,10 @@ def candidates(signature: Signature, unanimous: bool) -> Iterator[Launch]:
     narrowest = min(FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models))
     elements_of_16_bytes = min(4 if double else 8, 16 // narrowest)
     for elements in (elements_of_16_bytes // 2, elements_of_16_bytes):
-        registers = _registers(elements, double, unanimous)
+        registers = _registers(elements, double, unanimous, len(signature.models))
         for group in (2, 4, 8):
             for threads in (128, 256):
-                for programs in (4096, 16384):
+                for programs in (4096, 16384, 65536):
                     launch = Launch(elements, group, threads, programs, registers)
                     if launch != usual:
                         yield launch

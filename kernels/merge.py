@@ -4,9 +4,9 @@
     agree = all d_k > 0  or  all d_k < 0
     out   = b - λ · (d_1 + … + d_n) / n    if agree,   else b
 
-negmerge_fast/core/rule.py says it to the bit. Numbers are loaded and stored as integers of their size. bf16 is widened and
-rounded with integers, so that Triton's interpreter gives the same bits as a GPU. All programs take the same number of
-consecutive tiles, so that a batch of one large segment takes as long as one of thousands of small ones.
+negmerge_fast/core/rule.py says it to the bit. Numbers are loaded and stored as integers of their size. bf16 is rounded with
+integers, so that Triton's interpreter gives the same bits as a GPU. All programs take the same number of consecutive tiles, so
+that a batch of one large segment takes as long as one of thousands of small ones.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ HOLDS = tl.constexpr(
     sum(1 << 4 * a + b for x, a in DTYPE_CODES.items() for y, b in DTYPE_CODES.items() if holds(x, y))
 )
 
-# An aligned segment is loaded 16 bytes at a time up to a multiple of this many elements, its rest as an unaligned one.
-WIDE = tl.constexpr(16)
-
 MAX_TILES_PER_PROGRAM = 32
+
+# The most models whose number _quotient divides by: for these it was held against the division.
+MAX_QUICK = 1 << 20
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -48,15 +48,15 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DIV_RN_FLUSHES = tl.constexpr(VERSION < (3, 6))
 
 # All counts in one integer: elements that agreed, plus NONFINITE for each that was not finite, plus VETOED for each that was
-# vetoed by zero. A program counts at most MAX_TILES_PER_PROGRAM elements in each.
+# vetoed by zero. A lane counts one element of each tile, or of each part of a tile: less than NONFINITE in all.
 NONFINITE = tl.constexpr(1 << 10)
 COUNTS = tl.constexpr(len(COUNTED))
 VETOED = tl.constexpr(1 << 20)
 
 
 @triton.jit
-def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load elements as integers. ALIGNED: the address is a multiple of 16; else it may be any."""
+def _load(address, start, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load a block of elements from the one at start on as integers. ALIGNED: the address is a multiple of 16; else it may be any."""
     if DTYPE == F64:
         size: tl.constexpr = 8
         kind: tl.constexpr = tl.int64
@@ -66,22 +66,24 @@ def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     else:
         size: tl.constexpr = 2
         kind: tl.constexpr = tl.int16
+    lanes = tl.arange(0, mask.shape[0])
+    address += start * size
     # Nothing is read twice, so that nothing needs to stay in a cache.
     if ALIGNED:
-        start = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
-        bits = tl.load(start + offsets, mask=mask, other=0, eviction_policy="evict_first")
+        first = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
+        bits = tl.load(first + lanes, mask=mask, other=0, eviction_policy="evict_first")
     elif address % size == 0:
-        bits = tl.load(address.to(tl.pointer_type(kind)) + offsets, mask=mask, other=0)
+        bits = tl.load(address.to(tl.pointer_type(kind)) + lanes, mask=mask, other=0)
     else:
-        first = address.to(tl.pointer_type(tl.uint8)) + offsets * size
-        bits = tl.load(first, mask=mask, other=0).to(kind)
+        bytes = address.to(tl.pointer_type(tl.uint8)) + lanes * size
+        bits = tl.load(bytes, mask=mask, other=0).to(kind)
         for i in tl.static_range(1, size):
-            bits |= tl.load(first + i, mask=mask, other=0).to(kind) << (8 * i)
+            bits |= tl.load(bytes + i, mask=mask, other=0).to(kind) << (8 * i)
     return bits
 
 
 @triton.jit
-def _store(address, offsets, mask, bits, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _store(address, start, mask, bits, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if DTYPE == F64:
         size: tl.constexpr = 8
         kind: tl.constexpr = tl.int64
@@ -91,15 +93,21 @@ def _store(address, offsets, mask, bits, DTYPE: tl.constexpr, ALIGNED: tl.conste
     else:
         size: tl.constexpr = 2
         kind: tl.constexpr = tl.int16
+    lanes = tl.arange(0, mask.shape[0])
+    address += start * size
     if ALIGNED:
-        start = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
-        tl.store(start + offsets, bits, mask=mask, eviction_policy="evict_first")
+        first = tl.multiple_of(address.to(tl.pointer_type(kind)), 16)
+        tl.store(first + lanes, bits, mask=mask, eviction_policy="evict_first")
     elif address % size == 0:
-        tl.store(address.to(tl.pointer_type(kind)) + offsets, bits, mask=mask)
+        tl.store(address.to(tl.pointer_type(kind)) + lanes, bits, mask=mask)
     else:
-        first = address.to(tl.pointer_type(tl.uint8)) + offsets * size
+        bytes = address.to(tl.pointer_type(tl.uint8)) + lanes * size
         for i in tl.static_range(size):
-            tl.store(first + i, (bits >> (8 * i)).to(tl.uint8), mask=mask)
+            tl.store(bytes + i, (bits >> (8 * i)).to(tl.uint8), mask=mask)
+
+
+# Whether Triton runs kernels in Python, on the CPU: TRITON_INTERPRET=1.
+INTERPRETED = tl.constexpr(not isinstance(_load, triton.JITFunction))
 
 
 @triton.jit
@@ -111,14 +119,16 @@ def _widen(bits, DTYPE: tl.constexpr, T: tl.constexpr):
         x = bits.to(tl.float32, bitcast=True)
     elif DTYPE == F16:
         x = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
+    elif INTERPRETED:  # which flushes subnormals
         x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:  # half of the instructions of a shift
+        x = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
     return x.to(T)
 
 
 @triton.jit
-def _numbers(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
-    return _widen(_load(address, offsets, mask, DTYPE, ALIGNED), DTYPE, T)
+def _numbers(address, start, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
+    return _widen(_load(address, start, mask, DTYPE, ALIGNED), DTYPE, T)
 
 
 @triton.jit
@@ -168,44 +178,71 @@ def _divide(a, b, T: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS: tl.constexpr):
-    """Add d_k of one model to the running values. total propagates NaN; for a majority it has the positive d_k only."""
-    if d.dtype == tl.float64:  # minimum and maximum are one instruction for float32 only
-        least = tl.where(d < least, d, least)
-        greatest = tl.where(d > greatest, d, greatest)
+def _quotient(total, n, reciprocal, T: tl.constexpr):
+    """total / n as IEEE rounds it, but for a total of -0: four operations without a branch. n is whole and at most MAX_QUICK.
+
+    The first quotient is wrong by one unit at most, and its remainder is exact. Exactly between two numbers lie only quotients
+    that are subnormal: there the remainder is half of n units, and its product, scaled up, is rounded to half a unit, whatever the
+    reciprocal lacks.
+    """
+    scaled: tl.constexpr = 1 << 52 if T == tl.float64 else 1 << 23
+    quotient = total * reciprocal
+    remainder = tl.math.fma(-quotient, n, total)
+    return tl.math.fma(remainder * (reciprocal * scaled), tl.zeros_like(quotient) + 1 / scaled, quotient)
+
+
+# Minimum and maximum are one instruction for float32 only. If x is NaN the known one stays.
+@triton.jit
+def _lesser(x, known):
+    return tl.where(x < known, x, known) if x.dtype == tl.float64 else tl.minimum(x, known)
+
+
+@triton.jit
+def _greater(x, known):
+    return tl.where(x > known, x, known) if x.dtype == tl.float64 else tl.maximum(x, known)
+
+
+@triton.jit
+def _accumulate(
+    d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS: tl.constexpr, BEGIN: tl.constexpr
+):
+    """Add d_k of one model to the running values, or begin them. total propagates NaN; for a majority it has the positive d_k only."""
+    if BEGIN:
+        least, greatest = d, d
     else:
-        least = tl.minimum(least, d)
-        greatest = tl.maximum(greatest, d)
-    if UNANIMOUS:
-        total += d
-    else:
+        least, greatest = _lesser(d, least), _greater(d, greatest)
+    if not UNANIMOUS:
         # Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
         total += tl.where(d < 0, 0.0, d)
         negative += tl.where(d < 0, d, 0.0)
         n_positive += tl.where(d > 0, 1.0, 0.0)
         n_negative += tl.where(d < 0, 1.0, 0.0)
+    elif BEGIN:
+        total = d  # the sum of models that agree is no zero, so that -0 does no harm
+    else:
+        total += d
     return total, least, greatest, negative, n_positive, n_negative
 
 
 @triton.jit
 def _difference(
-    row, dtypes, k, b, offsets, mask, KIND: tl.constexpr, T: tl.constexpr, RESULT: tl.constexpr,
+    row, dtypes, k, b, start, mask, KIND: tl.constexpr, T: tl.constexpr, RESULT: tl.constexpr,
     TASK_VECTORS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Load the elements of model k and return d_k. Its dtype is KIND, or is loaded from memory if that is MIXED."""
     address = tl.load(row + 3 + k)
     if KIND < MIXED:
-        d = _numbers(address, offsets, mask, KIND, T, ALIGNED) - _origin(b, KIND, T, RESULT, TASK_VECTORS)
+        d = _numbers(address, start, mask, KIND, T, ALIGNED) - _origin(b, KIND, T, RESULT, TASK_VECTORS)
     else:
         dtype = tl.load(dtypes + k)
         if dtype == F32:
-            d = _numbers(address, offsets, mask, F32, T, ALIGNED) - _origin(b, F32, T, RESULT, TASK_VECTORS)
+            d = _numbers(address, start, mask, F32, T, ALIGNED) - _origin(b, F32, T, RESULT, TASK_VECTORS)
         elif dtype == F16:
-            d = _numbers(address, offsets, mask, F16, T, ALIGNED) - _origin(b, F16, T, RESULT, TASK_VECTORS)
+            d = _numbers(address, start, mask, F16, T, ALIGNED) - _origin(b, F16, T, RESULT, TASK_VECTORS)
         elif dtype == BF16:
-            d = _numbers(address, offsets, mask, BF16, T, ALIGNED) - _origin(b, BF16, T, RESULT, TASK_VECTORS)
+            d = _numbers(address, start, mask, BF16, T, ALIGNED) - _origin(b, BF16, T, RESULT, TASK_VECTORS)
         elif T == tl.float64:
-            d = _numbers(address, offsets, mask, F64, T, ALIGNED) - _origin(b, F64, T, RESULT, TASK_VECTORS)
+            d = _numbers(address, start, mask, F64, T, ALIGNED) - _origin(b, F64, T, RESULT, TASK_VECTORS)
         else:
             d = tl.zeros([BLOCK], T)
     return d
@@ -213,57 +250,58 @@ def _difference(
 
 @triton.jit
 def _merge(
-    row, dtypes, n, required, scale, offsets, mask,
-    T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, REST: tl.constexpr,
-    REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row, base, out, dtypes, n, required, scale, reciprocal, start, left,
+    T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
+    FIRST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, QUICK: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge the elements of a block whose mask is set; returns what each adds to the counts."""
-    base = tl.load(row + 1)
-    stored = _load(base, offsets, tl.where(base != 0, mask, offsets < 0), RESULT, ALIGNED)
-    zero = tl.zeros([BLOCK], T)
+    """Merge the first `left` elements of a block that begins at `start`; returns what each adds to the counts."""
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < left
+    stored = _load(base, start, lanes < tl.where(base != 0, left, 0), RESULT, ALIGNED)
     b = _widen(stored, RESULT, T)
+    zero = tl.zeros([BLOCK], T)
     total, least, greatest = zero, zero + float("inf"), zero - float("inf")
     negative, n_positive, n_negative = zero, zero, zero
-    # All loads of a group are under way at once.
-    if GROUP > 0:
-        for first in range(0, n - REST, GROUP):
-            for k in tl.static_range(GROUP):
-                d = _difference(
-                    row, dtypes, first + k, b, offsets, mask, KIND, T, RESULT, TASK_VECTORS, ALIGNED, BLOCK
-                )
-                total, least, greatest, negative, n_positive, n_negative = _accumulate(
-                    d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
-                )
-    for k in tl.static_range(REST):
+    for k in tl.static_range(FIRST):
         d = _difference(
-            row, dtypes, n - REST + k, b, offsets, mask, (REST_KINDS >> (4 * k)) & 15,
-            T, RESULT, TASK_VECTORS, ALIGNED, BLOCK,
+            row, dtypes, k, b, start, mask, (FIRST_KINDS >> (4 * k)) & 15, T, RESULT, TASK_VECTORS, ALIGNED, BLOCK
         )  # fmt: skip
         total, least, greatest, negative, n_positive, n_negative = _accumulate(
-            d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS
+            d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS, k == 0
         )
+    # All loads of a group are under way at once.
+    if GROUP > 0:
+        for done in range(FIRST, n, GROUP):
+            for k in tl.static_range(GROUP):
+                d = _difference(
+                    row, dtypes, done + k, b, start, mask, KIND, T, RESULT, TASK_VECTORS, ALIGNED, BLOCK
+                )
+                total, least, greatest, negative, n_positive, n_negative = _accumulate(
+                    d, total, least, greatest, negative, n_positive, n_negative, UNANIMOUS, False
+                )
 
+    # 0, or NaN if one of them is not finite. A NaN that least and greatest ignore is in the total.
+    product = tl.math.fma(b, zero, tl.math.fma(least, zero, greatest * 0))
+    finite = (product == product) & (total == total)
     if UNANIMOUS:
-        agree = (least > 0) | (greatest < 0)
-        vetoed = (least == 0) | (greatest == 0)
-        mean = _divide(total, zero + n, T)
+        # Above zero if all d_k have one sign, zero if some are zero and the others have one sign.
+        unity = _greater(least, -greatest)
+        agree, zeros = unity > 0, unity == 0
+        mean = _quotient(total, zero + n, zero + reciprocal, T) if QUICK else _divide(total, zero + n, T)
     else:
         up = n_positive >= required
         agree = up | (n_negative >= required)
         # It would agree if zeros had the sign of the majority.
-        vetoed = (tl.minimum(n_positive, n_negative) <= n - required) & (agree == 0)
+        zeros = tl.minimum(n_positive, n_negative) <= n - required
         mean = _divide(tl.where(up, total, negative), tl.where(up, n_positive, n_negative), T)
     result, in_range = _round(b + scale * -mean, RESULT)
-    finite = (total == total) & (least > -float("inf")) & (greatest < float("inf")) & (b - b == 0)
-    finite = finite & (in_range | (agree == 0))
-    agree = agree & finite
-    out = tl.load(row + 2)
-    _store(
-        out, offsets, tl.where(out != 0, mask, offsets < 0), tl.where(agree, result, stored), RESULT, ALIGNED
-    )
-    counted = (agree & mask).to(tl.int32) + ((finite == 0) & mask).to(tl.int32) * NONFINITE
-    return counted + (vetoed & finite & mask).to(tl.int32) * VETOED
+    agreed = agree & in_range
+    if not UNANIMOUS:  # if all agree, no finite result comes of what is not finite
+        agreed = agreed & finite
+    _store(out, start, lanes < tl.where(out != 0, left, 0), tl.where(agreed, result, stored), RESULT, ALIGNED)
+    counted = tl.where(agreed, 1, tl.where(agree | (finite == 0), NONFINITE, tl.where(zeros, VETOED, 0)))
+    return tl.where(mask, counted, 0)
 
 
 @triton.jit
@@ -275,26 +313,28 @@ def _add(counts, counted):
 
 @triton.jit(
     do_not_specialize=[
-        "memory", "counts", "scale", "segments", "tiles", "tiles_per_program", "n", "required"
+        "memory", "counts", "numbers", "segments", "tiles", "tiles_per_program", "n", "required"
     ]
 )  # fmt: skip
 def merge_tiles(
-    memory, counts, scale, segments, tiles, tiles_per_program, n, required,
-    T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, REST: tl.constexpr,
-    REST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, BLOCK: tl.constexpr,
+    memory, counts, numbers, segments, tiles, tiles_per_program, n, required,
+    T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
+    FIRST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, UNANIMOUS: tl.constexpr, QUICK: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Merge `tiles_per_program` consecutive tiles of BLOCK elements, which may be of several segments.
 
     memory: what pack_for_device of negmerge_fast/core/descriptors.py packs. counts: int64[segments, 3], to which is
-    added. scale: λ, one float64. T: the arithmetic type. RESULT: the dtype of base and output. KIND: the dtype of all
-    models, or MIXED. The models are taken GROUP at a time (0: there is no group) and the last REST unrolled. REST_KINDS: the
-    dtypes of these, four bits each.
+    added. numbers: λ and 1 / n, both float64. T: the arithmetic type. RESULT: the dtype of base and output. KIND: the dtype of all
+    models, or MIXED. The first FIRST models are unrolled, and the others taken GROUP at a time (0: there are no others). FIRST_KINDS: the
+    dtypes of the first, four bits each. QUICK: n is at most MAX_QUICK.
     """
     tile = tl.program_id(0).to(tl.int64) * tiles_per_program
     end = tl.minimum(tile + tiles_per_program, tiles)
     descriptors = memory + 2 * (segments + 1)
     dtypes = (descriptors + segments.to(tl.int64) * (3 + n)).to(tl.pointer_type(tl.uint8))
-    rounded_scale = tl.load(scale).to(T)
+    scale = tl.load(numbers).to(T)
+    reciprocal = tl.load(numbers + 1).to(T)
 
     # Binary search for the segment of the first tile.
     segment = tl.zeros([], tl.int64)
@@ -309,26 +349,37 @@ def merge_tiles(
         first = tl.load(memory + 2 * segment)
         last = tl.minimum(tl.load(memory + 2 * segment + 2), end)
         row = descriptors + segment * (3 + n)
-        numel = tl.load(row)
-        wide = tl.where(tl.load(memory + 2 * segment + 1) != 0, numel // WIDE, 0) * WIDE
-        to = counts + COUNTS * segment
+        numel, base, out = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        start = (tile - first) * BLOCK
+        stop = tl.minimum((last - first) * BLOCK, numel)
+        aligned = tl.where(tl.load(memory + 2 * segment + 1) != 0, stop, start)
         counted = tl.zeros([BLOCK], tl.int32)
-        while tile < last:
-            start = (tile - first) * BLOCK
-            offsets = start + tl.arange(0, BLOCK)
-            if start < wide:
-                counted += _merge(
-                    row, dtypes, n, required, rounded_scale, offsets, offsets < wide,
-                    T, RESULT, KIND, GROUP, REST, REST_KINDS, TASK_VECTORS, UNANIMOUS, True, BLOCK,
+        while start + BLOCK <= aligned:
+            counted += _merge(
+                row, base, out, dtypes, n, required, scale, reciprocal, start, BLOCK,
+                T, RESULT, KIND, GROUP, FIRST, FIRST_KINDS, TASK_VECTORS, UNANIMOUS, QUICK, True, BLOCK,
+            )  # fmt: skip
+            start += BLOCK
+        _add(counts + COUNTS * segment, counted)
+        # Tiles that are not whole, or not aligned: an element of each thread at a time, which takes few registers.
+        if start < stop:
+            few = tl.zeros([THREADS], tl.int32)
+            while start < aligned:
+                few += _merge(
+                    row, base, out, dtypes, n, required, scale, reciprocal, start,
+                    tl.minimum(stop - start, THREADS).to(tl.int32),
+                    T, RESULT, KIND, GROUP, FIRST, FIRST_KINDS, TASK_VECTORS, UNANIMOUS, QUICK, True, THREADS,
                 )  # fmt: skip
-            if start + BLOCK > wide:
-                few = _merge(
-                    row, dtypes, n, required, rounded_scale, offsets, (offsets >= wide) & (offsets < numel),
-                    T, RESULT, KIND, 1, 0, 0, TASK_VECTORS, UNANIMOUS, False, BLOCK,
+                start += THREADS
+            while start < stop:
+                few += _merge(
+                    row, base, out, dtypes, n, required, scale, reciprocal, start,
+                    tl.minimum(stop - start, THREADS).to(tl.int32),
+                    T, RESULT, KIND, 1, 0, 0, TASK_VECTORS, UNANIMOUS, QUICK, False, THREADS,
                 )  # fmt: skip
-                _add(to, few)
-            tile += 1
-        _add(to, counted)
+                start += THREADS
+            _add(counts + COUNTS * segment, few)
+        tile = last
         segment += 1
 
 
@@ -336,23 +387,32 @@ def constants(signature: Signature, unanimous: bool, launch: Launch) -> dict[str
     """The constants that merge_tiles is specialised on."""
     models = [DTYPE_CODES[dtype] for dtype in signature.models]
     kind = models[0] if len(set(models)) == 1 else MIXED.value
-    rest = models if len(models) <= launch.group else [kind] * (len(models) % launch.group)
+    first = models
+    if len(models) > launch.group:
+        first = [kind] * (len(models) % launch.group or launch.group)
     return {
         "T": tl.float64 if signature.arithmetic == "F64" else tl.float32,
         "RESULT": DTYPE_CODES[signature.result],
         "KIND": kind,
-        "GROUP": 0 if len(rest) == len(models) else launch.group,
-        "REST": len(rest),
-        "REST_KINDS": sum(dtype << 4 * k for k, dtype in enumerate(rest)),
+        "GROUP": 0 if len(first) == len(models) else launch.group,
+        "FIRST": len(first),
+        "FIRST_KINDS": sum(dtype << 4 * k for k, dtype in enumerate(first)),
         "TASK_VECTORS": signature.task_vectors,
         "UNANIMOUS": unanimous,
+        "QUICK": quick(len(models)),
         "BLOCK": launch.tile,
+        "THREADS": launch.threads,
     }
+
+
+def quick(models: int) -> bool:
+    """Whether _quotient divides by this number of models. Triton's interpreter rounded fused operations twice before 3.9."""
+    return models <= MAX_QUICK and not (interpreted() and VERSION < (3, 9))
 
 
 def interpreted() -> bool:
     """Whether Triton runs kernels in Python, on the CPU: TRITON_INTERPRET=1."""
-    return not isinstance(merge_tiles, triton.JITFunction)
+    return bool(INTERPRETED.value)
 
 
 def why_not(device: str) -> str | None:
@@ -394,15 +454,18 @@ def launch_merge(batch: Batch, rule: Rule, launch: Launch) -> torch.Tensor:
     models = len(batch.signature.models)
     required = rule.required(models)
     memory, tiles = pack_for_device(batch, launch.tile)
-    scale = np.array([rule.scale]).view(np.int64)
+    reciprocal = 1 / models if batch.signature.arithmetic == "F64" else np.float32(1) / np.float32(models)
+    numbers = np.array([rule.scale, reciprocal], np.float64).view(np.int64)
+    counted = np.zeros(len(batch.segments) * len(COUNTED), np.int64)  # in the same copy
     with on(torch.device(batch.device)):
-        on_device = upload(np.concatenate([memory, scale]), batch.device)
-        counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=on_device.device)
+        on_device = upload(np.concatenate([memory, numbers, counted]), batch.device)
+        numbers_on_device = on_device[len(memory) : len(memory) + 2].view(torch.float64)
+        counts = on_device[len(memory) + 2 :].view(-1, len(COUNTED))
         # Enough programs for every processor first; then several tiles each, which share one search for the first segment.
         tiles_per_program = max(1, min(MAX_TILES_PER_PROGRAM, tiles // launch.programs))
         if tiles:
             merge_tiles[(-(tiles // -tiles_per_program),)](
-                on_device, counts, on_device[-1:].view(torch.float64), len(batch.segments), tiles, tiles_per_program,
+                on_device, counts, numbers_on_device, len(batch.segments), tiles, tiles_per_program,
                 models, required,
                 **constants(batch.signature, required == models, launch),
                 **({} if interpreted() else options(launch, triton.runtime.driver.active.get_current_target())),

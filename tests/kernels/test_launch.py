@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +15,27 @@ from negmerge_fast.core.rule import Rule
 
 triton = pytest.importorskip("triton")
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_the_usual_launch_for_16_bits_is_the_fastest_that_was_measured(dtype: str) -> None:
+    """On every GPU, also where nothing was searched for."""
     from negmerge_fast.kernels import launch as kernel
 
+    fractions: dict[str, list[float]] = {}
+    for line in (ROOT / "bench" / "results" / "tune_gpu.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["commit"] == "d19b937" and row["dtype"] == dtype and row["way"].startswith("triton"):
+            fractions.setdefault(row["way"], []).append(row["of_limit"])
+    best = max(fractions, key=lambda way: statistics.geometric_mean(fractions[way]))
     for n in (2, 8, 32):
         usual = kernel.usual_launch(Signature(dtype, (dtype,) * n, False), True)
-        assert usual == kernel.FOUND["NVIDIA H100 80GB HBM3", dtype, dtype, True]
+        assert (
+            best
+            == f"triton, {usual.elements} x {usual.threads} elements, {usual.group} models at once, {usual.programs} programs"
+        )
+    assert all(dtype not in key for key in kernel.FOUND)
 
 
 def test_launch_parameters_are_searched_and_printed_to_be_pasted(
@@ -28,7 +44,7 @@ def test_launch_parameters_are_searched_and_printed_to_be_pasted(
     """With a clock that finds one of the candidates fastest."""
     from negmerge_fast.kernels import launch as kernel
 
-    signature = Signature("BF16", ("BF16",) * 3, False)
+    signature = Signature("BF16", ("BF16",) * 17, False)  # as many as are searched with
     usual, *others = kernel.candidates(signature, True)
     assert usual == kernel.usual_launch(signature, True) and len({usual, *others}) == 1 + len(others) > 20
     fastest, launched = others[5], []

@@ -42,7 +42,7 @@ def compiled(target: tuple[Any, ...], result: str, model: str, n: int, unanimous
     launch = kernel.usual_launch(signature, unanimous)
     constants = kernel.constants(signature, unanimous, launch)
     types = dict.fromkeys(kernel.merge_tiles.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    types |= {"memory": "*i64", "counts": "*i64", "scale": "*fp64"}
+    types |= {"memory": "*i64", "counts": "*i64", "numbers": "*fp64"}
     source = ASTSource(kernel.merge_tiles, types, constants)  # the last has another name in Triton 3.2
     if target == SM_100 and kernel.VERSION < (3, 3):
         pytest.skip("Triton 3.2 knows no sm_100")
@@ -75,29 +75,32 @@ def machine_code(cubin: bytes, folder: Path) -> str:
 def test_machine_code(
     target: tuple[Any, ...], result: str, model: str, n: int, unanimous: bool, tmp_path: Path
 ) -> None:
-    """It loads 16 bytes at a time of every operand (8 of four elements of 16 bits), uses no local memory, divides as IEEE does and fuses nothing."""
+    """It loads 16 bytes at a time of every operand (8 of four elements of 16 bits), uses no local memory, divides as IEEE does and fuses nothing else."""
     kernel = compiled(target, result, model, n, unanimous)
-    launch, loads = wide_loads(result, model, n, unanimous)
+    launch, models, loads = wide_loads(result, model, n, unanimous)
     narrow = launch.elements * min(SIZES[result], SIZES[model]) < 16
     double = "F64" in (result, model) or divides_in_double()
+    # For each element of a thread, and once more in each of two loops for the rest: two to see what is finite, two for the quotient.
+    fused = (launch.elements + 2) * (4 if unanimous else 2)
+    calls = re.findall(r" = (?:tail )?call (?:<(\d) x )?(?:float|double)>? @llvm\.fma\.", kernel.asm["llir"])
+    assert sum(int(width or 1) for width in calls) == fused
+    assert not re.search(r"\bcontract\b|\bllvm\.fmuladd|\bfast\b|\barcp\b", kernel.asm["llir"])
     if target[0] == "hip":
         code = kernel.asm["amdgcn"]
-        wide = r"\bglobal_load_dwordx[24]\b" if narrow else r"\bglobal_load_dwordx4\b"
+        wide = r"\b(?:global|buffer)_load_dwordx[24]\b" if narrow else r"\b(?:global|buffer)_load_dwordx4\b"
         assert len(re.findall(wide, code)) >= loads
         assert "scratch_" not in code and re.search(r"\.private_segment_fixed_size: 0$", code, re.MULTILINE)
-        # Fused operations there belong to the expansion of the division.
-        assert f"v_div_fixup_f{64 if double else 32}" in code
-        assert not re.search(
-            r"\bcontract\b|\bllvm\.fmuladd|\bllvm\.fma|\bfast\b|\barcp\b", kernel.asm["llir"]
-        )
+        assert unanimous != (f"v_div_fixup_f{64 if double else 32}" in code)
         return
     ptx = kernel.asm["ptx"]
-    assert f"div.rn.f{64 if double else 32}" in ptx
-    assert not re.search(r"\bfma\.|\bmad\.\S*f\d|\bdiv\.(approx|full)|\.ftz|\brcp\.", ptx)
-    # Only loads of aligned segments are marked evict_first.
+    assert unanimous != (f"div.rn.f{64 if double else 32}" in ptx)
+    assert sum(int(width or 1) for width in re.findall(r"\bfma\.rn\.f\d\d(?:x(\d))?", ptx)) == fused
+    assert not re.search(r"\bmad\.\S*f\d|\bdiv\.(approx|full)|\.ftz|\brcp\.", ptx)
+    # Only loads of aligned segments are marked evict_first: those of whole tiles, and of an element of each thread in the rest.
     widths = re.findall(r"\bld\.global\S*?evict_first\S*?\.((?:v\d\.)?b\d+) ", ptx)
-    assert len(widths) >= loads
-    assert set(widths) <= {"v4.b32", "v2.b64"} | ({"v2.b32"} if narrow else set())
+    at_once = {"v4.b32", "v2.b64"} | ({"v2.b32"} if narrow else set())
+    assert sum(width in at_once for width in widths) == loads
+    assert sum(width not in at_once for width in widths) == 1 + models
     assert not re.search(r"\b(LDL|STL)\b", machine_code(kernel.asm["cubin"], tmp_path)), "uses local memory"
 
 
@@ -111,11 +114,11 @@ def divides_in_double() -> bool:
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def wide_loads(result: str, model: str, n: int, unanimous: bool) -> tuple[Any, int]:
-    """The launch parameters, and the number of loads of 16 bytes, or of all there is, in the code."""
+def wide_loads(result: str, model: str, n: int, unanimous: bool) -> tuple[Any, int, int]:
+    """The launch parameters, the models in the code of a tile, and the loads of 16 bytes, or of all there is, of these and the base."""
     from negmerge_fast.kernels.launch import usual_launch
 
     launch = usual_launch(Signature(result, (model,) * n, False), unanimous)
-    models = n if n <= launch.group else launch.group + n % launch.group
+    models = n if n <= launch.group else launch.group + (n % launch.group or launch.group)
     at_once = [max(1, launch.elements * SIZES[dtype] // 16) for dtype in (result, model)]
-    return launch, at_once[0] + models * at_once[1]
+    return launch, models, at_once[0] + models * at_once[1]
