@@ -13,7 +13,7 @@ from backend_cases import merge_on_host
 
 import negmerge_fast as nm
 import negmerge_fast.ops
-from negmerge_fast.backends import native, registry, selftest
+from negmerge_fast.backends import native, pytorch, registry, selftest
 from negmerge_fast.cli import info
 from negmerge_fast.core.batch import Batch, Signature
 from negmerge_fast.core.dtypes import FLOAT_SIZES
@@ -212,3 +212,47 @@ def test_selftest_runs_once_per_signature_and_rule(wrong_kernel: list[str]) -> N
     nm.merge(base, [*models, base], scale=0.5, min_agreement=0.6)
     nm.merge(base.half(), models, scale=0.5)
     assert len(selftest._results) == 3 and not any(selftest._results.values())
+
+
+def test_selftest_of_many_models_is_that_of_fewer_with_the_same_code(
+    wrong_kernel: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the number of models that must agree would be all of the fewer."""
+    wrong_kernel[:] = []
+    tested = []
+    run_case = selftest._run_case
+
+    def count(merge: Any, device: str, signature: Signature, rule: Rule) -> str | None:
+        models = len(signature.models)
+        tested.append((models, rule.required(models) == models))
+        return run_case(merge, device, signature, rule)
+
+    monkeypatch.setattr(selftest, "_run_case", count)
+    for n in (16, 17, 31, 32, 33, 300, 49, 48):
+        for rule in (Rule(0.9), Rule(0.9, 0.97)):
+            registry._selftest_failure("cpu", "cpu", rule, [Signature("F32", ("F32",) * n, False)])
+    assert tested[::2] == [
+        *((n, True) for n in (16, 17, 31, 32, 28)),
+        *((n, False) for n in (28, 17, 32)),
+    ]
+    mixed = Signature("F32", ("F32", "BF16") * 20, False)
+    registry._selftest_failure("cpu", "cpu", Rule(0.9), [mixed])
+    assert tested[-1] == (40, True)
+
+
+def test_the_reference_computes_once_for_all_backends(
+    wrong_kernel: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_kernel[:] = []
+    selftest._expected.cache_clear()
+    computed, merge = [], pytorch.merge
+
+    def count(batch: Batch, rule: Rule, threads: int | None = None) -> Any:
+        computed.append(rule.scale)
+        return merge(batch, rule)
+
+    monkeypatch.setattr(pytorch, "merge", count)
+    for name in ("cpu", "another"):
+        signature = Signature("F16", ("F16",) * 3, False)
+        assert selftest.failure(name, native.merge_cpu, "cpu", signature, Rule(1.0)) is None
+    assert computed == [0.9, -1.0] and len(selftest._results) == 2

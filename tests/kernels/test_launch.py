@@ -28,7 +28,7 @@ def test_the_usual_launch_for_16_bits_is_the_fastest_that_was_measured(dtype: st
         row = json.loads(line)
         if row["commit"] == "d19b937" and row["dtype"] == dtype and row["way"].startswith("triton"):
             fractions.setdefault(row["way"], []).append(row["of_limit"])
-    best = max(fractions, key=lambda way: statistics.geometric_mean(fractions[way]))
+    best = max(fractions, key=lambda candidate: statistics.geometric_mean(fractions[candidate]))
     for n in (2, 8, 32):
         usual = kernel.usual_launch(Signature(dtype, (dtype,) * n, False), True)
         assert (
