@@ -58,11 +58,10 @@ format: $(VENV)/.lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Prints tables, appends to bench/results/, draws, and writes the tables of docs/benchmarks.md; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
+# Prints tables, appends to bench/results/, draws, and writes the tables of docs/benchmarks.md, of what was measured where cases fail; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench
-	$(BIN)/python bench/docs.py
-	$(BIN)/python bench/plots.py
+	@status=0; $(BIN)/python -m pytest bench || status=$$?; \
+	  $(BIN)/python bench/docs.py && $(BIN)/python bench/plots.py && exit $$status
 
 # Whole merges of files, beside scripts and other tools, each in an environment of its own: 11 GB of disk, 2 GB of tmpfs, 15 minutes.
 baselines: $(VENV)/.test

@@ -6,6 +6,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from negmerge_fast.benchmark.records import line, on_gpu
 from negmerge_fast.benchmark.timers import clock, wall
 from negmerge_fast.benchmark.timing import Timing, timing_of
 from negmerge_fast.benchmark.workload import Lacking, release, shared_workload
+from negmerge_fast.core.errors import first_line
 
 ORDER = ["test_limits", "test_memory", "test_layouts", "test_files"]
 RESULTS = Path(__file__).parent / "results" / "suite.jsonl"
@@ -75,9 +77,22 @@ def _not_measured(case: Case, config: pytest.Config) -> Iterator[pytest.MarkDeco
     if on_gpu(case.device):
         yield pytest.mark.gpu
         if not has_gpu:
-            yield pytest.mark.skip(reason="no CUDA device")
+            yield pytest.mark.skip(reason=no_gpu())
     elif has_gpu and (case.baseline or case.suite == "layouts") and not config.getoption("--all"):
         yield pytest.mark.skip(reason="the CPU's baselines and layouts, beside a GPU (--all times them)")
+
+
+@cache
+def no_gpu() -> str:
+    """Why torch uses no GPU, and what it wants of a driver."""
+    if torch.version.cuda is None:
+        return "no CUDA device: this torch is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error).partition(". ")[0]
+        return f"no CUDA device: {reason}; this torch wants a driver for CUDA {torch.version.cuda} or newer"
+    return "no CUDA device"
 
 
 @pytest.fixture(scope="session")

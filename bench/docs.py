@@ -32,6 +32,9 @@ OURS = ("cuda", "triton", "cpu", "torch", "merge_")
 TAKEN_BACK = {("d19b937", "triton", "F64")}
 # Candidates whose speeds are divided by each other.
 COMPARED = (("triton", "cuda"), *((f"{kernel}, in place", BEST) for kernel in ("cpu", "cuda", "triton")))
+# Commits of rows whose kernels for GPUs have been changed since.
+CHANGED_SINCE = {"d0fa4c0", "d19b937"}
+CHANGED = "Both kernels have been changed since, and not yet been measured again."
 NO_GPU = "No GPU has been measured yet: where there is one, `make bench` measures the kernels there beside the same baselines."
 NO_SUITE = "The suite has not been run on this GPU yet: `make bench` measures there whole models, streaming and the same baselines, too."
 
@@ -140,12 +143,13 @@ def of_tuner(rows: list[Row]) -> list[str]:
     of_other_commits = "".join(
         f" The rows of {candidate} are of commit {commit}." for candidate, commit in older.items()
     )
+    changed = f" {CHANGED}" if any(row["commit"] in CHANGED_SINCE for row in chosen) else ""
     return [
         f"**{last['device']}**, driver {last['driver']}, torch {last['torch']}, {last['date'][:10]}, commit {last['commit']}",
         "",
         *crossed(named, "n", speed, f"by the tuner, n models: GB/s (share of the limit, {last['limit']})"),
         "",
-        f"One tensor, {last['bytes'] / 1e9:.2g} GB in all. The limit beside them was between {limits[0]:.4g} and {limits[-1]:.4g} GB/s.{of_other_commits} {NO_SUITE}",
+        f"One tensor, {last['bytes'] / 1e9:.2g} GB in all. The limit beside them was between {limits[0]:.4g} and {limits[-1]:.4g} GB/s.{of_other_commits}{changed} {NO_SUITE}",
     ]
 
 

@@ -38,7 +38,8 @@ class TensorStats:
 class Stats:
     """Counts of a merge, for each tensor and in all.
 
-    Counts stay on their device until one of the numbers is read.
+    Counts stay on their device until one of the numbers is read. On a GPU, read it on the stream of the merge, or make the stream
+    that it is read on wait for that one.
     """
 
     def __init__(self) -> None:

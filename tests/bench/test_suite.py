@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,23 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
         <= 100
     )
     if not torch.cuda.is_available():
-        assert "not measured: no CUDA device: " in done.stdout
+        assert re.search(
+            r"not measured: no CUDA device: (this torch|.*wants a driver for CUDA).*: \d+ case", done.stdout
+        )
+
+
+def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text("""
+import torch
+def init():
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver")
+torch.version.cuda, torch.cuda.init, torch.cuda.is_available = "13.0", init, lambda: False
+""")
+    done = suite(tmp_path, "-p", "old", "-k", "cuda and one_tensor and BF16")
+    assert (
+        "not measured: no CUDA device: The NVIDIA driver on your system is too old (found version 12040); "
+        "this torch wants a driver for CUDA 13.0 or newer: " in done.stdout
+    )
 
 
 def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
