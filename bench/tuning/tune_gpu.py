@@ -73,16 +73,21 @@ def compiler(device: str) -> list[str]:
     ]  # fmt: skip
 
 
+def build(command: list[str], library: str, constants: Iterable[str]) -> str:
+    """Compile the CUDA kernel with other constants."""
+    flags = [f"-DNEGMERGE_CUDA_{constant}" for constant in constants]
+    arguments = [*command, "-std=c++17", "-shared", *flags, str(SOURCE), "-o", library]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
+        raise RuntimeError((errors or [f"{command[0]} ended with exit status {done.returncode}"])[0])
+    return library
+
+
 class Built:
     """The CUDA kernel, compiled with other constants."""
 
-    def __init__(self, command: list[str], library: str, constants: Iterable[str]) -> None:
-        flags = [f"-DNEGMERGE_CUDA_{constant}" for constant in constants]
-        arguments = [*command, "-std=c++17", "-shared", *flags, str(SOURCE), "-o", library]
-        done = subprocess.run(arguments, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
-            raise RuntimeError((errors or [f"{command[0]} ended with exit status {done.returncode}"])[0])
+    def __init__(self, library: str) -> None:
         loaded = ctypes.CDLL(library)
         loaded.tile.restype = ctypes.c_int64
         self.tile = loaded.tile()
@@ -113,11 +118,11 @@ def cuda_candidates(device: str, folder: str) -> dict[str, Merge]:
     """The CUDA kernel with each choice of constants."""
     command = compiler(device)
 
-    def build(number: int, constants: list[str]) -> Built:
-        return Built(command, f"{folder}/{number}.so", constants)
+    def built_with(number: int, constants: list[str]) -> Built:
+        return Built(build(command, f"{folder}/{number}.so", constants))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        built = pool.map(build, range(len(CUDA)), CUDA.values())
+        built = pool.map(built_with, range(len(CUDA)), CUDA.values())
         return {f"cuda, {candidate}": one.merge for candidate, one in zip(CUDA, built, strict=True)}
 
 
@@ -157,10 +162,12 @@ def fault(workload: Workload, counts: Any) -> str | None:
     return None if counts.tolist() == expected else "counts differ from the reference's"
 
 
-def measure(workload: Workload, candidates: dict[str, Merge], rounds: int) -> list[Row]:
-    """A row for each candidate that is right before its rounds and in the last one."""
+def measure(
+    workload: Workload, candidates: dict[str, Merge], rounds: int, now: Clock | None = None
+) -> list[Row]:
+    """A row for each candidate that is right before its rounds and in the last one. now: a clock, the device's if None."""
     [batch] = workload.batches(in_place=False)
-    roofline, now = device_copy(workload.device, workload.bytes), clock(workload.device)
+    roofline, now = device_copy(workload.device, workload.bytes), now or clock(workload.device)
     taken: dict[str, list[tuple[float, float]]] = {candidate: [] for candidate in candidates}
 
     def refuse(candidate: str, reason: str) -> None:

@@ -1,0 +1,162 @@
+"""A session on a GPU, without one: variants that hang, crash or are wrong, and a time that does not suffice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import TimeoutError as NotReady
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from negmerge_fast.backends import pytorch, selftest
+from negmerge_fast.benchmark.bandwidth import Roofline
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gpu_session(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "tuning"))
+    import gpu_session
+
+    return gpu_session
+
+
+def printing(*rows: tuple[str, int, str, float], then: str = "") -> list[str]:
+    """A command that prints rows, then does something else."""
+    lines = [
+        json.dumps({"way": "a", "dtype": dtype, "n": n, "state": state, "of_limit": fraction})
+        for dtype, n, state, fraction in rows
+    ]
+    return [sys.executable, "-c", f"import sys, time\nfor line in {lines}: print(line, flush=True)\n{then}"]
+
+
+WHOLE = [
+    ("F32", 2, "kernel", 0.5),
+    ("F32", 2, "as called", 0.4),
+    ("BF16", 2, "kernel", 0.125),
+    ("BF16", 2, "as called", 0.1),
+]
+
+
+def test_a_variant_costs_no_other_its_numbers(gpu_session: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def not_compiled(seconds: float) -> list[str]:
+        raise RuntimeError("error: no such constant\nand more")
+
+    lines = {
+        "right": printing(*WHOLE),
+        "hangs": printing(*WHOLE[:2], then="time.sleep(1000)"),
+        "crashes": printing(*WHOLE[:1], then="sys.exit('CUDA error: an illegal address')"),
+        "wrong": printing(then="print('wrong, F32, n = 2: no speed, elements that differ: 3')"),
+    }
+    commands = {name: lambda seconds, line=line: line for name, line in lines.items()}
+    recorded: list[Any] = []
+    began = time.monotonic()
+    results, remaining = gpu_session.session(
+        {**commands, "not compiled": not_compiled}, 1000.0, limit_s=3.0, on_rows=recorded.extend
+    )
+    assert time.monotonic() - began < 500 and not remaining
+    assert {name: (len(result.rows), result.reason) for name, result in results.items()} == {
+        "right": (4, None),
+        "hangs": (2, "took more than 3 s"),
+        "crashes": (1, "ended with exit status 1: CUDA error: an illegal address"),
+        "wrong": (0, "wrong, F32, n = 2: no speed, elements that differ: 3"),
+        "not compiled": (0, "error: no such constant"),
+    }
+    assert len(recorded) == 7
+    printed = gpu_session.table(results, ["later"]).splitlines()
+    assert "| right | 0.250 | 0.125 (BF16, n = 2) | 0.200 | 2 of 2 |" in printed
+    assert "| hangs | 0.500 | 0.500 (F32, n = 2) | 0.400 | 1 of 2 |" in printed
+    assert "| wrong | – | – | – | 0 of 2 |" in printed
+    assert printed[-5:] == [
+        *(f"{name}: {result.reason}" for name, result in results.items() if result.reason),
+        "later: not measured, the time is up",
+    ]
+
+
+def test_variants_for_which_there_is_no_time_are_remaining(gpu_session: Any) -> None:
+    passed = [0.0]
+
+    def takes(seconds: float) -> Any:
+        def command(left: float) -> list[str]:
+            if seconds > left:
+                raise NotReady
+            passed[0] += seconds
+            return printing(WHOLE[0])
+
+        return command
+
+    commands = {"a": takes(30.0), "slow to compile": takes(80.0), "b": takes(69.5), "c": takes(0.0)}
+    results, remaining = gpu_session.session(commands, 100.0, now=lambda: passed[0])
+    assert list(results) == ["a", "b"] and remaining == ["slow to compile", "c"]
+
+
+def test_bits_are_compared_before_and_after_the_rounds(
+    gpu_session: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tune_gpu
+
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(tune_gpu, "flush", lambda device: None)
+    monkeypatch.setattr(
+        tune_gpu, "device_copy", lambda device, size: Roofline("device copy", size, lambda: spend(2.0))
+    )
+    monkeypatch.setattr(selftest, "_results", {})
+    monkeypatch.setattr(gpu_session, "MODELS", (2, 3))
+    calls = [0]
+
+    def merge(batch: Any, rule: Any, threads: Any = None) -> Any:
+        spend(4.0)
+        counts = pytorch.merge(batch, rule)
+        if batch.signature.result == "F16" and len(batch.segments) == 1:
+            calls[0] += 1
+            if calls[0] == 3:  # one check and two rounds
+                batch.segments[0].out.owner[-1] += 1
+        return counts
+
+    clocks = {"kernel": lambda: now[0], "as called": lambda: now[0]}
+    gpu_session.measure_variant("triton, usual", merge, "cpu", 4096, 2, clocks)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {row["of_limit"] for row in rows} == {0.5}
+    measured = [(row["dtype"], row["n"], row["state"]) for row in rows]
+    every = [
+        (t, n, s) for n in (2, 3) for t in ("F64", "F32", "F16", "BF16") for s in ("kernel", "as called")
+    ]
+    assert measured == [cell for cell in every if cell != ("F16", 2, "kernel")]
+    assert [line for line in lines if not line.startswith("{")] == [
+        "triton, usual, F16, n = 2: no speed, elements that differ from the reference's: 1"
+    ]
+
+
+def test_every_variant_of_triton_is_a_launch_of_its_own(
+    gpu_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from negmerge_fast.core.batch import Batch, Signature
+    from negmerge_fast.kernels import merge
+
+    monkeypatch.setattr(merge, "launch_merge", lambda batch, rule, launch: launch)
+    batch = Batch("cuda:0", Signature("BF16", ("BF16",) * 8, False), [])
+    launches = [gpu_session.merge_of(f"triton, {name}", "")(batch, None) for name in gpu_session.TRITON]
+    assert len(set(launches)) == len(launches)
+    assert set(gpu_session.VARIANTS) == {
+        *(f"triton, {name}" for name in gpu_session.TRITON), *(f"cuda, {name}" for name in gpu_session.CUDA)
+    }  # fmt: skip
+
+
+def test_a_message_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    script = str(ROOT / "bench" / "tuning" / "gpu_session.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout == "gpu_session: torch finds no GPU here, nothing was measured\n" and not done.stderr
