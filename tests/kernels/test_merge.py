@@ -104,6 +104,39 @@ def test_machine_code(
     assert not re.search(r"\b(LDL|STL)\b", machine_code(kernel.asm["cubin"], tmp_path)), "uses local memory"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("F64", 54), ("F32", 39), ("F16", 41), ("BF16", 45)]
+)  # 50, 36, 37 and 41 with Triton 3.9; at least 88, 54, 58 and 62 with a branch for the division
+def test_instructions_an_element(dtype: str, most: int, tmp_path: Path) -> None:
+    """Of two models, in the loop over whole tiles."""
+    from negmerge_fast.kernels import merge as kernel
+
+    if kernel.VERSION < (3, 6):
+        pytest.skip("the division is another before Triton 3.6, and so was the compiler")
+    launch, _, loads = wide_loads(dtype, dtype, 2, True)
+    code = machine_code(compiled(SM_90, dtype, dtype, 2, True).asm["cubin"], tmp_path)
+    loop = loop_over_tiles(
+        re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;/]+);", code), launch.elements * SIZES[dtype] * 8
+    )
+    assert len(loop) <= most * launch.elements
+    assert not any("CALL" in line or ".RCP" in line for line in loop)
+    loaded = [line for line in loop if "LDG.E.EF" in line]
+    assert len(loaded) == loads
+
+
+def loop_over_tiles(code: list[tuple[str, str]], bits: int) -> list[str]:
+    """The instructions of the smallest loop with the loads and the store of so many bits at a time."""
+    wide = [i for i, (_, line) in enumerate(code) if re.search(rf"(LDG|STG)\.E\.EF\.{bits}\b", line)]
+    loops = []
+    for i, (_, line) in enumerate(code):
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", line)
+        begin = next((j for j, (at, _) in enumerate(code) if target and int(at, 16) == int(target[1], 16)), i)
+        if begin <= min(wide) and i >= max(wide):
+            loops.append((i - begin, begin, i))
+    _, begin, end = min(loops)
+    return [line for _, line in code[begin : end + 1]]
+
+
 def divides_in_double() -> bool:
     """Whether float32 is divided as float64, as it is before Triton 3.6."""
     from negmerge_fast.kernels import merge as kernel
