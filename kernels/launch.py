@@ -50,7 +50,7 @@ def usual_launch(signature: Signature, unanimous: bool) -> Launch:
     # tests/kernels/test_merge.py holds that no local memory is used.
     group = 8 if elements * max(sizes[1:]) <= 16 else 4
     if double and not unanimous:
-        group = 2 if elements == 4 else 4
+        group = 2
     # On an H100 these launches were as fast with 16,384 programs as with 4,096 or up to 8 % faster. With 2^20 they were far
     # slower for few models, bench/results/tune_gpu.jsonl.
     registers = _registers(elements, double, unanimous, len(signature.models))
@@ -62,7 +62,7 @@ def _registers(elements: int, double: bool, unanimous: bool, models: int) -> int
     narrow = elements * (8 if double else 4) <= 16
     if not unanimous:
         # Without a limit, NVIDIA's compiler keeps some values of a majority in local memory to run more programs at once.
-        return 96 if narrow else 224 if double else 168
+        return (112 if double else 96) if narrow else 224 if double else 168
     # Read in the machine code, not measured: with these limits the loads of a group are issued before any is needed, 80 KiB of a
     # processor for 8 models of 16 bits and 30 for 2, and sm_80 to sm_100 need no local memory. Without a limit, NVIDIA's compiler
     # takes fewer registers and issues 2 loads of 10.
