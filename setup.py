@@ -132,6 +132,10 @@ def build(library: Path, cuda: bool, stays_here: bool) -> list[int]:
         nvcc = cuda_compiler()
         gpus = architectures(run(nvcc, "--list-gpu-arch"), installed_gpus() if stays_here else None)
         options = {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(map(str, gpus))}
+        # NVIDIA's packages for pip have lib/, where their nvcc looks for lib64/.
+        libraries = Path(shutil.which(nvcc) or nvcc).parents[1] / "lib"
+        if (libraries / "libcudart_static.a").exists():
+            options["CMAKE_CUDA_FLAGS"] = f"-L{libraries}"
     if "CXX" not in os.environ:
         program("c++", "g++", "clang++")  # CMake would say less clearly that there is none
     try:

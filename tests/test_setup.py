@@ -110,6 +110,31 @@ def test_nvcc_is_looked_for_where_cuda_is_installed(monkeypatch: pytest.MonkeyPa
     assert setup.cuda_compiler() == "another"
 
 
+def test_libraries_of_nvcc_from_pip_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    commands = []
+
+    def run(*command: str | Path) -> str:
+        commands.append(command)
+        return "compute_80\n"
+
+    monkeypatch.setattr(setup, "run", run)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    pytest.importorskip("pybind11")
+    monkeypatch.setattr(setup, "program", lambda *names: names[0])
+
+    def flags() -> list[str]:
+        commands.clear()
+        assert setup.build(tmp_path / "library.so", cuda=True, stays_here=False) == [80]
+        return [flag for flag in map(str, commands[1]) if flag.startswith("-DCMAKE_CUDA_FLAGS")]
+
+    assert flags() == []
+    libraries = tmp_path / "cuda" / "lib"
+    libraries.mkdir(parents=True)
+    (libraries / "libcudart_static.a").write_text("")
+    assert flags() == [f"-DCMAKE_CUDA_FLAGS=-L{libraries}"]
+
+
 @pytest.mark.parametrize("listed", ["usage: nvcc\n", "compute_52\ncompute_75\n"])
 def test_a_compiler_that_lists_no_such_gpus_is_none(listed: str) -> None:
     with pytest.raises(
