@@ -82,13 +82,14 @@ PYBIND11_MODULE(_native, m) {
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
   m.attr("cuda_tile") = kCudaTile;
+  m.attr("cuda_table") = kCudaTable;
   m.def(
       "merge_cuda",
       [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
-         std::int64_t segments, std::uintptr_t memory, std::uintptr_t counts, std::int64_t tiles,
+         std::int64_t segments, std::uintptr_t table, std::int64_t words, std::uintptr_t counts, std::int64_t tiles,
          std::int64_t max_blocks, int device, std::uintptr_t stream) {
         merge_cuda(batch_of(result, dtypes, task_vectors, scale, required, segments, 0, counts),
-                   reinterpret_cast<const std::int64_t*>(memory), tiles, max_blocks, device, stream);
+                   reinterpret_cast<const std::int64_t*>(table), words, tiles, max_blocks, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
 #else

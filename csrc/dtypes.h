@@ -106,4 +106,15 @@ struct F16 {
   }
 };
 
+// Two neighbours of 16 bits, rounded to storage in one word of 32.
+template <class S>
+NEGMERGE_INLINE std::uint32_t round_pair(float low, float high) {
+#ifdef __CUDA_ARCH__
+  if constexpr (S::kHalf) return bits_as<std::uint32_t>(__floats2half2_rn(low, high));
+  else return bits_as<std::uint32_t>(__floats2bfloat162_rn(low, high));
+#else
+  return S::template round<std::uint32_t>(low) | S::template round<std::uint32_t>(high) << 16;
+#endif
+}
+
 }  // namespace negmerge

@@ -9,6 +9,8 @@
 // multiply-adds and without fast-math. Nothing here allocates or fails.
 #pragma once
 
+#include <cmath>
+
 #ifdef __CUDACC__
 #define NEGMERGE_INLINE __host__ __device__ __forceinline__
 #else
@@ -52,6 +54,8 @@ struct Unanimous {
   static constexpr bool kResultTells = true;
   N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
 
+  // The first d_k, finite: what accumulate does of it to the values above.
+  NEGMERGE_INLINE void begin(N d) { sum = least = greatest = d; }
   NEGMERGE_INLINE void accumulate(N d) {
     sum = sum + d;
     least = lesser(d, least);
@@ -77,8 +81,15 @@ struct Majority : Unanimous<T, N> {
   using OfOne = Majority<T, T>;
   N positive = N{}, negative = N{}, n_positive = N{}, n_negative = N{};
 
+  NEGMERGE_INLINE void begin(N d) {
+    Unanimous<T, N>::begin(d);
+    accumulate_signs(d);
+  }
   NEGMERGE_INLINE void accumulate(N d) {
     Unanimous<T, N>::accumulate(d);
+    accumulate_signs(d);
+  }
+  NEGMERGE_INLINE void accumulate_signs(N d) {
     const N zero = N{}, one = N{} + T(1);
     // Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
     positive = positive + (d > zero ? d : zero);
@@ -144,7 +155,7 @@ template <class N>
 NEGMERGE_INLINE N magnitude(N x) {
   using Mask = decltype(x < x);
   if constexpr (sizeof(Mask) != sizeof(N)) {
-    return x < N{} ? -x : x;
+    return std::fabs(x);
   } else {
     return (N)((Mask)x & ~(Mask)-N{});
   }

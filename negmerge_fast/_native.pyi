@@ -3,6 +3,7 @@
 instruction_sets: list[str]
 cuda: bool
 cuda_tile: int
+cuda_table: int
 
 def merge_cpu(
     result: int,
@@ -23,7 +24,8 @@ def merge_cuda(
     scale: float,
     required: int,
     segments: int,
-    memory: int,
+    table: int,
+    words: int,
     counts: int,
     tiles: int,
     max_blocks: int,

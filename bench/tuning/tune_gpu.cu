@@ -11,7 +11,7 @@ extern "C" const char* merge_launch(int result, const char* dtypes, std::int64_t
   const negmerge::Batch batch{static_cast<negmerge::Dtype>(result), reinterpret_cast<const negmerge::Dtype*>(dtypes),
                               models, task_vectors, scale, required, segments, nullptr, counts};
   try {
-    negmerge::merge_cuda(batch, memory, tiles, std::numeric_limits<int>::max(), device, stream);
+    negmerge::merge_cuda(batch, memory, 0, tiles, std::numeric_limits<int>::max(), device, stream);
     return nullptr;
   } catch (const std::exception& error) {
     why = error.what();

@@ -22,6 +22,7 @@ from ..core.errors import InputError, first_line
 from ..core.rule import Rule
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -134,30 +135,53 @@ def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Te
 
 
 def merge_cuda_in_few_blocks(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """merge_cuda with several tiles for each block however small the batch is, as in large batches: for the self-test."""
-    return _launch_cuda(batch, rule, 3)
+    """merge_cuda as for large batches, however small this one is: for the self-test.
+
+    Each block has several tiles. With one of the self-test's two scales the table is uploaded.
+    """
+    return _launch_cuda(batch, rule, 3, uploaded=rule.scale < 0)
 
 
-def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int) -> torch.Tensor:
+def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int, uploaded: bool = False) -> torch.Tensor:
+    """Launch a merge in at most so many blocks. Its table goes along where it fits, and is uploaded else, or if `uploaded`."""
     import torch
 
     from .. import _native
 
     device = torch.device(batch.device)
-    memory, tiles = pack_for_device(batch, _native.cuda_tile)
+    table, tiles = pack_for_device(batch, _native.cuda_tile)
+    size = len(batch.segments), len(COUNTED)
     with torch.cuda.device(device):
-        on_device = upload(memory, f"cuda:{torch.cuda.current_device()}")
-        counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=on_device.device)
+        index = torch.cuda.current_device()
+        uploaded = uploaded or len(table) > _native.cuda_table
+        counts, address, words = _placed(table, size, f"cuda:{index}", uploaded)
         _native.merge_cuda(
             *kernel_arguments(batch, rule),
-            on_device.data_ptr(),
+            address,
+            words,
             counts.data_ptr(),
             tiles,
             max_blocks,
-            on_device.device.index,
+            index,
             torch.cuda.current_stream().cuda_stream,
         )
     return counts
+
+
+def _placed(
+    table: np.ndarray[Any, Any], size: tuple[int, int], device: str, uploaded: bool
+) -> tuple[torch.Tensor, int, int]:
+    """Zeros on a device to count in, and a table's address and length; the length is 0 if the table is there, too.
+
+    The counts lie behind an uploaded table: to fill them would be one launch more.
+    """
+    import numpy as np
+    import torch
+
+    if not uploaded:
+        return torch.zeros(size, dtype=torch.int64, device=device), table.ctypes.data, len(table)
+    memory = upload(np.append(table, np.zeros(size, np.int64)), device)
+    return memory[len(table) :].view(size), memory.data_ptr(), 0
 
 
 def instruction_set() -> str:

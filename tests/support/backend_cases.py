@@ -132,7 +132,7 @@ def merge_on_host(
     counts = np.zeros((segments, len(COUNTED)), np.int64)
     library.merge_on_host(
         result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
-        ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_void_p(counts.ctypes.data),
+        ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_int64(len(memory)), ctypes.c_void_p(counts.ctypes.data),
         ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
     )  # fmt: skip
     return counts

@@ -9,6 +9,8 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__
+#define __builtin_assume(...)
 
 struct dim3 {
   unsigned x;
@@ -24,10 +26,6 @@ struct alignas(8) uint2 {
 };
 template <class V>
 V __ldcs(const V* from) { return *from; }
-template <class V>
-V __ldg(const V* from) { return *from; }
-template <class V>
-void __stcs(V* to, V value) { *to = value; }
 
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
