@@ -14,8 +14,11 @@ namespace negmerge {
 // Elements of a tile; the last one of a segment is shorter. A multiple of what a thread takes at a time.
 constexpr std::int64_t kCudaTile = NEGMERGE_CUDA_TILE;
 
+#ifndef NEGMERGE_CUDA_TABLE
+#define NEGMERGE_CUDA_TABLE 496
+#endif
 // 64-bit integers of a batch's table that go along with a launch: with all else that does, 4 KiB at most.
-constexpr std::int64_t kCudaTable = 496;
+constexpr std::int64_t kCudaTable = NEGMERGE_CUDA_TABLE;
 
 // Launches a merge on a stream of a device, and does not wait for it. batch.descriptors is not used. batch.counts and all
 // addresses in the table are in the device's memory; pack_for_device of negmerge_fast/core/descriptors.py says what the table

@@ -54,7 +54,7 @@ struct Unanimous {
   static constexpr bool kResultTells = true;
   N sum = N{}, least = N{} + kInf, greatest = N{} - kInf;
 
-  // The first d_k, finite: what accumulate does of it to the values above.
+  // start of a finite d_k, in fewer instructions.
   NEGMERGE_INLINE void begin(N d) { sum = least = greatest = d; }
   NEGMERGE_INLINE void accumulate(N d) {
     sum = sum + d;

@@ -30,7 +30,7 @@ from negmerge_fast.benchmark.shapes import one_tensor
 from negmerge_fast.benchmark.timers import Clock, clock
 from negmerge_fast.benchmark.workload import RULE, Lacking, Workload, release, shared_workload
 from negmerge_fast.core.batch import COUNTED, Batch, Merge, Signature
-from negmerge_fast.core.descriptors import pack_for_device, upload
+from negmerge_fast.core.descriptors import pack_for_device
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
 
@@ -40,21 +40,21 @@ RESULTS = Path(__file__).parents[1] / "results" / "tune_gpu.jsonl"
 # Numbers of models: less than a group, one group, and several.
 MODELS = (2, 8, 32)
 
-# For sm_90 all compile without local memory, except 4 blocks of 256 threads and blocks of 512.
+# For sm_90 all compile without local memory, except 4 blocks of 256 threads.
 CUDA = {
     "as built": [],
+    "64 waves of blocks": ["WAVES=64"],
+    "7 blocks of 128 threads at a time": ["THREADS=128", "BLOCKS=7"],
+    "4 blocks at a time": ["BLOCKS=4"],
+    "8 models at once": ["GROUP=8"],
+    "an uploaded table": ["TABLE=1"],
     "1 wave of blocks": ["WAVES=1"],
     "4 waves of blocks": ["WAVES=4"],
-    "64 waves of blocks": ["WAVES=64"],
     "tiles of 1,024": ["TILE=1024"],
     "tiles of 4,096": ["TILE=4096"],
     "2 blocks at a time": ["BLOCKS=2"],
-    "4 blocks at a time": ["BLOCKS=4"],
-    "blocks of 128 threads": ["THREADS=128", "BLOCKS=6"],
-    "blocks of 128 threads, tiles of 1,024": ["THREADS=128", "BLOCKS=6", "TILE=1024"],
+    "7 blocks of 128 threads at a time, tiles of 1,024": ["THREADS=128", "BLOCKS=7", "TILE=1024"],
     "blocks of 512 threads, tiles of 8,192": ["THREADS=512", "BLOCKS=1", "TILE=8192"],
-    "4 models at once": ["GROUP=4"],
-    "64 bytes at once": ["GROUP_BYTES=64"],
 }
 
 
@@ -89,26 +89,26 @@ class Built:
 
     def __init__(self, library: str) -> None:
         loaded = ctypes.CDLL(library)
-        loaded.tile.restype = ctypes.c_int64
-        self.tile = loaded.tile()
+        loaded.tile.restype = loaded.table.restype = ctypes.c_int64
+        self.tile, self.table = loaded.tile(), loaded.table()
         self.function = loaded.merge_launch
         long, address = ctypes.c_int64, ctypes.c_void_p
         self.function.argtypes = [
-            ctypes.c_int, ctypes.c_char_p, long, ctypes.c_bool, ctypes.c_double, long, long, address, address,
-            long, ctypes.c_int, ctypes.c_uint64,
+            ctypes.c_int, ctypes.c_char_p, long, ctypes.c_bool, ctypes.c_double, long, long, address, long,
+            address, long, ctypes.c_int, ctypes.c_uint64,
         ]  # fmt: skip
         self.function.restype = ctypes.c_char_p
 
     def merge(self, batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
         """Merge a batch as native.merge_cuda does."""
-        memory, tiles = pack_for_device(batch, self.tile)
-        on_device = upload(memory, batch.device)
-        counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=batch.device)
+        table, tiles = pack_for_device(batch, self.tile)
+        size = len(batch.segments), len(COUNTED)
+        counts, address, words = native.place_table(table, size, batch.device, len(table) > self.table)
         result, dtypes, *others = native.kernel_arguments(batch, rule)
         index = torch.device(batch.device).index or 0
         stream = torch.cuda.current_stream().cuda_stream
-        memories = on_device.data_ptr(), counts.data_ptr()
-        why = self.function(result, dtypes, len(dtypes), *others, *memories, tiles, index, stream)
+        placed = address, words, counts.data_ptr()
+        why = self.function(result, dtypes, len(dtypes), *others, *placed, tiles, index, stream)
         if why:
             raise RuntimeError(why.decode())
         return counts

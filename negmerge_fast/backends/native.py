@@ -154,7 +154,7 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int, uploaded: bool = Fal
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         uploaded = uploaded or len(table) > _native.cuda_table
-        counts, address, words = _placed(table, size, f"cuda:{index}", uploaded)
+        counts, address, words = place_table(table, size, f"cuda:{index}", uploaded)
         _native.merge_cuda(
             *kernel_arguments(batch, rule),
             address,
@@ -168,7 +168,7 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int, uploaded: bool = Fal
     return counts
 
 
-def _placed(
+def place_table(
     table: np.ndarray[Any, Any], size: tuple[int, int], device: str, uploaded: bool
 ) -> tuple[torch.Tensor, int, int]:
     """Zeros on a device to count in, and a table's address and length; the length is 0 if the table is there, too.

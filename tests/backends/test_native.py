@@ -72,10 +72,10 @@ def test_counts_are_a_table_in_memory(segments: int) -> None:
 
 def test_a_table_goes_along_with_a_launch_or_is_uploaded_with_the_counts_behind_it() -> None:
     table = np.arange(7)
-    counts, address, words = native._placed(table, (2, 3), "cpu", uploaded=False)
+    counts, address, words = native.place_table(table, (2, 3), "cpu", uploaded=False)
     assert (address, words) == (table.ctypes.data, 7)
     assert torch.equal(counts, torch.zeros(2, 3, dtype=torch.int64))
-    counts, address, words = native._placed(table, (2, 3), "cpu", uploaded=True)
+    counts, address, words = native.place_table(table, (2, 3), "cpu", uploaded=True)
     assert words == 0 and counts.data_ptr() == address + table.nbytes
     memory = counts.as_strided((13,), (1,), 0)
     assert memory.data_ptr() == address and memory.tolist() == [*range(7), *[0] * 6]
