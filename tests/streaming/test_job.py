@@ -144,11 +144,11 @@ def test_a_record_is_written_after_its_bytes_are_synced(
 ) -> None:
     """Otherwise a crash would leave holes that no run fills."""
     order: list[tuple[str, int]] = []
-    write, sync, append = Writer.write, Writer.sync, journal.Journal.append
+    written, sync, append = Writer.written, Writer.sync, journal.Journal.append
     moved = [0, 0]
 
-    def noted_write(self: Writer, name: str, offset: int, data: memoryview, *more: Any) -> None:
-        write(self, name, offset, data, *more)
+    def noted_written(self: Writer, name: str, offset: int, data: memoryview, *more: Any) -> None:
+        written(self, name, offset, data, *more)
         moved[0] += len(data)
 
     def noted_sync(self: Writer) -> None:
@@ -161,7 +161,7 @@ def test_a_record_is_written_after_its_bytes_are_synced(
         assert sum(size for _, size in order) <= moved[1]
         append(self, record)
 
-    monkeypatch.setattr(Writer, "write", noted_write)
+    monkeypatch.setattr(Writer, "written", noted_written)
     monkeypatch.setattr(Writer, "sync", noted_sync)
     monkeypatch.setattr(journal.Journal, "append", noted_append)
     record_every_chunk(monkeypatch)
