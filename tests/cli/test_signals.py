@@ -23,17 +23,17 @@ from checkpoint_files import MERGE, check, load_model, negmerge, nothing_left, s
 
 pytestmark = pytest.mark.processes
 
-# A slow merge: each read waits a moment, so that the merge can be stopped in the middle.
+# A slow merge: each chunk waits a moment, so that the merge can be stopped in the middle.
 SLOW = """
 import sys, time
 from negmerge_fast.cli import main
 from negmerge_fast.streaming import budget
-from negmerge_fast.checkpoints.reader import Reader
-read, budget.MAX_CHUNK_BYTES = Reader.read_into, 4096
-def slow(self, *a):
-    time.sleep(0.02)
-    read(self, *a)
-Reader.read_into = slow
+from negmerge_fast.streaming.worker import Worker
+process, budget.MAX_CHUNK_BYTES = Worker.process_chunk, 4096
+def slow(self, chunk):
+    time.sleep(0.02 * len(chunk.sources))
+    return process(self, chunk)
+Worker.process_chunk = slow
 main.main()
 """
 

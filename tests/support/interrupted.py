@@ -15,21 +15,21 @@ import torch
 from checkpoint_files import save_model
 from small_chunks import RECORD_EVERY_CHUNK
 
-# Every read waits a moment.
+# Every chunk waits a moment for each version.
 SLOW = f"""{RECORD_EVERY_CHUNK}
 import os, sys, time
 from negmerge_fast.cli import main
 from negmerge_fast.runtime import distributed
-from negmerge_fast.checkpoints.reader import Reader
-read = Reader.read_into
+from negmerge_fast.streaming.worker import Worker
+process = Worker.process_chunk
 wait = float(os.environ.get("TEST_WAIT", "0.004"))
 distributed.QUIET_WAIT_S = 60.0
 if os.environ.get("RANK") == os.environ.get("TEST_LATE"):
     distributed.POLL_INTERVAL_S = 2.0
-def slow(self, *a):
-    time.sleep(wait)
-    return read(self, *a)
-Reader.read_into = slow
+def slow(self, chunk):
+    time.sleep(wait * len(chunk.sources))
+    return process(self, chunk)
+Worker.process_chunk = slow
 main.main()
 """
 
