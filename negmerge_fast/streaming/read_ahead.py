@@ -20,11 +20,18 @@ class ReadAhead:
         self._seconds, self._bytes = [0.0, 0.0], [0, 0]
         self.requests = False
 
-    def record(self, cached: bool, nbytes: int, seconds: float) -> None:
-        """Add a chunk that was read: whether all of it was cached, its bytes, and the time that it took."""
+    def record(self, cached: bool, nbytes: int, seconds: float, requested: bool) -> None:
+        """Add a chunk that was read.
+
+        Args:
+            cached: Whether all of it was cached.
+            nbytes: Its bytes.
+            seconds: The time that it took.
+            requested: Whether it was requested. Many workers may be under way with chunks as they were read before.
+        """
         with self._lock:
             self._begun = self._begun or not cached
-            if not self._begun or self._number >= 2 * _PROBED + _UNCOUNTED:
+            if not self._begun or self._number >= 2 * _PROBED + _UNCOUNTED or requested != self.requests:
                 return
             if not _PROBED <= self._number < _PROBED + _UNCOUNTED:
                 self._seconds[self.requests] += seconds
@@ -33,5 +40,5 @@ class ReadAhead:
             if self._number == _PROBED:
                 self.requests = True
             elif self._number == 2 * _PROBED + _UNCOUNTED:
-                plain, requested = (s / max(b, 1) for s, b in zip(self._seconds, self._bytes, strict=True))
-                self.requests = requested < (1 - _MIN_GAIN) * plain
+                plain, asked = (s / max(b, 1) for s, b in zip(self._seconds, self._bytes, strict=True))
+                self.requests = asked < (1 - _MIN_GAIN) * plain

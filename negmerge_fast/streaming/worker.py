@@ -69,12 +69,12 @@ class Worker:
         if self.native and base.nbytes and (done := self._process_natively(self.native, chunk, buffers[0])):
             return done
         pruner = ChunkPruner(self.skipping, chunk, buffers, *self.buffers.addresses())
-        self.reader.requests = self.read_ahead.requests
+        self.reader.requests = requested = self.read_ahead.requests
         began = time.perf_counter()
         with self.timeline.span("read"):
             skipped, cached = self._read(chunk, pruner, buffers)
         read = sum(source.nbytes for source in chunk.sources) - skipped
-        self.read_ahead.record(cached, read, time.perf_counter() - began)
+        self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
             with self.turns, self.buffers.launch() as (addresses, owner):
@@ -93,11 +93,11 @@ class Worker:
         """Process a chunk in one call; None if it cannot be read so, and is to be read again to tell why."""
         if len(chunk.sources) > self.reader.max_open:  # their descriptors are all needed at once
             return None
-        base, requests = chunk.sources[0], self.read_ahead.requests
+        base, requested = chunk.sources[0], self.read_ahead.requests
         descriptors = [self.reader.descriptor(source.file) for source in chunk.sources]
         output = self.writer.descriptor(chunk.path)
         with self.turns:
-            done = native.merge(chunk, descriptors, self.buffers.addresses()[0], output, requests)
+            done = native.merge(chunk, descriptors, self.buffers.addresses()[0], output, requested)
         if done.outcome == NOT_READ:
             return None
         counted = self._count(chunk, done.counted)
@@ -105,7 +105,7 @@ class Worker:
             raise OSError(done.error, os.strerror(done.error), str(self.writer.destination.path))
         read = sum(source.nbytes for source in chunk.sources)
         began, *ended = done.times
-        self.read_ahead.record(done.cached, read, ended[0] - began)
+        self.read_ahead.record(done.cached, read, ended[0] - began, requested)
         for stage, end in zip(("read", "merge", "write"), ended, strict=True):
             self.timeline.add(stage, began, end)
             began = end
