@@ -36,14 +36,14 @@ Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double 
 using BatchArguments =
     std::tuple<int, py::bytes, bool, double, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
 
-// sources: the address of int64[versions, 5], with a file's number, its descriptor, offset, size, and an address.
+// sources: the address of int64[versions, 4], with the descriptor of a file, an offset, a size, and an address.
 auto merge_chunk(ChunkMerger& merger, std::uintptr_t sources, std::int64_t versions, const std::vector<BatchArguments>& batches,
                  const std::string& instruction_set, int descriptor, std::int64_t offset, bool fetch, bool release,
                  bool refuse_nonfinite) {
-  const auto* rows = reinterpret_cast<const std::int64_t(*)[5]>(sources);
+  const auto* rows = reinterpret_cast<const std::int64_t(*)[4]>(sources);
   std::vector<Version> read;
   for (std::int64_t k = 0; k < versions; ++k)
-    read.push_back({{rows[k][0], rows[k][1], rows[k][2], rows[k][3]}, reinterpret_cast<char*>(rows[k][4])});
+    read.push_back({{rows[k][0], rows[k][1], rows[k][2]}, reinterpret_cast<char*>(rows[k][3])});
   std::vector<std::string> dtypes;  // the batches point to them
   dtypes.reserve(batches.size());
   std::vector<Batch> merged;
@@ -70,7 +70,7 @@ PYBIND11_MODULE(_native, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   py::class_<ChunkMerger>(m, "ChunkMerger")
-      .def(py::init<std::int64_t>())
+      .def(py::init<>())
       .def("merge", [](ChunkMerger& merger, std::uintptr_t sources, std::int64_t versions,
                        const std::vector<BatchArguments>& batches, const std::string& instruction_set, int descriptor,
                        std::int64_t offset, bool fetch, bool release, bool refuse_nonfinite) {

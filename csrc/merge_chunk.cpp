@@ -3,7 +3,6 @@
 #include <cerrno>
 #include <chrono>
 #include <fcntl.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "merge_cpu.h"
@@ -12,17 +11,6 @@ namespace negmerge {
 namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-// Reads what of a range is in the page cache, and returns its size.
-std::int64_t read_cached(const Version& version) {
-#ifdef RWF_NOWAIT
-  iovec to{version.memory, static_cast<std::size_t>(version.range.size)};
-  const ssize_t got = preadv2(static_cast<int>(version.range.descriptor), &to, 1, version.range.offset, RWF_NOWAIT);
-  return got < 0 ? 0 : got;
-#else
-  return 0;
-#endif
-}
 
 // Reads the rest of a range. Returns false if it cannot be read, or the file ends before.
 bool read_rest(const Version& version, std::int64_t done) {
@@ -72,25 +60,28 @@ int write(int descriptor, const char* memory, std::int64_t size, std::int64_t of
 
 }  // namespace
 
-bool ChunkMerger::read(const std::vector<Version>& versions, const ChunkOptions& options, std::vector<const char*>& addresses,
-                       bool& cached) {
+bool ChunkMerger::read(const std::vector<Version>& versions, const ChunkOptions& options, Windows::Use& use,
+                       std::vector<const char*>& addresses, bool& cached) {
   // The base is read, as the result is made in its memory. If it is cached, the models may be.
-  const std::int64_t base_cached = read_cached(versions[0]);
+  const std::int64_t base_cached = read_cached(versions[0].range, versions[0].memory);
   cached = base_cached == versions[0].range.size;
-  if (!cached && options.fetch)
-    for (const Version& version : versions) advise(version.range, POSIX_FADV_WILLNEED);
-  const bool may_map = cached;
+  const bool may_map = cached && Windows::Use::is_guarded();
+  bool asked = false;
   for (std::size_t k = 0; k < versions.size(); ++k) {
     const Version& version = versions[k];
+    std::int64_t done = base_cached;
     addresses[k] = version.memory;
-    if (k && may_map) {
-      if (const char* found = windows_.find(k, version.range)) {
-        addresses[k] = found;
-        continue;
-      }
-      cached = false;
+    if (k) {
+      if (may_map && (addresses[k] = use.map(version.range))) continue;
+      addresses[k] = version.memory;
+      done = cached ? read_cached(version.range, version.memory) : 0;
+      cached = cached && done == version.range.size;
     }
-    if (!read_rest(version, k ? 0 : base_cached)) return false;
+    if (!cached && options.fetch && !asked) {
+      for (std::size_t i = k; i < versions.size(); ++i) advise(versions[i].range, POSIX_FADV_WILLNEED);
+      asked = true;
+    }
+    if (!read_rest(version, done)) return false;
     if (options.release) advise(version.range, POSIX_FADV_DONTNEED);
   }
   return true;
@@ -101,20 +92,17 @@ ChunkResult ChunkMerger::merge(const std::vector<Version>& versions, std::vector
                                const ChunkOptions& options) {
   ChunkResult result{kNotRead, 0, false, {now(), 0, 0, 0}};
   std::vector<const char*> addresses(versions.size());
-  if (!read(versions, options, addresses, result.cached)) return result;
-  result.times[1] = now();
   {
-    const Windows::Use use(windows_);
+    Windows::Use use(windows_);
+    if (!read(versions, options, use, addresses, result.cached)) return result;
+    result.times[1] = now();
     for (Batch& batch : batches) {
       relocate(batch, addresses);
       merge_cpu(batch, 1, instruction_set);
     }
   }
   result.times[2] = now();
-  if (windows_.failed()) {
-    windows_.clear();
-    return result;
-  }
+  if (windows_.failed()) return result;
   result.outcome = kNonfinite;
   if (options.refuse_nonfinite && any_nonfinite(batches)) return result;
   result.error = write(descriptor, versions[0].memory, versions[0].range.size, offset);

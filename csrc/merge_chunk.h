@@ -34,15 +34,14 @@ struct ChunkResult {
 // Merges chunks one at a time, on one thread.
 class ChunkMerger {
  public:
-  explicit ChunkMerger(std::int64_t window_bytes) : windows_(window_bytes) {}
-
   // versions: the base, then the models. Addresses in the batches' descriptors are offsets into the versions
   // here, and are replaced by addresses. The result is made in the base's memory, and written.
   ChunkResult merge(const std::vector<Version>& versions, std::vector<Batch>& batches, const std::string& instruction_set,
                     int descriptor, std::int64_t offset, const ChunkOptions& options);
 
  private:
-  bool read(const std::vector<Version>& versions, const ChunkOptions& options, std::vector<const char*>& addresses, bool& cached);
+  bool read(const std::vector<Version>& versions, const ChunkOptions& options, Windows::Use& use, std::vector<const char*>& addresses,
+            bool& cached);
   Windows windows_;
 };
 

@@ -13,10 +13,6 @@ from ..core.dtypes import DTYPE_CODES
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 
-# Workers take neighbouring chunks in turn, so that one map serves two of them or more. A larger one would be no faster, and hold
-# more pages of files in the process's resident memory.
-_CHUNKS_OF_WINDOW = 4
-
 WRITTEN, NOT_READ, NONFINITE, NOT_WRITTEN = range(4)  # ChunkOutcome of csrc/merge_chunk.h
 
 
@@ -40,21 +36,27 @@ class Merged(NamedTuple):
 
 
 class ChunkMerger:
-    """Merges chunks one at a time, with one thread.
+    """Merges chunks one at a time, with one thread, as a context manager.
 
-    What is in the page cache is mapped, and not copied. All else is read by position.
+    What is in the page cache is mapped while it is merged, and not copied. All else is read by position.
 
     Args:
         rule: The rule of the merge.
         release: Whether pages of what was read are given back to the system.
         refuse_nonfinite: Whether a chunk with a non-finite element is not written.
-        chunk_bytes: The most bytes of a version in a chunk.
     """
 
-    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool, chunk_bytes: int) -> None:
-        self._merger = library().ChunkMerger(_CHUNKS_OF_WINDOW * chunk_bytes)
+    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool) -> None:
+        self._merger = library().ChunkMerger()
         self._instruction_set = instruction_set()
         self._rule, self._release, self._refuse_nonfinite = rule, release, refuse_nonfinite
+
+    def __enter__(self) -> ChunkMerger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # An error that is kept holds its frames, and they hold this: the process gets its handler of SIGBUS back now.
+        self._merger = None
 
     def merge(
         self,
@@ -73,9 +75,8 @@ class ChunkMerger:
             output: The descriptor that is written to, at the offset of the base.
             fetch: Whether the system is told beforehand what will be read.
         """
-        # id(): descriptors are used again for other files, and the library keeps maps of files.
         versions = zip(chunk.sources, descriptors, addresses, strict=True)
-        sources = _packed((id(s.file), fd, s.offset, s.nbytes, address) for s, fd, address in versions)
+        sources = _packed((fd, s.offset, s.nbytes, address) for s, fd, address in versions)
         groups = [
             (signature, slices, _packed(rows), array("q", bytes(8 * len(COUNTED) * len(rows))))
             for signature, (slices, rows) in _by_signature(chunk).items()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -17,12 +21,14 @@ from small_chunks import set_chunk_bytes
 from small_models import folder, merge  # noqa: F401
 
 from negmerge_fast.benchmark.bandwidth import make_cold
-from negmerge_fast.streaming import read_ahead
+from negmerge_fast.output.writer import Writer
+from negmerge_fast.streaming import budget, read_ahead
 from negmerge_fast.streaming.plan import Extent
 from negmerge_fast.streaming.progress import ChunkResult
 from negmerge_fast.streaming.read_ahead import ReadAhead
 from negmerge_fast.streaming.worker import Worker
 
+Run: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
@@ -38,7 +44,7 @@ def test_the_same_bytes_however_they_are_read(
     set_chunk_bytes(monkeypatch, chunk_bytes)
     read: list[bool] = []
     monkeypatch.setattr(ReadAhead, "requests", requests, raising=False)
-    monkeypatch.setattr(ReadAhead, "record", lambda self, cached, nbytes, seconds: read.append(cached))
+    monkeypatch.setattr(ReadAhead, "record", lambda self, cached, *_: read.append(cached))
     monkeypatch.setattr(ReadAhead, "__init__", lambda self: None)
     monkeypatch.setattr("negmerge_fast.runtime.memory.free_memory", lambda: 1000 if release else 1 << 40)
     process = Worker.process_chunk
@@ -60,67 +66,146 @@ def test_every_chunk_is_processed_natively(folder: Path, monkeypatch: pytest.Mon
     assert merge(folder).bytes_read
 
 
-# Both models are cut short after the first chunk, of which the library is told that they are cached.
-SHRINKING = """
-import ctypes, os, signal, sys
+# A merge of chunks of 64 KiB. At the third something happens; from then on the library is told that all pages are cached.
+MERGE = """
+import ctypes, os, signal
 import negmerge_fast as nm
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.streaming import budget
 budget.MAX_CHUNK_BYTES = 1 << 16
+os.environ["SHIM"] = shim = {shim!r}
 descriptor, chunks = Writer.descriptor, []
-def cut(self, name):
+def at_third(self, name):
     chunks.append(name)
     if len(chunks) == 3:
-        os.environ["SHIM"] = "mincore=1"
-        os.truncate("ft-1/model.safetensors", 1 << 16)
-        if sys.argv[1:] == ["unguarded"]:
-            ctypes.CDLL(None).signal(signal.SIGBUS, 0)  # SIG_DFL; Python's function is for the main thread
+        os.environ["SHIM"] = shim + " cached=1"
+        {event}
     return descriptor(self, name)
-Writer.descriptor = cut
+Writer.descriptor = at_third
+{before}
 try:
     nm.merge_checkpoints("base", ["ft-0", "ft-1"], "out", scale=0.9, threads=1)
 except OSError as error:
+    kept = error
     print(error)
+    print(ctypes.CDLL(None).signal(signal.SIGBUS, None))
 """
+CUT = 'os.truncate("ft-1/model.safetensors", 1 << 16)'
+# What another worker opens later has changed. Afterwards the handler is the usual one.
+SHRANK = r"ft-1/model.safetensors: (ends at byte \d+, expected 1048680 bytes|the file changed while it was being read)\n0\n"
 
 
-@pytest.mark.parametrize("guarded", [True, False])
-def test_a_mapped_file_that_shrinks_is_one_error(tmp_path: Path, guarded: bool) -> None:
-    """The merge reads what is not there any more: without the guard the process ends."""
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
     library = tmp_path / "shim.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, SUPPORT / "shim.c", "-ldl"], check=True)
     for k, name in enumerate(("base", "ft-0", "ft-1")):
         generator = torch.Generator().manual_seed(k)
         save_model(tmp_path / name, {"w": torch.randn(1 << 18, generator=generator)})
-    done = subprocess.run(
-        [sys.executable, "-c", SHRINKING, *([] if guarded else ["unguarded"])],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": str(library), "SHIM": ""},
-    )  # fmt: skip
-    if not guarded:
-        assert done.returncode == -signal.SIGBUS
-        return
+
+    def merge_until(event: str, before: str = "", shim: str = "") -> subprocess.CompletedProcess[str]:
+        script = MERGE.format(event=event, before=before, shim=shim)
+        environment = {**os.environ, "LD_PRELOAD": str(library), "SHIM": ""}
+        return subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+
+    return merge_until
+
+
+@pytest.mark.parametrize(
+    ("event", "before"),
+    [
+        (CUT, ""),
+        # The worker's thread inherits what is blocked.
+        (CUT, "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())"),
+        # Another handler takes the place of ours: nothing is mapped. Python's function would be for the main thread.
+        (f"{CUT}; ctypes.CDLL(None).signal(signal.SIGBUS, None)", ""),
+    ],
+    ids=["shorter", "signals blocked", "another handler"],
+)
+def test_a_mapped_file_that_shrinks_is_one_error(tmp_path: Path, run: Run, event: str, before: str) -> None:
+    done = run(event, before)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"ft-1/model.safetensors: ends at byte \d+, expected 1048680 bytes\n", done.stdout)
+    assert re.fullmatch(SHRANK, done.stdout), done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft-0", "ft-1", "shim.so"]
+
+
+def test_without_the_handler_a_file_that_shrinks_ends_the_process(run: Run) -> None:
+    """The merge does read what is not there any more."""
+    assert run(CUT, shim="sigaction=1").returncode == -signal.SIGBUS
+
+
+def test_a_signal_that_is_sent_ends_the_process_as_usual(run: Run) -> None:
+    assert run("os.kill(os.getpid(), signal.SIGBUS)").returncode == -signal.SIGBUS
+
+
+def test_a_handler_that_was_there_is_called_and_comes_back(run: Run) -> None:
+    done = run(
+        "os.kill(os.getpid(), signal.SIGBUS)",
+        'signal.signal(signal.SIGBUS, lambda *_: print("called", flush=True))',
+    )
+    assert (done.returncode, done.stdout) == (0, "called\n")
+
+
+def test_files_are_mapped_only_while_they_are_merged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are mapped count as memory of the process: it would be more than the budget."""
+    mapped: list[str] = []
+    written = Writer.written
+
+    def note(self: Writer, *arguments: Any) -> None:
+        mapped.extend(
+            line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line
+        )
+        written(self, *arguments)
+
+    monkeypatch.setattr(Writer, "written", note)
+    monkeypatch.setattr(budget, "_MIN_WORKERS", 1)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "ft-0", "ft-1"):
+        save_model(folder / name, {"w": torch.randn(1 << 16, generator=generator)})
+    merge(folder, backend="cpu", threads=1)
+    assert not mapped
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm")
+def test_files_of_a_tmpfs_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be asked."""
+    read: list[bool] = []
+    monkeypatch.setattr(ReadAhead, "record", lambda self, cached, *_: read.append(cached))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as in_memory:
+        copied = Path(shutil.copytree(folder, Path(in_memory) / "folder"))
+        merge(copied, backend="cpu")
+    assert read and all(read)
 
 
 @pytest.mark.parametrize(("requested", "chosen"), [(0.5, True), (0.95, False), (2.0, False)])
 def test_the_faster_way_to_read_is_chosen(requested: float, chosen: bool) -> None:
     found = ReadAhead()
-    found.record(cached=True, nbytes=1, seconds=1000.0)  # not from the disk
+    found.record(cached=True, nbytes=1, seconds=1000.0, requested=False)  # not from the disk
     for _ in range(1000):
-        found.record(False, 1 << 20, requested if found.requests else 1.0)
+        found.record(False, 1 << 20, requested if found.requests else 1.0, found.requests)
     assert found.requests == chosen
 
 
 def test_what_was_read_ahead_does_not_count_for_requests() -> None:
     found = ReadAhead()
     for _ in range(read_ahead._PROBED):
-        found.record(False, 1, 1.0)
+        found.record(False, 1, 1.0, requested=False)
     for _ in range(read_ahead._UNCOUNTED):
         assert found.requests
-        found.record(True, 1, 0.0)
+        found.record(True, 1, 0.0, requested=True)
     for _ in range(read_ahead._PROBED):
         assert found.requests
-        found.record(False, 1, 2.0)
+        found.record(False, 1, 2.0, requested=True)
+    assert not found.requests
+
+
+def test_chunks_that_were_under_way_are_not_counted_as_requested() -> None:
+    """With very many workers there are more of them than are left uncounted."""
+    found = ReadAhead()
+    for seconds in [1.0] * read_ahead._PROBED + [0.0] * 100:
+        found.record(False, 1, seconds, requested=False)
+    for _ in range(100):
+        found.record(False, 1, 1.0, found.requests)
     assert not found.requests
