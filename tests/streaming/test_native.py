@@ -168,6 +168,30 @@ def test_files_are_mapped_only_while_they_are_merged(folder: Path, monkeypatch: 
     assert not mapped
 
 
+# What the native reads are answered, while Python's are not: pread=5 is EIO, for which a chunk is read anew.
+@pytest.mark.parametrize(
+    "shim",
+    ["preadv2=95 pread=5", "preadv2=38", "preadv2=95 short=1", "short=1", "mmap=19", "mmap=1", "fadvise=38", "sync_file_range=38"],
+)  # fmt: skip
+def test_the_same_bytes_where_calls_are_missing_or_do_a_part(tmp_path: Path, run: Run, shim: str) -> None:
+    assert run("").returncode == 0
+    expected = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    done = run(f"os.environ['SHIM'] = {shim!r}", shim=shim)
+    assert (done.returncode, done.stdout) == (0, ""), done
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("shim", "said"), [("pwrite=28", "No space left on device"), ("full=1", "Input/output error")]
+)
+def test_what_cannot_be_written_is_one_error(tmp_path: Path, run: Run, shim: str, said: str) -> None:
+    done = run(f"os.environ['SHIM'] = {shim!r}")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"\[Errno \d+\] {said}: '.*/out'\n0\n", done.stdout)
+    assert not list(tmp_path.glob("*out*"))
+
+
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm")
 def test_files_of_a_tmpfs_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be asked."""

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/uio.h>
@@ -93,6 +94,23 @@ int sigaction(int number, const struct sigaction *action, struct sigaction *befo
     if (before) *before = noted;
     if (action) noted = *action;
     return 0;
+}
+
+// What is to be read or written at once, where all calls do a part of it.
+static size_t part(size_t size) { return size > 1 && on("short") ? size / 2 : size; }
+
+ssize_t pread(int fd, void *to, size_t size, off_t at) {
+    return fails("pread") ? -1 : REAL(ssize_t, pread, int, void *, size_t, off_t)(fd, to, part(size), at);
+}
+
+ssize_t pwrite(int fd, const void *from, size_t size, off_t at) {
+    if (on("full")) return 0;
+    return fails("pwrite") ? -1 : REAL(ssize_t, pwrite, int, const void *, size_t, off_t)(fd, from, part(size), at);
+}
+
+void *mmap(void *address, size_t size, int protection, int flags, int fd, off_t at) {
+    if (fd >= 0 && flags & MAP_SHARED && fails("mmap")) return MAP_FAILED;
+    return REAL(void *, mmap, void *, size_t, int, int, int, off_t)(address, size, protection, flags, fd, at);
 }
 
 int fallocate(int fd, int mode, off_t at, off_t size) {
