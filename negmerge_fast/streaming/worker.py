@@ -117,17 +117,18 @@ class Worker:
         """Read the base and, of each model, what can still agree.
 
         Returns:
-            The bytes that were skipped, and whether the base was cached.
+            The bytes that were skipped, and whether all others were cached.
         """
         base, *models = chunk.sources
         cached = base.read_into(self.reader, buffers[0], release=self.release)
+        all_cached = bool(cached)
         skipped, prefetched, expected = 0, 0, self.skipping.expected_models
         for k, (source, buffer) in enumerate(zip(models, buffers[1:], strict=True)):
             pruner.prune(k)
             if not pruner.can_agree:
                 skipped += sum(model.nbytes for model in models[k:])
                 self.skipping.record(k, skipped)
-                return skipped, bool(cached)
+                return skipped, all_cached
             if k == prefetched and not cached:  # nor are the models, then: the disk may fetch several at once
                 self._prefetch(models, range(k, expected), pruner)
                 prefetched, expected = expected, len(models)
@@ -138,10 +139,11 @@ class Worker:
 
                 np.frombuffer(buffer, np.uint8).fill(0)
             for begin, end in ranges:
-                source.read_into(self.reader, buffer[begin:end], begin, self.release)
+                found = source.read_into(self.reader, buffer[begin:end], begin, self.release)
+                all_cached = all_cached and bool(found)
         if models:
             self.skipping.record(len(models), skipped)
-        return skipped, bool(cached)
+        return skipped, all_cached
 
     def _prefetch(self, models: Sequence[ByteRange], numbers: range, pruner: ChunkPruner) -> None:
         for k in numbers:

@@ -21,6 +21,7 @@ from small_chunks import set_chunk_bytes
 from small_models import folder, merge  # noqa: F401
 
 from negmerge_fast.benchmark.bandwidth import make_cold
+from negmerge_fast.core.rule import NonFinite
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.streaming import budget, read_ahead
 from negmerge_fast.streaming.plan import Extent
@@ -70,6 +71,7 @@ def test_every_chunk_is_processed_natively(folder: Path, monkeypatch: pytest.Mon
 MERGE = """
 import ctypes, os, signal
 import negmerge_fast as nm
+from negmerge_fast.core.rule import NonFinite
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.streaming import budget
 budget.MAX_CHUNK_BYTES = 1 << 16
@@ -201,6 +203,23 @@ def test_files_of_a_tmpfs_are_cached(folder: Path, monkeypatch: pytest.MonkeyPat
         copied = Path(shutil.copytree(folder, Path(in_memory) / "folder"))
         merge(copied, backend="cpu")
     assert read and all(read)
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "keep-base"])  # natively, or not
+def test_models_that_are_not_cached_are_noticed_if_the_base_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: NonFinite
+) -> None:
+    read: list[bool] = []
+    monkeypatch.setattr(ReadAhead, "record", lambda self, cached, *_: read.append(cached))
+    process = Worker.process_chunk
+
+    def when_cold(self: Worker, chunk: Extent) -> ChunkResult:
+        make_cold(list(folder.glob("ft-*/*.safetensors")))
+        return process(self, chunk)
+
+    monkeypatch.setattr(Worker, "process_chunk", when_cold)
+    merge(folder, backend="cpu", nonfinite=nonfinite)
+    assert not all(read)
 
 
 @pytest.mark.parametrize(("requested", "chosen"), [(0.5, True), (0.95, False), (2.0, False)])
