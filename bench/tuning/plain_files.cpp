@@ -23,7 +23,7 @@
 #include "merge_loop.h"
 
 namespace negmerge {
-void NEGMERGE_LOOP(const Batch&, Position, std::int64_t);
+void NEGMERGE_LOOP(const Batch&, Position, std::int64_t, bool);
 }
 
 namespace {
@@ -98,7 +98,7 @@ struct Worker {
     }
     row[2] = row[1];
     const Batch batch{kF32, dtypes.data(), n, false, 0.9, n, 1, row.data(), counts};
-    if (merges) NEGMERGE_LOOP(batch, {0, 0}, row[0]);
+    if (merges) NEGMERGE_LOOP(batch, {0, 0}, row[0], false);
     write(memory, at, size);
   }
 
