@@ -203,7 +203,7 @@ NEGMERGE_INLINE bool all_negative(Mask x) {
   return found == signs;
 }
 
-// Whether packs of integers as wide as T are compared as fast as those of T.
+// How packs of T are compared (OneSign): as integers, where these are compared as fast.
 #if defined(__AVX512F__)
 template <class T>
 constexpr bool kIntegersAreFast = true;
@@ -214,15 +214,40 @@ constexpr bool kIntegersAreFast = sizeof(T) == 4;
 template <class T>
 constexpr bool kIntegersAreFast = false;
 #endif
+template <class T>
+struct Order {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // AVX2 compares 32-bit integers best: doubles by their upper halves. The lower ones mean nothing, but to `of`.
+  static constexpr bool kHalves = sizeof(T) == 8;
+  using Ordered = Vector<int, 8>::type;
+  using Mask = typename Pack<T>::Mask;
+  // An upper half of a positive number may be zero, and is not after the carry of a lower half that is not.
+  static NEGMERGE_INLINE Ordered of(typename Pack<T>::N d) {
+    return (Ordered)(kHalves ? _mm256_add_epi64((__m256i)d, _mm256_set1_epi64x(0xffffffff)) : (__m256i)d);
+  }
+  // `least`, with its sign turned where `greatest` is negative, and zero where that is zero.
+  static NEGMERGE_INLINE Mask unity(Ordered least, Ordered greatest) {
+    const __m256i signs = _mm256_sign_epi32((__m256i)least, (__m256i)greatest);
+    return (Mask)(kHalves ? _mm256_blend_epi32(__m256i{}, signs, 0xaa) : signs);
+  }
+#else
+  using Ordered = std::conditional_t<kIntegersAreFast<T>, typename Pack<T>::Mask, typename Pack<T>::N>;
+  static NEGMERGE_INLINE Ordered of(typename Pack<T>::N d) { return (Ordered)d; }
+  static NEGMERGE_INLINE Ordered unity(Ordered least, Ordered greatest) { return greater(-greatest, least); }
+#endif
+};
 template <class T, class N>
-using OfPacks = OneSign<T, N, std::conditional_t<kIntegersAreFast<T>, typename Pack<T>::Mask, N>>;
+using OfPacks = OneSign<T, N, Order<T>>;
 
-// in_range for the packs of a step. As integers, magnitudes have the same order, and NaN is the greatest.
+// in_range for the packs of a step. False alarms are allowed: where nothing is rounded, the sum tells of both packs. As integers,
+// magnitudes have the same order, and NaN is the greatest.
 template <class S, class F>
 NEGMERGE_INLINE bool all_in_range(const F (&x)[kPacks]) {
   using Mask = decltype(x[0] < x[0]);
   static_assert(kPacks == 2, "both at once");
-  if constexpr (kIntegersAreFast<typename S::Float>)
+  if constexpr (sizeof(typename S::Bits) == sizeof(typename S::Float))
+    return all_negative((Mask)magnitude(x[0] + x[1]) - (Mask)(F{} + S::kOverflow));
+  else if constexpr (kIntegersAreFast<typename S::Float>)
     return all_negative(greater((Mask)magnitude(x[0]), (Mask)magnitude(x[1])) - (Mask)(F{} + S::kOverflow));
   else return all_negative(in_range<S>(x[0]) & in_range<S>(x[1]));
 }
@@ -359,8 +384,8 @@ struct Pass {
 };
 
 // Accumulates a group of G models, or pass.count if G is 0, of storage type M over steps of a tile; the last group also finishes
-// and stores them. kSingle: there is no other group. Returns where it stopped: at the end, or at a step in which anything may not be finite. No call is in this
-// loop, so that all values of a step stay in registers.
+// and stores them. kSingle: there is no other group. Returns where it stopped: at the end, or at a step in which anything may not be
+// finite. No call is in this loop, so that all values of a step stay in registers.
 template <class T, class S, class M, bool kSame, class Accumulator, int G, bool kSingle>
 __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const Constants<T>& constants, int at, int steps,
                                           Counts& counts) {
@@ -373,7 +398,11 @@ __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const C
   const char *from = pass.from[at], *base = pass.base[at];
   char* out = pass.out[at];
   const std::int64_t from_step = pass.from.step, base_step = pass.base.step, out_step = pass.out.step;
-  const bool first = kSingle || pass.first, last = kSingle || pass.last;
+  const bool first = kSingle || pass.first, last = kSingle || pass.last, past_cache = pass.past_cache;
+  // In registers: what is stored might be these, as far as the compiler knows. Where it knows n, it divides by a power of two by a
+  // multiplication, which gives the same bits.
+  Constants<T> c = constants;
+  if (kSingle && G) c.n = G;
   typename P::Mask agreed{}, vetoed{};
   for (; at < steps; ++at, from += from_step, base += base_step, out += out_step) {
     if (!kSingle) pass.ahead.prefetch(at * P::step);
@@ -404,9 +433,9 @@ __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const C
     for (int j = 0; j < kPacks; ++j) {
       const N b = load<S, T, kSame>(base, j);
       const F kept = convert<F>(b);
-      merged[j] = convert<F>(negated(b, s[j], constants));
-      agree[j] = s[j].agree(constants);
-      veto[j] = s[j].vetoed_by_zero(constants);
+      merged[j] = convert<F>(negated(b, s[j], c));
+      agree[j] = s[j].agree(c);
+      veto[j] = s[j].vetoed_by_zero(c);
       result[j] = convert<decltype(F{} < F{})>(agree[j]) ? merged[j] : kept;
     }
     if (__builtin_expect(!all_sure<S>(s, merged, result), 0)) break;
@@ -414,7 +443,7 @@ __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const C
       agreed -= agree[j];
       vetoed -= veto[j];
     }
-    store_step<S, kSame>(out, result, pass.past_cache);
+    store_step<S, kSame>(out, result, past_cache);
   }
   for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane], counts.vetoed += vetoed[lane];
   return at;

@@ -115,28 +115,29 @@ struct Majority : Unanimous<T, N> {
 };
 
 // Unanimous for packs whose results are finite, and for d_k that are never -0. As integers, the bits of such numbers have the same
-// signs, and more units of a processor compare those: least and greatest are of the bits where `Ordered` is an integer.
-template <class T, class N, class Ordered>
+// signs, and more units of a processor compare those. Order says as what packs are compared (of),
+// and has their unity.
+template <class T, class N, class Order>
 struct OneSign {
   static constexpr bool kResultTells = true;
-  static constexpr T kInf = Unanimous<T, N>::kInf;
   using OfOne = Unanimous<T, T>;
+  using Ordered = typename Order::Ordered;
   N sum;
   Ordered least, greatest;
 
   NEGMERGE_INLINE void start(N d) {
     sum = d;
-    least = greatest = (Ordered)d;
+    least = greatest = Order::of(d);
   }
   NEGMERGE_INLINE void accumulate(N d) {
     sum = sum + d;
-    least = lesser((Ordered)d, least);
-    greatest = greater((Ordered)d, greatest);
+    least = lesser(Order::of(d), least);
+    greatest = greater(Order::of(d), greatest);
   }
   // As Unanimous says.
-  NEGMERGE_INLINE Ordered unity() const { return greater(-greatest, least); }
-  NEGMERGE_INLINE auto agree(const Constants<T>&) const { return unity() > Ordered{}; }
-  NEGMERGE_INLINE auto vetoed_by_zero(const Constants<T>&) const { return unity() == Ordered{}; }
+  NEGMERGE_INLINE auto unity() const { return Order::unity(least, greatest); }
+  NEGMERGE_INLINE auto agree(const Constants<T>&) const { return unity() > decltype(unity()){}; }
+  NEGMERGE_INLINE auto vetoed_by_zero(const Constants<T>&) const { return unity() == decltype(unity()){}; }
   NEGMERGE_INLINE N mean(const Constants<T>& c) const { return sum / c.n; }
 };
 

@@ -261,8 +261,9 @@ def test_one_odd_number_at_each_place(case: BackendCase, dtype: str, n: int, inp
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_every_order_of_signs_and_zeros(case: BackendCase, dtype: str, n: int, inputs: str) -> None:
-    """Differences of both signs and of zero, whose sign depends on the zeros they are between, in every order."""
-    some = list(itertools.product([0.0, -0.0], *[[0.0, -0.0, 1.0, -1.0]] * min(n, 3)))
+    """Differences of both signs, of zero, whose sign depends on the zeros they are between, and next to zero, in every order."""
+    least = torch.finfo(STORAGE[dtype]).tiny * torch.finfo(STORAGE[dtype]).eps
+    some = list(itertools.product([0.0, -0.0], *[[0.0, -0.0, 1.0, -1.0, least, -least]] * min(n, 3)))
     columns = [[*some_of, *(some_of[-1:] * (n - 3))] for some_of in some] + [
         [some_of[0], *(some_of[1:2] * (n - 3)), *some_of[1:]] for some_of in some
     ]
