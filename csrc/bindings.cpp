@@ -37,21 +37,26 @@ using BatchArguments =
     std::tuple<int, py::bytes, bool, double, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
 
 // sources: the address of int64[versions, 4], with the descriptor of a file, an offset, a size, and an address.
-auto merge_chunk(ChunkMerger& merger, std::uintptr_t sources, std::int64_t versions, const std::vector<BatchArguments>& batches,
-                 const std::string& instruction_set, int descriptor, std::int64_t offset, bool fetch, bool release,
-                 bool refuse_nonfinite) {
+py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::vector<BatchArguments>& arguments,
+                         const std::string& instruction_set, int descriptor, std::int64_t offset, bool fetch, bool release,
+                         bool refuse_nonfinite) {
   const auto* rows = reinterpret_cast<const std::int64_t(*)[4]>(sources);
-  std::vector<Version> read;
-  for (std::int64_t k = 0; k < versions; ++k)
-    read.push_back({{rows[k][0], rows[k][1], rows[k][2]}, reinterpret_cast<char*>(rows[k][3])});
+  std::vector<Version> versions;
+  for (std::int64_t k = 0; k < count; ++k)
+    versions.push_back({static_cast<int>(rows[k][0]), rows[k][1], rows[k][2], reinterpret_cast<char*>(rows[k][3])});
   std::vector<std::string> dtypes;  // the batches point to them
-  dtypes.reserve(batches.size());
-  std::vector<Batch> merged;
-  for (const auto& [result, codes, task_vectors, scale, required, segments, descriptors, counts] : batches)
-    merged.push_back(
+  dtypes.reserve(arguments.size());
+  std::vector<Batch> batches;
+  for (const auto& [result, codes, task_vectors, scale, required, segments, descriptors, counts] : arguments)
+    batches.push_back(
         batch_of(result, dtypes.emplace_back(codes), task_vectors, scale, required, segments, descriptors, counts));
-  const py::gil_scoped_release released;
-  return merger.merge(read, merged, instruction_set, descriptor, offset, {fetch, release, refuse_nonfinite});
+  ChunkResult done;
+  {
+    const py::gil_scoped_release released;
+    done = merge_chunk(versions, batches, instruction_set, descriptor, offset, {fetch, release, refuse_nonfinite});
+  }
+  return py::make_tuple(static_cast<int>(done.outcome), done.error, done.cached,
+                        py::make_tuple(done.times[0], done.times[1], done.times[2], done.times[3]));
 }
 
 }  // namespace
@@ -69,16 +74,7 @@ PYBIND11_MODULE(_native, m) {
                   instruction_set);
       },
       py::call_guard<py::gil_scoped_release>());
-  py::class_<ChunkMerger>(m, "ChunkMerger")
-      .def(py::init<>())
-      .def("merge", [](ChunkMerger& merger, std::uintptr_t sources, std::int64_t versions,
-                       const std::vector<BatchArguments>& batches, const std::string& instruction_set, int descriptor,
-                       std::int64_t offset, bool fetch, bool release, bool refuse_nonfinite) {
-        const ChunkResult done = merge_chunk(merger, sources, versions, batches, instruction_set, descriptor, offset, fetch,
-                                             release, refuse_nonfinite);
-        return py::make_tuple(static_cast<int>(done.outcome), done.error, done.cached,
-                              py::make_tuple(done.times[0], done.times[1], done.times[2], done.times[3]));
-      });
+  m.def("merge_chunk", merge_chunk_of);
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
   m.attr("cuda_tile") = kCudaTile;

@@ -1,22 +1,46 @@
 #include "merge_chunk.h"
 
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <fcntl.h>
-#include <unistd.h>
 
 #include "merge_cpu.h"
 
 namespace negmerge {
 namespace {
 
+constexpr auto kTmpfs = 0x01021994;
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Reads the rest of a range. Returns false if it cannot be read, or the file ends before.
+bool is_in_memory(int descriptor) {
+  struct statfs found;
+  return !fstatfs(descriptor, &found) && found.f_type == kTmpfs;
+}
+
+// Reads what of a version is in memory already, from its beginning, and returns its size.
+std::int64_t read_cached(const Version& version) {
+#ifdef RWF_NOWAIT
+  iovec to{version.memory, static_cast<std::size_t>(version.size)};
+  ssize_t got = preadv2(version.descriptor, &to, 1, version.offset, RWF_NOWAIT);
+  // A tmpfs cannot tell, and need not.
+  if (got < 0 && errno == EOPNOTSUPP && is_in_memory(version.descriptor))
+    got = pread(version.descriptor, version.memory, to.iov_len, version.offset);
+  return std::max<std::int64_t>(got, 0);
+#else
+  return 0;
+#endif
+}
+
+// Reads the rest of a version. Returns false if it cannot be read, or the file ends before.
 bool read_rest(const Version& version, std::int64_t done) {
-  while (done < version.range.size) {
-    const ssize_t got = pread(static_cast<int>(version.range.descriptor), version.memory + done, version.range.size - done,
-                              version.range.offset + done);
+  while (done < version.size) {
+    const ssize_t got = pread(version.descriptor, version.memory + done, version.size - done, version.offset + done);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) return false;
     done += got;
@@ -24,18 +48,22 @@ bool read_rest(const Version& version, std::int64_t done) {
   return true;
 }
 
-void advise(const FileRange& range, int advice) {
-  posix_fadvise(static_cast<int>(range.descriptor), range.offset, range.size, advice);  // a hint: it may fail
+void advise(const Version& version, int advice) {
+  posix_fadvise(version.descriptor, version.offset, version.size, advice);  // a hint: it may fail
 }
 
-// Replaces offsets in a batch's descriptors by addresses.
-void relocate(Batch& batch, const std::vector<const char*>& addresses) {
-  for (std::int64_t i = 0; i < batch.segments; ++i) {
-    std::int64_t* row = const_cast<std::int64_t*>(batch.row(i));
-    row[1] += reinterpret_cast<std::int64_t>(addresses[0]);
-    row[2] = row[1];
-    for (std::int64_t k = 0; k < batch.n; ++k) row[3 + k] += reinterpret_cast<std::int64_t>(addresses[1 + k]);
+bool read(const std::vector<Version>& versions, const ChunkOptions& options, bool& cached) {
+  cached = true;
+  for (auto version = versions.begin(); version != versions.end(); ++version) {
+    const std::int64_t done = cached ? read_cached(*version) : 0;
+    if (cached && done < version->size) {  // nor are the versions after it, then
+      cached = false;
+      if (options.fetch) std::for_each(version, versions.end(), [](const Version& each) { advise(each, POSIX_FADV_WILLNEED); });
+    }
+    if (!read_rest(*version, done)) return false;
+    if (options.release) advise(*version, POSIX_FADV_DONTNEED);
   }
+  return true;
 }
 
 bool any_nonfinite(const std::vector<Batch>& batches) {
@@ -60,52 +88,16 @@ int write(int descriptor, const char* memory, std::int64_t size, std::int64_t of
 
 }  // namespace
 
-bool ChunkMerger::read(const std::vector<Version>& versions, const ChunkOptions& options, Windows::Use& use,
-                       std::vector<const char*>& addresses, bool& cached) {
-  // The base is read, as the result is made in its memory. If it is cached, the models may be.
-  const std::int64_t base_cached = read_cached(versions[0].range, versions[0].memory);
-  cached = base_cached == versions[0].range.size;
-  const bool may_map = cached && Windows::Use::is_guarded();
-  bool asked = false;
-  for (std::size_t k = 0; k < versions.size(); ++k) {
-    const Version& version = versions[k];
-    std::int64_t done = base_cached;
-    addresses[k] = version.memory;
-    if (k) {
-      if (may_map && (addresses[k] = use.map(version.range))) continue;
-      addresses[k] = version.memory;
-      done = cached ? read_cached(version.range, version.memory) : 0;
-      cached = cached && done == version.range.size;
-    }
-    if (!cached && options.fetch && !asked) {
-      for (std::size_t i = k; i < versions.size(); ++i) advise(versions[i].range, POSIX_FADV_WILLNEED);
-      asked = true;
-    }
-    if (!read_rest(version, done)) return false;
-    if (options.release) advise(version.range, POSIX_FADV_DONTNEED);
-  }
-  return true;
-}
-
-ChunkResult ChunkMerger::merge(const std::vector<Version>& versions, std::vector<Batch>& batches,
-                               const std::string& instruction_set, int descriptor, std::int64_t offset,
-                               const ChunkOptions& options) {
+ChunkResult merge_chunk(const std::vector<Version>& versions, const std::vector<Batch>& batches, const std::string& instruction_set,
+                        int descriptor, std::int64_t offset, const ChunkOptions& options) {
   ChunkResult result{kNotRead, 0, false, {now(), 0, 0, 0}};
-  std::vector<const char*> addresses(versions.size());
-  {
-    Windows::Use use(windows_);
-    if (!read(versions, options, use, addresses, result.cached)) return result;
-    result.times[1] = now();
-    for (Batch& batch : batches) {
-      relocate(batch, addresses);
-      merge_cpu(batch, 1, instruction_set);
-    }
-  }
+  if (!read(versions, options, result.cached)) return result;
+  result.times[1] = now();
+  for (const Batch& batch : batches) merge_cpu(batch, 1, instruction_set);
   result.times[2] = now();
-  if (windows_.failed()) return result;
   result.outcome = kNonfinite;
   if (options.refuse_nonfinite && any_nonfinite(batches)) return result;
-  result.error = write(descriptor, versions[0].memory, versions[0].range.size, offset);
+  result.error = write(descriptor, versions[0].memory, versions[0].size, offset);
   result.outcome = result.error ? kNotWritten : kWritten;
   result.times[3] = now();
   return result;

@@ -1,17 +1,18 @@
-// A chunk of files in one call: its versions are read or mapped, merged, and the result is written.
+// A chunk of files in one call: its versions are read and merged, and the result is written.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "batch.h"
-#include "windows.h"
 
 namespace negmerge {
 
-// A version of a chunk: a range of a file, and the memory that it is read to.
+// A version of a chunk: a range of an open file, and the memory that it is read to.
 struct Version {
-  FileRange range;
+  int descriptor;
+  std::int64_t offset, size;
   char* memory;
 };
 
@@ -31,18 +32,9 @@ struct ChunkResult {
   double times[4];        // when it began, had read, had merged and had written, in seconds of the monotonic clock
 };
 
-// Merges chunks one at a time, on one thread.
-class ChunkMerger {
- public:
-  // versions: the base, then the models. Addresses in the batches' descriptors are offsets into the versions
-  // here, and are replaced by addresses. The result is made in the base's memory, and written.
-  ChunkResult merge(const std::vector<Version>& versions, std::vector<Batch>& batches, const std::string& instruction_set,
-                    int descriptor, std::int64_t offset, const ChunkOptions& options);
-
- private:
-  bool read(const std::vector<Version>& versions, const ChunkOptions& options, Windows::Use& use, std::vector<const char*>& addresses,
-            bool& cached);
-  Windows windows_;
-};
+// Processes a chunk on this thread. The batches' addresses are in the versions' memory; the result is made in that of the first
+// version, the base, and written to a descriptor at an offset.
+ChunkResult merge_chunk(const std::vector<Version>& versions, const std::vector<Batch>& batches, const std::string& instruction_set,
+                        int descriptor, std::int64_t offset, const ChunkOptions& options);
 
 }  // namespace negmerge

@@ -32,18 +32,14 @@ def merge_cuda(
     device: int,
     stream: int,
 ) -> None: ...
-
-class ChunkMerger:
-    def __init__(self) -> None: ...
-    def merge(
-        self,
-        sources: int,
-        versions: int,
-        batches: list[tuple[int, bytes, bool, float, int, int, int, int]],
-        instruction_set: str,
-        descriptor: int,
-        offset: int,
-        fetch: bool,
-        release: bool,
-        refuse_nonfinite: bool,
-    ) -> tuple[int, int, bool, tuple[float, float, float, float]]: ...
+def merge_chunk(
+    sources: int,
+    count: int,
+    arguments: list[tuple[int, bytes, bool, float, int, int, int, int]],
+    instruction_set: str,
+    descriptor: int,
+    offset: int,
+    fetch: bool,
+    release: bool,
+    refuse_nonfinite: bool,
+) -> tuple[int, int, bool, tuple[float, float, float, float]]: ...

@@ -1,8 +1,8 @@
 """Input files, read by position.
 
 A few files are open at a time, whatever the number of shards. Each is checked when it is opened and closed, and once more when all
-is read: it must still be the file that was inspected. What is cached may be mapped instead (csrc/windows.h), by an eighth faster:
-bench/results/reads.jsonl.
+is read: it must still be the file that was inspected. A file that shrinks or fails is an error; with a memory map it would be a
+SIGBUS. Maps are no faster, warm or cold: bench/results/reads.jsonl.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -277,9 +277,6 @@ class Job:
             with (
                 Reader(max(max_open_files() // self.workers, 1)) as reader,
                 buffers_on(device, versions, self.chunk_bytes, timeline) as buffers,
-                ChunkMerger(self.rule, release, self.recipe.nonfinite == "error")
-                if is_native
-                else nullcontext() as native,
             ):
                 yield Worker(
                     plan=self.plan,
@@ -294,7 +291,9 @@ class Job:
                     release=release,
                     reader=reader,
                     read_ahead=read_ahead,
-                    native=native,
+                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error")
+                    if is_native
+                    else None,
                     buffers=buffers,
                     timeline=timeline,
                 ).process_chunk

@@ -36,9 +36,7 @@ class Merged(NamedTuple):
 
 
 class ChunkMerger:
-    """Merges chunks one at a time, with one thread, as a context manager.
-
-    What is in the page cache is mapped while it is merged, and not copied. All else is read by position.
+    """Merges chunks one at a time, with one thread.
 
     Args:
         rule: The rule of the merge.
@@ -47,16 +45,8 @@ class ChunkMerger:
     """
 
     def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool) -> None:
-        self._merger = library().ChunkMerger()
         self._instruction_set = instruction_set()
         self._rule, self._release, self._refuse_nonfinite = rule, release, refuse_nonfinite
-
-    def __enter__(self) -> ChunkMerger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # An error that is kept holds its frames, and they hold this: the process gets its handler of SIGBUS back now.
-        self._merger = None
 
     def merge(
         self,
@@ -79,9 +69,9 @@ class ChunkMerger:
         sources = _packed((fd, s.offset, s.nbytes, address) for s, fd, address in versions)
         groups = [
             (signature, slices, _packed(rows), array("q", bytes(8 * len(COUNTED) * len(rows))))
-            for signature, (slices, rows) in _by_signature(chunk).items()
+            for signature, (slices, rows) in _by_signature(chunk, addresses).items()
         ]
-        outcome, error, cached, times = self._merger.merge(
+        outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],
             len(chunk.sources),
             [self._arguments(signature, len(slices), *of_it) for signature, slices, *of_it in groups],
@@ -119,10 +109,12 @@ def _rows(counts: array[int]) -> Rows:
     return Rows(counts[at : at + len(COUNTED)].tolist() for at in range(0, len(counts), len(COUNTED)))
 
 
-def _by_signature(chunk: Extent) -> dict[Signature, tuple[list[TensorSlice], list[tuple[int, ...]]]]:
-    """Group a chunk's slices by signature, each with its descriptors (core/batch.py): offsets into the sources, not addresses."""
+def _by_signature(
+    chunk: Extent, addresses: Sequence[int]
+) -> dict[Signature, tuple[list[TensorSlice], list[tuple[int, ...]]]]:
+    """Group a chunk's slices by signature, each with its descriptors (core/descriptors.py)."""
     groups: dict[Signature, tuple[list[TensorSlice], list[tuple[int, ...]]]] = {}
-    at = [0] * len(chunk.sources)
+    at = list(addresses)
     for tensor_slice in chunk.slices:
         numel, signature = tensor_slice.numel, tensor_slice.signature
         slices, rows = groups.setdefault(signature, ([], []))

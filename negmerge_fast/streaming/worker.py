@@ -157,16 +157,12 @@ class Worker:
         return counted
 
     def _refuse_nonfinite(self, chunk: Extent) -> None:
-        """Name the first non-finite element of a chunk.
-
-        It is read again: its base was overwritten, and its models may have been mapped.
-        """
+        """Name the first non-finite element of a chunk; its base was overwritten, and is read again."""
         import numpy as np
 
         buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
         with Reader(1) as reader:
-            for source, buffer in zip(chunk.sources, buffers, strict=True):
-                source.read_into(reader, buffer)
+            chunk.sources[0].read_into(reader, buffers[0])
         for batch, slices in batches(chunk, "cpu", *self.buffers.addresses()):
             if found := registry.first_nonfinite(batch, self.rule):
                 row, element, version, value = found

@@ -4,12 +4,10 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/uio.h>
@@ -79,22 +77,10 @@ FCNTL(fcntl64)
 
 static ssize_t read2(int fd, const struct iovec *to, int count, off_t at, int flags) {
     if (flags && fails("preadv2")) return -1;
-    // All pages are said to be cached.
-    if (flags && count == 1 && to->iov_len == 1 && on("cached")) return 1;
     return REAL(ssize_t, preadv2, int, const struct iovec *, int, off_t, int)(fd, to, count, at, flags);
 }
 ssize_t preadv2(int fd, const struct iovec *to, int count, off_t at, int flags) { return read2(fd, to, count, at, flags); }
 ssize_t preadv64v2(int fd, const struct iovec *to, int count, off_t at, int flags) { return read2(fd, to, count, at, flags); }
-
-// Takes note of the handler of SIGBUS, and sets none.
-int sigaction(int number, const struct sigaction *action, struct sigaction *before) {
-    static struct sigaction noted;
-    if (number != SIGBUS || !on("sigaction"))
-        return REAL(int, sigaction, int, const struct sigaction *, struct sigaction *)(number, action, before);
-    if (before) *before = noted;
-    if (action) noted = *action;
-    return 0;
-}
 
 // What is to be read or written at once, where all calls do a part of it.
 static size_t part(size_t size) { return size > 1 && on("short") ? size / 2 : size; }
@@ -106,11 +92,6 @@ ssize_t pread(int fd, void *to, size_t size, off_t at) {
 ssize_t pwrite(int fd, const void *from, size_t size, off_t at) {
     if (on("full")) return 0;
     return fails("pwrite") ? -1 : REAL(ssize_t, pwrite, int, const void *, size_t, off_t)(fd, from, part(size), at);
-}
-
-void *mmap(void *address, size_t size, int protection, int flags, int fd, off_t at) {
-    if (fd >= 0 && flags & MAP_SHARED && fails("mmap")) return MAP_FAILED;
-    return REAL(void *, mmap, void *, size_t, int, int, int, off_t)(address, size, protection, flags, fd, at);
 }
 
 int fallocate(int fd, int mode, off_t at, off_t size) {
