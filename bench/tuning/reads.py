@@ -6,6 +6,8 @@ memory limit. All take turns. Seconds are those from the first read to the last 
 
 The roofline reads every input byte once and writes every output byte once, and does not merge. Warm, it does so on
 one thread. Cold, it is the fastest of several, which read like cat on 1, 2 or 4 threads, or past the page cache.
+
+--before FOLDER   another checkout, whose library is compiled, takes turns with this one
 """
 
 from __future__ import annotations
@@ -53,7 +55,16 @@ ROOFLINES = {"warm": ["in turn, 1 thread"], "cold": [name for name, kind in PLAI
 class Case:
     """Commands that merge models, from the page cache to a tmpfs or from a disk to itself."""
 
-    def __init__(self, models: list[Path], state: str, out: Path, program: Path, limit: int | None) -> None:
+    def __init__(
+        self,
+        models: list[Path],
+        state: str,
+        out: Path,
+        program: Path,
+        limit: int | None,
+        before: Path | None = None,
+    ) -> None:
+        self.before = before
         self.models, self.state, self.out, self.limit = models, state, out, limit
         self.files = [path for model in models for path in llamas.weights(model)]
         self.moved = sum(path.stat().st_size for path in (*self.files, self.files[0]))
@@ -68,12 +79,13 @@ class Case:
             # Past the page cache, what is in it is not read from it.
             if self.state == "cold" or access != "direct"
         }
-        return {OURS: self.ours, **plain}
+        before = {f"{OURS}, before": lambda: self.ours(self.before)} if self.before else {}
+        return {OURS: self.ours, **before, **plain}
 
-    def ours(self) -> float:
+    def ours(self, checkout: Path | None = None) -> float:
         report = self.out / "report.json"
         self.run((
-            sys.executable, "-m", "negmerge_fast", "merge", *self.models, "--output", self.out / "merged", "--scale", SCALE,
+            *(("env", "-C", checkout) if checkout else ()), sys.executable, "-m", "negmerge_fast", "merge", *self.models, "--output", self.out / "merged", "--scale", SCALE,
             "--backend", "cpu", "--threads", THREADS, "--quiet", "--report", report,
         ))  # fmt: skip
         return float(json.loads(report.read_text())["seconds"])
@@ -137,6 +149,7 @@ def main() -> None:
     options.add_argument("--states", nargs="+", choices=("warm", "cold"), default=["warm", "cold"])
     options.add_argument("--limit", default="512MiB", help="of the control group of cold merges")
     options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--before", type=Path, metavar="FOLDER")
     options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to measure")
     options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a tmpfs for the outputs")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
@@ -145,7 +158,7 @@ def main() -> None:
     rows = []
     try:
         with (
-            tempfile.TemporaryDirectory(dir=given.folder) as disk,
+            tempfile.TemporaryDirectory(dir=given.folder.absolute()) as disk,
             tempfile.TemporaryDirectory(dir=given.tmpfs) as tmpfs,
         ):
             models = llamas.make(Path(disk), model, given.models, 5 << 30)
@@ -154,7 +167,7 @@ def main() -> None:
                 warm = state == "warm"
                 out = Path(tmpfs if warm else disk) / "outs"
                 limit = None if warm else parse_size(given.limit)
-                rows += Case(models, state, out, program, limit).rows(model, given.rounds)
+                rows += Case(models, state, out, program, limit, given.before).rows(model, given.rounds)
     except (OSError, Failed) as error:
         sys.exit(f"reads: {error}")
     record(given.results, rows)
