@@ -23,23 +23,22 @@ bool is_in_memory(int descriptor) {
   return !fstatfs(descriptor, &found) && found.f_type == kTmpfs;
 }
 
-// Reads what of a version is in memory already, from its beginning, and returns its size.
-std::int64_t read_cached(const Version& version) {
+// Whether a version is in memory already, as its last byte tells. All of it is not asked for so: such a read does not make the
+// system read ahead.
+bool is_cached(const Version& version) {
 #ifdef RWF_NOWAIT
-  iovec to{version.memory, static_cast<std::size_t>(version.size)};
-  ssize_t got = preadv2(version.descriptor, &to, 1, version.offset, RWF_NOWAIT);
-  // A tmpfs cannot tell, and need not.
-  if (got < 0 && errno == EOPNOTSUPP && is_in_memory(version.descriptor))
-    got = pread(version.descriptor, version.memory, to.iov_len, version.offset);
-  return std::max<std::int64_t>(got, 0);
+  char byte;
+  iovec to{&byte, 1};
+  if (!version.size || preadv2(version.descriptor, &to, 1, version.offset + version.size - 1, RWF_NOWAIT) == 1) return true;
+  return errno == EOPNOTSUPP && is_in_memory(version.descriptor);  // a tmpfs cannot tell, and need not
 #else
-  return 0;
+  return false;
 #endif
 }
 
-// Reads the rest of a version. Returns false if it cannot be read, or the file ends before.
-bool read_rest(const Version& version, std::int64_t done) {
-  while (done < version.size) {
+// Returns false if a version cannot be read, or its file ends before.
+bool read(const Version& version) {
+  for (std::int64_t done = 0; done < version.size;) {
     const ssize_t got = pread(version.descriptor, version.memory + done, version.size - done, version.offset + done);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) return false;
@@ -53,15 +52,12 @@ void advise(const Version& version, int advice) {
 }
 
 bool read(const std::vector<Version>& versions, const ChunkOptions& options, bool& cached) {
-  cached = true;
-  for (auto version = versions.begin(); version != versions.end(); ++version) {
-    const std::int64_t done = cached ? read_cached(*version) : 0;
-    if (cached && done < version->size) {  // nor are the versions after it, then
-      cached = false;
-      if (options.fetch) std::for_each(version, versions.end(), [](const Version& each) { advise(each, POSIX_FADV_WILLNEED); });
-    }
-    if (!read_rest(*version, done)) return false;
-    if (options.release) advise(*version, POSIX_FADV_DONTNEED);
+  const auto missing = std::find_if_not(versions.begin(), versions.end(), is_cached);
+  cached = missing == versions.end();
+  if (options.fetch) std::for_each(missing, versions.end(), [](const Version& each) { advise(each, POSIX_FADV_WILLNEED); });
+  for (const Version& version : versions) {
+    if (!read(version)) return false;
+    if (options.release) advise(version, POSIX_FADV_DONTNEED);
   }
   return true;
 }

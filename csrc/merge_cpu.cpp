@@ -27,7 +27,7 @@ namespace {
 
 // bench/tuning/threads.py compiles others, and measures what two threads are worth; these won, bench/results/threads.jsonl.
 #ifndef NEGMERGE_MAX_AT_ONCE
-#define NEGMERGE_MAX_AT_ONCE 65536
+#define NEGMERGE_MAX_AT_ONCE (1 << 20)
 #endif
 #ifndef NEGMERGE_MIN_AT_ONCE
 #define NEGMERGE_MIN_AT_ONCE 4096

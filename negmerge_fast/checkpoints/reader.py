@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 from ..core.errors import InputError
 from ..core.hashing import hash_of
@@ -171,7 +172,7 @@ _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
 class Reader:
-    """Reads files by position, and keeps the last few of them open.
+    """Reads files by position, from any thread, and keeps the last few of them open.
 
     A file that has changed since it was inspected raises OSError when it is closed. Without an error before, that is asked once
     more of all files at the end.
@@ -188,6 +189,7 @@ class Reader:
         self.requests = True
         self._open: dict[File, int] = {}
         self._read: set[File] = set()
+        self._lock = Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -233,15 +235,16 @@ class Reader:
         return cached
 
     def descriptor(self, file: File) -> int:
-        """Return the descriptor of a file, which is valid until the next call."""
-        descriptor = self._open.pop(file, None)
-        if descriptor is None:
-            if len(self._open) == self.max_open:
-                self._close(next(iter(self._open)))
-            descriptor = file.open()
-            self._read.add(file)
-        self._open[file] = descriptor  # moved to the end, which is closed last
-        return descriptor
+        """Return the descriptor of a file, which is valid until max_open other files were asked for."""
+        with self._lock:
+            descriptor = self._open.pop(file, None)
+            if descriptor is None:
+                if len(self._open) == self.max_open:
+                    self._close(next(iter(self._open)))
+                descriptor = file.open()
+                self._read.add(file)
+            self._open[file] = descriptor  # moved to the end, which is closed last
+            return descriptor
 
     def _close(self, file: File) -> None:
         descriptor = self._open.pop(file)

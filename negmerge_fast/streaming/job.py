@@ -14,7 +14,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -129,10 +129,9 @@ class Job:
             on_moved = self._on_moved(progress, ranks, remaining_bytes)
             with ranks.failing_together():
                 self._join(fingerprint, ranks)
-                with self._recorder(own, ranks.rank, on_moved) as recorder:
-                    process_in_order(
-                        self._chunks(own), self.workers, self._worker_maker(timeline), recorder.on_result
-                    )
+                with self._recorder(own, ranks.rank, on_moved) as recorder, self._shared_reader() as shared:
+                    make_worker = self._worker_maker(timeline, shared)
+                    process_in_order(self._chunks(own), self.workers, make_worker, recorder.on_result)
                 done = recorder.whole
                 self._hand_over(done, ranks.rank)
             with ranks.failing_together():
@@ -260,8 +259,17 @@ class Job:
         journal = Journal(self.staging.journal(rank), self._fingerprint, self.writer.sync)
         return Recorder(ranges, journal, on_moved, keep=self.staging.resume)
 
+    def _shared_reader(self) -> AbstractContextManager[Reader | None]:
+        """Return a reader for all workers, if it can keep all files open.
+
+        The system reads ahead for each descriptor: together the workers read a file from its beginning to its end, and each alone
+        would read every other chunk.
+        """
+        files = len({file for files in self.plan.sources.values() for file in files})
+        return Reader(files) if files <= max_open_files() else nullcontext()
+
     def _worker_maker(
-        self, timeline: Timeline
+        self, timeline: Timeline, shared: Reader | None
     ) -> Callable[[], AbstractContextManager[Callable[[Extent], ChunkResult]]]:
         """Return what opens a worker in its thread."""
         concurrent = self.backend in registry.CONCURRENT
@@ -275,7 +283,7 @@ class Job:
         def open_worker() -> Iterator[Callable[[Extent], ChunkResult]]:
             versions, device = len(self.plan.models) + 1, self.placement.device
             with (
-                Reader(max(max_open_files() // self.workers, 1)) as reader,
+                nullcontext(shared) if shared else Reader(max(max_open_files() // self.workers, 1)) as reader,
                 buffers_on(device, versions, self.chunk_bytes, timeline) as buffers,
             ):
                 yield Worker(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from threading import Lock
 
-# Chunks read in each way before one is chosen. What the first way has had the system read ahead is not counted for the second.
+# Chunks read in each way before one is chosen, and chunks before each that do not count: the disk has to start, and what the first
+# way had the system read ahead is there for the second.
 _PROBED, _UNCOUNTED = 16, 16
-# Requested pages are single pages, which take the system more time than those it reads ahead: only if the disk is so much faster.
-_MIN_GAIN = 0.1
+_EACH = _UNCOUNTED + _PROBED
+# Requested pages are single pages, which take the system twice the time of those it reads ahead: requests have to be so much faster.
+_MIN_GAIN = 0.3
 
 
 class ReadAhead:
@@ -31,14 +33,14 @@ class ReadAhead:
         """
         with self._lock:
             self._begun = self._begun or not cached
-            if not self._begun or self._number >= 2 * _PROBED + _UNCOUNTED or requested != self.requests:
+            if not self._begun or self._number >= 2 * _EACH or requested != self.requests:
                 return
-            if not _PROBED <= self._number < _PROBED + _UNCOUNTED:
+            if self._number % _EACH >= _UNCOUNTED:
                 self._seconds[self.requests] += seconds
                 self._bytes[self.requests] += nbytes
             self._number += 1
-            if self._number == _PROBED:
+            if self._number == _EACH:
                 self.requests = True
-            elif self._number == 2 * _PROBED + _UNCOUNTED:
+            elif self._number == 2 * _EACH:
                 plain, asked = (s / max(b, 1) for s, b in zip(self._seconds, self._bytes, strict=True))
                 self.requests = asked < (1 - _MIN_GAIN) * plain
