@@ -51,13 +51,20 @@ void advise(const Version& version, int advice) {
   posix_fadvise(version.descriptor, version.offset, version.size, advice);  // a hint: it may fail
 }
 
+// Gives back pages before a version, which all workers have read. The system keeps its large pages that are only in part in such a
+// range: each lies in one of these whole, as they overlap.
+void release_behind(const Version& version) {
+  const std::int64_t end = version.offset - version.size, begin = std::max<std::int64_t>(version.offset - 4 * version.size, 0);
+  if (begin < end) posix_fadvise(version.descriptor, begin, end - begin, POSIX_FADV_DONTNEED);  // a hint: it may fail
+}
+
 bool read(const std::vector<Version>& versions, const ChunkOptions& options, bool& cached) {
   const auto missing = std::find_if_not(versions.begin(), versions.end(), is_cached);
   cached = missing == versions.end();
   if (options.fetch) std::for_each(missing, versions.end(), [](const Version& each) { advise(each, POSIX_FADV_WILLNEED); });
   for (const Version& version : versions) {
     if (!read(version)) return false;
-    if (options.release) advise(version, POSIX_FADV_DONTNEED);
+    if (options.release) release_behind(version);
   }
   return true;
 }
