@@ -195,6 +195,7 @@ COMMITTED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "outofcore": (_TUNED | _LIMITED | {"budget", "group's peak MB", "own seconds", "peak MB", "read"}, set()),
     "peers": (_TUNED | _LIMITED | {"differing", "own seconds", "peak MB", "times ours"}, set()),
+    "plain_loop": (_TUNED | _LIMITED, set()),
     "reads": (_TUNED | _LIMITED, set()),
     "reference": (_OLD | {"GB/s", "of_limit"}, set()),
     "suite": ({*MACHINE, *WORKLOAD, *MEASURED} - {"first_call"}, {"first_call"}),
