@@ -64,8 +64,19 @@ ON_HOST = BackendCase("cuda", "host")
 # Triton's interpreter. TRITON_INTERPRET=1 holds for all kernels of a process.
 INTERPRETED = BackendCase("triton")
 
+
+def _marks(case: BackendCase) -> list[pytest.MarkDecorator]:
+    if case.device == "cuda:0":
+        return [pytest.mark.gpu]
+    # Beside AVX-512 it would be a third of a coffee break's tests again: make slow has it there.
+    is_second = (
+        case.instruction_set == "avx2" and BackendCase("cpu", instruction_set="avx512").why_not() is None
+    )
+    return [pytest.mark.slow] if is_second else []
+
+
 CASES = [
-    pytest.param(case, id=str(case), marks=pytest.mark.gpu if case.device == "cuda:0" else [])
+    pytest.param(case, id=str(case), marks=_marks(case))
     for case in (
         [INTERPRETED]
         if os.environ.get("TRITON_INTERPRET") == "1"
