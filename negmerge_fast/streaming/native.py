@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from ..backends.native import instruction_set, library
-from ..core.batch import COUNTED, Rows, Signature
-from ..core.dtypes import DTYPE_CODES
+from ..backends.native import instruction_set, kernel_arguments, library
+from ..core.batch import COUNTED, Batch, Rows
+from ..core.descriptors import pack_descriptors
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 
@@ -51,6 +51,7 @@ class ChunkMerger:
     def merge(
         self,
         chunk: Extent,
+        batches: Sequence[tuple[Batch, list[TensorSlice]]],
         descriptors: Sequence[int],
         addresses: Sequence[int],
         output: int,
@@ -60,21 +61,23 @@ class ChunkMerger:
 
         Args:
             chunk: The chunk.
+            batches: What is to be merged in it, and the slices that the segments are of.
             descriptors: Of the open files of its sources.
             addresses: Of memory for each source; that of the base has the result afterwards.
             output: The descriptor that is written to, at the offset of the base.
             fetch: Whether the system is told beforehand what will be read.
         """
         versions = zip(chunk.sources, descriptors, addresses, strict=True)
-        sources = _packed((fd, s.offset, s.nbytes, address) for s, fd, address in versions)
-        groups = [
-            (signature, slices, _packed(rows), array("q", bytes(8 * len(COUNTED) * len(rows))))
-            for signature, (slices, rows) in _by_signature(chunk, addresses).items()
-        ]
+        sources = array("q", chain.from_iterable((fd, s.offset, s.nbytes, at) for s, fd, at in versions))
+        packed = [pack_descriptors(batch) for batch, _ in batches]
+        counts = [array("q", bytes(8 * len(COUNTED) * len(slices))) for _, slices in batches]
         outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],
             len(chunk.sources),
-            [self._arguments(signature, len(slices), *of_it) for signature, slices, *of_it in groups],
+            [
+                (*kernel_arguments(batch, self._rule), rows.buffer_info()[0], found.buffer_info()[0])
+                for (batch, _), rows, found in zip(batches, packed, counts, strict=True)
+            ],
             self._instruction_set,
             output,
             chunk.sources[0].offset,
@@ -82,43 +85,9 @@ class ChunkMerger:
             self._release,
             self._refuse_nonfinite,
         )
-        counted = [(slices, _rows(counts)) for _, slices, _, counts in groups]
+        counted = [(slices, _rows(found)) for (_, slices), found in zip(batches, counts, strict=True)]
         return Merged(outcome, error, cached, times, counted)
-
-    def _arguments(
-        self, signature: Signature, segments: int, descriptors: array[int], counts: array[int]
-    ) -> tuple[int, bytes, bool, float, int, int, int, int]:
-        models = signature.models
-        return (
-            DTYPE_CODES[signature.result],
-            bytes(map(DTYPE_CODES.__getitem__, models)),
-            signature.task_vectors,
-            self._rule.scale,
-            self._rule.required(len(models)),
-            segments,
-            descriptors.buffer_info()[0],
-            counts.buffer_info()[0],
-        )
-
-
-def _packed(rows: Iterable[tuple[int, ...]]) -> array[int]:
-    return array("q", chain.from_iterable(rows))
 
 
 def _rows(counts: array[int]) -> Rows:
     return Rows(counts[at : at + len(COUNTED)].tolist() for at in range(0, len(counts), len(COUNTED)))
-
-
-def _by_signature(
-    chunk: Extent, addresses: Sequence[int]
-) -> dict[Signature, tuple[list[TensorSlice], list[tuple[int, ...]]]]:
-    """Group a chunk's slices by signature, each with its descriptors (core/descriptors.py)."""
-    groups: dict[Signature, tuple[list[TensorSlice], list[tuple[int, ...]]]] = {}
-    at = list(addresses)
-    for tensor_slice in chunk.slices:
-        numel, signature = tensor_slice.numel, tensor_slice.signature
-        slices, rows = groups.setdefault(signature, ([], []))
-        slices.append(tensor_slice)
-        rows.append((numel, at[0], *at))
-        at = [begin + numel * size for begin, size in zip(at, tensor_slice.sizes, strict=True)]
-    return groups

@@ -96,8 +96,10 @@ class Worker:
         base, requested = chunk.sources[0], self.read_ahead.requests
         descriptors = [self.reader.descriptor(source.file) for source in chunk.sources]
         output = self.writer.descriptor(chunk.path)
+        addresses, owner = self.buffers.addresses()
+        merged = list(batches(chunk, "cpu", addresses, owner))
         with self.turns:
-            done = native.merge(chunk, descriptors, self.buffers.addresses()[0], output, requested)
+            done = native.merge(chunk, merged, descriptors, addresses, output, requested)
         if done.outcome == NOT_READ:
             return None
         counted = self._count(chunk, done.counted)
