@@ -39,7 +39,7 @@ using BatchArguments =
 // sources: the address of int64[versions, 4], with the descriptor of a file, an offset, a size, and an address.
 py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::vector<BatchArguments>& arguments,
                          const std::string& instruction_set, int descriptor, std::int64_t offset, bool fetch, bool release,
-                         bool refuse_nonfinite) {
+                         bool refuse_nonfinite, std::mutex* turn) {
   const auto* rows = reinterpret_cast<const std::int64_t(*)[4]>(sources);
   std::vector<Version> versions;
   for (std::int64_t k = 0; k < count; ++k)
@@ -53,7 +53,7 @@ py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::
   ChunkResult done;
   {
     const py::gil_scoped_release released;
-    done = merge_chunk(versions, batches, instruction_set, descriptor, offset, {fetch, release, refuse_nonfinite});
+    done = merge_chunk(versions, batches, instruction_set, descriptor, offset, {fetch, release, refuse_nonfinite}, turn);
   }
   return py::make_tuple(static_cast<int>(done.outcome), done.error, done.cached,
                         py::make_tuple(done.times[0], done.times[1], done.times[2], done.times[3]));
@@ -74,6 +74,7 @@ PYBIND11_MODULE(_native, m) {
                   instruction_set);
       },
       py::call_guard<py::gil_scoped_release>());
+  py::class_<std::mutex>(m, "Turn").def(py::init<>());
   m.def("merge_chunk", merge_chunk_of);
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;

@@ -92,11 +92,14 @@ int write(int descriptor, const char* memory, std::int64_t size, std::int64_t of
 }  // namespace
 
 ChunkResult merge_chunk(const std::vector<Version>& versions, const std::vector<Batch>& batches, const std::string& instruction_set,
-                        int descriptor, std::int64_t offset, const ChunkOptions& options) {
+                        int descriptor, std::int64_t offset, const ChunkOptions& options, std::mutex* turn) {
   ChunkResult result{kNotRead, 0, false, {now(), 0, 0, 0}};
   if (!read(versions, options, result.cached)) return result;
   result.times[1] = now();
-  for (const Batch& batch : batches) merge_cpu(batch, 1, instruction_set);
+  {
+    const auto held = turn ? std::unique_lock(*turn) : std::unique_lock<std::mutex>();
+    for (const Batch& batch : batches) merge_cpu(batch, 1, instruction_set);
+  }
   result.times[2] = now();
   result.outcome = kNonfinite;
   if (options.refuse_nonfinite && any_nonfinite(batches)) return result;

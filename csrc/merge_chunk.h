@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -33,8 +34,9 @@ struct ChunkResult {
 };
 
 // Processes a chunk on this thread. The batches' addresses are in the versions' memory; the result is made in that of the first
-// version, the base, and written to a descriptor at an offset.
+// version, the base, and written to a descriptor at an offset. turn: held while merging, if not null, where fewer threads may compute
+// than read and write.
 ChunkResult merge_chunk(const std::vector<Version>& versions, const std::vector<Batch>& batches, const std::string& instruction_set,
-                        int descriptor, std::int64_t offset, const ChunkOptions& options);
+                        int descriptor, std::int64_t offset, const ChunkOptions& options, std::mutex* turn);
 
 }  // namespace negmerge

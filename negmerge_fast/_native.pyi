@@ -32,6 +32,9 @@ def merge_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+
+class Turn: ...
+
 def merge_chunk(
     sources: int,
     count: int,
@@ -42,4 +45,5 @@ def merge_chunk(
     fetch: bool,
     release: bool,
     refuse_nonfinite: bool,
+    turn: Turn | None,
 ) -> tuple[int, int, bool, tuple[float, float, float, float]]: ...

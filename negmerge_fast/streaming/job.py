@@ -22,7 +22,7 @@ from threading import Semaphore
 from typing import BinaryIO
 
 from ..backends import registry
-from ..backends.native import merge_cpu
+from ..backends.native import library, merge_cpu
 from ..checkpoints.reader import Reader
 from ..core.batch import Merge
 from ..core.errors import InputError
@@ -278,6 +278,7 @@ class Job:
         release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
         read_ahead = ReadAhead()
         is_native = self.merge is merge_cpu and not self.options.skips
+        turn = library().Turn() if is_native and self.options.thread_count == 1 else None  # of two workers
 
         @contextmanager
         def open_worker() -> Iterator[Callable[[Extent], ChunkResult]]:
@@ -299,7 +300,7 @@ class Job:
                     release=release,
                     reader=reader,
                     read_ahead=read_ahead,
-                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error")
+                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error", turn)
                     if is_native
                     else None,
                     buffers=buffers,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends.native import instruction_set, kernel_arguments, library
 from ..core.batch import COUNTED, Batch, Rows
 from ..core.descriptors import pack_descriptors
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
+
+if TYPE_CHECKING:
+    from .._native import Turn
 
 WRITTEN, NOT_READ, NONFINITE, NOT_WRITTEN = range(4)  # ChunkOutcome of csrc/merge_chunk.h
 
@@ -42,9 +45,11 @@ class ChunkMerger:
         rule: The rule of the merge.
         release: Whether pages of what was read are given back to the system.
         refuse_nonfinite: Whether a chunk with a non-finite element is not written.
+        turn: One for several mergers, of which one may merge at a time while others read and write; None if all may.
     """
 
-    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool) -> None:
+    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool, turn: Turn | None) -> None:
+        self._turn = turn
         self._instruction_set = instruction_set()
         self._rule, self._release, self._refuse_nonfinite = rule, release, refuse_nonfinite
 
@@ -84,6 +89,7 @@ class ChunkMerger:
             fetch,
             self._release,
             self._refuse_nonfinite,
+            self._turn,
         )
         counted = [(slices, _rows(found)) for (_, slices), found in zip(batches, counts, strict=True)]
         return Merged(outcome, error, cached, times, counted)

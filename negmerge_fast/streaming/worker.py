@@ -98,8 +98,7 @@ class Worker:
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
         merged = list(batches(chunk, "cpu", addresses, owner))
-        with self.turns:
-            done = native.merge(chunk, merged, descriptors, addresses, output, requested)
+        done = native.merge(chunk, merged, descriptors, addresses, output, requested)
         if done.outcome == NOT_READ:
             return None
         counted = self._count(chunk, done.counted)

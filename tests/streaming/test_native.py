@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from small_models import folder, merge  # noqa: F401
 from negmerge_fast.benchmark.bandwidth import make_cold
 from negmerge_fast.core.rule import NonFinite
 from negmerge_fast.streaming import read_ahead
+from negmerge_fast.streaming.native import ChunkMerger
 from negmerge_fast.streaming.plan import Extent
 from negmerge_fast.streaming.progress import ChunkResult
 from negmerge_fast.streaming.read_ahead import ReadAhead
@@ -63,6 +64,23 @@ def test_the_same_bytes_however_they_are_read(
 def test_every_chunk_is_processed_natively(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Worker, "_read", None)
     assert merge(folder).bytes_read
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_of_two_workers_on_one_thread_one_merges_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    turns: list[object] = []
+    made = ChunkMerger.__init__
+
+    def note(self: ChunkMerger, *arguments: Any) -> None:
+        turns.append(arguments[-1])
+        made(self, *arguments)
+
+    monkeypatch.setattr(ChunkMerger, "__init__", note)
+    merge(folder, threads=threads)
+    assert len(turns) == max(threads, 2) and len(set(turns)) == 1
+    assert (turns[0] is not None) == (threads == 1)
 
 
 # A merge of chunks of 64 KiB. At the third something happens.
