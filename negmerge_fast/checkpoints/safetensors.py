@@ -37,6 +37,12 @@ def open_file(path: Path) -> Checkpoint:
 
 def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     """Return the tensors of a .safetensors file in the order of their bytes, and the file."""
+    tensors, file, _ = read_all_of_header(path)
+    return tensors, file
+
+
+def read_all_of_header(path: Path) -> tuple[dict[str, TensorRef], File, dict[str, str]]:
+    """read_header, and the metadata."""
     file = File.at(path)
     if file.size < 8:
         raise InputError(f"{path}: {file.size} bytes, expected a safetensors header")
@@ -78,7 +84,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
         raise InputError(f"{path}: {file.size} bytes, expected {position}: {problem}")
     sources = (tensor.source for tensor in ordered.values())
     file.add_tensors(len(ordered), (range(source.offset, source.end) for source in sources))
-    return ordered, file
+    return ordered, file, metadata or {}
 
 
 def _tensor(file: File, start: int, name: str, entry: Any, specs: dict[TensorSpec, TensorSpec]) -> TensorRef:

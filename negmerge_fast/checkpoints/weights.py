@@ -115,7 +115,7 @@ def read_weights(folder: Path, names: Sequence[str], config: Mapping[str, Any]) 
     if choice.shards:
         return _read_shards(folder, choice)
     if choice.name.endswith(".json"):
-        found = _read_indexed(folder, choice.name)
+        found = read_indexed(folder, choice.name)
     else:
         tensors, file = read_header(folder / choice.name)
         found = Weights(tensors, {choice.name: file})
@@ -202,7 +202,7 @@ def _read_shards(folder: Path, choice: _Choice) -> Weights:
     return found
 
 
-def _read_indexed(folder: Path, index: str) -> Weights:
+def read_indexed(folder: Path, index: str) -> Weights:
     """Open the shards that an index names. It decides which copy of a tensor counts."""
     file, weight_map = _read_index(folder / index)
     shards = sorted(set(weight_map.values()))

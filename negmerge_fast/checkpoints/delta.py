@@ -1,0 +1,299 @@
+"""The files of a consensus delta (core/delta.py): .safetensors with two tensors for each tensor of the base.
+
+    NAME.mask   U8[mask_bytes(numel)]      which elements agree
+    NAME.mean   F64, F32 or BF16[count]    the means of these, in their order
+
+What else has to be known is in `__metadata__`, as JSON: of what base it is, of how many models, by which rule; and of each tensor in
+the file its dtype and shape in the base, the type of its arithmetic, what was counted, and the hash of a sample of the base.
+docs/delta-format.md says it for other programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..core.delta import mask_bytes
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError, short_repr
+from ..core.rule import Rule
+from ..core.schema import TensorSpec
+from .base import ByteRange, TensorRef
+from .reader import File
+from .safetensors import read_all_of_header
+from .strict_json import is_shape, parse_json
+from .weights import read_indexed
+
+FORMAT, VERSION = "negmerge-delta", "1"
+SINGLE, INDEX = "delta.safetensors", "delta.safetensors.index.json"
+MASK, MEAN = ".mask", ".mean"
+
+# Types that means may have for each type of the arithmetic.
+MEANS_DTYPES = {"F64": ("F64", "BF16"), "F32": ("F32", "BF16")}
+
+# Bytes in the middle of each tensor of the base: a delta is of a base with these.
+SAMPLE_BYTES = 64
+
+
+class TensorInfo(NamedTuple):
+    """What is recorded of a tensor of the base.
+
+    Attributes:
+        spec: Its dtype and shape.
+        arithmetic: F64 or F32.
+        nonfinite: Elements that are not in the mask as something was not finite.
+        vetoed_by_zero: Elements that zeros alone keep from the mask.
+        sample: The hash of the bytes in its middle (sample_range).
+    """
+
+    spec: TensorSpec
+    arithmetic: str
+    nonfinite: int
+    vetoed_by_zero: int
+    sample: str
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for extent in self.spec.shape:
+            count *= extent
+        return count
+
+    def to_json(self) -> dict[str, Any]:
+        (dtype, shape), fields = self.spec, self._asdict()
+        del fields["spec"]
+        return {"dtype": dtype, "shape": list(shape), **fields}
+
+
+class DeltaTensor(NamedTuple):
+    """A tensor of the base, and where its delta is."""
+
+    info: TensorInfo
+    mask: ByteRange
+    means: TensorRef
+
+    @property
+    def agreed(self) -> int:
+        """How many elements are in the mask."""
+        return self.means.numel
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What is recorded of a delta as a whole.
+
+    Attributes:
+        models: The number of models.
+        min_agreement: Of their rule.
+        inputs: Whether they were "finetuned" or "task_vectors".
+        base: The last part of the base's path, and size, header and sample of each of its files by name, as a manifest has them. Empty
+            of a delta that was made in memory.
+    """
+
+    models: int
+    min_agreement: float
+    inputs: str
+    base: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DeltaCheckpoint:
+    """A delta on disk, opened without reading its masks and means.
+
+    Attributes:
+        path: The directory or file.
+        info: What is recorded of it as a whole.
+        tensors: Its tensors, by their names in the base.
+        files: The files that hold them, and their index, by names relative to path.
+    """
+
+    path: Path
+    info: DeltaInfo
+    tensors: dict[str, DeltaTensor]
+    files: dict[str, File]
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.info.numel for tensor in self.tensors.values())
+
+    @property
+    def agreed(self) -> int:
+        """How many elements are in its masks."""
+        return sum(tensor.agreed for tensor in self.tensors.values())
+
+
+def sample_range(nbytes: int) -> range:
+    """The bytes of a tensor whose hash is recorded: all of a short one, else SAMPLE_BYTES in its middle."""
+    begin = max(nbytes - SAMPLE_BYTES, 0) // 2
+    return range(begin, min(begin + SAMPLE_BYTES, nbytes))
+
+
+def metadata_of(info: DeltaInfo, tensors: Mapping[str, TensorInfo], version: str) -> dict[str, str]:
+    """The `__metadata__` of a file that holds these tensors of a delta. version: of the program that writes it."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "negmerge_fast": version,
+        "models": json.dumps(info.models),
+        "rule": json.dumps({"min_agreement": info.min_agreement, "inputs": info.inputs}),
+        "base": json.dumps(info.base),
+        "tensors": json.dumps({name: each.to_json() for name, each in tensors.items()}),
+    }
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a path is the directory of a delta, or a .safetensors file that calls itself one."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in (SINGLE, INDEX))
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        return read_all_of_header(path)[2].get("format") == FORMAT
+    except InputError:
+        return False
+
+
+def open_delta(path: str | os.PathLike[str]) -> DeltaCheckpoint:
+    """Open a delta.
+
+    Raises:
+        InputError: If there is none, or it is malformed; the line names the file, and the tensor.
+    """
+    path = Path(path)
+    try:
+        found = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    paths, index = [path], {}
+    if found and (path / INDEX).exists():
+        weights = read_indexed(path, INDEX)
+        paths, index = [path / shard for shard in weights.files], weights.index
+    elif found and (path / SINGLE).exists():
+        paths = [path / SINGLE]
+    elif found:
+        raise InputError(f"{path}: no {SINGLE} and no {INDEX}, expected a consensus delta")
+    info: DeltaInfo | None = None
+    tensors: dict[str, DeltaTensor] = {}
+    files: dict[str, File] = {}
+    for each in paths:
+        held, file, metadata = read_all_of_header(each)
+        parsed = _info(each, metadata)
+        if info is not None and parsed != info:
+            raise InputError(f"{each}: of another delta than {paths[0]}, expected shards of one")
+        info, files[each.name] = parsed, file
+        for name, tensor in _tensors(each, metadata, held):
+            if name in tensors:
+                raise InputError(f"{each}: tensor {short_repr(name)} is in another shard, too")
+            tensors[name] = tensor
+    assert info  # there is at least one path
+    return DeltaCheckpoint(path, info, tensors, {**files, **index})
+
+
+def _info(path: Path, metadata: Mapping[str, str]) -> DeltaInfo:
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: format {short_repr(metadata.get('format'))}, expected {FORMAT}: not a consensus delta"
+        )
+    if metadata.get("version") != VERSION:
+        raise InputError(f"{path}: version {short_repr(metadata.get('version'))}, expected {VERSION}")
+    field = _fields(path, metadata)
+    models = metadata.get("models", "")
+    if not (models.isascii() and models.isdecimal() and len(models) < 10 and int(models)):
+        raise InputError(f"{path}: models {short_repr(models)}, expected how many there were")
+    rule, base = field("rule"), field("base")
+    min_agreement: Any = rule.get("min_agreement")
+    inputs: Any = rule.get("inputs")
+    try:
+        Rule(0.0, min_agreement)
+    except (TypeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if inputs not in ("finetuned", "task_vectors"):
+        raise InputError(f"{path}: inputs {short_repr(inputs)}, expected finetuned or task_vectors")
+    if base and not (isinstance(base.get("path"), str) and _are_files(base.get("files"))):
+        raise InputError(
+            f"{path}: base {short_repr(base)}, expected its path and its files with size, header and sample"
+        )
+    return DeltaInfo(int(models), float(min_agreement), inputs, base)
+
+
+def _fields(path: Path, metadata: Mapping[str, str]) -> Callable[[str], dict[str, Any]]:
+    def field(key: str) -> dict[str, Any]:
+        if key not in metadata:
+            raise InputError(f"{path}: no {key} in __metadata__, expected a JSON object")
+        # The header, in which it is a text, was checked for what takes much memory.
+        return parse_json(bytearray(metadata[key], "utf-8"), path, f"{key} in __metadata__", dense=True)
+
+    return field
+
+
+def _are_files(files: object) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(each, dict)
+        and each.keys() == {"size", "header", "sample"}
+        and type(each["size"]) is int
+        and isinstance(each["header"], str)
+        and isinstance(each["sample"], str)
+        for each in files.values()
+    )
+
+
+def _tensors(
+    path: Path, metadata: Mapping[str, str], held: Mapping[str, TensorRef]
+) -> Iterator[tuple[str, DeltaTensor]]:
+    """The tensors of a file, checked against what its metadata says of them."""
+    recorded = _fields(path, metadata)("tensors")
+    expected = {f"{name}{suffix}" for name in recorded for suffix in (MASK, MEAN)}
+    if odd := sorted(expected ^ held.keys()):
+        problem = "missing" if odd[0] in expected else "in the file, but its metadata does not name it"
+        raise InputError(f"{path}: tensor {short_repr(odd[0])}: {problem}")
+    for name, entry in recorded.items():
+        info = _tensor_info(path, name, entry)
+        mask, means = held[name + MASK], held[name + MEAN]
+        if mask.spec != (wanted := TensorSpec("U8", (mask_bytes(info.numel),))):
+            raise InputError(
+                f"{path}: tensor {short_repr(name + MASK)}: {_told(mask.spec)}, expected {_told(wanted)}"
+            )
+        types = MEANS_DTYPES[info.arithmetic]
+        if len(means.spec.shape) != 1 or means.numel > info.numel or means.spec.dtype not in types:
+            what = f"{' or '.join(types)} and at most {info.numel} in one dimension"
+            raise InputError(
+                f"{path}: tensor {short_repr(name + MEAN)}: {_told(means.spec)}, expected {what}"
+            )
+        yield name, DeltaTensor(info, mask.source, means)
+
+
+def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    def refused(what: str) -> InputError:
+        return InputError(
+            f"{path}: tensor {short_repr(name)} in __metadata__: {short_repr(entry)}, expected {what}"
+        )
+
+    keys = {"dtype", "shape", "arithmetic", "nonfinite", "vetoed_by_zero", "sample"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise refused(f"an object with {', '.join(sorted(keys))}")
+    dtype, arithmetic = entry["dtype"], entry["arithmetic"]
+    if not isinstance(dtype, str) or dtype not in FLOAT_SIZES or arithmetic not in ("F32", "F64"):
+        raise refused("types that are merged")
+    if dtype == "F64" != arithmetic:
+        raise refused("F64 arithmetic of F64")
+    if not is_shape(entry["shape"]):
+        raise refused("a shape")
+    info = TensorInfo(
+        TensorSpec(dtype, tuple(entry["shape"])),
+        arithmetic,
+        *(entry[k] for k in ("nonfinite", "vetoed_by_zero", "sample")),
+    )
+    counts: Sequence[Any] = info.nonfinite, info.vetoed_by_zero
+    if not all(type(count) is int and 0 <= count <= info.numel for count in counts) or not isinstance(
+        info.sample, str
+    ):
+        raise refused("counts of its elements and the hash of a sample")
+    return info
+
+
+def _told(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {spec.shape}"
