@@ -71,11 +71,11 @@ def _culprit(segment: Segment, signature: Signature, index: int) -> tuple[int | 
     if segment.base is not None:
         versions.insert(0, ("base", segment.base))
     for which, operand in versions:
-        value = float(_load(operand, index, 1))
+        value = float(load(operand, index, 1))
         if value - value != 0:
             return which, f"{value}"
     if segment.base is not None:
-        b = _load(segment.base, index, 1)
+        b = load(segment.base, index, 1)
         for dtype in filter(signature.rounds_base, signature.models):
             if not rounded(b, TORCH_DTYPES[dtype]).isfinite():
                 return "base", f"{float(b)} (infinite in a model's {dtype})"
@@ -115,7 +115,7 @@ class _Workspace:
 
     def merge_block(self, segment: Segment, start: int, size: int) -> torch.Tensor:
         """Merge elements start … start + size; their non-finite flags are in self.nonfinite then."""
-        stored = None if segment.base is None else _load(segment.base, start, size)
+        stored = None if segment.base is None else load(segment.base, start, size)
         b = self.b[:size]
         b.zero_() if stored is None else b.copy_(stored)
         mean = self._unanimous_mean if self.unanimous else self._majority_mean
@@ -136,7 +136,7 @@ class _Workspace:
         if segment.out is not None:
             kept = b.to(self.storage) if stored is None else stored
             chosen = self.d.view(BITS_DTYPES[self.storage.itemsize])[:size]
-            _store(segment.out, start, torch.where(agree, _bits(result), _bits(kept), out=chosen))
+            store(segment.out, start, torch.where(agree, bits_of(result), bits_of(kept), out=chosen))
         # Not sum(), which converts every flag to int64 first.
         agreed = torch.count_nonzero(agree)
         return torch.stack([agreed, torch.count_nonzero(nonfinite), torch.count_nonzero(possible) - agreed])
@@ -167,7 +167,7 @@ class _Workspace:
         for k, operand in enumerate(segment.models):
             if operand.dtype != origin_dtype:
                 origin, origin_dtype = self._origin(b, operand.dtype), operand.dtype
-            x = _load(operand, start, size)
+            x = load(operand, start, size)
             if x.dtype != self.dtype:
                 x = self.x[:size].copy_(x)
             if self.signature.task_vectors:
@@ -237,7 +237,8 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (values.float() if dtype.itemsize == 2 else values).to(dtype)
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
+def bits_of(values: torch.Tensor) -> torch.Tensor:
+    """Numbers as integers of their size: the same memory."""
     return values.view(BITS_DTYPES[values.itemsize])
 
 
@@ -245,34 +246,49 @@ def _bytes(operand: Operand, start: int, size: int) -> torch.Tensor:
     owner = operand.owner
     if not isinstance(owner, torch.Tensor):
         owner = torch.frombuffer(owner, dtype=torch.uint8)
-    # Not view(-1): a dimension of size 1 may have any stride in a contiguous tensor, and would keep it.
-    memory = owner.as_strided((owner.numel(),), (1,)).view(torch.uint8)
+    memory = bytes_of(owner)
     first = operand.address - memory.data_ptr() + start * FLOAT_SIZES[operand.dtype]
     return memory[first : first + size * FLOAT_SIZES[operand.dtype]]
 
 
-def _aligned(memory: torch.Tensor, itemsize: int) -> bool:
-    return memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor."""
+    # Not view(-1): a dimension of size 1 may have any stride in a contiguous tensor, and would keep it.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _load(operand: Operand, start: int, size: int) -> torch.Tensor:
+def aligned(memory: torch.Tensor, itemsize: int) -> torch.Tensor:
+    """Bytes that can be viewed as elements of a size: a copy if these cannot."""
+    if memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0:
+        return memory
+    return memory.clone()
+
+
+def load(operand: Operand, start: int, size: int) -> torch.Tensor:
     """Elements of an operand in their dtype: a view, or a copy if they are not aligned."""
-    memory = _bytes(operand, start, size)
-    if not _aligned(memory, FLOAT_SIZES[operand.dtype]):
-        memory = memory.clone()
-    return memory.view(TORCH_DTYPES[operand.dtype])
+    return aligned(_bytes(operand, start, size), FLOAT_SIZES[operand.dtype]).view(TORCH_DTYPES[operand.dtype])
 
 
-def _store(operand: Operand, start: int, bits: torch.Tensor) -> None:
+def store(operand: Operand, start: int, bits: torch.Tensor) -> None:
+    """Write elements of an operand, given their bits."""
     _bytes(operand, start, len(bits)).copy_(bits.view(torch.uint8))
 
 
 @contextmanager
 def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
-    """Give the temporaries of a batch, and keep subnormals while they are in use.
+    """Give the temporaries of a batch, and keep subnormals while they are in use."""
+    with plain_arithmetic(threads):
+        workspace = _Workspace(batch, rule)
+        compute_alone_if_flushing(workspace.d)
+        yield workspace
+
+
+@contextmanager
+def plain_arithmetic(threads: int | None = None) -> Iterator[None]:
+    """Compute on so many threads, without gradients, and keep subnormals.
 
     torch.set_flush_denormal(True) is a mode of the calling thread, and for ever of each of torch's threads that is started
-    under it. The caller's mode is off for the call; if another thread flushes, the caller computes alone.
+    under it. The caller's mode is off for the call; for the others there is compute_alone_if_flushing.
     """
     before = torch.get_num_threads()
     if threads is not None and threads != before:
@@ -282,10 +298,7 @@ def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator
         torch.set_flush_denormal(False)
     try:
         with torch.inference_mode():
-            workspace = _Workspace(batch, rule)
-            if workspace.d.device.type == "cpu" and _flushes(workspace.d):
-                torch.set_num_threads(1)
-            yield workspace
+            yield
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
@@ -293,7 +306,16 @@ def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator
             torch.set_flush_denormal(True)
 
 
+def compute_alone_if_flushing(temporary: torch.Tensor) -> None:
+    """Let the calling thread compute alone for the rest of plain_arithmetic, if another one flushes subnormals.
+
+    temporary: of the type and the size of what will be computed, so that as many threads take part. It is overwritten.
+    """
+    if temporary.device.type == "cpu" and _flushes(temporary):
+        torch.set_num_threads(1)
+
+
 def _flushes(numbers: torch.Tensor) -> bool:
     """Whether arithmetic on these elements flushes subnormals to zero, in any thread that takes part."""
-    _bits(numbers).fill_(1)
+    bits_of(numbers).fill_(1)
     return not bool(numbers.mul_(1.0).all())

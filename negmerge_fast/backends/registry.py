@@ -6,8 +6,10 @@ A backend is one function, merge(batch, rule) -> counts. core/rule.py says what 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from ..core.batch import Batch, Merge, Signature
+from ..core.delta import Apply, DeltaSignature, Save
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
@@ -91,6 +93,71 @@ def choose(
             return name, _merge_of(name)
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def choose_apply(backend: str, device: str, signatures: Iterable[DeltaSignature] = ()) -> tuple[str, Apply]:
+    """Choose a backend that applies consensus deltas (core/delta.py) on a device, as `choose` does one that merges.
+
+    Args:
+        backend: The name of one, or "auto" for the first that can run there.
+        device: As torch writes it.
+        signatures: What will be applied. A backend that needs a self-test has one for each signature, once a process.
+
+    Raises:
+        InputError: If no such backend can run there; the message has the reasons.
+    """
+    if backend not in ("auto", *NAMES):
+        raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
+    signatures = dict.fromkeys(signatures)
+    reasons = []
+    for name in NAMES if backend == "auto" else (backend,):
+        if (backend, name, device) == ("auto", "triton", "cpu"):
+            continue
+        reason = why_not(name, device) or _apply_failure(name, device, signatures)
+        if reason is None:
+            return name, _apply_of(name)
+        reasons.append(f"{name}: {reason}")
+    raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def _apply_failure(name: str, device: str, signatures: Iterable[DeltaSignature]) -> str | None:
+    """Tell why a backend must not apply deltas of one of the signatures; None if it may."""
+    # The self-test of the kernels for deltas belongs here, as _selftest_failure.
+    return "has no kernel for deltas" if name in ("cuda", "triton") else None
+
+
+def _apply_of(name: str) -> Apply:
+    from . import pytorch_delta
+
+    return pytorch_delta.apply
+
+
+def save_of(name: str) -> Save:
+    """A backend's function that copies the base's elements in the mask to `saved`."""
+    from . import pytorch_delta
+
+    return pytorch_delta.save
+
+
+def choose_consensus(
+    backend: str, device: str, rule: Rule, signatures: Iterable[Signature] = ()
+) -> tuple[str, Merge]:
+    """Choose a backend as `choose` does, for `consensus`; returns its name and that function."""
+    from . import pytorch_delta
+
+    name, _ = choose(backend, device, rule, map(pytorch_delta.differences_of, signatures))
+    return name, consensus(name)
+
+
+def consensus(name: str) -> Merge:
+    """A backend's function that merges to the means of core/delta.py.
+
+    The outputs of its segments are of the signature's arithmetic type. Where the element agrees and all is finite the mean is
+    written, +0 elsewhere. The counts are those of a merge. Of the rule only min_agreement is used.
+    """
+    from . import pytorch_delta
+
+    return partial(pytorch_delta.consensus, _merge_of(name))
 
 
 def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:

@@ -55,7 +55,8 @@ class DeltaSegment(NamedTuple):
         base: The base's elements, at any alignment; 0 if there are none, and `saved` is used.
         saved: The base's elements that are in the mask, one after the other, aligned to their size; 0 if `base` is used.
         out: Where the result is written, at any alignment; it may be the base. 0: elements are only counted.
-        owners: What keeps the addresses valid.
+        owners: What keeps the addresses valid. On a device that is not the CPU it is a contiguous torch tensor or a sequence that
+            has them, and these cover all of the addresses.
     """
 
     numel: int
@@ -90,6 +91,15 @@ class Apply(Protocol):
     """
 
     def __call__(self, batch: DeltaBatch, scale: float | None, threads: int | None = None) -> Counts: ...
+
+
+class Save(Protocol):
+    """A backend's function that writes the base's elements in the mask to `saved`, of segments that have both addresses.
+
+    Nothing else is read or written: means, ranks' beginnings apart, and out may be 0.
+    """
+
+    def __call__(self, batch: DeltaBatch, threads: int | None = None) -> None: ...
 
 
 def mask_bytes(numel: int) -> int:
