@@ -100,7 +100,10 @@ def files_read(checkpoint: Checkpoint) -> dict[str, File]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines every byte of an output. The models are in the order in which they are added."""
+    """What determines every byte of an output. The models are in the order in which they are added.
+
+    means: of a consensus delta, which has no scale, how its means are stored: EXACT or BF16. None of a merge.
+    """
 
     base: Input
     models: list[Input]
@@ -112,6 +115,7 @@ class Recipe:
     rename: tuple[tuple[str, str], ...] = ()
     keep: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    means: str | None = None
 
     @property
     def checkpoints(self) -> list[Input]:
@@ -121,9 +125,9 @@ class Recipe:
     def to_json(self) -> dict[str, object]:
         return {
             "negmerge_fast": __version__,
-            "base": _input_json(self.base),
-            "models": [_input_json(model) for model in self.models],
-            "scale": self.rule.scale,
+            "base": input_json(self.base),
+            "models": [input_json(model) for model in self.models],
+            "scale": None if self.means else self.rule.scale,
             "min_agreement": self.rule.min_agreement,
             "inputs": self.inputs,
             "nonfinite": self.nonfinite,
@@ -132,11 +136,16 @@ class Recipe:
             "rename": [list(pair) for pair in self.rename],
             "keep": list(self.keep),
             "drop": list(self.drop),
+            **({"means": self.means} if self.means else {}),
         }
 
 
-def _input_json(given: Input) -> dict[str, object]:
+def input_json(given: Input) -> dict[str, object]:
     return {"path": given.path, "files": {name: file._asdict() for name, file in given.files.items()}}
+
+
+# How the means of a delta are stored: in the type of the arithmetic, or in this one.
+EXACT, BF16 = "exact", "BF16"
 
 
 class ManifestCounts(NamedTuple):
@@ -206,10 +215,11 @@ def read(path: Path) -> Manifest:
     found = load(path)
     validator = _Validator(path)
     models = validator.field(found, "models", _is_list, "a list of models")
+    means = validator.choice(found, "means", EXACT, BF16) if "means" in found else None
     recipe = Recipe(
         validator.input(found, "base"),
         [validator.input({f"models[{k}]": model}, f"models[{k}]") for k, model in enumerate(models)],
-        validator.rule(found),
+        validator.rule({**found, "scale": 0.0} if means and found.get("scale") is None else found),
         validator.choice(found, "inputs", "finetuned", "task_vectors"),
         validator.choice(found, "nonfinite", "error", "keep-base"),
         validator.field(found, "include", _is_text_or_none, "text or null"),
@@ -217,6 +227,7 @@ def read(path: Path) -> Manifest:
         tuple((pattern, text) for pattern, text in validator.listed(found, "rename", _is_pair)),
         tuple(validator.listed(found, "keep", _is_text)),
         tuple(validator.listed(found, "drop", _is_text)),
+        means,
     )
     version = validator.field(found, "negmerge_fast", _is_text, "a version")
     block = validator.field(found, "block", _is_block, "the size of a block")
@@ -233,7 +244,7 @@ def holds(
     path: Path,
     recipe: Recipe,
     checkpoints: Sequence[Checkpoint],
-    copied_files: Mapping[str, File],
+    copied_files: Mapping[str, File] | None,
     all_read: bool,
 ) -> bool:
     """Whether a manifest lists a complete output of the same inputs and options.
@@ -247,7 +258,7 @@ def holds(
         path: The manifest's path.
         recipe: The inputs and options of the current job.
         checkpoints: The inputs, the base first.
-        copied_files: The files of the base that are copied, by their names in the output.
+        copied_files: The files of the base that are copied, by their names in the output; None if the output does not mirror it.
         all_read: Whether every element has to be read, so that a non-finite one is an error: nothing may have been skipped.
     """
     try:
@@ -268,6 +279,8 @@ def holds(
     sources = chain.from_iterable(files_read(checkpoint).values() for checkpoint in checkpoints)
     if not all(_is_older(file, written, sampled) for file in sources):
         return False
+    if copied_files is None:
+        return True
     others = found.files.keys() - checkpoints[0].weights.keys() if checkpoints[0].is_directory else set()
     return others == copied_files.keys() and all(
         found.files[name][:2] == (file.size, _checksum(file, found.block))

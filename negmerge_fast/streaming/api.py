@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..backends import registry
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.formats import open_checkpoint
+from ..checkpoints.reader import File
 from ..core.errors import InputError, MergeWarning
 from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
@@ -122,7 +123,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         InputError: If an input or option is bad.
     """
     destination_path = as_path("output", output)
-    opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options)
+    opened, models = open_models(as_path("base", base), as_paths("finetuned", finetuned), options)
     plan = make_plan(
         opened,
         models,
@@ -131,9 +132,9 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         exclude=options.exclude,
         rename=options.rename,
     )
-    recipe = _recipe(plan, options)
+    recipe = recipe_of(plan, options)
     destination, finished = _check_destination(destination_path, plan, recipe, options)
-    notes = [] if finished else _try_out(plan, destination)
+    notes = [] if finished else try_out(plan.files.values(), destination)
     staging = Staging(destination, resume=options.resume)
     placement = choose_placement(plan, options)
     backend, merge = registry.choose(options.backend, placement.device, options.rule, plan.signatures)
@@ -155,7 +156,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     )
 
 
-def _open(
+def open_models(
     base: Path, finetuned: Sequence[Path], options: MergeOptions
 ) -> tuple[Checkpoint, list[Checkpoint]]:
     if not finetuned:
@@ -177,7 +178,7 @@ def _open(
     return opened, models
 
 
-def _recipe(plan: Plan, options: MergeOptions) -> Recipe:
+def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:
     base, *models = [Input.of(checkpoint) for checkpoint in (plan.base, *plan.models)]
     return Recipe(
         base,
@@ -210,6 +211,20 @@ def _check_destination(
         sources=plan.sources,
     )
     copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}
+    return destination, is_finished(destination, recipe, checkpoints, copied_files, options)
+
+
+def is_finished(
+    destination: Destination,
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    copied_files: Mapping[str, File] | None,
+    options: MergeOptions,
+) -> bool:
+    """Whether a job that may be resumed is complete already; if not, a destination that must not be written is refused.
+
+    copied_files are as of manifest.holds.
+    """
     finished = (
         options.resume
         and not destination.is_half_replaced
@@ -222,11 +237,11 @@ def _check_destination(
             with without_interrupts():
                 Staging(destination).remove_finished()
             raise
-    return destination, finished
+    return finished
 
 
-def _try_out(plan: Plan, destination: Destination) -> list[str]:
+def try_out(files: Iterable[File], destination: Destination) -> list[str]:
     """Try what the job will need, and return what is less safe here than elsewhere."""
-    try_inputs(plan.files.values())
+    try_inputs(files)
     with without_interrupts():  # nothing of it is left behind
         return try_destination(destination)

@@ -43,11 +43,14 @@ class Allocation(NamedTuple):
     memory: int
 
 
-def allocate(plan: Plan, options: MergeOptions, device: str, backends: Collection[str]) -> Allocation:
+def allocate(
+    plan: Plan, options: MergeOptions, device: str, backends: Collection[str], extra_buffers: int = 0
+) -> Allocation:
     """Choose the workers and the chunk size of a job that fits its memory budget.
 
     Args:
         backends: The names of those that merge or count; the first one merges.
+        extra_buffers: Buffers of a worker beside those for the versions, each as long as a chunk.
 
     Raises:
         InputError: If the budget is too small for the smallest job.
@@ -58,6 +61,7 @@ def allocate(plan: Plan, options: MergeOptions, device: str, backends: Collectio
         available_bytes,
         name,
         models=len(plan.models),
+        extra_buffers=extra_buffers,
         tensors=sum(len(checkpoint.tensors) for checkpoint in (plan.base, *plan.models)),
         sizes=[file.size for file in plan.files.values()],
         workers=_max_workers(options.thread_count, device, next(iter(backends))),
@@ -78,6 +82,7 @@ def fit(
     max_chunk_bytes: int,
     scratch: int,
     block: int,
+    extra_buffers: int = 0,
 ) -> Allocation:
     """Choose the most workers and the largest chunks that fit; chunks shrink to an eighth before workers become fewer.
 
@@ -91,10 +96,11 @@ def fit(
         max_chunk_bytes: The largest chunk.
         scratch: The number of a merge's temporaries, each as long as a chunk in a wider type, or as a block.
         block: The most bytes of a temporary.
+        extra_buffers: Buffers of a worker beside those for the versions.
     """
 
     def required() -> int:
-        per_worker = (models + 1) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
+        per_worker = (models + 1 + extra_buffers) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
         return (
             workers * per_worker + _OBJECTS + tensors * _BYTES_PER_TENSOR + checksums.memory(sizes, workers)
         )

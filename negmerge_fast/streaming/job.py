@@ -13,13 +13,13 @@ import base64
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from threading import Semaphore
-from typing import BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from ..backends import registry
 from ..backends.native import library, merge_cpu
@@ -87,6 +87,9 @@ class Job:
     skipping: Skipping
     notes: list[str]
     finished: bool = False
+
+    # Chunks, and what each rank does, begin at multiples of so many elements of a tensor.
+    alignment: ClassVar[int] = 1
 
     @property
     def rule(self) -> Rule:
@@ -170,7 +173,7 @@ class Job:
             if ranks.count > 1:
                 self.staging.let_join()
             remaining = subtract(self.plan.whole, before.ranges)
-            return self._rank_fingerprint, partition(self.plan, remaining, ranks.count)
+            return self._rank_fingerprint, partition(self.plan, remaining, ranks.count, self.alignment)
 
         fingerprint, shards = ranks.on_rank0(begin)
         return before, fingerprint, [[Range(*range_) for range_ in shard] for shard in shards]
@@ -194,8 +197,11 @@ class Job:
             raise InputError(
                 f"{self.staging.path}: {done.skipped:,} bytes of the models were skipped, expected none (--skip-unchanged, as before)"
             )
-        self.staging.refuse_incomplete()
+        self._refuse_incomplete()
         return done
+
+    def _refuse_incomplete(self) -> None:
+        self.staging.refuse_incomplete()
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
@@ -222,7 +228,7 @@ class Job:
         self, progress: OnProgress | None, ranks: SingleProcess, remaining_bytes: int
     ) -> Callable[[int], None]:
         """Return what is called with the bytes that this rank has moved; it may raise to stop the job."""
-        total = self.plan.bytes_read + self.plan.bytes_written
+        total = self.plan.bytes_read + self.plan.whole.end
 
         def on_moved(moved: int) -> None:
             moved = ranks.poll(moved)
@@ -248,7 +254,7 @@ class Job:
 
     def _chunks(self, ranges: Sequence[Range]) -> Iterator[Extent]:
         return chain.from_iterable(
-            chunks(slice_plan(self.plan, range_), self.chunk_bytes) for range_ in ranges
+            chunks(slice_plan(self.plan, range_), self.chunk_bytes, self.alignment) for range_ in ranges
         )
 
     def _recorder(self, ranges: Sequence[Range], rank: int, on_moved: Callable[[int], None]) -> Recorder:
@@ -270,7 +276,7 @@ class Job:
 
     def _worker_maker(
         self, timeline: Timeline, shared: Reader | None
-    ) -> Callable[[], AbstractContextManager[Callable[[Extent], ChunkResult]]]:
+    ) -> Callable[[], AbstractContextManager[Callable[[Extent], Any]]]:
         """Return what opens a worker in its thread."""
         concurrent = self.backend in registry.CONCURRENT
         turns = Semaphore(self.options.thread_count if concurrent else 1)
@@ -343,11 +349,15 @@ class Job:
             "vetoed_by_zero": None if self.options.skips else stats.vetoed_by_zero,
         }
         self._note_variances(self.staging.read_file)
-        self.writer.finish({**self.recipe.to_json(), "counted": counted}, on_progress)
+        self._finish({**self.recipe.to_json(), "counted": counted}, stats, on_progress)
         on_progress()  # the last moment to stop: syncing may have taken long
         with without_interrupts():
             publish(self.destination, self.staging)
         return done._replace(stats=stats)
+
+    def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
+        """Complete what is staged, with this manifest. stats: of the whole output."""
+        self.writer.finish(manifest, on_progress)
 
     def _note_variances(self, open_file: Callable[[str], BinaryIO]) -> None:
         """Note a network that the merge has broken, though it followed the rule."""

@@ -49,13 +49,14 @@ def _slice_extent(extent: Extent, begin: int, end: int) -> Iterator[Extent]:
         yield Extent(extent.path, sources, slices)
 
 
-def partition(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Range]]:
+def partition(plan: Plan, ranges: Sequence[Range], count: int, alignment: int = 1) -> list[list[Range]]:
     """Cut ranges between elements into a shard for each rank, with about as many bytes to read and write.
 
     Args:
         plan: The plan.
         ranges: What is to be done of it.
         count: How many shards.
+        alignment: Shards begin at multiples of so many elements of a tensor.
     """
     overlaps: list[tuple[int, int, Extent, int]] = []  # begin, end, and the extent with its own begin
     at = 0
@@ -74,7 +75,7 @@ def partition(plan: Plan, ranges: Sequence[Range], count: int) -> list[list[Rang
             until = end
             if shard < count - 1:
                 remaining = max(int((total * (shard + 1) / count - done) / weight), 1)
-                until = min(start + _between_elements(extent, begin + remaining - start), end)
+                until = min(start + _between_elements(extent, begin + remaining - start, alignment), end)
             if shards[shard] and shards[shard][-1].end == begin:
                 shards[shard][-1] = Range(shards[shard][-1].begin, until)
             else:
@@ -89,22 +90,25 @@ def _moved_per_byte(extent: Extent) -> float:
     return 1 + sum(source.nbytes for source in extent.sources) / extent.sources[0].nbytes
 
 
-def _between_elements(extent: Extent, offset: int) -> int:
-    """The first byte of an element that is not before an offset into the base's source."""
+def _between_elements(extent: Extent, offset: int, alignment: int) -> int:
+    """The first byte of an aligned element that is not before an offset into the base's source."""
     at = 0
     for tensor_slice in extent.slices:
         size = tensor_slice.sizes[0]
-        if offset < at + tensor_slice.numel * size:
-            return at + -(-(offset - at) // size) * size
-        at += tensor_slice.numel * size
+        end = at + tensor_slice.numel * size
+        if offset < end:
+            element = tensor_slice.start - (offset - at) // -size
+            aligned = -(element // -alignment) * alignment - tensor_slice.start
+            return min(at + aligned * size, end)
+        at = end
     return offset
 
 
-def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
-    """Cut extents so that no source is longer than chunk_bytes, which is at least 8: one element."""
+def chunks(extents: Iterable[Extent], chunk_bytes: int, alignment: int = 1) -> Iterator[Extent]:
+    """Cut extents at multiples of so many elements of a tensor, so that no source is longer than chunk_bytes: 8 or more for each."""
     for extent in extents:
         if extent.slices:
-            yield from _chunks_of(extent, chunk_bytes)
+            yield from _chunks_of(extent, chunk_bytes, alignment)
             continue
         (source,) = extent.sources
         for done in range(0, source.nbytes, chunk_bytes):
@@ -112,7 +116,7 @@ def chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
             yield Extent(extent.path, [ByteRange(source.file, source.offset + done, size)], [])
 
 
-def _chunks_of(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
+def _chunks_of(extent: Extent, chunk_bytes: int, alignment: int) -> Iterator[Extent]:
     positions = [source.offset for source in extent.sources]
     slices: list[TensorSlice] = []
     remaining = chunk_bytes
@@ -134,6 +138,8 @@ def _chunks_of(extent: Extent, chunk_bytes: int) -> Iterator[Extent]:
         done = 0
         while True:
             count = min(tensor_slice.numel - done, remaining // widest)
+            if count < tensor_slice.numel - done:
+                count = max(count - (tensor_slice.start + done + count) % alignment, 0)
             if count or not tensor_slice.numel:
                 slices.append(tensor_slice._replace(start=tensor_slice.start + done, numel=count))
                 done, remaining = done + count, remaining - count * widest

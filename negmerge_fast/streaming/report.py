@@ -16,7 +16,7 @@ class Report:
         base: The path of the base, as given.
         models: The paths of the fine-tuned models, in order.
         output: The path of the output.
-        scale: λ.
+        scale: λ; None of a consensus delta.
         min_agreement: The fraction of the models that had to agree.
         backend: The backend that merged.
         device: The device it merged on.
@@ -41,7 +41,7 @@ class Report:
     base: str
     models: list[str]
     output: str
-    scale: float
+    scale: float | None
     min_agreement: float
     backend: str
     device: str

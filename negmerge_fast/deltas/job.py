@@ -1,0 +1,429 @@
+"""Making a delta of checkpoints: streamed in bounded memory, resumed, and on several ranks, as a merge is.
+
+Workers write masks where they stay (format.py), and each rank appends its means to a file of its own (spool.py). When all is counted,
+rank 0 writes the headers and puts the means behind the masks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from threading import Semaphore
+from typing import Any, NamedTuple
+
+from ..backends import masks, registry
+from ..checkpoints.base import Checkpoint
+from ..checkpoints.delta import INDEX, DeltaInfo, TensorInfo, sample_range
+from ..checkpoints.reader import Reader, naming
+from ..core.delta import MASK_WORD, mask_bytes
+from ..core.hashing import hash_of
+from ..core.ranges import Range
+from ..core.stats import Stats, TensorStats
+from ..output import manifest as manifests
+from ..output.destination import Destination
+from ..output.directory import Entry
+from ..output.filesystem import set_size, sync
+from ..output.journal import Fingerprint, Journal, ProgressRecord
+from ..output.journal import read as read_journal
+from ..output.manifest import Recipe
+from ..output.staging import Staging
+from ..output.writer import Writer
+from ..runtime import memory
+from ..runtime.buffers import Timeline, WorkerBuffers
+from ..runtime.distributed import SingleProcess
+from ..streaming import api as merges
+from ..streaming.budget import allocate, max_open_files
+from ..streaming.job import Job
+from ..streaming.options import MergeOptions, PathLike, as_path, as_paths, require_callable
+from ..streaming.partition import slice_plan
+from ..streaming.placement import Placement
+from ..streaming.plan import Extent, Plan, make_plan
+from ..streaming.progress import OnProgress, Recorder
+from ..streaming.read_ahead import ReadAhead
+from ..streaming.report import Report
+from ..streaming.skipping import Skipping
+from .format import DeltaFile, file_names, index_of
+from .spool import Spool
+from .worker import EXTRA_BUFFERS, DeltaResult, DeltaWorker
+
+_COPIED_BYTES = 4 << 20
+
+
+class _Means(NamedTuple):
+    """Means of consecutive elements of a tensor: the first element, and where they are in the spool of a rank."""
+
+    start: int
+    rank: int
+    offset: int
+    nbytes: int
+
+
+@dataclass
+class _Ranges:
+    """The ranges that each rank's spool holds, in order: those of earlier runs, and of this one."""
+
+    recorded: dict[int, list[Range]] = field(default_factory=dict)
+    current: list[list[Range]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[int, list[Range]]]:
+        current = dict(enumerate(self.current))
+        for rank in sorted({*self.recorded, *current}):
+            yield rank, [*self.recorded.get(rank, []), *current.get(rank, [])]
+
+
+@dataclass(frozen=True)
+class DeltaJob(Job):
+    """A delta that was checked. Its plan has what is merged, and the delta's files in place of the base's.
+
+    Attributes:
+        deltas: The files of the delta, by name.
+    """
+
+    deltas: Mapping[str, DeltaFile] = field(kw_only=True)
+    _ranges: _Ranges = field(default_factory=_Ranges, kw_only=True)
+
+    alignment = MASK_WORD
+
+    def run(
+        self,
+        progress: OnProgress | None = None,
+        timeline: Timeline | None = None,
+        ranks: SingleProcess | None = None,
+    ) -> Report:
+        """Make the delta, and publish the whole output or nothing. The arguments are those of Job.run."""
+        report = super().run(progress, timeline, **({"ranks": ranks} if ranks else {}))
+        return replace(report, scale=None)
+
+    def _begin(self, ranks: SingleProcess) -> tuple[ProgressRecord, Fingerprint, list[list[Range]]]:
+        begun = super()._begin(ranks)
+        self._ranges.current[:] = begun[2]
+        return begun
+
+    def _refuse_incomplete(self) -> None:
+        for entry in self.staging.journals():
+            rank = int(entry.name.rpartition("-")[2])
+            records = read_journal(entry, self._fingerprint)
+            self._ranges.recorded[rank] = [range_ for record in records for range_ in record.ranges]
+        # A run that was stopped at the very end may have put means behind the masks.
+        for name, file in self.destination.files.items():
+            try:
+                descriptor = self.staging.open_file(name, os.O_WRONLY)
+            except FileNotFoundError:
+                continue
+            try:
+                if os.fstat(descriptor).st_size > file.size:
+                    set_size(descriptor, file.size)
+            finally:
+                os.close(descriptor)
+        super()._refuse_incomplete()
+
+    def _recorder(self, ranges: Sequence[Range], rank: int, on_moved: Callable[[int], None]) -> DeltaRecorder:
+        sizes: dict[str, int] = {}
+        for range_ in ranges:
+            for extent in slice_plan(self.plan, range_):
+                nbytes = sum(mask_bytes(s.numel) for s in extent.slices)
+                sizes[extent.path] = sizes.get(extent.path, 0) + nbytes
+        self.writer.expect(sizes)
+        entry = self.staging.journal(rank)
+        records = read_journal(entry, self._fingerprint) if self.staging.resume else []
+        spool = Spool(self._spool(rank), sum(self._means_bytes(record.stats) for record in records))
+
+        def sync_all() -> None:
+            self.writer.sync()
+            spool.sync()
+
+        journal = Journal(entry, self._fingerprint, sync_all)
+        return DeltaRecorder(ranges, journal, on_moved, self.staging.resume, spool)
+
+    def _spool(self, rank: int) -> Entry:
+        return self.staging.directory / f"rank-{rank}.means"
+
+    def _means_bytes(self, stats: Stats) -> int:
+        sizes = {name: t.mean_size for file in self.deltas.values() for name, t in file.tensors.items()}
+        return sum(counted.agreed * sizes[name] for name, counted in stats.tensors.items())
+
+    def _worker_maker(
+        self, timeline: Timeline, shared: Reader | None
+    ) -> Callable[[], AbstractContextManager[Callable[[Extent], Any]]]:
+        concurrent = self.backend in registry.CONCURRENT
+        turns = Semaphore(self.options.thread_count if concurrent else 1)
+        release = self.plan.bytes_read > memory.free_memory() // 2
+        read_ahead = ReadAhead()
+        buffers_of_worker = len(self.plan.models) + 1 + EXTRA_BUFFERS
+
+        @contextmanager
+        def open_worker() -> Iterator[Callable[[Extent], DeltaResult]]:
+            with (
+                nullcontext(shared) if shared else Reader(max(max_open_files() // self.workers, 1)) as reader,
+                WorkerBuffers(buffers_of_worker, self.chunk_bytes, timeline) as buffers,
+            ):
+                yield DeltaWorker(
+                    plan=self.plan,
+                    rule=self.rule,
+                    merge=self.merge,
+                    device="cpu",
+                    merge_threads=1 if concurrent else self.options.threads,
+                    turns=turns,
+                    nonfinite=self.recipe.nonfinite,
+                    skipping=self.skipping,
+                    writer=self.writer,
+                    release=release,
+                    reader=reader,
+                    read_ahead=read_ahead,
+                    native=None,
+                    buffers=buffers,
+                    timeline=timeline,
+                    files=self.deltas,
+                ).process
+
+        return open_worker
+
+    def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
+        """Write headers and means, now that all is counted, and then the manifest."""
+        means = self._means(stats)
+        sizes = {}
+        for name, file in self.deltas.items():
+            sizes[name] = self._complete(name, file, stats.tensors, means)
+            on_progress()
+        if INDEX in self.destination.files:
+            content = index_of(self.deltas)
+            sizes[INDEX] = len(content)
+            descriptor = self.staging.open_file(INDEX, os.O_WRONLY)
+            with naming(self.destination.path), open(descriptor, "wb") as index:
+                index.write(content)
+                index.flush()
+                sync(descriptor)
+        files = {name: replace(file, size=sizes[name]) for name, file in self.destination.files.items()}
+        with Writer(replace(self.destination, files=files), self.staging) as writer:
+            writer.finish(manifest, on_progress)
+
+    def _means(self, stats: Stats) -> dict[str, list[_Means]]:
+        """Where the means of each tensor are, in the order of its elements."""
+        found: dict[str, list[_Means]] = {}
+        for rank, ranges in self._ranges:
+            offset = 0
+            for range_ in ranges:
+                for extent in slice_plan(self.plan, range_):
+                    for name, start, numel, _ in extent.slices:
+                        tensor = self.deltas[extent.path].tensors[name]
+                        if numel == tensor.numel:
+                            count = stats.tensors[name].agreed
+                        else:
+                            count = self._count(extent.path, name, start, numel)
+                        nbytes = count * tensor.mean_size
+                        found.setdefault(name, []).append(_Means(start, rank, offset, nbytes))
+                        offset += nbytes
+        return {name: sorted(each) for name, each in found.items()}
+
+    def _count(self, path: str, name: str, start: int, numel: int) -> int:
+        """Count the elements in the mask, of some of a tensor."""
+        words = bytearray(mask_bytes(numel))
+        with naming(self.destination.path), self.staging.read_file(path) as file:
+            file.seek(self.deltas[path].mask_position(name, start))
+            file.readinto(words)  # type: ignore[attr-defined]
+        return masks.rank(ctypes.addressof(ctypes.c_char.from_buffer(words)), 0, numel) if words else 0
+
+    def _complete(
+        self,
+        name: str,
+        file: DeltaFile,
+        counted: Mapping[str, TensorStats],
+        means: Mapping[str, Sequence[_Means]],
+    ) -> int:
+        """Write the header of a file, and the means behind its masks; returns its size."""
+        position = file.masks_end
+        spools = {rank: self._spool(rank).open(os.O_RDONLY) for rank, _ in self._ranges}
+        descriptor = self.staging.open_file(name, os.O_WRONLY)
+        try:
+            with naming(self.destination.path):
+                os.pwrite(descriptor, file.header(counted), 0)
+                for tensor in file.tensors:
+                    for each in means[tensor]:
+                        _copy(spools[each.rank], each.offset, each.nbytes, descriptor, position)
+                        position += each.nbytes
+                set_size(descriptor, position)
+                sync(descriptor)
+        finally:
+            for opened in (descriptor, *spools.values()):
+                os.close(opened)
+        expected = sum(counted[n].agreed * t.mean_size for n, t in file.tensors.items())
+        if position - file.masks_end != expected:
+            raise RuntimeError(
+                f"{self.destination.path}: {position - file.masks_end} bytes of means, expected {expected}"
+            )
+        return position
+
+    def _note_variances(self, open_file: object) -> None:
+        """A delta has none."""
+
+
+class DeltaRecorder(Recorder):
+    """A recorder that appends means to a rank's spool before they are on record."""
+
+    def __init__(
+        self,
+        ranges: Sequence[Range],
+        journal: Journal,
+        on_moved: Callable[[int], None],
+        keep: bool,
+        spool: Spool,
+    ) -> None:
+        super().__init__(ranges, journal, on_moved, keep)
+        self._spool = spool
+
+    def on_result(self, result: DeltaResult) -> None:  # type: ignore[override]
+        self._spool.append(result.means)
+        super().on_result(result.chunk)
+
+    def __exit__(self, *error: object) -> None:
+        with self._spool:
+            super().__exit__(*error)  # type: ignore[arg-type]
+
+
+def _copy(source: int, offset: int, nbytes: int, destination: int, position: int) -> None:
+    """Copy bytes of one open file to another."""
+    end = offset + nbytes
+    while offset < end:
+        data = os.pread(source, min(_COPIED_BYTES, end - offset), offset)
+        if not data:
+            raise OSError(f"the means end at byte {offset}, expected {end}")
+        done = 0
+        while done < len(data):
+            done += os.pwrite(destination, memoryview(data)[done:], position + done)
+        offset, position = offset + len(data), position + len(data)
+
+
+def delta_checkpoints(
+    base: PathLike,
+    finetuned: Sequence[PathLike],
+    output: PathLike,
+    *,
+    half: bool = False,
+    progress: OnProgress | None = None,
+    **options: object,
+) -> Report:
+    """Make the consensus delta of checkpoints that need not fit in memory (NegMerge, arXiv 2410.05583, section 4).
+
+    The delta is what a merge takes off the base, apart from λ: a mask of the elements that agree, and their means. Applying it with any
+    λ gives the bits of merge_checkpoints with that λ.
+
+    Args:
+        base: A checkpoint as of merge_checkpoints.
+        finetuned: One or more of the same kind.
+        output: The path of the delta, a directory. It appears complete or not at all.
+        half: Store means in BF16. Applying then gives other bits than a merge.
+        progress: As of merge_checkpoints.
+        options: Those of merge_checkpoints but scale, device and skip_unchanged.
+
+    Returns:
+        What was done; scale is None.
+
+    Raises:
+        InputError: As of merge_checkpoints.
+        OSError: If reading or writing fails.
+        TypeError: If finetuned is one path, or an option is unknown.
+    """
+    require_callable("progress", progress)
+    return prepare_delta(base, finetuned, output, options_of(**options), half).run(progress)
+
+
+def options_of(**options: object) -> MergeOptions:
+    """The options of a merge that a delta has, too."""
+    for name in ("scale", "device", "skip_unchanged"):
+        if name in options:
+            raise TypeError(f"{name}: a delta has no such option")
+    return MergeOptions(scale=0.0, device="cpu", skip_unchanged=False, **options)  # type: ignore[arg-type]
+
+
+def prepare_delta(
+    base: PathLike, finetuned: Sequence[PathLike], output: PathLike, options: MergeOptions, half: bool = False
+) -> DeltaJob:
+    """Check a delta and decide how it is made, without writing anything. The arguments are as of delta_checkpoints."""
+    path = as_path("output", output)
+    opened, models = merges.open_models(as_path("base", base), as_paths("finetuned", finetuned), options)
+    plan = make_plan(
+        opened,
+        models,
+        task_vectors=options.inputs == "task_vectors",
+        include=options.include,
+        exclude=options.exclude,
+        rename=options.rename,
+    )
+    recipe = replace(merges.recipe_of(plan, options), means=manifests.BF16 if half else manifests.EXACT)
+    plan, deltas = _lay_out(plan, recipe)
+    checkpoints = (opened, *models)
+    read = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
+    destination = Destination.at(
+        path,
+        plan.files,
+        directory=True,
+        overwrite=options.overwrite,
+        inputs=[*(c.path for c in checkpoints), *(file.path for file in read)],
+        sources=plan.sources,
+    )
+    finished = merges.is_finished(destination, recipe, checkpoints, None, options)
+    notes = [] if finished else merges.try_out(opened.weights.values(), destination)
+    staging = Staging(destination, resume=options.resume)
+    name, merge = registry.choose_consensus(options.backend, "cpu", options.rule, plan.signatures)
+    return DeltaJob(
+        plan,
+        options,
+        recipe,
+        destination,
+        staging,
+        Writer(destination, staging),
+        name,
+        merge,
+        Placement("cpu", "deltas of files are made there"),
+        *allocate(plan, options, "cpu", (name,), EXTRA_BUFFERS),
+        Skipping(options.rule, len(models), None),
+        [*plan.notes, *notes],
+        finished,
+        deltas=deltas,
+    )
+
+
+def _lay_out(plan: Plan, recipe: Recipe) -> tuple[Plan, dict[str, DeltaFile]]:
+    """The plan of a delta, and its files: one for each file of the base that holds what is merged."""
+    merged = [extent for extent in plan.extents if extent.slices]
+    names = dict(
+        zip(
+            dict.fromkeys(extent.path for extent in merged),
+            file_names(len({e.path for e in merged})),
+            strict=True,
+        )
+    )
+    info = DeltaInfo(
+        len(plan.models), recipe.rule.min_agreement, recipe.inputs, manifests.input_json(recipe.base)
+    )
+    samples = _samples(plan.base, [s.name for extent in merged for s in extent.slices])
+    deltas, files = {}, {}
+    for path, name in names.items():
+        tensors = {}
+        for tensor_slice in (s for extent in merged if extent.path == path for s in extent.slices):
+            arithmetic = tensor_slice.signature.arithmetic
+            spec = plan.base.tensors[tensor_slice.name].spec
+            known = TensorInfo(spec, arithmetic, 0, 0, samples[tensor_slice.name])
+            tensors[tensor_slice.name] = known, arithmetic if recipe.means == manifests.EXACT else "BF16"
+        deltas[name] = DeltaFile.of(info, tensors)
+        files[name] = replace(plan.base.weights[path], size=deltas[name].masks_end)
+    if len(names) > 1:
+        files[INDEX] = replace(next(iter(files.values())), size=0)
+    extents = [extent._replace(path=names[extent.path]) for extent in merged]
+    return replace(plan, files=files, extents=extents), deltas
+
+
+def _samples(base: Checkpoint, names: Sequence[str]) -> dict[str, str]:
+    """The hashes of the bytes in the middle of some tensors."""
+    hashes = {}
+    with Reader(16) as reader:
+        for name in names:
+            source = base.tensors[name].source
+            taken = sample_range(source.nbytes)
+            buffer = memoryview(bytearray(len(taken)))
+            source.read_into(reader, buffer, taken.start)
+            hashes[name] = hash_of(buffer)
+    return hashes

@@ -1,0 +1,108 @@
+"""A worker that makes a delta: it reads chunks, and writes masks; means go to the caller, in the order of the chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..backends import masks
+from ..core.batch import COUNTED, Batch, Operand, Rows, Segment, Signature, segment_at
+from ..core.delta import mask_bytes
+from ..core.dtypes import FLOAT_SIZES
+from ..streaming.plan import Extent, TensorSlice
+from ..streaming.progress import ChunkResult
+from ..streaming.worker import Worker
+from .format import DeltaFile
+
+_AGREED, _NONFINITE = COUNTED.index("agreed"), COUNTED.index("nonfinite")
+
+# Buffers of a worker beside those for the versions, as long as a chunk: dense means of a wider type than 16 bits, the same packed,
+# and masks.
+EXTRA_BUFFERS = 5
+
+
+class DeltaResult(NamedTuple):
+    """What a worker did with a chunk, and the means of its elements in the masks."""
+
+    chunk: ChunkResult
+    means: bytes
+
+
+class _Placed(NamedTuple):
+    """A slice of a chunk, the address of its dense means, and its counts."""
+
+    tensor_slice: TensorSlice
+    dense: int
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class DeltaWorker(Worker):
+    """Processes chunks one at a time. Its `merge` is a backend's function for the means (registry.consensus).
+
+    Attributes:
+        files: The files of the delta, by name.
+    """
+
+    files: Mapping[str, DeltaFile] = field(kw_only=True)
+
+    def process(self, chunk: Extent) -> DeltaResult:
+        """Read a chunk, write its masks, and return its means."""
+        dense_bytes = sum(s.numel * FLOAT_SIZES[s.signature.arithmetic] for s in chunk.slices)
+        sizes = [mask_bytes(s.numel) for s in chunk.slices]
+        *versions, _, packed, mask = self.buffers.reserve(
+            [*(source.nbytes for source in chunk.sources), dense_bytes, dense_bytes, sum(sizes)]
+        )
+        self._read_all(chunk, versions)
+        addresses, owner = self.buffers.addresses()
+        *at, dense, means, words = addresses
+        with self.turns, self.timeline.span("merge"):
+            placed = self._consensus(chunk, at, dense, owner)
+        if self.nonfinite == "error" and any(each.counts[_NONFINITE] for each in placed):
+            self._refuse_nonfinite(chunk)
+        file, end = self.files[chunk.path], means
+        for each, nbytes in zip(placed, sizes, strict=True):
+            name, _, numel, signature = each.tensor_slice
+            dtype = file.tensors[name].means_dtype
+            each.counts[_AGREED] = masks.pack(each.dense, numel, signature.arithmetic, dtype, words, end)
+            end += each.counts[_AGREED] * FLOAT_SIZES[dtype]
+            words += nbytes
+        # The masks of neighbours are neighbours, and a chunk begins at a whole word of one.
+        name, start, _, _ = chunk.slices[0]
+        self.writer.write(chunk.path, file.mask_position(name, start), mask, self.release)
+        read = sum(source.nbytes for source in chunk.sources)
+        counted = [([(s.name, s.numel) for s in chunk.slices], Rows(each.counts for each in placed))]
+        return DeltaResult(
+            ChunkResult(read, chunk.sources[0].nbytes, counted), packed[: end - means].tobytes()
+        )
+
+    def _read_all(self, chunk: Extent, buffers: list[memoryview]) -> None:
+        self.reader.requests = requested = self.read_ahead.requests
+        began, cached = time.perf_counter(), True
+        with self.timeline.span("read"):
+            for source, buffer in zip(chunk.sources, buffers, strict=True):
+                cached = bool(source.read_into(self.reader, buffer, release=self.release)) and cached
+        nbytes = sum(source.nbytes for source in chunk.sources)
+        self.read_ahead.record(cached, nbytes, time.perf_counter() - began, requested)
+
+    def _consensus(self, chunk: Extent, at: list[int], dense: int, owner: object) -> list[_Placed]:
+        """Write the dense means of a chunk's slices, one after the other."""
+        placed: list[_Placed] = []
+        groups: dict[Signature, tuple[list[Segment], list[_Placed]]] = {}
+        for tensor_slice in chunk.slices:
+            numel, signature = tensor_slice.numel, tensor_slice.signature
+            out = Operand(dense, signature.arithmetic, owner)
+            segment = segment_at(numel, signature, at, [owner] * len(at))._replace(out=out)
+            placed.append(_Placed(tensor_slice, dense, []))
+            segments, of_group = groups.setdefault(signature, ([], []))
+            segments.append(segment)
+            of_group.append(placed[-1])
+            at = [a + numel * size for a, size in zip(at, tensor_slice.sizes, strict=True)]
+            dense += numel * FLOAT_SIZES[signature.arithmetic]
+        for signature, (segments, of_group) in groups.items():
+            counts = self.merge(Batch("cpu", signature, segments), self.rule, self.merge_threads)
+            for each, row in zip(of_group, counts.tolist(), strict=True):
+                each.counts.extend(row)
+        return placed
