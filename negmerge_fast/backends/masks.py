@@ -1,6 +1,6 @@
-"""Masks of consensus deltas and their packed means, in main memory: compiled, or with NumPy where nothing is.
+"""Masks of consensus deltas and their packed means, in main memory, with NumPy.
 
-core/delta.py defines both. Addresses are integers, at any alignment. Both ways give the same bits.
+core/delta.py defines both. Addresses are integers, at any alignment.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from ..core.delta import RANK_BLOCK, mask_bytes
-from ..core.dtypes import DTYPE_CODES, FLOAT_SIZES
-from . import native
+from ..core.dtypes import FLOAT_SIZES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,9 +40,6 @@ def pack(dense: int, numel: int, arithmetic: str, means_dtype: str, mask: int, m
         The number of elements that are set.
     """
     _check(arithmetic, means_dtype)
-    if _is_native():
-        codes = DTYPE_CODES[arithmetic], DTYPE_CODES[means_dtype]
-        return int(native.library().pack_mask(dense, numel, *codes, mask, means))
     import numpy as np
 
     packed, count = _view(mask, mask_bytes(numel), "u1"), 0
@@ -77,10 +73,6 @@ def expand(
         dense: Where it is written.
     """
     _check(arithmetic, means_dtype)
-    if _is_native():
-        codes = DTYPE_CODES[means_dtype], DTYPE_CODES[arithmetic]
-        native.library().expand_mask(mask, begin, numel, means, *codes, dense)
-        return
     for start in range(begin, begin + numel, BLOCK):
         flags = _flags(mask, start, min(BLOCK, begin + numel - start))
         count = int(flags.sum())
@@ -93,15 +85,11 @@ def expand(
 
 def rank(mask: int, begin: int, end: int) -> int:
     """Count the elements begin … end that are set."""
-    if _is_native():
-        return int(native.library().rank_mask(mask, begin, end))
     return sum(int(_flags(mask, start, min(BLOCK, end - start)).sum()) for start in range(begin, end, BLOCK))
 
 
 def ranks(mask: int, numel: int, ranks: int) -> int:
     """Write how many elements are set before each RANK_BLOCK, as int64; returns how many are in all."""
-    if _is_native():
-        return int(native.library().rank_blocks(mask, numel, ranks))
     import numpy as np
 
     written, total = _view(ranks, -(numel // -RANK_BLOCK), "<i8"), 0
@@ -123,10 +111,6 @@ def _check(arithmetic: str, means_dtype: str) -> None:
         raise ValueError(
             f"means: {means_dtype} in {arithmetic}, expected F32 or F64, and the same or BF16 as means"
         )
-
-
-def _is_native() -> bool:
-    return native.why_not("cpu", "cpu") is None and hasattr(native.library(), "pack_mask")
 
 
 def _view(address: int, count: int, dtype: str) -> Array:

@@ -41,7 +41,7 @@ def consensus(merge: Merge, batch: Batch, rule: Rule, threads: int | None = None
     counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=device)
     longest = max((segment.numel for segment in batch.segments), default=0)
     block = min(longest, max(_block_bytes(device) // dtype.itemsize // n, RANK_BLOCK)) or 1
-    with plain_arithmetic(threads):
+    with plain_arithmetic():  # torch's number of threads is the process's, and other workers may be here, too
         memory = torch.empty(n, block, dtype=dtype, device=device)
         compute_alone_if_flushing(memory.view(-1))
         models = [Operand(row.data_ptr(), arithmetic, memory) for row in memory]

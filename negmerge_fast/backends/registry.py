@@ -98,38 +98,27 @@ def choose(
 def choose_apply(backend: str, device: str, signatures: Iterable[DeltaSignature] = ()) -> tuple[str, Apply]:
     """Choose a backend that applies consensus deltas (core/delta.py) on a device, as `choose` does one that merges.
 
+    There are no kernels for deltas: "cpu" and "torch" are both PyTorch, "cuda" and "triton" cannot run.
+
     Args:
         backend: The name of one, or "auto" for the first that can run there.
         device: As torch writes it.
-        signatures: What will be applied. A backend that needs a self-test has one for each signature, once a process.
+        signatures: What will be applied.
 
     Raises:
         InputError: If no such backend can run there; the message has the reasons.
     """
     if backend not in ("auto", *NAMES):
         raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
-    signatures = dict.fromkeys(signatures)
-    reasons = []
-    for name in NAMES if backend == "auto" else (backend,):
-        if (backend, name, device) == ("auto", "triton", "cpu"):
-            continue
-        reason = why_not(name, device) or _apply_failure(name, device, signatures)
-        if reason is None:
-            return name, _apply_of(name)
-        reasons.append(f"{name}: {reason}")
-    raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
-
-
-def _apply_failure(name: str, device: str, signatures: Iterable[DeltaSignature]) -> str | None:
-    """Tell why a backend must not apply deltas of one of the signatures; None if it may."""
-    # The self-test of the kernels for deltas belongs here, as _selftest_failure.
-    return "has no kernel for deltas" if name in ("cuda", "triton") else None
-
-
-def _apply_of(name: str) -> Apply:
     from . import pytorch_delta
 
-    return pytorch_delta.apply
+    reasons = []
+    for name in NAMES if backend == "auto" else (backend,):
+        reason = "has no kernel for deltas" if name in _NEED_SELFTEST else why_not(name, device)
+        if reason is None:
+            return name, pytorch_delta.apply
+        reasons.append(f"{name}: {reason}")
+    raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
 def save_of(name: str) -> Save:

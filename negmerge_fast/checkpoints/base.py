@@ -37,10 +37,7 @@ class TensorRef(NamedTuple):
 
     @property
     def numel(self) -> int:
-        count = 1
-        for extent in self.spec.shape:
-            count *= extent
-        return count
+        return self.spec.numel
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 
 What else has to be known is in `__metadata__`, as JSON: of what base it is, of how many models, by which rule; and of each tensor in
 the file its dtype and shape in the base, the type of its arithmetic, what was counted, and the hash of a sample of the base.
-docs/delta-format.md says it for other programs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.delta import mask_bytes
+from ..core.delta import FORMAT, mask_bytes
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, short_repr
 from ..core.rule import Rule
@@ -26,9 +25,9 @@ from .base import ByteRange, TensorRef
 from .reader import File
 from .safetensors import read_all_of_header
 from .strict_json import is_shape, parse_json
-from .weights import read_indexed
+from .weights import read_index
 
-FORMAT, VERSION = "negmerge-delta", "1"
+VERSION = "1"
 SINGLE, INDEX = "delta.safetensors", "delta.safetensors.index.json"
 MASK, MEAN = ".mask", ".mean"
 
@@ -58,10 +57,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def numel(self) -> int:
-        count = 1
-        for extent in self.spec.shape:
-            count *= extent
-        return count
+        return self.spec.numel
 
     def to_json(self) -> dict[str, Any]:
         (dtype, shape), fields = self.spec, self._asdict()
@@ -145,18 +141,6 @@ def metadata_of(info: DeltaInfo, tensors: Mapping[str, TensorInfo], version: str
     }
 
 
-def is_delta(path: Path) -> bool:
-    """Whether a path is the directory of a delta, or a .safetensors file that calls itself one."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in (SINGLE, INDEX))
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        return read_all_of_header(path)[2].get("format") == FORMAT
-    except InputError:
-        return False
-
-
 def open_delta(path: str | os.PathLike[str]) -> DeltaCheckpoint:
     """Open a delta.
 
@@ -168,29 +152,32 @@ def open_delta(path: str | os.PathLike[str]) -> DeltaCheckpoint:
         found = path.is_dir()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    paths, index = [path], {}
+    paths = [path]
+    files: dict[str, File] = {}
+    weight_map: dict[str, str] = {}
     if found and (path / INDEX).exists():
-        weights = read_indexed(path, INDEX)
-        paths, index = [path / shard for shard in weights.files], weights.index
+        files[INDEX], weight_map = read_index(path / INDEX)
+        paths = [path / shard for shard in sorted(set(weight_map.values()))]
     elif found and (path / SINGLE).exists():
         paths = [path / SINGLE]
     elif found:
         raise InputError(f"{path}: no {SINGLE} and no {INDEX}, expected a consensus delta")
     info: DeltaInfo | None = None
     tensors: dict[str, DeltaTensor] = {}
-    files: dict[str, File] = {}
     for each in paths:
         held, file, metadata = read_all_of_header(each)
+        if weight_map and (odd := {n for n, shard in weight_map.items() if shard == each.name} ^ held.keys()):
+            raise InputError(
+                f"{each}: tensor {short_repr(min(odd))}: in it or in {INDEX}, expected it in both"
+            )
         parsed = _info(each, metadata)
         if info is not None and parsed != info:
             raise InputError(f"{each}: of another delta than {paths[0]}, expected shards of one")
         info, files[each.name] = parsed, file
         for name, tensor in _tensors(each, metadata, held):
-            if name in tensors:
-                raise InputError(f"{each}: tensor {short_repr(name)} is in another shard, too")
             tensors[name] = tensor
     assert info  # there is at least one path
-    return DeltaCheckpoint(path, info, tensors, {**files, **index})
+    return DeltaCheckpoint(path, info, tensors, files)
 
 
 def _info(path: Path, metadata: Mapping[str, str]) -> DeltaInfo:
@@ -224,8 +211,10 @@ def _fields(path: Path, metadata: Mapping[str, str]) -> Callable[[str], dict[str
     def field(key: str) -> dict[str, Any]:
         if key not in metadata:
             raise InputError(f"{path}: no {key} in __metadata__, expected a JSON object")
-        # The header, in which it is a text, was checked for what takes much memory.
-        return parse_json(bytearray(metadata[key], "utf-8"), path, f"{key} in __metadata__", dense=True)
+        # The header, in which it is a text, was checked for what takes much memory. The name of a base need not be UTF-8.
+        return parse_json(
+            bytearray(metadata[key], "utf-8"), path, f"{key} in __metadata__", surrogates=True, dense=True
+        )
 
     return field
 

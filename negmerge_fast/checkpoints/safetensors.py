@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.delta import FORMAT
 from ..core.dtypes import DTYPE_BITS
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
@@ -37,7 +38,9 @@ def open_file(path: Path) -> Checkpoint:
 
 def read_header(path: Path) -> tuple[dict[str, TensorRef], File]:
     """Return the tensors of a .safetensors file in the order of their bytes, and the file."""
-    tensors, file, _ = read_all_of_header(path)
+    tensors, file, metadata = read_all_of_header(path)
+    if metadata.get("format") == FORMAT:
+        raise InputError(f"{path}: a consensus delta, expected the weights of a model")
     return tensors, file
 
 

@@ -115,7 +115,7 @@ def read_weights(folder: Path, names: Sequence[str], config: Mapping[str, Any]) 
     if choice.shards:
         return _read_shards(folder, choice)
     if choice.name.endswith(".json"):
-        found = read_indexed(folder, choice.name)
+        found = _read_indexed(folder, choice.name)
     else:
         tensors, file = read_header(folder / choice.name)
         found = Weights(tensors, {choice.name: file})
@@ -202,9 +202,9 @@ def _read_shards(folder: Path, choice: _Choice) -> Weights:
     return found
 
 
-def read_indexed(folder: Path, index: str) -> Weights:
+def _read_indexed(folder: Path, index: str) -> Weights:
     """Open the shards that an index names. It decides which copy of a tensor counts."""
-    file, weight_map = _read_index(folder / index)
+    file, weight_map = read_index(folder / index)
     shards = sorted(set(weight_map.values()))
     _refuse_missing(folder, index, shards)
     found = Weights({}, {}, {index: file})
@@ -241,7 +241,8 @@ def read_indexed(folder: Path, index: str) -> Weights:
     return found
 
 
-def _read_index(path: Path) -> tuple[File, dict[str, str]]:
+def read_index(path: Path) -> tuple[File, dict[str, str]]:
+    """Read an index: the file, and which shard holds each tensor."""
     file = File.at(path)
     if file.size > _MAX_INDEX_BYTES:
         raise InputError(f"{path}: {file.size} bytes, expected an index of at most {_MAX_INDEX_BYTES}")

@@ -12,7 +12,7 @@ To the bit, so that applying gives the bits of a merge, for every λ:
 - Means are in the arithmetic type. The last line is that of rule.py: t = λ · (-mean), rounded; then b + t, rounded; then to storage.
 - An element in the mask whose result is not finite after rounding to storage keeps the base's bits, and is counted as non-finite.
 - Means may be stored in BF16 for size: rounded to nearest even, and widened to the arithmetic type when they are applied. Those that
-  become zero are not in the mask. The bits are then others than those of a merge.
+  become zero or infinite are not in the mask. The bits are then others than those of a merge.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from .batch import Counts
 
 # Elements for each rank. A GPU's thread counts the bits from there on; the ranks take 1/4096 of the bytes of F32.
 RANK_BLOCK = 1024
+
+# What the metadata of a delta's files calls them.
+FORMAT = "negmerge-delta"
 
 # A mask is padded with zeros to whole words of so many bits, so that it can be read in words and what follows it in a file is aligned.
 MASK_WORD = 64

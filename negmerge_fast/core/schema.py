@@ -20,6 +20,14 @@ class TensorSpec(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
 
 def mismatches(
     base: Mapping[str, TensorSpec],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .._version import __version__
-from ..checkpoints.delta import INDEX, MASK, MEAN, SINGLE, DeltaInfo, TensorInfo, metadata_of
+from ..checkpoints.delta import MASK, MEAN, SINGLE, DeltaInfo, TensorInfo, metadata_of
 from ..core.delta import mask_bytes
 from ..core.dtypes import FLOAT_SIZES
 from ..core.stats import TensorStats
@@ -118,6 +118,3 @@ def index_of(files: Mapping[str, DeltaFile]) -> bytes:
     }
     text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2, ensure_ascii=False)
     return f"{text}\n".encode()
-
-
-__all__ = ["INDEX", "DeltaFile", "PlacedTensor", "file_names", "index_of"]

@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from threading import Semaphore
 from typing import Any, NamedTuple
 
 from ..backends import masks, registry
@@ -23,7 +21,6 @@ from ..core.hashing import hash_of
 from ..core.ranges import Range
 from ..core.stats import Stats, TensorStats
 from ..output import manifest as manifests
-from ..output.destination import Destination
 from ..output.directory import Entry
 from ..output.filesystem import set_size, sync
 from ..output.journal import Fingerprint, Journal, ProgressRecord
@@ -31,18 +28,16 @@ from ..output.journal import read as read_journal
 from ..output.manifest import Recipe
 from ..output.staging import Staging
 from ..output.writer import Writer
-from ..runtime import memory
-from ..runtime.buffers import Timeline, WorkerBuffers
-from ..runtime.distributed import SingleProcess
+from ..runtime.buffers import Timeline
+from ..runtime.distributed import SINGLE, SingleProcess
 from ..streaming import api as merges
-from ..streaming.budget import allocate, max_open_files
+from ..streaming.budget import allocate
 from ..streaming.job import Job
-from ..streaming.options import MergeOptions, PathLike, as_path, as_paths, require_callable
+from ..streaming.options import MergeOptions, PathLike, as_path, require_callable
 from ..streaming.partition import slice_plan
 from ..streaming.placement import Placement
-from ..streaming.plan import Extent, Plan, make_plan
+from ..streaming.plan import Extent, Plan
 from ..streaming.progress import OnProgress, Recorder
-from ..streaming.read_ahead import ReadAhead
 from ..streaming.report import Report
 from ..streaming.skipping import Skipping
 from .format import DeltaFile, file_names, index_of
@@ -63,10 +58,11 @@ class _Means(NamedTuple):
 
 @dataclass
 class _Ranges:
-    """The ranges that each rank's spool holds, in order: those of earlier runs, and of this one."""
+    """The ranges that each rank's spool holds, in order: those of earlier runs, and of this one. sizes: of the files, once complete."""
 
     recorded: dict[int, list[Range]] = field(default_factory=dict)
     current: list[list[Range]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[int, list[Range]]]:
         current = dict(enumerate(self.current))
@@ -86,16 +82,20 @@ class DeltaJob(Job):
     _ranges: _Ranges = field(default_factory=_Ranges, kw_only=True)
 
     alignment = MASK_WORD
+    extra_buffers = EXTRA_BUFFERS
 
     def run(
         self,
         progress: OnProgress | None = None,
         timeline: Timeline | None = None,
-        ranks: SingleProcess | None = None,
+        ranks: SingleProcess = SINGLE,
     ) -> Report:
-        """Make the delta, and publish the whole output or nothing. The arguments are those of Job.run."""
-        report = super().run(progress, timeline, **({"ranks": ranks} if ranks else {}))
-        return replace(report, scale=None)
+        """Make the delta, and publish the whole output or nothing. The arguments are those of Job.run.
+
+        The report's bytes_done_before are of the base, and bytes_written those of the delta's files.
+        """
+        report = super().run(progress, timeline, ranks)
+        return replace(report, scale=None, bytes_written=sum(self._ranges.sizes.values()))
 
     def _begin(self, ranks: SingleProcess) -> tuple[ProgressRecord, Fingerprint, list[list[Range]]]:
         begun = super()._begin(ranks)
@@ -145,46 +145,12 @@ class DeltaJob(Job):
         sizes = {name: t.mean_size for file in self.deltas.values() for name, t in file.tensors.items()}
         return sum(counted.agreed * sizes[name] for name, counted in stats.tensors.items())
 
-    def _worker_maker(
-        self, timeline: Timeline, shared: Reader | None
-    ) -> Callable[[], AbstractContextManager[Callable[[Extent], Any]]]:
-        concurrent = self.backend in registry.CONCURRENT
-        turns = Semaphore(self.options.thread_count if concurrent else 1)
-        release = self.plan.bytes_read > memory.free_memory() // 2
-        read_ahead = ReadAhead()
-        buffers_of_worker = len(self.plan.models) + 1 + EXTRA_BUFFERS
-
-        @contextmanager
-        def open_worker() -> Iterator[Callable[[Extent], DeltaResult]]:
-            with (
-                nullcontext(shared) if shared else Reader(max(max_open_files() // self.workers, 1)) as reader,
-                WorkerBuffers(buffers_of_worker, self.chunk_bytes, timeline) as buffers,
-            ):
-                yield DeltaWorker(
-                    plan=self.plan,
-                    rule=self.rule,
-                    merge=self.merge,
-                    device="cpu",
-                    merge_threads=1 if concurrent else self.options.threads,
-                    turns=turns,
-                    nonfinite=self.recipe.nonfinite,
-                    skipping=self.skipping,
-                    writer=self.writer,
-                    release=release,
-                    reader=reader,
-                    read_ahead=read_ahead,
-                    native=None,
-                    buffers=buffers,
-                    timeline=timeline,
-                    files=self.deltas,
-                ).process
-
-        return open_worker
+    def _processor(self, **parts: Any) -> Callable[[Extent], Any]:
+        return DeltaWorker(**parts, files=self.deltas).process
 
     def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
         """Write headers and means, now that all is counted, and then the manifest."""
-        means = self._means(stats)
-        sizes = {}
+        means, sizes = self._means(stats), self._ranges.sizes
         for name, file in self.deltas.items():
             sizes[name] = self._complete(name, file, stats.tensors, means)
             on_progress()
@@ -327,7 +293,8 @@ def delta_checkpoints(
         TypeError: If finetuned is one path, or an option is unknown.
     """
     require_callable("progress", progress)
-    return prepare_delta(base, finetuned, output, options_of(**options), half).run(progress)
+    chosen = options_of(**options)
+    return merges.run(lambda: prepare_delta(base, finetuned, output, chosen, half), progress)
 
 
 def options_of(**options: object) -> MergeOptions:
@@ -343,29 +310,14 @@ def prepare_delta(
 ) -> DeltaJob:
     """Check a delta and decide how it is made, without writing anything. The arguments are as of delta_checkpoints."""
     path = as_path("output", output)
-    opened, models = merges.open_models(as_path("base", base), as_paths("finetuned", finetuned), options)
-    plan = make_plan(
-        opened,
-        models,
-        task_vectors=options.inputs == "task_vectors",
-        include=options.include,
-        exclude=options.exclude,
-        rename=options.rename,
-    )
+    plan = merges.open_and_plan(base, finetuned, options)
     recipe = replace(merges.recipe_of(plan, options), means=manifests.BF16 if half else manifests.EXACT)
     plan, deltas = _lay_out(plan, recipe)
-    checkpoints = (opened, *models)
-    read = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
-    destination = Destination.at(
-        path,
-        plan.files,
-        directory=True,
-        overwrite=options.overwrite,
-        inputs=[*(c.path for c in checkpoints), *(file.path for file in read)],
-        sources=plan.sources,
-    )
-    finished = merges.is_finished(destination, recipe, checkpoints, None, options)
-    notes = [] if finished else merges.try_out(opened.weights.values(), destination)
+    destination = merges.destination_of(path, plan, options, directory=True)
+    finished = merges.is_finished(destination, recipe, (plan.base, *plan.models), None, options)
+    notes = [] if finished else merges.try_out(plan.base.weights.values(), destination)
+    if half:
+        notes = [*notes, "means are stored in BF16: applied, they give other bits than a merge"]
     staging = Staging(destination, resume=options.resume)
     name, merge = registry.choose_consensus(options.backend, "cpu", options.rule, plan.signatures)
     return DeltaJob(
@@ -378,8 +330,8 @@ def prepare_delta(
         name,
         merge,
         Placement("cpu", "deltas of files are made there"),
-        *allocate(plan, options, "cpu", (name,), EXTRA_BUFFERS),
-        Skipping(options.rule, len(models), None),
+        *allocate(plan, options, "cpu", (name, "torch"), EXTRA_BUFFERS),
+        Skipping(options.rule, len(plan.models), None),
         [*plan.notes, *notes],
         finished,
         deltas=deltas,
@@ -388,22 +340,19 @@ def prepare_delta(
 
 def _lay_out(plan: Plan, recipe: Recipe) -> tuple[Plan, dict[str, DeltaFile]]:
     """The plan of a delta, and its files: one for each file of the base that holds what is merged."""
-    merged = [extent for extent in plan.extents if extent.slices]
-    names = dict(
-        zip(
-            dict.fromkeys(extent.path for extent in merged),
-            file_names(len({e.path for e in merged})),
-            strict=True,
-        )
-    )
+    merged: dict[str, list[Extent]] = {}
+    for extent in plan.extents:
+        if extent.slices:
+            merged.setdefault(extent.path, []).append(extent)
+    names = dict(zip(merged, file_names(len(merged)), strict=True))
     info = DeltaInfo(
         len(plan.models), recipe.rule.min_agreement, recipe.inputs, manifests.input_json(recipe.base)
     )
-    samples = _samples(plan.base, [s.name for extent in merged for s in extent.slices])
+    samples = _samples(plan.base, [s.name for each in merged.values() for e in each for s in e.slices])
     deltas, files = {}, {}
     for path, name in names.items():
         tensors = {}
-        for tensor_slice in (s for extent in merged if extent.path == path for s in extent.slices):
+        for tensor_slice in (s for extent in merged[path] for s in extent.slices):
             arithmetic = tensor_slice.signature.arithmetic
             spec = plan.base.tensors[tensor_slice.name].spec
             known = TensorInfo(spec, arithmetic, 0, 0, samples[tensor_slice.name])
@@ -412,7 +361,7 @@ def _lay_out(plan: Plan, recipe: Recipe) -> tuple[Plan, dict[str, DeltaFile]]:
         files[name] = replace(plan.base.weights[path], size=deltas[name].masks_end)
     if len(names) > 1:
         files[INDEX] = replace(next(iter(files.values())), size=0)
-    extents = [extent._replace(path=names[extent.path]) for extent in merged]
+    extents = [extent._replace(path=names[path]) for path, each in merged.items() for extent in each]
     return replace(plan, files=files, extents=extents), deltas
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from .format import DeltaFile
 
 _AGREED, _NONFINITE = COUNTED.index("agreed"), COUNTED.index("nonfinite")
 
-# Buffers of a worker beside those for the versions, as long as a chunk: dense means of a wider type than 16 bits, the same packed,
-# and masks.
-EXTRA_BUFFERS = 5
+# Buffers of a worker beside those for the versions, as long as a chunk: dense means, at most twice as wide as what is read, and the
+# same packed. Masks have memory of their own: that of a single number is a whole word.
+EXTRA_BUFFERS = 4
 
 
 class DeltaResult(NamedTuple):
@@ -52,17 +53,19 @@ class DeltaWorker(Worker):
         """Read a chunk, write its masks, and return its means."""
         dense_bytes = sum(s.numel * FLOAT_SIZES[s.signature.arithmetic] for s in chunk.slices)
         sizes = [mask_bytes(s.numel) for s in chunk.slices]
-        *versions, _, packed, mask = self.buffers.reserve(
-            [*(source.nbytes for source in chunk.sources), dense_bytes, dense_bytes, sum(sizes)]
+        *versions, _, packed = self.buffers.reserve(
+            [*(source.nbytes for source in chunk.sources), dense_bytes, dense_bytes]
         )
+        mask = bytearray(sum(sizes))
         self._read_all(chunk, versions)
         addresses, owner = self.buffers.addresses()
-        *at, dense, means, words = addresses
+        *at, dense, means = addresses
         with self.turns, self.timeline.span("merge"):
             placed = self._consensus(chunk, at, dense, owner)
         if self.nonfinite == "error" and any(each.counts[_NONFINITE] for each in placed):
             self._refuse_nonfinite(chunk)
         file, end = self.files[chunk.path], means
+        words = ctypes.addressof(ctypes.c_char.from_buffer(mask)) if mask else 0
         for each, nbytes in zip(placed, sizes, strict=True):
             name, _, numel, signature = each.tensor_slice
             dtype = file.tensors[name].means_dtype
@@ -71,7 +74,7 @@ class DeltaWorker(Worker):
             words += nbytes
         # The masks of neighbours are neighbours, and a chunk begins at a whole word of one.
         name, start, _, _ = chunk.slices[0]
-        self.writer.write(chunk.path, file.mask_position(name, start), mask, self.release)
+        self.writer.write(chunk.path, file.mask_position(name, start), memoryview(mask), self.release)
         read = sum(source.nbytes for source in chunk.sources)
         counted = [([(s.name, s.numel) for s in chunk.slices], Rows(each.counts for each in placed))]
         return DeltaResult(

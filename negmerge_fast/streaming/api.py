@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..backends import registry
@@ -98,15 +98,20 @@ def merge_checkpoints(
         scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
         backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
     )  # fmt: skip
+    return run(lambda: prepare(base, finetuned, output, options), progress)
+
+
+def run(prepare_job: Callable[[], Job], progress: OnProgress | None) -> Report:
+    """Prepare and run a job in one process, for a function that users call, and warn of what they should know."""
     try:
-        report = prepare(base, finetuned, output, options).run(progress)
+        report = prepare_job().run(progress)
     except OccupiedError as error:
         if (ranks := os.environ.get("WORLD_SIZE", "1")) == "1":
             raise
         hint = "merge_checkpoints merges in one process: call it on one of them, or run torchrun -m negmerge_fast merge"
         raise InputError(f"{error} ({ranks} ranks: {hint})") from None
     for note in report.notes:
-        warnings.warn(note, MergeWarning, stacklevel=2)
+        warnings.warn(note, MergeWarning, stacklevel=3)
     return report
 
 
@@ -123,15 +128,7 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         InputError: If an input or option is bad.
     """
     destination_path = as_path("output", output)
-    opened, models = open_models(as_path("base", base), as_paths("finetuned", finetuned), options)
-    plan = make_plan(
-        opened,
-        models,
-        task_vectors=options.inputs == "task_vectors",
-        include=options.include,
-        exclude=options.exclude,
-        rename=options.rename,
-    )
+    plan = open_and_plan(base, finetuned, options)
     recipe = recipe_of(plan, options)
     destination, finished = _check_destination(destination_path, plan, recipe, options)
     notes = [] if finished else try_out(plan.files.values(), destination)
@@ -150,13 +147,26 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
         merge,
         placement,
         *allocate(plan, options, placement.device, (backend, counter_name)),
-        Skipping(options.rule, len(models), counter),
+        Skipping(options.rule, len(plan.models), counter),
         [*plan.notes, *notes],
         finished,
     )
 
 
-def open_models(
+def open_and_plan(base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions) -> Plan:
+    """Open checkpoints, and pair their tensors."""
+    opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options)
+    return make_plan(
+        opened,
+        models,
+        task_vectors=options.inputs == "task_vectors",
+        include=options.include,
+        exclude=options.exclude,
+        rename=options.rename,
+    )
+
+
+def _open(
     base: Path, finetuned: Sequence[Path], options: MergeOptions
 ) -> tuple[Checkpoint, list[Checkpoint]]:
     if not finetuned:
@@ -179,6 +189,7 @@ def open_models(
 
 
 def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:
+    """What determines the bytes of an output."""
     base, *models = [Input.of(checkpoint) for checkpoint in (plan.base, *plan.models)]
     return Recipe(
         base,
@@ -201,17 +212,23 @@ def _check_destination(
     base, checkpoints = plan.base, (plan.base, *plan.models)
     if not base.is_directory and path.suffix != base.path.suffix:
         raise InputError(f"{path}: expected a file name that ends in {base.path.suffix}, like base")
+    destination = destination_of(path, plan, options, base.is_directory)
+    copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}
+    return destination, is_finished(destination, recipe, checkpoints, copied_files, options)
+
+
+def destination_of(path: Path, plan: Plan, options: MergeOptions, directory: bool) -> Destination:
+    """The place of an output. directory: whether it is one, or a single file."""
+    checkpoints = (plan.base, *plan.models)
     files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
-    destination = Destination.at(
+    return Destination.at(
         path,
         plan.files,
-        directory=base.is_directory,
+        directory=directory,
         overwrite=options.overwrite,
         inputs=[*(c.path for c in checkpoints), *(file.path for file in files)],
         sources=plan.sources,
     )
-    copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}
-    return destination, is_finished(destination, recipe, checkpoints, copied_files, options)
 
 
 def is_finished(

@@ -52,7 +52,7 @@ from .options import MergeOptions
 from .partition import chunks, partition, slice_plan
 from .placement import Placement, Throughput, measure_throughput
 from .plan import Extent, Plan
-from .progress import ChunkResult, OnProgress, Recorder
+from .progress import OnProgress, Recorder
 from .read_ahead import ReadAhead
 from .report import Report
 from .skipping import Skipping
@@ -90,6 +90,8 @@ class Job:
 
     # Chunks, and what each rank does, begin at multiples of so many elements of a tensor.
     alignment: ClassVar[int] = 1
+    # Buffers of a worker beside those for the versions.
+    extra_buffers: ClassVar[int] = 0
 
     @property
     def rule(self) -> Rule:
@@ -287,13 +289,14 @@ class Job:
         turn = library().Turn() if is_native and self.options.thread_count == 1 else None  # of two workers
 
         @contextmanager
-        def open_worker() -> Iterator[Callable[[Extent], ChunkResult]]:
-            versions, device = len(self.plan.models) + 1, self.placement.device
+        def open_worker() -> Iterator[Callable[[Extent], Any]]:
+            buffers_of_worker = len(self.plan.models) + 1 + self.extra_buffers
+            device = self.placement.device
             with (
                 nullcontext(shared) if shared else Reader(max(max_open_files() // self.workers, 1)) as reader,
-                buffers_on(device, versions, self.chunk_bytes, timeline) as buffers,
+                buffers_on(device, buffers_of_worker, self.chunk_bytes, timeline) as buffers,
             ):
-                yield Worker(
+                yield self._processor(
                     plan=self.plan,
                     rule=self.rule,
                     merge=self.merge,
@@ -311,9 +314,13 @@ class Job:
                     else None,
                     buffers=buffers,
                     timeline=timeline,
-                ).process_chunk
+                )
 
         return open_worker
+
+    def _processor(self, **parts: Any) -> Callable[[Extent], Any]:
+        """Return what processes chunks. parts: the fields of a Worker."""
+        return Worker(**parts).process_chunk
 
     def _hand_over(self, done: ProgressRecord, rank: int) -> None:
         """Leave for rank 0 what this rank did, and the checksums that it knows."""

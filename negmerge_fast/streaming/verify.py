@@ -225,6 +225,10 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
     if len(against) < 2:
         raise InputError("against: expected the base and at least one fine-tuned model")
     recipe = out.manifest.recipe
+    if recipe.means:
+        raise InputError(
+            f"{out.path}: a consensus delta, expected the output of a merge to compare with its inputs"
+        )
     base = open_checkpoint(against[0], keep=recipe.keep, drop=recipe.drop)
     models = [open_checkpoint(path, keep=recipe.keep, extra_files=False) for path in against[1:]]
     if differs := manifest.differences([recipe.base, *recipe.models], [base, *models]):

@@ -86,7 +86,7 @@ import json, os, resource, sys
 from pathlib import Path
 from negmerge_fast.checkpoints import weights, safetensors, strict_json
 from negmerge_fast.output import manifest
-read = {"header": safetensors.read_header, "index": weights._read_index, "manifest": manifest.load}
+read = {"header": safetensors.read_header, "index": weights.read_index, "manifest": manifest.load}
 for kind, path in json.loads(sys.stdin.read()):
     if not os.fork():
         before, message = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, ""

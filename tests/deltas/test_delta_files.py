@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from interrupted import finish, free_port
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_chunks import RECORD_EVERY_CHUNK, set_chunk_bytes
 
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.delta import open_delta
 from negmerge_fast.core.errors import InputError
 from negmerge_fast.deltas.job import delta_checkpoints, options_of, prepare_delta
+from negmerge_fast.output import journal
 from negmerge_fast.output.manifest import read as read_manifest
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -133,17 +141,9 @@ def test_half_stores_means_in_bf16(tmp_path):
         assert torch.equal(stored[f"{name}.mean"], exact[f"{name}.mean"].bfloat16())
 
 
-def small_chunks(monkeypatch, size=4096):
-    from negmerge_fast.streaming import budget
-
-    monkeypatch.setattr(budget, "MAX_CHUNK_BYTES", size)
-
-
 @pytest.mark.parametrize("stop_at", [1, 2, 5, 9, 14])
 def test_a_stopped_delta_resumes_to_the_same_bytes(tmp_path, monkeypatch, stop_at):
-    small_chunks(monkeypatch)
-    from negmerge_fast.output import journal
-
+    set_chunk_bytes(monkeypatch, 4096)
     monkeypatch.setattr(journal, "INTERVAL_S", 0.0)
     base, finetuned = models(tmp_path, ["F32", "BF16"], shards=2)
     delta_checkpoints(base, finetuned, tmp_path / "whole")
@@ -232,3 +232,157 @@ def test_include_leaves_the_others_out(tmp_path):
     base, finetuned = models(tmp_path, ["F32"])
     delta_checkpoints(base, finetuned, tmp_path / "delta", include="weight")
     assert set(open_delta(tmp_path / "delta").tensors) == {"a.weight", "b.weight"}
+
+
+def test_many_single_numbers_of_16_bits_have_masks_longer_than_they_are(tmp_path, monkeypatch):
+    set_chunk_bytes(monkeypatch, 4096)
+    shapes = {f"s{k:04d}": () for k in range(3000)}
+    base, finetuned = models(tmp_path, ["BF16"], shapes=shapes)
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    nm.merge_checkpoints(base, finetuned, tmp_path / "out", scale=0.5)
+    same(applied(base, tmp_path / "delta", 0.5), load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_what_is_reported_and_said(tmp_path):
+    base, finetuned = models(tmp_path, ["F32"])
+    with pytest.warns(nm.MergeWarning, match="means are stored in BF16"):
+        report = delta_checkpoints(base, finetuned, tmp_path / "half", half=True)
+    files = [path for path in (tmp_path / "half").iterdir() if path.name != "negmerge.json"]
+    assert report.scale is None and report.bytes_written == sum(path.stat().st_size for path in files)
+
+
+def test_a_delta_is_no_model(tmp_path):
+    base, finetuned = models(tmp_path, ["F32"], shards=2)
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    for paths in ((tmp_path / "delta", finetuned), (base, [tmp_path / "delta"])):
+        with pytest.raises(
+            InputError, match=r"\.safetensors: a consensus delta, expected the weights of a model"
+        ):
+            nm.merge_checkpoints(*paths, tmp_path / "out", scale=0.5)
+    with pytest.raises(InputError, match="a consensus delta, expected the output of a merge"):
+        nm.verify_checkpoint(tmp_path / "delta", [base, *finetuned])
+
+
+def test_a_damaged_delta_is_found(tmp_path):
+    base, finetuned = models(tmp_path, ["F32"])
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    path = tmp_path / "delta" / "delta.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(nm.DamageError, match="checksum"):
+        nm.verify_checkpoint(tmp_path / "delta")
+
+
+def test_the_name_of_the_base_need_not_be_utf_8(tmp_path):
+    base, finetuned = models(tmp_path, ["F32"])
+    odd = tmp_path / os.fsdecode(b"b\xffse")
+    base.rename(odd)
+    delta_checkpoints(odd, finetuned, tmp_path / "delta")
+    assert open_delta(tmp_path / "delta").info.base["path"] == odd.name
+
+
+EDITS = {
+    "format": (lambda m: m.update(format="pt"), "format 'pt', expected negmerge-delta"),
+    "version": (lambda m: m.update(version="2"), "version '2', expected 1"),
+    "no rule": (lambda m: m.pop("rule"), "no rule in __metadata__"),
+    "models": (lambda m: m.update(models="0"), "models '0'"),
+    "rule": (lambda m: m.update(rule='{"min_agreement": 0.1, "inputs": "finetuned"}'), "min_agreement: 0.1"),
+    "inputs": (lambda m: m.update(rule='{"min_agreement": 1.0, "inputs": "x"}'), "inputs 'x'"),
+    "no JSON": (lambda m: m.update(tensors="{"), "tensors in __metadata__ is not JSON"),
+    "fewer": (lambda m: m.update(tensors="{}"), "in the file, but its metadata does not name it"),
+    "shape": (lambda m: m.update(tensors=m["tensors"].replace("[64, 64]", "[64, 65]")), r"U8 \(512,\), expected U8 \(520,\)"),
+    "counts": (lambda m: m.update(tensors=m["tensors"].replace('"nonfinite": 0', '"nonfinite": -1')), "counts of its elements"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_a_malformed_delta_is_refused_in_one_line(tmp_path, case):
+    base, finetuned = models(tmp_path, ["F32"])
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    path = tmp_path / "delta" / "delta.safetensors"
+    with safe_open(path, "pt") as opened:
+        metadata = dict(opened.metadata())
+    edit, message = EDITS[case]
+    edit(metadata)
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(InputError, match=message) as refused:
+        open_delta(tmp_path / "delta")
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path):
+    base, finetuned = models(tmp_path, ["F32"], shards=2)
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    index = tmp_path / "delta" / "delta.safetensors.index.json"
+    held = json.loads(index.read_text())
+    del held["weight_map"]["c.mask"]
+    index.write_text(json.dumps(held))
+    with pytest.raises(InputError, match=r"tensor 'c\.mask': in it or in delta\.safetensors\.index\.json"):
+        open_delta(tmp_path / "delta")
+    (tmp_path / "delta" / "delta-00001-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"delta-00001-of-00002\.safetensors: No such file"):
+        open_delta(tmp_path / "delta")
+
+
+ON_RANKS = f"""{RECORD_EVERY_CHUNK}
+import os, time
+from negmerge_fast.deltas import job
+from negmerge_fast.deltas.worker import DeltaWorker
+from negmerge_fast.runtime.distributed import ranks_from_environment
+process, wait = DeltaWorker.process, float(os.environ["TEST_WAIT"])
+def slow(self, chunk):
+    time.sleep(wait)
+    return process(self, chunk)
+DeltaWorker.process = slow
+ranks = ranks_from_environment(lambda: None, print)
+made = []
+options = job.options_of(resume=True, threads=1)
+ranks.all_gather(lambda: made.append(job.prepare_delta("base", ["ft-1", "ft-2", "ft-3"], "delta", options)))
+made[0].run(ranks=ranks)
+ranks.leave()
+"""
+
+
+def start_ranks(folder, ranks, wait):
+    """Start the processes of a delta, by rank."""
+    port = str(free_port())
+    environments = [
+        {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if ranks > 1
+        else {}
+        for rank in range(ranks)
+    ]  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_RANKS],
+            cwd=folder,
+            env={**os.environ, "TEST_WAIT": str(wait), "OMP_NUM_THREADS": "1", **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for environment in environments
+    ]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_ranks_that_are_killed_and_resumed_by_others_write_the_same_bytes(tmp_path, then):
+    shapes = {"a": (3, 70_001), "b.weight": (400, 513), "c": (), "d": (99_999,)}
+    base, finetuned = models(tmp_path, ["BF16", "F32"], shapes=shapes, shards=2)
+    delta_checkpoints(base, finetuned, tmp_path / "whole")
+    processes = start_ranks(tmp_path, 2, 0.05)
+    journals = lambda: list(tmp_path.glob(".delta.negmerge/journal-*"))  # noqa: E731
+    while len(journals()) < 2 or sum(path.read_bytes().count(b"\n") for path in journals()) < 7:
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "delta").exists()
+    ended = finish(start_ranks(tmp_path, then, 0.0))
+    assert [status for status, *_ in ended] == [0] * then, ended
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "delta" / path.name).read_bytes(), path.name
+    assert not (tmp_path / ".delta.negmerge").exists()
