@@ -14,20 +14,28 @@ if TYPE_CHECKING:
     from .core.errors import InputError, MergeWarning
     from .core.rule import Rule
     from .core.stats import Stats, TensorStats
+    from .deltas.live import Live
+    from .deltas.memory import Delta, consensus_delta, load_delta
+    from .deltas.paired import Changed
     from .streaming.api import merge_checkpoints
     from .streaming.report import Report
     from .streaming.verify import DamageError, Verified, verify_checkpoint
     from .tensors.api import merge, merge_, merge_task_vectors, negate_
 
 _HOMES = {
+    "Changed": "deltas.paired",
     "DamageError": "streaming.verify",
+    "Delta": "deltas.memory",
     "InputError": "core.errors",
+    "Live": "deltas.live",
     "MergeWarning": "core.errors",
     "Report": "streaming.report",
     "Rule": "core.rule",
     "Stats": "core.stats",
     "TensorStats": "core.stats",
     "Verified": "streaming.verify",
+    "consensus_delta": "deltas.memory",
+    "load_delta": "deltas.memory",
     "merge": "tensors.api",
     "merge_": "tensors.api",
     "merge_checkpoints": "streaming.api",
@@ -37,8 +45,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Changed",
     "DamageError",
+    "Delta",
     "InputError",
+    "Live",
     "MergeWarning",
     "Report",
     "Rule",
@@ -46,6 +57,8 @@ __all__ = [
     "TensorStats",
     "Verified",
     "__version__",
+    "consensus_delta",
+    "load_delta",
     "merge",
     "merge_",
     "merge_checkpoints",

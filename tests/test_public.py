@@ -23,11 +23,17 @@ import negmerge_fast as nm
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 NAMES = [
-    "DamageError", "InputError", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified", "__version__",
-    "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "verify_checkpoint",
+    "Changed", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified",
+    "__version__", "consensus_delta", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "verify_checkpoint",
 ]  # fmt: skip
 
 SIGNATURES = {
+    "Changed": "(elements, changed, tensors=<factory>)",
+    "consensus_delta": (
+        "(base, finetuned, *, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, exclude=None, rename=(), "
+        "half=False, backend='auto')"
+    ),
+    "load_delta": "(path, device='cpu')",
     "merge": (
         "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
         "exclude=None, rename=(), backend='auto')"
@@ -59,8 +65,19 @@ SIGNATURES = {
     "DamageError": "(found)",
 }
 
+METHODS = {
+    "Delta.apply_": "(self, model, scale, *, nonfinite='keep-base', rename=(), backend='auto')",
+    "Delta.changed": "(self, model, scale, *, rename=(), backend='auto')",
+    "Delta.live": "(self, model, *, rename=(), backend='auto')",
+    "Delta.save": "(self, path)",
+    "Delta.to": "(self, device)",
+}
+
 # Beside the fields above, which frozen dataclasses have as attributes.
 ATTRIBUTES = {
+    "Changed": ["fraction"],
+    "Delta": ["apply_", "changed", "live", "nbytes", "save", "stats", "to"],
+    "Live": ["changed", "scale", "stats"],
     "Report": ["to_json"],
     "Rule": ["required"],
     "Stats": [
@@ -265,11 +282,26 @@ def test_signatures(name: str) -> None:
     assert str(inspect.Signature(plain)) == SIGNATURES[name]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name: str) -> None:
+    of, _, method = name.partition(".")
+    signature = inspect.signature(getattr(getattr(nm, of), method))
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(plain)) == METHODS[name]
+
+
+def test_attributes_of_a_delta() -> None:
+    delta = nm.consensus_delta(np.zeros(2, np.float32), [np.ones(2, np.float32)])
+    assert [name for name in vars(delta) if not name.startswith("_")] == [
+        "tensors", "models", "min_agreement", "inputs",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_attributes(name: str) -> None:
     public: Any = getattr(nm, name)
     fields: list[str] = []
-    if name != "Stats":
+    if name not in ("Delta", "Live", "Stats"):
         fields = [field.name for field in dataclasses.fields(public)]
         assert fields == list(inspect.signature(public).parameters)
         assert public.__dataclass_params__.frozen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Iterable, Sequence
 
 
@@ -36,6 +37,14 @@ class InputError(ValueError):
 
 class MergeWarning(UserWarning):
     """Something about a merge that its user should know, in one line. The merge goes on."""
+
+
+def stacklevel() -> int:
+    """What warnings.warn has to be given by the caller of this to tell of the user's line: the first outside of the package."""
+    package, frame, level = __name__.partition(".")[0], sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -98,7 +98,7 @@ def refuse_shared_memory(uses: Iterable[tuple[torch.Tensor, bool, str]]) -> None
         device, start, _, written, label, tensor = each
         active = [a for a in active if a[0] == device and a[2] > start]
         for other in active:
-            if (written or other[3]) and _shares_memory(other[5], tensor):
+            if (written or other[3]) and shares_memory(other[5], tensor):
                 written_one, shared = (other[4], label) if other[3] else (label, other[4])
                 raise InputError(f"{shared}: shares memory with {written_one}, which is written in place")
         active.append(each)
@@ -139,7 +139,8 @@ class _Addresses:
         }
 
 
-def _shares_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+def shares_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one device have an element in common."""
     # The exact search usually takes a few steps. Any, because NumPy's stubs know 0 and -1 only.
     bound: Any = 100_000
     try:

@@ -15,7 +15,7 @@ import torch
 from ..backends import registry
 from ..backends.pytorch import FLOAT_NAMES
 from ..core.dtypes import FLOAT_SIZES
-from ..core.errors import InputError, MergeWarning, require_choice, some_names
+from ..core.errors import InputError, MergeWarning, require_choice, some_names, stacklevel
 from ..core.pairing import hint, is_extra_state
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
@@ -192,6 +192,7 @@ class Call:
         items: The tensors to merge, tied ones once.
         untouched: All else that was chosen of the base: integers, and extra state.
         kept: What was not chosen of the base.
+        dtensors: The base's DTensors, by name.
     """
 
     def __init__(
@@ -204,18 +205,19 @@ class Call:
         backend: str,
         names: Names = NO_NAMES,
         in_place: bool = False,
+        reference: str = "base",
     ) -> None:
         require_options(inputs, nonfinite)
         tell_of_earlier()
         listed = list_models(models, label)
-        reference = f"{label}[0]" if base is None else "base"
+        reference = f"{label}[0]" if base is None else reference
         self._has_base = base is not None
         base = listed[0] if base is None else base
         self.where, self.is_single = label_of(label, reference), is_single(base)
         self.task_vectors, self.nonfinite, self.backend = inputs == "task_vectors", nonfinite, backend
         self._notes: list[str] = []
         self._arrays: dict[str, np.dtype[Any]] = {}
-        self._dtensors: dict[str, Any] = {}
+        self.dtensors: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
         self._modules = [model if isinstance(model, torch.nn.Module) else None for model in (base, *listed)]
         for k, module in enumerate(self._modules):
@@ -238,7 +240,7 @@ class Call:
         self._refuse_half_of_a_tie(items)
         self.items = [item for name, item in items.items() if name not in self.tied]
         for note in self._notes:
-            warnings.warn(note, MergeWarning, stacklevel=3)
+            warnings.warn(note, MergeWarning, stacklevel())
 
     def _paired(
         self, everything: list[dict[str, Any]], names: Names, reference: str, in_place: bool
@@ -296,7 +298,7 @@ class Call:
                 where = self.where(k - 1 if k else None, name)
                 if dtensor.is_dtensor(value):
                     if k == 0:
-                        self._dtensors[name] = value
+                        self.dtensors[name] = value
                     named[k][name] = dtensor.local_shard(value, where)
                 elif is_array(value):
                     if k == 0 and isinstance(value, np.ndarray):
@@ -309,8 +311,8 @@ class Call:
 
     def _refuse_ties_across_placements(self, base: Mapping[str, Any]) -> None:
         """Raise InputError if tied weights are DTensors with different placements: one update would not fit both."""
-        for name, owner in self.tied.items() if self._dtensors else ():
-            if problem := dtensor.difference(*[self._dtensors.get(n, base[n]) for n in (owner, name)]):
+        for name, owner in self.tied.items() if self.dtensors else ():
+            if problem := dtensor.difference(*[self.dtensors.get(n, base[n]) for n in (owner, name)]):
                 tie = f"{self.where(None, owner)}, whose memory it has"
                 raise InputError(f"{self.where(None, name)}: {problem} like {tie}")
 
@@ -344,16 +346,16 @@ class Call:
 
     def empty_like(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory for a result like a tensor of the base. For a DTensor it is this rank's shard of a new DTensor."""
-        if name not in self._dtensors:
+        if name not in self.dtensors:
             return torch.empty_like(tensor, dtype=dtype)
-        self._made[name] = torch.empty_like(self._dtensors[name], dtype=dtype)
+        self._made[name] = torch.empty_like(self.dtensors[name], dtype=dtype)
         return dtensor.local_shard(self._made[name], self.where(None, name))
 
     def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
         """Merge items into their outputs, and return the outputs by name."""
         results = readable(run_batches(items, rule, self.task_vectors, self.backend))
         if self.nonfinite == "error":
-            self._refuse_nonfinite(items, rule, stats_of(results))
+            self.refuse_nonfinite(items, rule, stats_of(results))
         else:
             tell_of_nonfinite(results, self.names, LEFT if self._has_base else "set to 0")
         self._warn_of_variances(items)
@@ -361,19 +363,10 @@ class Call:
 
     def run_in_place(self, rule: Rule) -> Stats:
         """Merge all items into the base."""
-        rest = {n: t if isinstance(t, torch.Tensor) else None for n, t in self.untouched.items()}
-        rest |= {name: viewed(value) for name, value in self.kept.items()}
-        refuse_aliasing(self.items, {n: t for n, t in rest.items() if t is not None}, self.where)
-        module = self._modules[0]
-        if module is not None and (unshown := modules.refuse_copies(module, self.items, rest, self.where)):
-            what = "parameters that the module's state dict does not have, which are not merged"
-            warnings.warn(f"base: {some_names(unshown)}: {what}", MergeWarning, stacklevel=3)
+        self.check_in_place(self.items)
         if self.nonfinite == "error":
             self.run(self.items, rule)
-        # Autograd must notice writes through addresses. It has a version each for a DTensor and for its shard.
-        dtensor_floats = [t for name, t in self._dtensors.items() if name not in self.untouched]
-        written = [item.versions[0] for item in self.items] + dtensor_floats
-        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+        self.increment_versions()
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with without_interrupts():
             results = readable(run_batches(items, rule, self.task_vectors, self.backend))
@@ -381,10 +374,27 @@ class Call:
         self._warn_of_variances(items)
         return stats_of(results)
 
+    def check_in_place(self, items: Sequence[Item]) -> None:
+        """Raise InputError if what is written is used elsewhere, too, or is no memory of the module."""
+        rest = {n: t if isinstance(t, torch.Tensor) else None for n, t in self.untouched.items()}
+        rest |= {name: viewed(value) for name, value in self.kept.items()}
+        refuse_aliasing(items, {n: t for n, t in rest.items() if t is not None}, self.where)
+        module = self._modules[0]
+        if module is not None and (unshown := modules.refuse_copies(module, items, rest, self.where)):
+            what = "parameters that the module's state dict does not have, which are not merged"
+            text = f"{self.where(None, SINGLE)}: {some_names(unshown)}: {what}"
+            warnings.warn(text, MergeWarning, stacklevel())
+
+    def increment_versions(self) -> None:
+        """Let autograd notice writes through addresses. It has a version each for a DTensor and for its shard."""
+        dtensor_floats = [t for name, t in self.dtensors.items() if name not in self.untouched]
+        written = [item.versions[0] for item in self.items] + dtensor_floats
+        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+
     def _warn_of_variances(self, items: list[Item]) -> None:
         """Warn of a network that a merge has broken, though it followed the rule."""
         if self._has_base and (names := below_zero({i.name: i.out for i in items if i.out is not None})):
-            warnings.warn(f"the result: {variances_below_zero(names)}", MergeWarning, stacklevel=4)
+            warnings.warn(f"the result: {variances_below_zero(names)}", MergeWarning, stacklevel())
 
     def like_base(self, merged: Mapping[str, Any]) -> Any:
         """Results of the base's kind: under its names, tied where it is, with NumPy arrays and DTensors where it has them."""
@@ -400,19 +410,17 @@ class Call:
         }
         return result[SINGLE] if self.is_single else modules.like_state_dict(result, self._state)
 
-    def _refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
+    def refuse_nonfinite(self, items: list[Item], rule: Rule, stats: Stats) -> None:
         """Raise InputError for the first non-finite element."""
         # All ranks raise or none: a model must not be merged on some of them only.
-        if not dtensor.on_any_rank(self._dtensors.values(), stats.nonfinite > 0):
+        if not dtensor.on_any_rank(self.dtensors.values(), stats.nonfinite > 0):
             return
         for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
             if found := registry.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 where = self.where(None if isinstance(version, str) else version, names[row])
                 what = "the result is not finite" if version == "result" else value
-                order = (
-                    "memory order of this rank's shard" if names[row] in self._dtensors else "memory order"
-                )
+                order = "memory order of this rank's shard" if names[row] in self.dtensors else "memory order"
                 raise InputError(f"{where}: element {index} in {order}: {what}, expected finite numbers")
         raise InputError(
             "an element on another rank is not finite (the error there names it), expected finite numbers"

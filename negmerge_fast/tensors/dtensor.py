@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,6 +60,28 @@ def local_shard(tensor: Any, where: str) -> torch.Tensor:
         raise InputError(f"{where}: placements {tensor.placements}, expected Shard or Replicate")
     held: torch.Tensor = tensor.to_local()
     return held
+
+
+class Box(NamedTuple):
+    """The part of a tensor that a rank holds: in each dimension its first index and its extent."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def box_of(tensor: Any, where: str) -> Box | None:
+    """The part of a DTensor that this rank holds; None if that is all of it. Raises InputError if torch cannot tell."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    held = tuple(tensor.to_local().shape)
+    if held == tuple(tensor.shape):
+        return None
+    if 0 in held:
+        return Box((0,) * len(held), held)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tuple(shape) != held:
+        raise InputError(f"{where}: a shard of shape {held}, expected {tuple(shape)} by its placements")
+    return Box(tuple(offset), held)
 
 
 def on_any_rank(tensors: Iterable[Any], found: bool) -> bool:

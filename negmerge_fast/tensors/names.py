@@ -53,10 +53,10 @@ def list_models(models: Any, label: str, arrays: bool = True) -> list[Any]:
 
 
 def label_of(models: str, reference: str = "base") -> Label:
-    """Labels for the tensors of a call. models is the name of the argument that lists them; "tau" is a single model."""
+    """Labels for the tensors of a call. models is the name of the argument that lists them; "tau" and "delta" are single models."""
 
     def where(k: int | None, name: str) -> str:
-        model = reference if k is None else models if models == "tau" else f"{models}[{k}]"
+        model = reference if k is None else models if models in ("tau", "delta") else f"{models}[{k}]"
         return model if name == SINGLE else f"{model}[{name!r}]"
 
     return where
@@ -106,11 +106,16 @@ class Names:
         self.renames = pairing.compile_renames(rename)
         chosen = pairing.choice(include, exclude)
         self.all_chosen = chosen is None
-        self.is_chosen = cache(lambda name: chosen is None or chosen(str(name)))
+        self.is_chosen: Callable[[str], bool] = cache(lambda name: chosen is None or chosen(str(name)))
 
     def choose(self, named: dict[str, Any]) -> dict[str, Any]:
         """The tensors that are chosen."""
         return named if self.all_chosen else {n: v for n, v in named.items() if self.is_chosen(n)}
+
+    def unchoose(self, unchosen: Collection[str]) -> None:
+        """Choose all names but these."""
+        self.all_chosen = not unchosen
+        self.is_chosen = lambda name: name not in unchosen
 
     def refuse_nothing(self, base: Mapping[str, Any], where: str) -> None:
         """Raise InputError if none of these tensors is chosen."""

@@ -445,6 +445,101 @@ def fully_sharded(world: int) -> None:
 
 
 @case
+def deltas(world: int) -> None:
+    """A delta of whole tensors is cut to shards; one of shards fits these alone. Nothing is communicated."""
+    types = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float64)]
+    full: dict[str, list[torch.Tensor]] = {}
+    distributed: dict[str, list[Any]] = {}
+    for shape in ((8, 12), (7, 5), (3, 1), (1, 3), (0, 4), (40, 100), (4, 3, 50)):
+        for of_base, of_models in types:
+            for i, (mesh, placements) in enumerate(layouts(world)):
+                base, *models = versions(*shape, dtype=of_models)
+                name = f"{shape} {of_base} {i}"
+                full[name] = [base.to(of_base), *models]
+                distributed[name] = [distribute(t, mesh, *placements) for t in full[name]]
+    whole, *others = ({name: held[k] for name, held in full.items()} for k in range(4))
+    base, *models = ({name: held[k] for name, held in distributed.items()} for k in range(4))
+    with communicating():
+        of_whole, of_shards = nm.consensus_delta(whole, others), nm.consensus_delta(base, models)
+        for delta in (of_whole, of_shards):
+            with delta.live(base) as live:
+                for scale in (-0.3, 0.9):
+                    live.scale = scale
+                for name, held in full.items():
+                    holds(base[name], plain_merge(held[0], held[1:], 0.9)[0], base[name])
+                    assert live.stats.tensors[name].elements == base[name].to_local().numel()
+            for name, held in full.items():
+                holds(base[name], held[0], base[name])
+            applied = {name: t.clone() for name, t in base.items()}
+            merged = {name: t.clone() for name, t in base.items()}
+            stats = nm.merge_(merged, models, scale=0.9)
+            found = delta.apply_(applied, 0.9)
+            for name, counted in stats.tensors.items():
+                assert (counted.elements, counted.agreed) == (
+                    found.tensors[name].elements,
+                    found.tensors[name].agreed,
+                )
+                assert same_bits(applied[name].to_local(), merged[name].to_local())
+            assert delta is of_whole or found.tensors == stats.tensors
+
+
+@case
+def deltas_that_do_not_fit(world: int) -> None:
+    mesh, full = init_device_mesh("cpu", (world,)), versions(8, 20)
+    rows = [distribute(t, mesh, Shard(0)) for t in full]
+    whole, of_rows = nm.consensus_delta(full[0], full[1:]), nm.consensus_delta(rows[0], rows[1:])
+    columns, other = distribute(full[0], mesh, Shard(1)), distribute(torch.ones(9, 20), mesh, Shard(0))
+    rank, height, width = dist.get_rank(), 8 // world, 20 // world
+    part = f"expected the part from ({height * rank}, 0) of shape ({height}, 20): the delta is of a shard"
+    with refused(f"model: all of it, {part}"):
+        of_rows.apply_(full[0].clone(), 0.9)
+    with refused(f"model: the part from (0, {width * rank}) of shape (8, {width}), {part}"):
+        of_rows.apply_(columns, 0.9)
+    with refused("delta: shape (8, 20), expected (9, 20) like model"):
+        whole.apply_(other, 0.9)
+    with refused("delta: of a DTensor's shard, expected a delta of whole tensors"):
+        of_rows.save("delta")
+    # Only the ranks that hold the middle see that these are other values.
+    middle = (8 * 20 * 4 - 64) // 8 // 20 // height, (8 * 20 * 4 + 64) // 8 // 20 // height
+    if middle == (rank, rank):
+        with refused(
+            "model: other values in its middle than in the delta's base, expected that base, to which no delta was applied"
+        ):
+            whole.apply_(distribute(full[0] + 1, mesh, Shard(0)), 0.9)
+
+
+@case
+def fully_sharded_and_live(world: int) -> None:
+    """FSDP2, also over tensor parallelism: forward passes see each λ, and the former bits afterwards."""
+    whole_rows = ColwiseParallel(output_layouts=Replicate())
+    meshes = [init_device_mesh("cpu", (world,))]
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        meshes += [grid, grid["outer"]]
+    delta = nm.consensus_delta(network(0), [network(seed) for seed in (1, 2, 3)])
+    x = torch.ones(2, 5)
+    for i, mesh in enumerate(meshes):
+        model = network(0)
+        if i == 2:
+            parallelize_module(model, grid["inner"], {"0": whole_rows, "2": whole_rows})
+        for layer in (model[0], model[1]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh).eval()
+        before = {name: t.full_tensor() for name, t in model.named_parameters()}
+        first = model(x)
+        with delta.live(model) as live:
+            for scale in (0.5, 0.9):
+                live.scale = scale
+                plain = network(0).eval()
+                delta.apply_(plain, scale)
+                assert torch.equal(model(x), plain(x)), (i, scale)
+        assert torch.equal(model(x), first)
+        model.reshard()
+        after = {name: t.full_tensor() for name, t in model.named_parameters()}
+        assert all(same_bits(t, before[name]) for name, t in after.items())
+
+
+@case
 def not_by_the_operators(world: int) -> None:
     """The operators refuse DTensors with torch's own error, which names the operator; graphs, too."""
     base, model = (distribute(t, init_device_mesh("cpu", (world,)), Shard(0)) for t in versions(8, 4, n=1))
