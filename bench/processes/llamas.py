@@ -61,7 +61,9 @@ class Llama(NamedTuple):
         })  # fmt: skip
 
 
-def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) -> list[Path]:
+def make(
+    folder: Path, model: Llama, n: int, shard: int, partial: bool = False, lean: float = 1.0
+) -> list[Path]:
     """Write a base and n fine-tuned versions of it into directories.
 
     Args:
@@ -70,6 +72,7 @@ def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) 
         n: The number of fine-tuned versions.
         shard: Bytes of the largest file, roughly.
         partial: Whether only every third tensor differs from the base's.
+        lean: The deviation of what all versions have in common, in that of what each has of its own: the larger, the more agrees.
 
     Raises:
         OSError: If the disk has too little space.
@@ -78,7 +81,7 @@ def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) 
     if needed > free:
         raise OSError(f"{folder}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free")
     paths = [folder / ("base" if k == 0 else f"ft-{k}") for k in range(n + 1)]
-    drawn = _drawn(n, TORCH_DTYPES[model.dtype])
+    drawn = _drawn(n, TORCH_DTYPES[model.dtype], lean)
     shapes, changed = model.shapes, set(list(model.shapes)[:: 3 if partial else 1])
     for k, path in enumerate(paths):
         path.mkdir()
@@ -97,12 +100,12 @@ def make(folder: Path, model: Llama, n: int, shard: int, partial: bool = False) 
     return paths
 
 
-def _drawn(n: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Numbers of a base and n versions, which agree on about 2 / (n + 1) of them."""
+def _drawn(n: int, dtype: torch.dtype, lean: float) -> list[torch.Tensor]:
+    """Numbers of a base and n versions, which agree on about 2 / (n + 1) of them if lean is 1."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(_DRAWN, generator=generator).to(dtype)
-    lean = torch.randn(_DRAWN, generator=generator)
-    models = [torch.randn(_DRAWN, generator=generator).add_(lean).mul_(0.1).add_(base) for _ in range(n)]
+    common = torch.randn(_DRAWN, generator=generator).mul_(lean)
+    models = [torch.randn(_DRAWN, generator=generator).add_(common).mul_(0.1).add_(base) for _ in range(n)]
     return [base, *(model.to(dtype) for model in models)]
 
 
