@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+# They compile programs and read files anew: too long for every run.
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., list[dict[str, Any]]]
 
 

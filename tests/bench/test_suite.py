@@ -94,6 +94,7 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(tmp_path: Path) -> None:
     (tmp_path / "old.py").write_text("""
 import torch

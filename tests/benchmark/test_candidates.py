@@ -69,6 +69,7 @@ def test_compiled_formulas_are_in_place_and_take_their_first_call_to_compile(
     assert len(modes) == 1 and modes[0]["dynamic"] == name.endswith("dynamic")
 
 
+@pytest.mark.slow  # inductor compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ for inductor")
 def test_the_compiled_formula_has_the_bits_of_the_reference() -> None:

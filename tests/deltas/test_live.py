@@ -154,6 +154,7 @@ def test_ctrl_c_at_random_moments() -> None:
     base, *models = versions(20_000)
     before, delta = base.clone(), nm.consensus_delta(base, models)
     random.seed(0)
+    gc.freeze()  # what other tests left would be searched at every collection
     for _ in range(30):
         timer = threading.Timer(random.uniform(0, 0.01), os.kill, (os.getpid(), signal.SIGINT))
         live = None
@@ -169,6 +170,7 @@ def test_ctrl_c_at_random_moments() -> None:
         del live
         gc.collect()
         assert same_bits(base, before)
+    gc.unfreeze()
 
 
 def test_a_block_that_nobody_ended() -> None:
