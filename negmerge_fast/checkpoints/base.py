@@ -26,7 +26,7 @@ class ByteRange(NamedTuple):
         self, reader: Reader, buffer: memoryview, begin: int = 0, release: bool = False
     ) -> bool | None:
         """Fill a buffer with the bytes from `begin` on, and return what Reader.read_into does."""
-        return reader.read_into(self.file, self.offset + begin, buffer, release)
+        return self.file.read_into(reader, self.offset + begin, buffer, release)
 
 
 class TensorRef(NamedTuple):
@@ -46,7 +46,7 @@ class Checkpoint:
 
     Attributes:
         path: The directory or file.
-        kind: "directory", "safetensors" or "npy".
+        kind: "directory", "safetensors" or "npy"; "delta" of one that is applied (streaming/expansion.py).
         tensors: The tensors by name. A tensor of a part has the part's name and a slash in front.
         weights: The files that hold them, by names relative to path.
         extra_files: What else belongs to the model (config, tokenizer), by names relative to path.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from .weights import read_index
 VERSION = "1"
 SINGLE, INDEX = "delta.safetensors", "delta.safetensors.index.json"
 MASK, MEAN = ".mask", ".mean"
+_SHARD = re.compile(r".*-\d+-of-(?P<count>\d{1,9})\.safetensors")
 
 # Types that means may have for each type of the arithmetic.
 MEANS_DTYPES = {"F64": ("F64", "BF16"), "F32": ("F32", "BF16")}
@@ -141,6 +143,16 @@ def metadata_of(info: DeltaInfo, tensors: Mapping[str, TensorInfo], version: str
     }
 
 
+def is_delta(path: Path) -> bool:
+    """Whether a path is the directory of a delta, or a .safetensors file that calls itself one."""
+    try:
+        if path.is_dir():
+            return any(map(is_delta, sorted(path.glob("delta*.safetensors"))[:1]))
+        return path.suffix == ".safetensors" and read_all_of_header(path)[2].get("format") == FORMAT
+    except (InputError, OSError, ValueError):  # what opens it as something else tells why it cannot be
+        return False
+
+
 def open_delta(path: str | os.PathLike[str]) -> DeltaCheckpoint:
     """Open a delta.
 
@@ -158,6 +170,8 @@ def open_delta(path: str | os.PathLike[str]) -> DeltaCheckpoint:
     if found and (path / INDEX).exists():
         files[INDEX], weight_map = read_index(path / INDEX)
         paths = [path / shard for shard in sorted(set(weight_map.values()))]
+    elif not found and (shard := _SHARD.fullmatch(path.name)) and int(shard["count"]) > 1:
+        raise InputError(f"{path}: one of {int(shard['count'])} shards, expected their directory")
     elif found and (path / SINGLE).exists():
         paths = [path / SINGLE]
     elif found:

@@ -109,6 +109,16 @@ class File:
         """Return a few bytes, while a checkpoint is opened."""
         return self._read([range(offset, offset + size)])
 
+    def read_into(
+        self, reader: Reader, offset: int, buffer: memoryview, release: bool = False
+    ) -> bool | None:
+        """Fill a buffer from a position, as Reader.read_into does. A file whose bytes are computed does it in its own way."""
+        return reader.read_into(self, offset, buffer, release)
+
+    def expect(self, reader: Reader, offset: int, size: int) -> None:
+        """Tell the system what will be read next, as Reader.expect does."""
+        reader.expect(self, offset, size)
+
     @cached_property
     def sample(self) -> str:
         """The hash of a few blocks from the first to the last, or of all of a short file."""

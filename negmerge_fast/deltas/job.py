@@ -19,17 +19,16 @@ from ..checkpoints.reader import Reader, naming
 from ..core.delta import MASK_WORD, mask_bytes
 from ..core.hashing import hash_of
 from ..core.ranges import Range
+from ..core.rule import Rule
 from ..core.stats import Stats, TensorStats
 from ..output import manifest as manifests
 from ..output.directory import Entry
 from ..output.filesystem import set_size, sync
-from ..output.journal import Fingerprint, Journal, ProgressRecord
+from ..output.journal import Journal, ProgressRecord
 from ..output.journal import read as read_journal
 from ..output.manifest import Recipe
 from ..output.staging import Staging
 from ..output.writer import Writer
-from ..runtime.buffers import Timeline
-from ..runtime.distributed import SINGLE, SingleProcess
 from ..streaming import api as merges
 from ..streaming.budget import allocate
 from ..streaming.job import Job
@@ -40,6 +39,7 @@ from ..streaming.plan import Extent, Plan
 from ..streaming.progress import OnProgress, Recorder
 from ..streaming.report import Report
 from ..streaming.skipping import Skipping
+from ..streaming.together import Task
 from .format import DeltaFile, file_names, index_of
 from .spool import Spool
 from .worker import EXTRA_BUFFERS, DeltaResult, DeltaWorker
@@ -84,23 +84,13 @@ class DeltaJob(Job):
     alignment = MASK_WORD
     extra_buffers = EXTRA_BUFFERS
 
-    def run(
-        self,
-        progress: OnProgress | None = None,
-        timeline: Timeline | None = None,
-        ranks: SingleProcess = SINGLE,
-    ) -> Report:
-        """Make the delta, and publish the whole output or nothing. The arguments are those of Job.run.
-
-        The report's bytes_done_before are of the base, and bytes_written those of the delta's files.
-        """
-        report = super().run(progress, timeline, ranks)
+    def report(self, before: ProgressRecord, done: ProgressRecord, written: int, seconds: float) -> Report:
+        """Report what was done. bytes_done_before are of the base, and bytes_written those of the delta's files."""
+        report = super().report(before, done, written, seconds)
         return replace(report, scale=None, bytes_written=sum(self._ranges.sizes.values()))
 
-    def _begin(self, ranks: SingleProcess) -> tuple[ProgressRecord, Fingerprint, list[list[Range]]]:
-        begun = super()._begin(ranks)
-        self._ranges.current[:] = begun[2]
-        return begun
+    def take_ranges(self, shards: Sequence[Sequence[Range]]) -> None:
+        self._ranges.current[:] = map(list, shards)
 
     def _refuse_incomplete(self) -> None:
         for entry in self.staging.journals():
@@ -120,7 +110,7 @@ class DeltaJob(Job):
                 os.close(descriptor)
         super()._refuse_incomplete()
 
-    def _recorder(self, ranges: Sequence[Range], rank: int, on_moved: Callable[[int], None]) -> DeltaRecorder:
+    def recorder(self, ranges: Sequence[Range], rank: int, on_moved: Callable[[int], None]) -> DeltaRecorder:
         sizes: dict[str, int] = {}
         for range_ in ranges:
             for extent in slice_plan(self.plan, range_):
@@ -145,8 +135,11 @@ class DeltaJob(Job):
         sizes = {name: t.mean_size for file in self.deltas.values() for name, t in file.tensors.items()}
         return sum(counted.agreed * sizes[name] for name, counted in stats.tensors.items())
 
-    def _processor(self, **parts: Any) -> Callable[[Extent], Any]:
-        return DeltaWorker(**parts, files=self.deltas).process
+    def _processor(
+        self, outputs: Sequence[tuple[Rule, Writer]], **parts: Any
+    ) -> Callable[[Task], Sequence[Any]]:
+        worker = DeltaWorker(**parts, files=self.deltas)
+        return lambda task: [worker.process(task.chunk)]
 
     def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
         """Write headers and means, now that all is counted, and then the manifest."""

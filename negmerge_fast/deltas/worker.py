@@ -63,7 +63,7 @@ class DeltaWorker(Worker):
         with self.turns, self.timeline.span("merge"):
             placed = self._consensus(chunk, at, dense, owner)
         if self.nonfinite == "error" and any(each.counts[_NONFINITE] for each in placed):
-            self._refuse_nonfinite(chunk)
+            self._refuse_nonfinite(chunk, self.rule)
         file, end = self.files[chunk.path], means
         words = ctypes.addressof(ctypes.c_char.from_buffer(mask)) if mask else 0
         for each, nbytes in zip(placed, sizes, strict=True):

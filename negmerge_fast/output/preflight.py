@@ -7,7 +7,7 @@ import fcntl
 import os
 import resource
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,6 +52,15 @@ def try_destination(destination: Destination) -> list[str]:
     if destination.overwrite and os.path.lexists(path):
         _refuse_irremovable(path)
     return notes
+
+
+def refuse_full_disk_for(destinations: Sequence[Destination]) -> None:
+    """Raise OSError if several outputs beside each other do not fit on the disk together."""
+    if len(destinations) < 2:
+        return
+    parent = destinations[0].path.parent
+    files = {f"{k}/{name}": f for k, each in enumerate(destinations) for name, f in each.files.items()}
+    refuse_full_disk(parent, parent, files, sum(_bytes_in(each.staging_path) for each in destinations))
 
 
 def _missing(destination: Destination, scratch: Directory) -> Iterator[str]:

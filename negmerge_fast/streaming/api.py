@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from ..backends import registry
 from ..checkpoints.base import Checkpoint
@@ -16,7 +17,7 @@ from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
 from ..output.destination import Destination, OccupiedError, check
 from ..output.manifest import Input, Recipe, holds
-from ..output.preflight import try_destination, try_inputs
+from ..output.preflight import refuse_full_disk_for, try_destination, try_inputs
 from ..output.staging import Staging
 from ..output.writer import Writer
 from ..runtime.interrupts import without_gc, without_interrupts
@@ -28,6 +29,8 @@ from .plan import Plan, make_plan
 from .progress import OnProgress
 from .report import Report
 from .skipping import Skipping
+
+MakeJob: TypeAlias = Callable[..., Job]
 
 
 def merge_checkpoints(
@@ -129,28 +132,46 @@ def prepare(base: PathLike, finetuned: Sequence[PathLike], output: PathLike, opt
     """
     destination_path = as_path("output", output)
     plan = open_and_plan(base, finetuned, options)
-    recipe = recipe_of(plan, options)
-    destination, finished = _check_destination(destination_path, plan, recipe, options)
-    notes = [] if finished else try_out(plan.files.values(), destination)
-    staging = Staging(destination, resume=options.resume)
+    [job] = prepare_outputs(plan, [(destination_path, options)])
+    return job
+
+
+def prepare_outputs(
+    plan: Plan, outputs: Sequence[tuple[Path, MergeOptions]], make: MakeJob = Job, extra_buffers: int = 0
+) -> list[Job]:
+    """Check the outputs of a plan, and decide how they are made.
+
+    Args:
+        plan: The plan.
+        outputs: The path and the options of each. The options differ in their scales only.
+        make: What makes a job.
+        extra_buffers: As of allocate.
+
+    Raises:
+        InputError: If one of them must not be written.
+        OSError: If they do not fit on the disk.
+    """
+    options, checked = outputs[0][1], []
+    for path, own in outputs:
+        recipe = recipe_of(plan, own)
+        destination, finished = _check_destination(path, plan, recipe, own)
+        notes = [] if finished else try_out(plan.files.values(), destination)
+        checked.append((recipe, destination, finished, [*plan.notes, *notes]))
+    refuse_full_disk_for([destination for _, destination, finished, _ in checked if not finished])
     placement = choose_placement(plan, options)
     backend, merge = registry.choose(options.backend, placement.device, options.rule, plan.signatures)
     counter_name, counter = registry.choose("auto", "cpu") if options.skips else ("", None)
-    return Job(
-        plan,
-        options,
-        recipe,
-        destination,
-        staging,
-        Writer(destination, staging),
-        backend,
-        merge,
-        placement,
-        *allocate(plan, options, placement.device, (backend, counter_name)),
-        Skipping(options.rule, len(plan.models), counter),
-        [*plan.notes, *notes],
-        finished,
+    allocation = allocate(
+        plan, options, placement.device, (backend, counter_name), extra_buffers, len(outputs)
     )
+    jobs = []
+    for (_, own), (recipe, destination, finished, notes) in zip(outputs, checked, strict=True):
+        staging = Staging(destination, resume=own.resume)
+        writer, skipping = Writer(destination, staging), Skipping(own.rule, len(plan.models), counter)
+        jobs.append(make(
+            plan, own, recipe, destination, staging, writer, backend, merge, placement, *allocation, skipping, notes, finished,
+        ))  # fmt: skip
+    return jobs
 
 
 def open_and_plan(base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions) -> Plan:

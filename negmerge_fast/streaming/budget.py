@@ -44,13 +44,19 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-    plan: Plan, options: MergeOptions, device: str, backends: Collection[str], extra_buffers: int = 0
+    plan: Plan,
+    options: MergeOptions,
+    device: str,
+    backends: Collection[str],
+    extra_buffers: int = 0,
+    outputs: int = 1,
 ) -> Allocation:
     """Choose the workers and the chunk size of a job that fits its memory budget.
 
     Args:
         backends: The names of those that merge or count; the first one merges.
         extra_buffers: Buffers of a worker beside those for the versions, each as long as a chunk.
+        outputs: How many are made together. Of several, each is merged in a buffer beside the base's.
 
     Raises:
         InputError: If the budget is too small for the smallest job.
@@ -61,9 +67,9 @@ def allocate(
         available_bytes,
         name,
         models=len(plan.models),
-        extra_buffers=extra_buffers,
+        extra_buffers=extra_buffers + (outputs > 1),
         tensors=sum(len(checkpoint.tensors) for checkpoint in (plan.base, *plan.models)),
-        sizes=[file.size for file in plan.files.values()],
+        sizes=[file.size for file in plan.files.values()] * outputs,
         workers=_max_workers(options.thread_count, device, next(iter(backends))),
         max_chunk_bytes=MAX_CHUNK_BYTES if on_cpu else MAX_DEVICE_CHUNK_BYTES,
         scratch=_SCRATCH if "torch" in backends else 0,

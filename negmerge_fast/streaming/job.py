@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -43,25 +42,26 @@ from ..runtime import memory
 from ..runtime.buffers import Timeline
 from ..runtime.device import buffers_on
 from ..runtime.distributed import SINGLE, SingleProcess
-from ..runtime.executor import process_in_order
+from ..runtime.executor import MakeWorker
 from ..runtime.interrupts import without_interrupts
 from . import probes, variances
 from .budget import max_open_files
 from .native import ChunkMerger
 from .options import MergeOptions
-from .partition import chunks, partition, slice_plan
+from .partition import slice_plan
 from .placement import Placement, Throughput, measure_throughput
-from .plan import Extent, Plan
+from .plan import Plan
 from .progress import OnProgress, Recorder
 from .read_ahead import ReadAhead
 from .report import Report
 from .skipping import Skipping
+from .together import Task, run_together
 from .worker import Worker
 
 
 @dataclass(frozen=True)
 class Job:
-    """A merge of checkpoints, as prepare found it possible.
+    """A merge of checkpoints to one output, as prepare found it possible. Several may run together (together.py).
 
     Attributes:
         backend: The name of the backend that merges; merge is its function.
@@ -124,32 +124,11 @@ class Job:
         Returns:
             What was done; of the whole job on rank 0 only.
         """
-        if self.finished:
-            return self._tidy_up(ranks)
-        began, timeline = time.perf_counter(), timeline or Timeline(kept=False)
-        with self._holding_staging(), self.writer:
-            before, fingerprint, shards = self._begin(ranks)
-            own = shards[ranks.rank]
-            remaining_bytes = sum(self._bytes_moved(range_) for shard in shards for range_ in shard)
-            on_moved = self._on_moved(progress, ranks, remaining_bytes)
-            with ranks.failing_together():
-                self._join(fingerprint, ranks)
-                with self._recorder(own, ranks.rank, on_moved) as recorder, self._shared_reader() as shared:
-                    make_worker = self._worker_maker(timeline, shared)
-                    process_in_order(self._chunks(own), self.workers, make_worker, recorder.on_result)
-                done = recorder.whole
-                self._hand_over(done, ranks.rank)
-            with ranks.failing_together():
-                if ranks.rank == 0:
-                    records = [done, *self._peer_records(ranks.count)]
-                    done = self._publish(before, records, lambda: on_moved(remaining_bytes))
-        self.notes.extend(self.staging.notes)
-        written = sum(range_.end - range_.begin for shard in shards for range_ in shard)
-        vetoes_known = not before.skipped and not done.skipped
-        return self._report(done, written, time.perf_counter() - began, vetoes_known)
+        [report] = run_together([self], progress, timeline, ranks)
+        return report
 
     @contextmanager
-    def _holding_staging(self) -> Iterator[None]:
+    def holding_staging(self) -> Iterator[None]:
         """Hold the staging directory; nothing of it stays behind for an interrupt."""
         error: BaseException | None = None
         try:
@@ -161,26 +140,10 @@ class Job:
             with without_interrupts():
                 self.staging.__exit__(type(error) if error else None, error, None)
 
-    def _begin(self, ranks: SingleProcess) -> tuple[ProgressRecord, Fingerprint, list[list[Range]]]:
-        """Resume or create the output on rank 0.
+    def take_ranges(self, shards: Sequence[Sequence[Range]]) -> None:
+        """Learn what each rank will do of this output."""
 
-        Returns:
-            What was done before (on rank 0), rank 0's fingerprint of the job, and the ranges of each rank.
-        """
-        before = summed([])
-
-        def begin() -> tuple[Fingerprint, list[list[Range]]]:
-            nonlocal before
-            before = self._resume()
-            if ranks.count > 1:
-                self.staging.let_join()
-            remaining = subtract(self.plan.whole, before.ranges)
-            return self._rank_fingerprint, partition(self.plan, remaining, ranks.count, self.alignment)
-
-        fingerprint, shards = ranks.on_rank0(begin)
-        return before, fingerprint, [[Range(*range_) for range_ in shard] for shard in shards]
-
-    def _resume(self) -> ProgressRecord:
+    def resume(self) -> ProgressRecord:
         """Open the staging directory; return what an earlier run did there, or create the output."""
         with without_interrupts():
             self.staging.open()
@@ -221,26 +184,13 @@ class Job:
         }
 
     @property
-    def _rank_fingerprint(self) -> Fingerprint:
+    def rank_fingerprint(self) -> Fingerprint:
         """What all ranks of one run must agree on."""
         options = {"nonfinite": self.recipe.nonfinite, "skip_unchanged": self.options.skips}
         return {**self._fingerprint, **options}
 
-    def _on_moved(
-        self, progress: OnProgress | None, ranks: SingleProcess, remaining_bytes: int
-    ) -> Callable[[int], None]:
-        """Return what is called with the bytes that this rank has moved; it may raise to stop the job."""
-        total = self.plan.bytes_read + self.plan.whole.end
-
-        def on_moved(moved: int) -> None:
-            moved = ranks.poll(moved)
-            if progress:
-                progress(total - remaining_bytes + moved, total)
-
-        return on_moved
-
-    def _join(self, fingerprint: Fingerprint, ranks: SingleProcess) -> None:
-        if differs := difference(fingerprint, self._rank_fingerprint):
+    def join(self, fingerprint: Fingerprint, ranks: SingleProcess) -> None:
+        if differs := difference(fingerprint, self.rank_fingerprint):
             raise InputError(f"rank {ranks.rank}: the output of the first rank {differs}")
         if ranks.rank:
             try:
@@ -249,17 +199,7 @@ class Job:
                 ranks.poll(0)  # raises if the first rank was stopped, and is removing what it made
                 raise
 
-    def _bytes_moved(self, range_: Range) -> int:
-        """The bytes to read and write for a range of the output."""
-        extents = slice_plan(self.plan, range_)
-        return sum(e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in extents)
-
-    def _chunks(self, ranges: Sequence[Range]) -> Iterator[Extent]:
-        return chain.from_iterable(
-            chunks(slice_plan(self.plan, range_), self.chunk_bytes, self.alignment) for range_ in ranges
-        )
-
-    def _recorder(self, ranges: Sequence[Range], rank: int, on_moved: Callable[[int], None]) -> Recorder:
+    def recorder(self, ranges: Sequence[Range], rank: int, on_moved: Callable[[int], None]) -> Recorder:
         sizes: dict[str, int] = {}
         for extent in chain.from_iterable(slice_plan(self.plan, range_) for range_ in ranges):
             sizes[extent.path] = sizes.get(extent.path, 0) + extent.sources[0].nbytes
@@ -267,7 +207,7 @@ class Job:
         journal = Journal(self.staging.journal(rank), self._fingerprint, self.writer.sync)
         return Recorder(ranges, journal, on_moved, keep=self.staging.resume)
 
-    def _shared_reader(self) -> AbstractContextManager[Reader | None]:
+    def shared_reader(self) -> AbstractContextManager[Reader | None]:
         """Return a reader for all workers, if it can keep all files open.
 
         The system reads ahead for each descriptor: together the workers read a file from its beginning to its end, and each alone
@@ -276,27 +216,29 @@ class Job:
         files = len({file for files in self.plan.sources.values() for file in files})
         return Reader(files) if files <= max_open_files() else nullcontext()
 
-    def _worker_maker(
-        self, timeline: Timeline, shared: Reader | None
-    ) -> Callable[[], AbstractContextManager[Callable[[Extent], Any]]]:
-        """Return what opens a worker in its thread."""
+    def worker_maker(
+        self, timeline: Timeline, shared: Reader | None, jobs: Sequence[Job]
+    ) -> MakeWorker[Task, tuple[Task, Sequence[Any]]]:
+        """Return what opens a worker for some jobs in its thread; it gives each task with a result for each of its outputs."""
         concurrent = self.backend in registry.CONCURRENT
         turns = Semaphore(self.options.thread_count if concurrent else 1)
         # Pages that will be read again soon are left to the system; those of a job too large for it are given back.
-        release = self.plan.bytes_read + self.plan.bytes_written > memory.free_memory() // 2
+        moved = self.plan.bytes_read + len(jobs) * self.plan.bytes_written
+        release = moved > memory.free_memory() // 2
         read_ahead = ReadAhead()
         is_native = self.merge is merge_cpu and not self.options.skips
         turn = library().Turn() if is_native and self.options.thread_count == 1 else None  # of two workers
 
         @contextmanager
-        def open_worker() -> Iterator[Callable[[Extent], Any]]:
-            buffers_of_worker = len(self.plan.models) + 1 + self.extra_buffers
+        def open_worker() -> Iterator[Callable[[Task], tuple[Task, Sequence[Any]]]]:
+            buffers_of_worker = len(self.plan.models) + 1 + self.extra_buffers + (len(jobs) > 1)
             device = self.placement.device
             with (
                 nullcontext(shared) if shared else Reader(max(max_open_files() // self.workers, 1)) as reader,
                 buffers_on(device, buffers_of_worker, self.chunk_bytes, timeline) as buffers,
             ):
-                yield self._processor(
+                process = self._processor(
+                    [(job.rule, job.writer) for job in jobs],
                     plan=self.plan,
                     rule=self.rule,
                     merge=self.merge,
@@ -315,21 +257,32 @@ class Job:
                     buffers=buffers,
                     timeline=timeline,
                 )
+                yield lambda task: (task, process(task))
 
         return open_worker
 
-    def _processor(self, **parts: Any) -> Callable[[Extent], Any]:
-        """Return what processes chunks. parts: the fields of a Worker."""
-        return Worker(**parts).process_chunk
+    def _processor(
+        self, outputs: Sequence[tuple[Rule, Writer]], **parts: Any
+    ) -> Callable[[Task], Sequence[Any]]:
+        """Return what processes a task, with a result for each of its outputs.
 
-    def _hand_over(self, done: ProgressRecord, rank: int) -> None:
+        Args:
+            outputs: The rule and the writer of each output of the jobs.
+            parts: The fields of a Worker.
+        """
+        worker = Worker(**parts)
+        if len(outputs) == 1:
+            return lambda task: [worker.process_chunk(task.chunk)]
+        return lambda task: worker.process_for(task.chunk, [outputs[k] for k in task.outputs])
+
+    def hand_over(self, done: ProgressRecord, rank: int) -> None:
         """Leave for rank 0 what this rank did, and the checksums that it knows."""
         if rank:
             known = self.writer.checksums.export().items()
             sums = {name: [base64.b64encode(each).decode() for each in pair] for name, pair in known}
             self.staging.write_rank_result(rank, {"done": done.to_json(), "sums": sums})
 
-    def _peer_records(self, ranks: int) -> Iterator[ProgressRecord]:
+    def peer_records(self, ranks: int) -> Iterator[ProgressRecord]:
         """Yield what the other ranks did, and take over their checksums."""
         for rank in range(1, ranks):
             found = self.staging.read_rank_result(rank)
@@ -337,7 +290,7 @@ class Job:
             self.writer.checksums.update(sums)  # type: ignore[arg-type]
             yield ProgressRecord.of_json(found["done"])
 
-    def _publish(
+    def publish(
         self, before: ProgressRecord, records: Sequence[ProgressRecord], on_progress: Callable[[], None]
     ) -> ProgressRecord:
         """Publish the output of all ranks; return what they did, with the counts of the whole output."""
@@ -348,6 +301,7 @@ class Job:
         stats.include({s.name: TensorStats() for extent in self.plan.extents for s in extent.slices})
         for record in (before, done):
             stats.include(record.stats.tensors)
+        stats = self._total(stats)
         counted = {
             "elements": stats.elements,
             "agreed": stats.agreed,
@@ -362,6 +316,10 @@ class Job:
             publish(self.destination, self.staging)
         return done._replace(stats=stats)
 
+    def _total(self, stats: Stats) -> Stats:
+        """What the output's manifest and report count, of what its elements were counted as."""
+        return stats
+
     def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
         """Complete what is staged, with this manifest. stats: of the whole output."""
         self.writer.finish(manifest, on_progress)
@@ -371,7 +329,7 @@ class Job:
         if below := variances.below_zero(self.plan.extents, open_file):
             self.notes.append(f"the output: {variances_below_zero(below)}")
 
-    def _tidy_up(self, ranks: SingleProcess) -> Report:
+    def tidy_up(self, ranks: SingleProcess) -> Report:
         """Remove what the run that finished the output left; report the counts of its manifest."""
         path, directory = self.destination.path, self.destination.directory
         if ranks.rank == 0:
@@ -383,7 +341,8 @@ class Job:
         counted = read_manifest(self.destination.manifest_path).counted
         stats = Stats()
         stats.include({"": TensorStats(counted.elements, counted.agreed)})
-        report = self._report(summed([])._replace(stats=stats), 0, 0.0)
+        nothing = summed([])
+        report = self.report(nothing, nothing._replace(stats=stats), 0, 0.0)
         return dataclasses.replace(
             report, nonfinite=counted.nonfinite, vetoed_by_zero=counted.vetoed_by_zero, tensors=[]
         )
@@ -404,10 +363,9 @@ class Job:
         except InputError:
             return False
 
-    def _report(
-        self, done: ProgressRecord, written: int, seconds: float, vetoes_known: bool = True
-    ) -> Report:
-        stats = done.stats
+    def report(self, before: ProgressRecord, done: ProgressRecord, written: int, seconds: float) -> Report:
+        """Report what was done. written: bytes, by all ranks."""
+        stats, vetoes_known = done.stats, not before.skipped and not done.skipped
         tensors = [{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()]
         unknown = {} if vetoes_known else {"vetoed_by_zero": None}
         return Report(

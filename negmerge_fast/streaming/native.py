@@ -16,6 +16,9 @@ from .plan import Extent, TensorSlice
 if TYPE_CHECKING:
     from .._native import Turn
 
+# In place of a descriptor.
+IN_MEMORY = -1
+
 WRITTEN, NOT_READ, NONFINITE, NOT_WRITTEN = range(4)  # ChunkOutcome of csrc/merge_chunk.h
 
 
@@ -67,13 +70,18 @@ class ChunkMerger:
         Args:
             chunk: The chunk.
             batches: What is to be merged in it, and the slices that the segments are of.
-            descriptors: Of the open files of its sources.
+            descriptors: Of the open files of its sources; IN_MEMORY of one whose bytes are at its address already.
             addresses: Of memory for each source; that of the base has the result afterwards.
             output: The descriptor that is written to, at the offset of the base.
             fetch: Whether the system is told beforehand what will be read.
         """
         versions = zip(chunk.sources, descriptors, addresses, strict=True)
-        sources = array("q", chain.from_iterable((fd, s.offset, s.nbytes, at) for s, fd, at in versions))
+        sources = array(
+            "q",
+            chain.from_iterable(
+                (fd, s.offset, 0 if fd == IN_MEMORY else s.nbytes, at) for s, fd, at in versions
+            ),
+        )
         packed = [pack_descriptors(batch) for batch, _ in batches]
         counts = [array("q", bytes(8 * len(COUNTED) * len(slices))) for _, slices in batches]
         outcome, error, cached, times = library().merge_chunk(

@@ -139,6 +139,28 @@ def make_plan(
     )
     if not tensors:
         raise InputError(f"{base.path}: no floating-point tensor, expected at least one to merge")
+    notes = [note for checkpoint in (base, *models) for note in checkpoint.notes] + notes
+    return plan_of(base, models, tensors, versions, task_vectors, notes)
+
+
+def plan_of(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    tensors: Mapping[str, TensorRef],
+    versions: Sequence[Mapping[str, TensorRef]],
+    task_vectors: bool,
+    notes: Sequence[str],
+) -> Plan:
+    """Lay out the output of a merge whose tensors are paired.
+
+    Args:
+        base: The base.
+        models: The fine-tuned models, or task vectors.
+        tensors: Those of the base that are merged.
+        versions: Those of each model, under the same names.
+        task_vectors: Whether models are task vectors.
+        notes: What a user should know, a line each.
+    """
     held: dict[Path, list[tuple[str, TensorRef]]] = {file.path: [] for file in base.weights.values()}
     for name, tensor in tensors.items():
         held[tensor.source.file.path].append((name, tensor))
@@ -152,7 +174,6 @@ def make_plan(
         if file.size
     ]
     files = {**base.weights, **base.extra_files}
-    notes = [note for checkpoint in (base, *models) for note in checkpoint.notes] + notes
     unchanged = len(base.tensors) + len(base.unindexed) - len(tensors)
     return Plan(base, list(models), files, extents, unchanged, tuple(notes))
 

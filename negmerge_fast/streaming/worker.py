@@ -12,12 +12,13 @@ from typing import Any
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
-from ..core.batch import COUNTED, Batch, Counts, Merge, Rows, Segment, Signature, segment_at
+from ..core.batch import COUNTED, Batch, Counts, Merge, Operand, Rows, Segment, Signature, segment_at
 from ..core.errors import InputError, short_repr
 from ..core.rule import NonFinite, Rule
 from ..output.writer import Writer
 from ..runtime.buffers import Timeline, WorkerBuffers
-from .native import NOT_READ, NOT_WRITTEN, ChunkMerger
+from .expansion import ExpandedFile
+from .native import IN_MEMORY, NOT_READ, NOT_WRITTEN, ChunkMerger
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult
 from .read_ahead import ReadAhead
@@ -66,7 +67,7 @@ class Worker:
         """Read a chunk, merge it in place on the base's buffer, and write that."""
         base = chunk.sources[0]
         buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
-        if self.native and base.nbytes and (done := self._process_natively(self.native, chunk, buffers[0])):
+        if self.native and base.nbytes and (done := self._process_natively(self.native, chunk, buffers)):
             return done
         pruner = ChunkPruner(self.skipping, chunk, buffers, *self.buffers.addresses())
         self.reader.requests = requested = self.read_ahead.requests
@@ -81,7 +82,7 @@ class Worker:
                 for batch, slices in batches(chunk, self.device, addresses, owner):
                     merged.append((slices, self.merge(batch, self.rule, self.merge_threads)))
             self.buffers.wait()
-            counted = self._count(chunk, merged)
+            counted = self._count(chunk, merged, self.rule)
         else:
             counted = none_agreed(chunk)
         with self.timeline.span("write"):
@@ -89,19 +90,65 @@ class Worker:
             self.writer.write(chunk.path, base.offset, buffers[0], self.release, like)
         return ChunkResult(read, base.nbytes, counted, skipped)
 
-    def _process_natively(self, native: ChunkMerger, chunk: Extent, result: memoryview) -> ChunkResult | None:
+    def process_for(self, chunk: Extent, outputs: Sequence[tuple[Rule, Writer]]) -> list[ChunkResult]:
+        """Read a chunk once, and merge and write it for several outputs.
+
+        Args:
+            chunk: The chunk.
+            outputs: The rule and the writer of each.
+
+        Returns:
+            A result for each output. What was read is in the first.
+        """
+        base, sizes = chunk.sources[0], [source.nbytes for source in chunk.sources]
+        # The result is the first version: that is what a device gives back.
+        result, *buffers = self.buffers.reserve([base.nbytes, *sizes])
+        self.reader.requests = requested = self.read_ahead.requests
+        began, cached = time.perf_counter(), True
+        with self.timeline.span("read"):
+            for source, buffer in zip(chunk.sources, buffers, strict=True):
+                cached = bool(source.read_into(self.reader, buffer, release=self.release)) and cached
+        read = sum(sizes)
+        self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
+        done: list[ChunkResult] = []
+        for rule, writer in outputs:
+            counted: list[ChunkCounts] = []
+            if chunk.slices:
+                counted = self._merge_into(chunk, rule)
+            like = None if chunk.slices else self.reader.descriptor(base.file)
+            with self.timeline.span("write"):
+                data = result if chunk.slices else buffers[0]
+                writer.write(chunk.path, base.offset, data, self.release, like)
+            done.append(ChunkResult(0 if done else read, base.nbytes, counted))
+        return done
+
+    def _merge_into(self, chunk: Extent, rule: Rule) -> list[ChunkCounts]:
+        """Merge a chunk that was read behind the first of the reserved versions, into that one."""
+        merged: list[tuple[list[TensorSlice], Counts]] = []
+        with self.turns, self.buffers.launch() as (addresses, owner):
+            for batch, slices in batches(chunk, self.device, addresses[1:], owner, out=addresses[0]):
+                merged.append((slices, self.merge(batch, rule, self.merge_threads)))
+        self.buffers.wait()
+        return self._count(chunk, merged, rule)
+
+    def _process_natively(
+        self, native: ChunkMerger, chunk: Extent, buffers: Sequence[memoryview]
+    ) -> ChunkResult | None:
         """Process a chunk in one call; None if it cannot be read so, and is to be read again to tell why."""
         if len(chunk.sources) > self.reader.max_open:  # their descriptors are all needed at once
             return None
         base, requested = chunk.sources[0], self.read_ahead.requests
-        descriptors = [self.reader.descriptor(source.file) for source in chunk.sources]
+        descriptors = [
+            self._descriptor_or_content(source, buffer)
+            for source, buffer in zip(chunk.sources, buffers, strict=True)
+        ]
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
         merged = list(batches(chunk, "cpu", addresses, owner))
         done = native.merge(chunk, merged, descriptors, addresses, output, requested)
         if done.outcome == NOT_READ:
             return None
-        counted = self._count(chunk, done.counted)
+        counted = self._count(chunk, done.counted, self.rule)
         if done.outcome == NOT_WRITTEN:
             raise OSError(done.error, os.strerror(done.error), str(self.writer.destination.path))
         read = sum(source.nbytes for source in chunk.sources)
@@ -111,8 +158,16 @@ class Worker:
             self.timeline.add(stage, began, end)
             began = end
         with self.timeline.span("write"):
-            self.writer.written(chunk.path, base.offset, result, self.release)
+            self.writer.written(chunk.path, base.offset, buffers[0], self.release)
         return ChunkResult(read, base.nbytes, counted)
+
+    def _descriptor_or_content(self, source: ByteRange, buffer: memoryview) -> int:
+        """The descriptor of a source's file; IN_MEMORY if its bytes are computed, and are in the buffer now."""
+        if not isinstance(source.file, ExpandedFile):
+            return self.reader.descriptor(source.file)
+        with self.timeline.span("read"):
+            source.read_into(self.reader, buffer, release=self.release)
+        return IN_MEMORY
 
     def _read(self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview]) -> tuple[int, bool]:
         """Read the base and, of each model, what can still agree.
@@ -149,23 +204,26 @@ class Worker:
     def _prefetch(self, models: Sequence[ByteRange], numbers: range, pruner: ChunkPruner) -> None:
         for k in numbers:
             for begin, end in pruner.byte_ranges(k + 1):
-                self.reader.expect(models[k].file, models[k].offset + begin, end - begin)
+                models[k].file.expect(self.reader, models[k].offset + begin, end - begin)
 
-    def _count(self, chunk: Extent, merged: Sequence[tuple[list[TensorSlice], Counts]]) -> list[ChunkCounts]:
+    def _count(
+        self, chunk: Extent, merged: Sequence[tuple[list[TensorSlice], Counts]], rule: Rule
+    ) -> list[ChunkCounts]:
         counted = [([(s.name, s.numel) for s in slices], Rows(c.tolist())) for slices, c in merged]
         if self.nonfinite == "error" and any(row[_NONFINITE] for _, rows in counted for row in rows):
-            self._refuse_nonfinite(chunk)
+            self._refuse_nonfinite(chunk, rule)
         return counted
 
-    def _refuse_nonfinite(self, chunk: Extent) -> None:
-        """Name the first non-finite element of a chunk; its base was overwritten, and is read again."""
+    def _refuse_nonfinite(self, chunk: Extent, rule: Rule) -> None:
+        """Name the first non-finite element of a chunk; its base may have been overwritten, and all is read again."""
         import numpy as np
 
         buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
         with Reader(1) as reader:
-            chunk.sources[0].read_into(reader, buffers[0])
+            for source, buffer in zip(chunk.sources, buffers, strict=True):
+                source.read_into(reader, buffer)
         for batch, slices in batches(chunk, "cpu", *self.buffers.addresses()):
-            if found := registry.first_nonfinite(batch, self.rule):
+            if found := registry.first_nonfinite(batch, rule):
                 row, element, version, value = found
                 name, start, _, _ = slices[row]
                 tensor = self.plan.base.tensors[name]
@@ -182,7 +240,7 @@ class Worker:
 
 
 def batches(
-    chunk: Extent, device: str, addresses: list[int], owner: Any
+    chunk: Extent, device: str, addresses: list[int], owner: Any, out: int | None = None
 ) -> Iterator[tuple[Batch, list[TensorSlice]]]:
     """Yield one batch for each signature in a chunk, and the slices that its segments are of.
 
@@ -191,11 +249,15 @@ def batches(
         device: Where the versions are.
         addresses: Where each version begins.
         owner: Keeps that memory.
+        out: Where the result begins; in place on the base if it is None.
     """
     groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
     for tensor_slice in chunk.slices:
         numel, signature = tensor_slice.numel, tensor_slice.signature
         segment = segment_at(numel, signature, addresses, [owner] * len(addresses))
+        if out is not None:
+            segment = segment._replace(out=Operand(out, signature.result, owner))
+            out += numel * tensor_slice.sizes[0]
         addresses = [a + numel * size for a, size in zip(addresses, tensor_slice.sizes, strict=True)]
         segments, slices = groups.setdefault(signature, ([], []))
         segments.append(segment)

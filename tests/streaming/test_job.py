@@ -330,6 +330,6 @@ def test_a_rank_that_comes_when_the_first_is_stopped(tmp_path: Path) -> None:
     first, second = (staging_for(tmp_path / "out") for _ in range(2))
     with first:
         first.open()
-        job: Any = SimpleNamespace(_rank_fingerprint={}, staging=second)
+        job: Any = SimpleNamespace(rank_fingerprint={}, staging=second)
         with pytest.raises(PeerError):
-            Job._join(job, {}, Second())
+            Job.join(job, {}, Second())

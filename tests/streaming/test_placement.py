@@ -96,7 +96,7 @@ def test_bandwidths_are_measured(
     on_cpu = prepare(tmp_path, device="cpu")
     assert on_cpu.throughput() and on_cpu.throughput().h2d_bandwidth is None  # type: ignore[union-attr]
     nothing = prepare(tmp_path, device="cpu", include="empty")
-    assert nothing.throughput() is None and "\nbandwidth " not in "\n".join(text.plan_lines(nothing))
+    assert nothing.throughput() is None and "\nbandwidth " not in "\n".join(text.plan_lines([nothing]))
     lines = list(placement.describe([DEVICE]))
     assert len(lines) == 2 and "host to cuda:0 at" in lines[1]
     probes.h2d_bandwidth.cache_clear()

@@ -188,7 +188,7 @@ def test_memory_is_bounded_by_what_is_free(
     measured = dataclasses.replace(
         usual, placement=usual.placement._replace(throughput=Throughput(1e9, False, 2e9, 5e9))
     )
-    assert f"and as much on {DEVICE}" in "\n".join(text.plan_lines(measured))
+    assert f"and as much on {DEVICE}" in "\n".join(text.plan_lines([measured]))
     for module, name, at in (
         (device_module, "available_bytes", lambda _: 64 << 20),
         (memory, "free_memory", lambda: 128 << 20),
