@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .core.errors import InputError, MergeWarning
     from .core.rule import Rule
     from .core.stats import Stats, TensorStats
+    from .deltas.apply import apply_delta
     from .deltas.live import Live
     from .deltas.memory import Delta, consensus_delta, load_delta
     from .deltas.paired import Changed
@@ -34,6 +35,7 @@ _HOMES = {
     "Stats": "core.stats",
     "TensorStats": "core.stats",
     "Verified": "streaming.verify",
+    "apply_delta": "deltas.apply",
     "consensus_delta": "deltas.memory",
     "load_delta": "deltas.memory",
     "merge": "tensors.api",
@@ -57,6 +59,7 @@ __all__ = [
     "TensorStats",
     "Verified",
     "__version__",
+    "apply_delta",
     "consensus_delta",
     "load_delta",
     "merge",

@@ -24,11 +24,16 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 NAMES = [
     "Changed", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified",
-    "__version__", "consensus_delta", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "verify_checkpoint",
+    "__version__", "apply_delta", "consensus_delta", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_",
+    "verify_checkpoint",
 ]  # fmt: skip
 
 SIGNATURES = {
     "Changed": "(elements, changed, tensors=<factory>)",
+    "apply_delta": (
+        "(base, delta, output, *, scale, nonfinite='error', keep=(), drop=(), backend='auto', device='auto', memory_budget=None, "
+        "threads=None, overwrite=False, resume=False, progress=None)"
+    ),
     "consensus_delta": (
         "(base, finetuned, *, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, exclude=None, rename=(), "
         "half=False, backend='auto')"
@@ -155,6 +160,24 @@ COMMANDS = {
         "--report FILE.jsonl text = None",
         "--quiet -q boolean = False",
     ],
+    "apply": [
+        "BASE",
+        "DELTA",
+        "--output -o OUT text, required",
+        "--scale float, required",
+        "--nonfinite error|keep-base = error",
+        "--keep GLOB text = ()",
+        "--drop GLOB text = ()",
+        "--backend auto|cuda|triton|cpu|torch = auto",
+        "--device auto|cpu|cuda:0 text = auto",
+        "--memory-budget SIZE text = auto",
+        "--threads N integer = None",
+        "--report FILE.json text = None",
+        "--dry-run boolean = False",
+        "--overwrite boolean = False",
+        "--resume boolean = False",
+        "--quiet -q boolean = False",
+    ],
 }
 
 # What each command is called with at least.
@@ -165,6 +188,7 @@ ARGUMENTS = {
     "info": [],
     "demo": [],
     "bench": [],
+    "apply": ["base", "delta", "--output", "out", "--scale", "1"],
 }
 
 REPORT = [

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .._version import __version__
-from ..backends.registry import NAMES
-from ..checkpoints.reader import naming
-from ..core.errors import InputError, escape
+from ..core.errors import escape
+from .apply import apply
+from .options import nonfinite, other_files, outcome, output, resources
+from .running import Outcome, run
 from .signals import Signals, fail
-from .text import (
-    contents,
-    plan_lines,
-    print_lines,
-    print_note,
-    print_notes,
-    print_other_files,
-    progress_bar,
-    summary,
-    verified,
-)
-
-if TYPE_CHECKING:
-    from ..streaming.job import Job
+from .text import contents, delta_contents, print_lines, progress_bar, verified
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -48,7 +35,7 @@ def _renames(
 @negmerge.command()
 @click.argument("base")
 @click.argument("finetuned", nargs=-1)
-@click.option("--output", "-o", required=True, metavar="OUT", help="Path of the result, which mirrors BASE.")
+@output
 @click.option(
     "--scale", required=True, type=float, help="λ: how far to move away from the fine-tuned models."
 )
@@ -60,13 +47,7 @@ def _renames(
     show_default=True,
     help="Fraction of the models that must agree on the sign of an element.",
 )
-@click.option(
-    "--nonfinite",
-    type=click.Choice(["error", "keep-base"]),
-    default="error",
-    show_default=True,
-    help="Fail on a NaN or an infinity, or keep the element of BASE.",
-)
+@nonfinite
 @click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
 @click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE.")
 @click.option(
@@ -76,48 +57,14 @@ def _renames(
     callback=_renames,
     help="Replace matches in the names of FINETUNED's tensors; repeatable.",
 )
-@click.option(
-    "--keep",
-    metavar="GLOB",
-    multiple=True,
-    help="Copy files of BASE that may hold weights, as they are; repeatable.",
-)
-@click.option("--drop", metavar="GLOB", multiple=True, help="Do not copy these files of BASE; repeatable.")
-@click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|cuda:0",
-    help="Where to merge; auto measures bandwidths and takes the faster device.",
-)
-@click.option(
-    "--memory-budget",
-    default="auto",
-    show_default="half of what is free",
-    metavar="SIZE",
-    help="The most memory to allocate, and once more on a GPU.",
-)
-@click.option(
-    "--threads",
-    type=int,
-    metavar="N",
-    help="Threads that read and compute; torch's number by default, or less within a quota.",
-)
+@other_files
+@resources
 @click.option(
     "--skip-unchanged/--no-skip-unchanged",
     default=None,
     help="Do not read input that cannot change the output; a NaN there is not seen. Default: with keep-base only.",
 )
-@click.option(
-    "--report", metavar="FILE.json", help="Write what was done, with counts of each tensor, as JSON."
-)
-@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace OUT if its manifest lists all its files, as they are."
-)
-@click.option("--resume", is_flag=True, help="Continue an interrupted merge; keep unfinished output.")
-@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@outcome
 @click.pass_obj
 def merge(
     signals: Signals,
@@ -135,82 +82,17 @@ def merge(
 
     BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
     """
-    from ..runtime.distributed import ranks_from_environment, select_own_gpu
-
-    signals.ranks = ranks = ranks_from_environment(signals.check, None if quiet else print_note)
-    if ranks.count > 1 and options["device"] in ("auto", "cuda"):
-        select_own_gpu()
-    options["inputs"] = "task_vectors" if task_vectors else "finetuned"
-    job = _prepare(signals, base, finetuned, output, options, report)
-    if ranks.rank == 0 and not quiet:
-        print_notes(job.notes)
-    if dry_run:
-        if ranks.rank == 0:
-            print_lines(*plan_lines(job))
-            print_other_files(job.plan.base)
-        return
-    said = len(job.notes)
-    signals.guarded = True
-    signals.check()
-    with progress_bar("merge", signals, quiet or ranks.rank > 0) as progress:
-        done = job.run(progress, ranks=ranks)
-    if ranks.rank > 0:
-        return
-    if report is not None:
-        with naming(Path(report)), open(report, "w", encoding="utf-8") as file:
-            file.write(done.to_json())
-    if not quiet:
-        print_notes(done.notes[said:])
-        print_lines(summary(job, done))
-        print_other_files(job.plan.base)
-
-
-def _prepare(
-    signals: Signals,
-    base: str,
-    finetuned: tuple[str, ...],
-    output: str,
-    options: dict[str, Any],
-    report: str | None,
-) -> Job:
-    """Check a merge on every rank; if one fails, all fail."""
     from ..streaming.api import prepare
     from ..streaming.options import MergeOptions
 
-    jobs: list[Job] = []
-
-    def check() -> None:
-        jobs.append(prepare(base, list(finetuned), output, MergeOptions(**options)))
-        if report is not None:
-            _check_report(report, jobs[0])
-
-    signals.ranks.all_gather(check)
-    return jobs[0]
-
-
-def _check_report(report: str, job: Job) -> None:
-    """Refuse a report that would lie in the output or in an input, or that cannot be written."""
-    import tempfile
-
-    path = Path(os.path.realpath(report))
-    checkpoints = (job.plan.base, *job.plan.models)
-    for path_in_use in (
-        job.destination.path,
-        job.destination.manifest_path,
-        *(checkpoint.path for checkpoint in checkpoints),
-    ):
-        real = Path(os.path.realpath(path_in_use))
-        if path == real or real in path.parents:
-            raise InputError(f"{report}: is inside {path_in_use}, expected another place for the report")
-    try:
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent}: no such directory, expected one to hold {path.name}")
-        if report.endswith("/") or (path.exists() and not path.is_file()):
-            raise InputError(f"{report}: not a regular file")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{report}: cannot be written ({error.strerror})") from None
+    options["inputs"] = "task_vectors" if task_vectors else "finetuned"
+    run(
+        signals,
+        "merge",
+        lambda: [prepare(base, list(finetuned), output, MergeOptions(**options))],
+        options["device"],
+        Outcome(report, dry_run, quiet),
+    )
 
 
 @negmerge.command()
@@ -259,11 +141,26 @@ def verify(
 @negmerge.command()
 @click.argument("paths", nargs=-1, required=True)
 def inspect(paths: tuple[str, ...]) -> None:
-    """Print the contents of each PATH and, of several, whether the others can be merged into the first."""
+    """Print the contents of each PATH and, of several, whether the others can be merged into the first.
+
+    Of a model and a consensus delta, whether the delta is of that model.
+    """
+    from ..checkpoints.delta import is_delta, open_delta
     from ..checkpoints.formats import open_checkpoint
     from ..streaming.pairing import refuse_unmergeable
     from ..streaming.plan import make_plan
 
+    if is_delta(Path(paths[-1])) and len(paths) < 3:
+        delta = open_delta(paths[-1])
+        print_lines(delta_contents(delta))
+        if len(paths) == 2:
+            from ..streaming.expansion import plan_delta
+
+            base = open_checkpoint(paths[0])
+            print_lines(contents(base))
+            plan = plan_delta(base, delta)
+            print(f"can be applied: {plan.tensors} tensors, {plan.elements:,} elements")
+        return
     checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(paths)]
     for checkpoint in checkpoints:
         print_lines(contents(checkpoint))
@@ -323,3 +220,6 @@ def bench(signals: Signals, device: str, report: str | None, quiet: bool) -> Non
     signals.guarded = True
     signals.check()
     run(device, report, progress=signals.check, quiet=quiet)
+
+
+negmerge.add_command(apply)

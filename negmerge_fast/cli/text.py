@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import escape
+from ..core.errors import escape, short_repr
 from .signals import Signals
 
 if TYPE_CHECKING:
     from ..checkpoints.base import Checkpoint
+    from ..checkpoints.delta import DeltaCheckpoint
     from ..streaming.job import Job
     from ..streaming.report import Report
     from ..streaming.verify import Verified
@@ -57,21 +58,23 @@ def progress_bar(title: str, signals: Signals, quiet: bool) -> Iterator[Callable
             bar.close()
 
 
-def plan_lines(job: Job) -> list[str]:
-    """Describe what a merge would do, one property a line."""
+def plan_lines(jobs: Sequence[Job]) -> list[str]:
+    """Describe what jobs of one plan would do, one property a line."""
     from ..streaming.partition import segments_of
 
+    job = jobs[0]
     plan, device = job.plan, job.placement.device
+    is_delta = [model.path for model in plan.models if model.kind == "delta"]
     throughput = job.throughput()
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
-        f"models    {len(plan.models)}",
-        f"output    {job.destination.path}: {len(plan.files)} files",
+        f"delta     {is_delta[0]}" if is_delta else f"models    {len(plan.models)}",
+        *(f"output    {each.destination.path}: {len(plan.files)} files" for each in jobs),
         f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} unchanged",
         f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
         f"chunks of at most {_size(job.chunk_bytes)} per file",
         f"read      {_size(plan.bytes_read)}",
-        f"write     {_size(plan.bytes_written)}",
+        f"write     {_size(len(jobs) * plan.bytes_written)}",
         f"memory    {_size(job.memory)}{'' if device == 'cpu' else f', and as much on {device}'}",
         f"backend   {job.backend} on {device} ({job.placement.reason})",
         *([f"bandwidth {throughput}"] if throughput else []),
@@ -136,6 +139,19 @@ def contents(checkpoint: Checkpoint) -> str:
         f"{checkpoint.path}: {checkpoint.kind}, {len(checkpoint.weights)} weight files ({_size(size)}), "
         f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.extra_files)} other files"
         + (f", {len(checkpoint.skipped_files)} skipped" if checkpoint.skipped_files else "")
+    )
+
+
+def delta_contents(delta: DeltaCheckpoint) -> str:
+    """Describe a consensus delta: its files, the base and the models that it was made of, and what is set."""
+    info, stored = delta.info, sorted({tensor.means.spec.dtype for tensor in delta.tensors.values()})
+    size = sum(file.size for file in delta.files.values())
+    base = short_repr(info.base["path"]) if info.base else "a model in memory"
+    ratio = delta.agreed / delta.elements if delta.elements else 0.0
+    return (
+        f"{delta.path}: consensus delta of {base} and {info.models} models (min_agreement {info.min_agreement}), "
+        f"{len(delta.files)} files ({_size(size)}), {len(delta.tensors)} tensors: "
+        f"{delta.agreed:,} of {delta.elements:,} elements agreed ({ratio:.2%}), means in {', '.join(stored) or 'no type'}"
     )
 
 

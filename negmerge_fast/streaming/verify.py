@@ -19,6 +19,7 @@ import numpy as np
 
 from ..backends import registry
 from ..checkpoints.base import ByteRange
+from ..checkpoints.delta import is_delta, open_delta
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File, Reader
 from ..core.dtypes import FLOAT_SIZES
@@ -29,6 +30,7 @@ from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from ..runtime.patterns import BoundedPatterns
+from .expansion import expand, plan_delta
 from .options import MAX_THREADS, PathLike, as_integer, as_path, as_paths, require_callable
 from .partition import chunks
 from .plan import Extent, Plan, make_plan
@@ -93,8 +95,8 @@ def verify_checkpoint(
 
     Args:
         output: The merged directory or file, with its manifest.
-        against: The base and the fine-tuned models, in the order of the merge. A random sample of blocks is merged
-            again by the reference, and the output must have the same bits.
+        against: The base and the fine-tuned models, in the order of the merge; or the base and the consensus delta that was
+            applied. A random sample of blocks is merged again by the reference, and the output must have the same bits.
         blocks: How many blocks to sample, each of up to 1 MiB, drawn evenly by bytes. All of them if there are fewer.
         seed: The seed of the sample.
         threads: How many threads read and compute checksums. None is torch's number, or less within a CPU quota.
@@ -230,19 +232,26 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
             f"{out.path}: a consensus delta, expected the output of a merge to compare with its inputs"
         )
     base = open_checkpoint(against[0], keep=recipe.keep, drop=recipe.drop)
-    models = [open_checkpoint(path, keep=recipe.keep, extra_files=False) for path in against[1:]]
+    delta = open_delta(against[1]) if len(against) == 2 and is_delta(against[1]) else None
+    if delta:
+        models = [expand(delta)]
+    else:
+        models = [open_checkpoint(path, keep=recipe.keep, extra_files=False) for path in against[1:]]
     if differs := manifest.differences([recipe.base, *recipe.models], [base, *models]):
         raise InputError(differs)
-    with BoundedPatterns(manifest.manifest_path(out.path, out.path.is_dir())) as patterns:
-        plan = make_plan(
-            base,
-            models,
-            task_vectors=recipe.inputs == "task_vectors",
-            include=recipe.include,
-            exclude=recipe.exclude,
-            rename=recipe.rename,
-            patterns=patterns,
-        )
+    if delta:
+        plan = plan_delta(base, delta)
+    else:
+        with BoundedPatterns(manifest.manifest_path(out.path, out.path.is_dir())) as patterns:
+            plan = make_plan(
+                base,
+                models,
+                task_vectors=recipe.inputs == "task_vectors",
+                include=recipe.include,
+                exclude=recipe.exclude,
+                rename=recipe.rename,
+                patterns=patterns,
+            )
     if base.is_directory != out.path.is_dir():
         raise InputError(f"{base.path}: is a {base.kind}, expected one like {out.path}")
     # A single file may have another name than the output's.

@@ -18,9 +18,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["negmerge_fast"]):
+    from negmerge_fast.deltas import apply  # noqa: F401
     from negmerge_fast.streaming import api  # noqa: F401
 
-from fuzzing import TRIED, fuzzed
+from fuzzing import TRIED, fuzzed, fuzzed_deltas
 
 # Per model, with all that was imported; seconds and MB.
 _LIMITS = ("-timeout=20", "-rss_limit_mb=2048", "-verbosity=0", "-len_control=0")
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="where what fails is saved")
     parser.add_argument("files", nargs="*", help="what has failed, to be tried again")
+    parser.add_argument("--deltas", action="store_true", help="deltas that are applied, in place of models")
     given = parser.parse_args()
+    target = fuzzed_deltas if given.deltas else fuzzed
     given.found.mkdir(exist_ok=True)
     ends = time.monotonic() + given.seconds
     told = 0
@@ -42,12 +45,12 @@ def main() -> None:
 
     def try_one(choices: bytes) -> None:
         nonlocal told
-        fuzzed.hypothesis.fuzz_one_input(choices)
+        target.hypothesis.fuzz_one_input(choices)
         tried, over = TRIED.total(), time.monotonic() > ends
         if tried >= told + _REPORT_INTERVAL or over:
             told = tried
             print(
-                f"{tried:,} models tried: {TRIED['merged']:,} merged, {TRIED['refused']:,} refused",
+                f"{tried:,} tried: {TRIED['merged']:,} merged, {TRIED['applied']:,} applied, {TRIED['refused']:,} refused",
                 flush=True,
             )
         if over and folders:

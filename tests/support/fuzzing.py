@@ -20,8 +20,11 @@ from hypothesis import strategies as st
 from in_process import negmerge
 from malformed import CONTROLS, NOT_DESCRS, NOT_LITERALS, NOT_SHAPES, OTHER_DTYPES, WRONG_SHAPES, array, npy
 from malformed_models import INDEX, OTHER, OUTSIDE, SHARD, STRANGE
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from negmerge_fast.core.delta import mask_bytes
+from negmerge_fast.core.hashing import hash_of
 from negmerge_fast.core.reference import plain_merge
 
 SIZES = {
@@ -355,3 +358,133 @@ def load_one(path: Path) -> dict[str, torch.Tensor]:
 @given(models())
 def fuzzed(given: Models) -> None:
     try_models(given)
+
+
+class Delta(NamedTuple):
+    """base, delta: contents of .safetensors files. nonfinite: the option of the command line."""
+
+    base: bytes
+    delta: bytes
+    nonfinite: str
+
+
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> Delta:
+    """A base and a delta of it, with up to three changes on any level."""
+    specs = st.tuples(st.sampled_from(FLOATS), st.sampled_from([(0,), (), (3,), (64,), (70, 2), (3, 200)]))
+    named = draw(st.dictionaries(st.sampled_from(NAMES), specs, min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    base, stored, infos = Weights(Object(), b""), Weights(Object(), b""), Object()
+    for name, (dtype, shape) in named.items():
+        numel = math.prod(shape)
+        arithmetic = "F64" if dtype == "F64" else draw(st.sampled_from(["F32", "F64"]))
+        means_dtype = draw(st.sampled_from([arithmetic, "BF16"]))
+        numbers = torch.randn(numel, generator=generator, dtype=torch.float64)
+        raw = bytes_of(numbers.to(TORCH[dtype]))
+        mask = torch.rand(numel, generator=generator) < 0.3
+        means = bytes_of((1 + torch.rand(int(mask.sum()), generator=generator)).to(TORCH[means_dtype]))
+        words = np.packbits(mask.numpy(), bitorder="little").tobytes().ljust(mask_bytes(numel), b"\0")
+        base = with_tensor(base, name, dtype, shape, raw)
+        stored = with_tensor(stored, f"{name}.mask", "U8", (len(words),), words)
+        stored = with_tensor(stored, f"{name}.mean", means_dtype, (int(mask.sum()),), means)
+        middle = max(len(raw) - 64, 0) // 2
+        fields: list[tuple[str, Any]] = [("dtype", dtype), ("shape", list(shape)), ("arithmetic", arithmetic)]
+        fields += [("nonfinite", 0), ("vetoed_by_zero", 0), ("sample", hash_of(raw[middle : middle + 64]))]
+        infos.append((name, Object(fields)))
+    inner = {
+        "rule": Object([("min_agreement", 1.0), ("inputs", "finetuned")]),
+        "base": Object(),
+        "tensors": infos,
+    }
+    metadata: list[tuple[str, Any]] = [("format", "negmerge-delta"), ("version", "1"), ("models", "2")]
+    for _ in some(draw, 1):
+        change_tree(draw, inner[draw(st.sampled_from(["rule", "tensors"]))])
+    metadata += [(key, to_json(value)) for key, value in inner.items()]
+    stored.header.insert(0, ("__metadata__", Object(metadata)))
+    for _ in some(draw, 1):
+        change_tree(draw, stored.header)
+    payload = stored.payload
+    for _ in some(draw, 1):
+        payload = change_bytes(draw, payload)
+    contents = [(to_json(w.header).encode(), p) for w, p in ((base, base.payload), (stored, payload))]
+    files = [len(text).to_bytes(8, "little") + text + data for text, data in contents]
+    return Delta(files[0], files[1], draw(NONFINITE))
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def with_tensor(file: Weights, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Weights:
+    offsets = [len(file.payload), len(file.payload) + len(data)]
+    entry = Object([("dtype", dtype), ("shape", list(shape)), ("data_offsets", offsets)])
+    return Weights(Object([*file.header, (name, entry)]), file.payload + data)
+
+
+def try_delta(given: Delta) -> None:
+    """Apply a delta with two scales, or be refused; anything else is an AssertionError."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        os.chdir(folder)
+        try:
+            Path("base.safetensors").write_bytes(given.base)
+            Path("delta.safetensors").write_bytes(given.delta)
+            before = sorted(Path().rglob("*"))
+            options = (
+                "--scale",
+                "0.9",
+                "--scale=-2",
+                "--nonfinite",
+                given.nonfinite,
+                "--threads",
+                "1",
+                "--quiet",
+            )
+            status, said, err = negmerge(
+                "apply", "base.safetensors", "delta.safetensors", "--output", "out", *options
+            )
+            if status == 0:
+                TRIED["applied"] += 1
+                assert not said and err.count("\n") <= 1
+                for scale in (0.9, -2.0):
+                    check_applied(Path(f"out-{scale}.safetensors"), scale)
+                return
+            TRIED["refused"] += 1
+            assert (status, said) == (2, ""), err
+            assert err.startswith("negmerge: ") and err.endswith("\n") and err[:-1].isprintable(), err
+            assert len(err) < 20_000
+            assert sorted(Path().rglob("*")) == before
+        finally:
+            os.chdir(here)
+
+
+def check_applied(path: Path, scale: float) -> None:
+    base, stored, out = (load_file(each) for each in ("base.safetensors", "delta.safetensors", path))
+    assert base.keys() == out.keys()
+    for name, tensor in base.items():
+        expected = tensor.reshape(-1).clone()
+        if f"{name}.mask" in stored:
+            means = stored[f"{name}.mean"]
+            bits = np.unpackbits(stored[f"{name}.mask"].numpy(), bitorder="little")
+            assert bits.sum() == len(means) and bool((means.isfinite() & (means != 0)).all())
+            wide = arithmetic_of(Path("delta.safetensors"), name)
+            at = torch.from_numpy(bits[: tensor.numel()]).bool()
+            moved = expected[at].to(wide) + torch.tensor(scale, dtype=wide) * -means.to(wide)
+            moved = moved.float() if tensor.element_size() == 2 else moved
+            rounded = moved.to(tensor.dtype)
+            expected[at] = torch.where(rounded.isfinite(), rounded, expected[at])
+        assert same_bits(out[name].reshape(-1), expected), name
+
+
+def arithmetic_of(path: Path, name: str) -> torch.dtype:
+    with safe_open(path, "pt") as file:
+        return TORCH[json.loads(file.metadata()["tensors"])[name]["arithmetic"]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(deltas())
+def fuzzed_deltas(given: Delta) -> None:
+    try_delta(given)

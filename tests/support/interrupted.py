@@ -30,6 +30,11 @@ def slow(self, chunk):
     time.sleep(wait * len(chunk.sources))
     return process(self, chunk)
 Worker.process_chunk = slow
+process_for = Worker.process_for
+def slow_for(self, chunk, outputs):
+    time.sleep(wait * len(chunk.sources))
+    return process_for(self, chunk, outputs)
+Worker.process_for = slow_for
 main.main()
 """
 
@@ -60,10 +65,11 @@ def start(
     present: Sequence[int] | None = None,
     of_last: Sequence[str] = (),
     late: int | None = None,
+    arguments: Sequence[str] = ARGUMENTS,
 ) -> list[subprocess.Popen[str]]:
     """Start the processes of one slow merge, by rank.
 
-    present: the ranks that are started. of_last: arguments of the last one alone. late: the rank that seldom polls others.
+    present: the ranks that are started. of_last: arguments of the last one alone. arguments: those of all. late: the rank that seldom polls others.
     """
     port = str(free_port())
     processes = []
@@ -74,7 +80,7 @@ def start(
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        command = [sys.executable, "-c", SLOW, *ARGUMENTS, *more, *(of_last if rank == ranks - 1 else ())]
+        command = [sys.executable, "-c", SLOW, *arguments, *more, *(of_last if rank == ranks - 1 else ())]
         processes.append(
             subprocess.Popen(
                 command,

@@ -1,0 +1,56 @@
+"""The command that applies a consensus delta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import nonfinite, other_files, outcome, output, resources
+from .running import Outcome, run
+from .signals import Signals
+
+
+@click.command()
+@click.argument("base")
+@click.argument("delta")
+@output
+@click.option(
+    "--scale",
+    "scales",
+    required=True,
+    multiple=True,
+    type=float,
+    help="λ; repeatable: each has an output of its own, OUT-0.9, in one pass over BASE.",
+)
+@nonfinite
+@other_files
+@resources
+@outcome
+@click.pass_obj
+def apply(
+    signals: Signals,
+    /,
+    base: str,
+    delta: str,
+    output: str,
+    scales: tuple[float, ...],
+    report: str | None,
+    dry_run: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Subtract the consensus DELTA from BASE, as a merge with its models would.
+
+    BASE is what `negmerge delta` was given. The report of several scales is a list.
+    """
+    from ..deltas.apply import options_of, prepare_apply
+
+    several = len(scales) > 1
+    run(
+        signals,
+        "apply",
+        lambda: prepare_apply(base, delta, output, scales, options_of(**options), several=several),
+        options["device"],
+        Outcome(report, dry_run, quiet, several),
+    )

@@ -1,0 +1,96 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..backends.registry import NAMES
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def output(command: _Command) -> _Command:
+    """Where the result goes."""
+    return click.option(
+        "--output", "-o", required=True, metavar="OUT", help="Path of the result, which mirrors BASE."
+    )(command)
+
+
+def nonfinite(command: _Command) -> _Command:
+    """What is done about a NaN or an infinity."""
+    return click.option(
+        "--nonfinite",
+        type=click.Choice(["error", "keep-base"]),
+        default="error",
+        show_default=True,
+        help="Fail on a NaN or an infinity, or keep the element of BASE.",
+    )(command)
+
+
+def other_files(command: _Command) -> _Command:
+    """Which files beside the weights are copied."""
+    return _all(
+        command,
+        click.option(
+            "--keep",
+            metavar="GLOB",
+            multiple=True,
+            help="Copy files of BASE that may hold weights, as they are; repeatable.",
+        ),
+        click.option(
+            "--drop", metavar="GLOB", multiple=True, help="Do not copy these files of BASE; repeatable."
+        ),
+    )
+
+
+def resources(command: _Command) -> _Command:
+    """What the job runs on."""
+    return _all(
+        command,
+        click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda:0",
+            help="Where to merge; auto measures bandwidths and takes the faster device.",
+        ),
+        click.option(
+            "--memory-budget",
+            default="auto",
+            show_default="half of what is free",
+            metavar="SIZE",
+            help="The most memory to allocate, and once more on a GPU.",
+        ),
+        click.option(
+            "--threads",
+            type=int,
+            metavar="N",
+            help="Threads that read and compute; torch's number by default, or less within a quota.",
+        ),
+    )
+
+
+def outcome(command: _Command) -> _Command:
+    """What is written and printed."""
+    return _all(
+        command,
+        click.option(
+            "--report", metavar="FILE.json", help="Write what was done, with counts of each tensor, as JSON."
+        ),
+        click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing."),
+        click.option(
+            "--overwrite", is_flag=True, help="Replace OUT if its manifest lists all its files, as they are."
+        ),
+        click.option("--resume", is_flag=True, help="Continue an interrupted merge; keep unfinished output."),
+        click.option("--quiet", "-q", is_flag=True, help="Print only errors."),
+    )
+
+
+def _all(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
