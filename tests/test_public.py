@@ -178,6 +178,28 @@ COMMANDS = {
         "--resume boolean = False",
         "--quiet -q boolean = False",
     ],
+    "delta": [
+        "BASE",
+        "[FINETUNED]...",
+        "--output -o D text, required",
+        "--half boolean = False",
+        "--task-vectors boolean = False",
+        "--min-agreement float = 1.0",
+        "--nonfinite error|keep-base = error",
+        "--include RE text = None",
+        "--exclude RE text = None",
+        "--rename RE=TEXT text = ()",
+        "--keep GLOB text = ()",
+        "--drop GLOB text = ()",
+        "--backend auto|cuda|triton|cpu|torch = auto",
+        "--memory-budget SIZE text = auto",
+        "--threads N integer = None",
+        "--report FILE.json text = None",
+        "--dry-run boolean = False",
+        "--overwrite boolean = False",
+        "--resume boolean = False",
+        "--quiet -q boolean = False",
+    ],
 }
 
 # What each command is called with at least.
@@ -189,6 +211,7 @@ ARGUMENTS = {
     "demo": [],
     "bench": [],
     "apply": ["base", "delta", "--output", "out", "--scale", "1"],
+    "delta": ["base", "model", "--output", "delta"],
 }
 
 REPORT = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import nonfinite, other_files, outcome, output, resources
+from .options import backend, device, nonfinite, other_files, outcome, output, resources
 from .running import Outcome, run
 from .signals import Signals
 
@@ -25,6 +25,8 @@ from .signals import Signals
 )
 @nonfinite
 @other_files
+@backend
+@device
 @resources
 @outcome
 @click.pass_obj

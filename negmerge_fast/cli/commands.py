@@ -10,7 +10,8 @@ import click
 from .._version import __version__
 from ..core.errors import escape
 from .apply import apply
-from .options import nonfinite, other_files, outcome, output, resources
+from .delta import delta
+from .options import backend, device, other_files, outcome, output, resources, rule
 from .running import Outcome, run
 from .signals import Signals, fail
 from .text import contents, delta_contents, print_lines, progress_bar, verified
@@ -22,16 +23,6 @@ def negmerge() -> None:
     """Make a trained model forget by merging fine-tuned versions of it (NegMerge, arXiv 2410.05583)."""
 
 
-def _renames(
-    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
-) -> tuple[tuple[str, str], ...]:
-    """Split each RE=TEXT at its last "=": a regular expression may have more."""
-    for value in given:
-        if "=" not in value:
-            raise click.BadParameter(f"{value!r}, expected RE=TEXT", context, parameter)
-    return tuple((value.rpartition("=")[0], value.rpartition("=")[2]) for value in given)
-
-
 @negmerge.command()
 @click.argument("base")
 @click.argument("finetuned", nargs=-1)
@@ -39,25 +30,10 @@ def _renames(
 @click.option(
     "--scale", required=True, type=float, help="λ: how far to move away from the fine-tuned models."
 )
-@click.option("--task-vectors", is_flag=True, help="FINETUNED are differences to BASE, not weights.")
-@click.option(
-    "--min-agreement",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Fraction of the models that must agree on the sign of an element.",
-)
-@nonfinite
-@click.option("--include", metavar="RE", help="Merge only tensors whose name matches.")
-@click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE.")
-@click.option(
-    "--rename",
-    metavar="RE=TEXT",
-    multiple=True,
-    callback=_renames,
-    help="Replace matches in the names of FINETUNED's tensors; repeatable.",
-)
+@rule
 @other_files
+@backend
+@device
 @resources
 @click.option(
     "--skip-unchanged/--no-skip-unchanged",
@@ -151,14 +127,14 @@ def inspect(paths: tuple[str, ...]) -> None:
     from ..streaming.plan import make_plan
 
     if is_delta(Path(paths[-1])) and len(paths) < 3:
-        delta = open_delta(paths[-1])
-        print_lines(delta_contents(delta))
+        found = open_delta(paths[-1])
+        print_lines(delta_contents(found))
         if len(paths) == 2:
             from ..streaming.expansion import plan_delta
 
             base = open_checkpoint(paths[0])
             print_lines(contents(base))
-            plan = plan_delta(base, delta)
+            plan = plan_delta(base, found)
             print(f"can be applied: {plan.tensors} tensors, {plan.elements:,} elements")
         return
     checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(paths)]
@@ -223,3 +199,4 @@ def bench(signals: Signals, device: str, report: str | None, quiet: bool) -> Non
 
 
 negmerge.add_command(apply)
+negmerge.add_command(delta)

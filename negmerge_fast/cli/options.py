@@ -19,6 +19,41 @@ def output(command: _Command) -> _Command:
     )(command)
 
 
+def rule(command: _Command) -> _Command:
+    """What of FINETUNED is compared with BASE, and how; --scale apart."""
+    return _all(
+        command,
+        click.option("--task-vectors", is_flag=True, help="FINETUNED are differences to BASE, not weights."),
+        click.option(
+            "--min-agreement",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Fraction of the models that must agree on the sign of an element.",
+        ),
+        nonfinite,
+        click.option("--include", metavar="RE", help="Merge only tensors whose name matches."),
+        click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE."),
+        click.option(
+            "--rename",
+            metavar="RE=TEXT",
+            multiple=True,
+            callback=_renames,
+            help="Replace matches in the names of FINETUNED's tensors; repeatable.",
+        ),
+    )
+
+
+def _renames(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Split each RE=TEXT at its last "=": a regular expression may have more."""
+    for value in given:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r}, expected RE=TEXT", context, parameter)
+    return tuple((value.rpartition("=")[0], value.rpartition("=")[2]) for value in given)
+
+
 def nonfinite(command: _Command) -> _Command:
     """What is done about a NaN or an infinity."""
     return click.option(
@@ -46,18 +81,28 @@ def other_files(command: _Command) -> _Command:
     )
 
 
+def backend(command: _Command) -> _Command:
+    """What merges."""
+    return click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True)(
+        command
+    )
+
+
+def device(command: _Command) -> _Command:
+    """Where it merges."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda:0",
+        help="Where to merge; auto measures bandwidths and takes the faster device.",
+    )(command)
+
+
 def resources(command: _Command) -> _Command:
-    """What the job runs on."""
+    """What the job may use."""
     return _all(
         command,
-        click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            metavar="auto|cpu|cuda:0",
-            help="Where to merge; auto measures bandwidths and takes the faster device.",
-        ),
         click.option(
             "--memory-budget",
             default="auto",

@@ -60,13 +60,12 @@ def run(
     if ranks.count > 1 and device in ("auto", "cuda"):
         select_own_gpu()
     jobs = _prepare(signals, prepare, outcome.report)
-    base = jobs[0].plan.base
     if ranks.rank == 0 and not quiet:
         print_notes(dict.fromkeys(note for job in jobs for note in job.notes))
     if outcome.dry_run:
         if ranks.rank == 0:
             print_lines(*plan_lines(jobs))
-            print_other_files(base)
+            print_other_files(jobs[0])
         return
     said = {note for job in jobs for note in job.notes}
     signals.guarded = True
@@ -80,7 +79,7 @@ def run(
     if not quiet:
         print_notes(dict.fromkeys(note for each in done for note in each.notes if note not in said))
         print_lines(*map(summary, jobs, done))
-        print_other_files(base)
+        print_other_files(jobs[0])
 
 
 def _prepare(signals: Signals, prepare: Callable[[], Sequence[Job]], report: str | None) -> Sequence[Job]:

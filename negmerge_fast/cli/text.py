@@ -66,6 +66,8 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
     plan, device = job.plan, job.placement.device
     is_delta = [model.path for model in plan.models if model.kind == "delta"]
     throughput = job.throughput()
+    # How many means a delta has is not known.
+    written = f"at least {_size(sum(file.size for file in plan.files.values()))}: masks, and the means of what agrees"
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"delta     {is_delta[0]}" if is_delta else f"models    {len(plan.models)}",
@@ -74,7 +76,7 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
         f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
         f"chunks of at most {_size(job.chunk_bytes)} per file",
         f"read      {_size(plan.bytes_read)}",
-        f"write     {_size(len(jobs) * plan.bytes_written)}",
+        f"write     {written if job.recipe.means else _size(len(jobs) * plan.bytes_written)}",
         f"memory    {_size(job.memory)}{'' if device == 'cpu' else f', and as much on {device}'}",
         f"backend   {job.backend} on {device} ({job.placement.reason})",
         *([f"bandwidth {throughput}"] if throughput else []),
@@ -92,8 +94,11 @@ def print_note(note: str) -> None:
     print(escape(f"negmerge: note: {note}"), file=sys.stderr, flush=True)
 
 
-def print_other_files(base: Checkpoint) -> None:
+def print_other_files(job: Job) -> None:
     """Print the files of the base that are not copied, those that are and are large, and what can be done about them."""
+    base = job.plan.base
+    if job.recipe.means:  # a delta has copies of none
+        return
     lines = [f"skipped  {name}" for name in base.skipped_files]
     lines += [f"copied   {name} ({_size(size)})" for name, size in base.large_files.items()]
     if lines:
@@ -110,8 +115,11 @@ def summary(job: Job, done: Report) -> str:
     skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
     nonfinite = "" if done.nonfinite is None else f", {done.nonfinite:,} non-finite"
     vetoed = "" if done.vetoed_by_zero is None else f", {done.vetoed_by_zero:,} vetoed by a zero"
+    tensors = f"{len(done.tensors)} tensors"
+    if not job.recipe.means:
+        tensors += f" merged, {job.plan.unchanged} unchanged"
     return (
-        f"{done.output}: {len(done.tensors)} tensors merged, {job.plan.unchanged} unchanged; "
+        f"{done.output}: {tensors}; "
         f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}){nonfinite}{vetoed}; "
         f"read {_size(done.bytes_read)}{skipped}, wrote {_size(done.bytes_written)} "
         f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"
