@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "arithmetic.h"
 #include "batch.h"
+#include "delta.h"
 #include "merge_chunk.h"
 #include "merge_cpu.h"
 #ifdef NEGMERGE_WITH_CUDA
@@ -59,6 +61,62 @@ py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::
                         py::make_tuple(done.times[0], done.times[1], done.times[2], done.times[3]));
 }
 
+// A type of the kernels, if it is one of those that are allowed.
+Dtype dtype_of(int code, std::initializer_list<Dtype> allowed) {
+  for (const Dtype dtype : allowed)
+    if (dtype == code) return dtype;
+  throw std::invalid_argument("no such storage type here");
+}
+
+// Deltas. Addresses and codes of types, as native.py and masks.py pass them.
+void define_deltas(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def(
+      "apply_cpu",
+      [](int result, int means, int arithmetic, int act, double scale, std::int64_t segments, std::uintptr_t descriptors,
+         std::uintptr_t counts, int threads, const std::string& instruction_set) {
+        const Dtype wide = dtype_of(arithmetic, {kF64, kF32});
+        const Dtype stored = wide == kF64 ? dtype_of(result, {kF64, kF32, kF16, kBF16}) : dtype_of(result, {kF32, kF16, kBF16});
+        const DeltaBatch batch{stored, dtype_of(means, {wide, kBF16}), wide == kF64, static_cast<Act>(act), scale, segments,
+                               reinterpret_cast<const std::int64_t*>(descriptors), reinterpret_cast<std::int64_t*>(counts)};
+        apply_cpu(batch, threads, instruction_set);
+      },
+      released);
+  m.def(
+      "pack_mask",
+      [](std::uintptr_t dense, std::int64_t numel, int arithmetic, int stored, std::uintptr_t mask, std::uintptr_t means,
+         const std::string& instruction_set) {
+        const PlainArithmetic plain;
+        return delta_loop(instruction_set)
+            .pack(reinterpret_cast<const char*>(dense), numel, static_cast<Dtype>(arithmetic), static_cast<Dtype>(stored),
+                  reinterpret_cast<char*>(mask), reinterpret_cast<char*>(means));
+      },
+      released);
+  m.def(
+      "expand_mask",
+      [](std::uintptr_t mask, std::int64_t begin, std::int64_t numel, std::uintptr_t means, int stored, int arithmetic,
+         std::uintptr_t dense, const std::string& instruction_set) {
+        const PlainArithmetic plain;
+        delta_loop(instruction_set)
+            .expand(reinterpret_cast<const char*>(mask), begin, numel, reinterpret_cast<const char*>(means),
+                    static_cast<Dtype>(stored), static_cast<Dtype>(arithmetic), reinterpret_cast<char*>(dense));
+      },
+      released);
+  m.def(
+      "rank_mask",
+      [](std::uintptr_t mask, std::int64_t begin, std::int64_t end, const std::string& instruction_set) {
+        return delta_loop(instruction_set).rank(reinterpret_cast<const char*>(mask), begin, end);
+      },
+      released);
+  m.def(
+      "rank_blocks",
+      [](std::uintptr_t mask, std::int64_t numel, std::uintptr_t ranks, const std::string& instruction_set) {
+        return rank_blocks(delta_loop(instruction_set), reinterpret_cast<const char*>(mask), numel,
+                           reinterpret_cast<std::int64_t*>(ranks));
+      },
+      released);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -76,6 +134,7 @@ PYBIND11_MODULE(_native, m) {
       py::call_guard<py::gil_scoped_release>());
   py::class_<std::mutex>(m, "Turn").def(py::init<>());
   m.def("merge_chunk", merge_chunk_of);
+  define_deltas(m);
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
   m.attr("cuda_tile") = kCudaTile;

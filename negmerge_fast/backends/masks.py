@@ -1,4 +1,4 @@
-"""Masks of consensus deltas and their packed means, in main memory, with NumPy.
+"""Masks of consensus deltas and their packed means, in main memory: compiled, or with NumPy where nothing is.
 
 core/delta.py defines both. Addresses are integers, at any alignment.
 """
@@ -9,7 +9,8 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from ..core.delta import RANK_BLOCK, mask_bytes
-from ..core.dtypes import FLOAT_SIZES
+from ..core.dtypes import DTYPE_CODES, FLOAT_SIZES
+from . import native
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,9 @@ def pack(dense: int, numel: int, arithmetic: str, means_dtype: str, mask: int, m
         The number of elements that are set.
     """
     _check(arithmetic, means_dtype)
+    if _is_native():
+        codes = DTYPE_CODES[arithmetic], DTYPE_CODES[means_dtype]
+        return int(native.library().pack_mask(dense, numel, *codes, mask, means, native.instruction_set()))
     import numpy as np
 
     packed, count = _view(mask, mask_bytes(numel), "u1"), 0
@@ -73,6 +77,10 @@ def expand(
         dense: Where it is written.
     """
     _check(arithmetic, means_dtype)
+    if _is_native():
+        codes = DTYPE_CODES[means_dtype], DTYPE_CODES[arithmetic]
+        native.library().expand_mask(mask, begin, numel, means, *codes, dense, native.instruction_set())
+        return
     for start in range(begin, begin + numel, BLOCK):
         flags = _flags(mask, start, min(BLOCK, begin + numel - start))
         count = int(flags.sum())
@@ -85,11 +93,15 @@ def expand(
 
 def rank(mask: int, begin: int, end: int) -> int:
     """Count the elements begin … end that are set."""
+    if _is_native():
+        return int(native.library().rank_mask(mask, begin, end, native.instruction_set()))
     return sum(int(_flags(mask, start, min(BLOCK, end - start)).sum()) for start in range(begin, end, BLOCK))
 
 
 def ranks(mask: int, numel: int, ranks: int) -> int:
     """Write how many elements are set before each RANK_BLOCK, as int64; returns how many are in all."""
+    if _is_native():
+        return int(native.library().rank_blocks(mask, numel, ranks, native.instruction_set()))
     import numpy as np
 
     written, total = _view(ranks, -(numel // -RANK_BLOCK), "<i8"), 0
@@ -104,6 +116,10 @@ def ranks(mask: int, numel: int, ranks: int) -> int:
 
 # The bits of infinity, which are less than those of every NaN.
 _INFINITY = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7}
+
+
+def _is_native() -> bool:
+    return native.why_not("cpu", "cpu") is None
 
 
 def _check(arithmetic: str, means_dtype: str) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..core.batch import COUNTED, Batch, Counts
 from ..core.control_groups import granted_cpus
-from ..core.descriptors import pack_descriptors, pack_for_device, upload
+from ..core.delta import APPLIED, DeltaBatch
+from ..core.descriptors import pack_deltas, pack_descriptors, pack_for_device, upload
 from ..core.dtypes import DTYPE_CODES
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
@@ -119,6 +120,40 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> Counts:
 
 # The counts of a segment before anything is counted.
 _ZEROS = bytes(len(COUNTED) * 8)
+
+
+def apply_cpu(batch: DeltaBatch, scale: float | None, threads: int | None = None) -> Counts:
+    """Apply a batch of deltas in main memory; returns int64[segments, len(APPLIED)] as a buffer."""
+    if scale is None and any(segment.base for segment in batch.segments):
+        raise ValueError("scale: None, expected a number for segments with a base")
+    return _run_deltas(batch, _APPLY if scale is not None else _RESTORE, scale or 0.0, threads)
+
+
+def save_cpu(batch: DeltaBatch, threads: int | None = None) -> None:
+    """Copy the base's elements that are in the mask to `saved`."""
+    _run_deltas(batch, _SAVE, 0.0, threads)
+
+
+# What is done with a batch of deltas: Act of csrc/delta.h.
+_APPLY, _RESTORE, _SAVE = range(3)
+
+
+def _run_deltas(batch: DeltaBatch, act: int, scale: float, threads: int | None) -> Counts:
+    descriptors = pack_deltas(batch)
+    counts = array("q", bytes(8 * len(APPLIED) * len(batch.segments)))
+    library().apply_cpu(
+        *map(DTYPE_CODES.__getitem__, batch.signature),
+        act,
+        scale,
+        len(batch.segments),
+        descriptors.buffer_info()[0],
+        counts.buffer_info()[0],
+        threads or usual_threads(),
+        instruction_set(),
+    )
+    if not counts:  # a buffer of two dimensions cannot be empty
+        return counts
+    return memoryview(counts).cast("B").cast("q", (len(batch.segments), len(APPLIED)))
 
 
 @cache

@@ -98,7 +98,7 @@ def choose(
 def choose_apply(backend: str, device: str, signatures: Iterable[DeltaSignature] = ()) -> tuple[str, Apply]:
     """Choose a backend that applies consensus deltas (core/delta.py) on a device, as `choose` does one that merges.
 
-    There are no kernels for deltas: "cpu" and "torch" are both PyTorch, "cuda" and "triton" cannot run.
+    "cuda" and "triton" have no kernels for deltas.
 
     Args:
         backend: The name of one, or "auto" for the first that can run there.
@@ -110,19 +110,31 @@ def choose_apply(backend: str, device: str, signatures: Iterable[DeltaSignature]
     """
     if backend not in ("auto", *NAMES):
         raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
-    from . import pytorch_delta
-
     reasons = []
     for name in NAMES if backend == "auto" else (backend,):
         reason = "has no kernel for deltas" if name in _NEED_SELFTEST else why_not(name, device)
         if reason is None:
-            return name, pytorch_delta.apply
+            return name, _apply_of(name)
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
+def _apply_of(name: str) -> Apply:
+    if name == "cpu":
+        from . import native
+
+        return native.apply_cpu
+    from . import pytorch_delta
+
+    return pytorch_delta.apply
+
+
 def save_of(name: str) -> Save:
     """A backend's function that copies the base's elements in the mask to `saved`."""
+    if name == "cpu":
+        from . import native
+
+        return native.save_cpu
     from . import pytorch_delta
 
     return pytorch_delta.save

@@ -6,6 +6,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from .batch import Batch, Operands
+from .delta import DeltaBatch
 from .dtypes import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ def pack_descriptors(batch: Batch) -> array[int]:
         integers += models.addresses if type(models) is Operands else [address for address, _, _ in models]
     if len(integers) != len(batch.segments) * (3 + len(batch.signature.models)):
         raise ValueError(f"segments of other numbers of models, expected {len(batch.signature.models)}")
+    return array("Q", integers)  # unsigned: an address may have its highest bit set
+
+
+def pack_deltas(batch: DeltaBatch) -> array[int]:
+    """Pack a batch of deltas as int64[segments, 7]: the fields of DeltaSegment, without the owners."""
+    integers: list[int] = []
+    for segment in batch.segments:
+        integers += segment[:-1]
     return array("Q", integers)  # unsigned: an address may have its highest bit set
 
 
