@@ -102,12 +102,12 @@ class Case:
         self.check()
         found = process.alternate(self.candidates(), rounds, self.prepare)
         dense = _size(self.models[0])
-        beside = {"delta": "merge", "delta --half": "merge", "apply": COPY, "apply, 3 scales": COPY}
+        compared = {"delta": "merge", "delta --half": "merge", "apply": COPY, "apply, 3 scales": COPY}
         return [
             {
                 "suite": "deltas", "layout": "Llama in a file", "way": name, "dtype": model.dtype, "n": MODELS, "numel": model.numel,
                 "bytes": None, "state": "warm", "rounds": rounds, **percentiles([done.seconds for done in taken]),
-                "beside": beside.get(name), "times beside": _ratio(taken, found.get(beside.get(name, ""))),
+                "compared with": compared.get(name), "times the other": _ratio(taken, found.get(compared.get(name, ""))),
                 "of a dense model": _size(self.deltas[name]) / dense if name in self.deltas else None,
                 "peak MB": max(done.peak for done in taken) / 1e6,
             }
@@ -119,11 +119,11 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in llamas.weights(folder))
 
 
-def _ratio(taken: list[Ended], beside: list[Ended] | None) -> float | None:
+def _ratio(taken: list[Ended], other: list[Ended] | None) -> float | None:
     """The median of what a candidate took in each round, in what the other took in the same round."""
-    if beside is None:
+    if other is None:
         return None
-    return statistics.median(a.seconds / b.seconds for a, b in zip(taken, beside, strict=True))
+    return statistics.median(a.seconds / b.seconds for a, b in zip(taken, other, strict=True))
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def main() -> None:
                 rows += Case(Path(name), models).rows(model, given.rounds)
         except (OSError, process.Failed) as error:
             sys.exit(f"deltas: {error}")
-    record(given.results, rows, also=("times beside", "of a dense model", "peak MB"))
+    record(given.results, rows, also=("times the other", "of a dense model", "peak MB"))
 
 
 if __name__ == "__main__":
