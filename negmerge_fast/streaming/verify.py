@@ -10,18 +10,20 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..backends import registry
+from ..backends import masks, registry
 from ..checkpoints.base import ByteRange
-from ..checkpoints.delta import is_delta, open_delta
+from ..checkpoints.delta import DeltaCheckpoint, is_delta, open_delta
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File, Reader
+from ..core.batch import Batch, Operand, segment_at
+from ..core.delta import mask_bytes
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, escape
 from ..output import manifest
@@ -33,7 +35,7 @@ from ..runtime.patterns import BoundedPatterns
 from .expansion import expand, plan_delta
 from .options import MAX_THREADS, PathLike, as_integer, as_path, as_paths, require_callable
 from .partition import chunks
-from .plan import Extent, Plan, make_plan
+from .plan import Extent, Plan, TensorSlice, make_plan
 from .progress import OnProgress
 from .worker import batches
 
@@ -94,9 +96,9 @@ def verify_checkpoint(
     """Compare an output of merge_checkpoints with its manifest and, if given, with what it was made of.
 
     Args:
-        output: The merged directory or file, with its manifest.
-        against: The base and the fine-tuned models, in the order of the merge; or the base and the consensus delta that was
-            applied. A random sample of blocks is merged again by the reference, and the output must have the same bits.
+        output: The merged directory or file, or a consensus delta, with its manifest.
+        against: The base and the fine-tuned models, in their order; or the base and the consensus delta that was applied.
+            A random sample of blocks is merged again by the reference, and the output must have the same bits.
         blocks: How many blocks to sample, each of up to 1 MiB, drawn evenly by bytes. All of them if there are fewer.
         seed: The seed of the sample.
         threads: How many threads read and compute checksums. None is torch's number, or less within a CPU quota.
@@ -133,7 +135,8 @@ def verify_checkpoint(
         advance(0)
         _check(out, min(threads, MAX_THREADS), advance)
         if plan:
-            _compare(out, plan, sample, advance)
+            compare = _compare_means if out.manifest.recipe.means else _compare
+            compare(out, plan, sample, advance)
     return Verified(
         str(out.path),
         out.manifest.version,
@@ -227,10 +230,6 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
     if len(against) < 2:
         raise InputError("against: expected the base and at least one fine-tuned model")
     recipe = out.manifest.recipe
-    if recipe.means:
-        raise InputError(
-            f"{out.path}: a consensus delta, expected the output of a merge to compare with its inputs"
-        )
     base = open_checkpoint(against[0], keep=recipe.keep, drop=recipe.drop)
     delta = open_delta(against[1]) if len(against) == 2 and is_delta(against[1]) else None
     if delta:
@@ -252,6 +251,14 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
                 rename=recipe.rename,
                 patterns=patterns,
             )
+    if recipe.means:
+        return replace(plan, extents=[extent for extent in plan.extents if extent.slices])
+    _refuse_other_files(out, plan)
+    return plan
+
+
+def _refuse_other_files(out: _Opened, plan: Plan) -> None:
+    base = plan.base
     if base.is_directory != out.path.is_dir():
         raise InputError(f"{base.path}: is a {base.kind}, expected one like {out.path}")
     # A single file may have another name than the output's.
@@ -262,7 +269,6 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
         expected = f"{listed.size} bytes" if listed else "no such file"
         if found != expected:
             raise InputError(f"{base.path / name}: {found}, expected {expected} as in {out.path}")
-    return plan
 
 
 def _check(out: _Opened, threads: int, advance: Callable[[int], None]) -> None:
@@ -335,6 +341,70 @@ def _compare(out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callab
                 difference = _difference(plan, chunk, int(different[0]), found, expected)
                 raise DamageError([f"{file.path}: {difference}; OUT or its inputs have changed"])
             advance(sum(source.nbytes for source in sources))
+
+
+def _compare_means(
+    out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callable[[int], None]
+) -> None:
+    """Compute the means of each chunk of a sample again, and compare them with those of a delta, both as dense tensors."""
+    delta = open_delta(out.path)
+    dense = expand(delta).tensors
+    _refuse_other_tensors(delta, plan)
+    merge, rule = registry.consensus("torch"), out.manifest.recipe.rule
+    with (
+        Reader(_MAX_OPEN_FILES) as reader,
+        WorkerBuffers(len(plan.models) + 1, _CHUNK_BYTES, Timeline(kept=False)) as worker_buffers,
+    ):
+        for chunk in sample:
+            buffers = worker_buffers.reserve([source.nbytes for source in chunk.sources])
+            for source, buffer in zip(chunk.sources, buffers, strict=True):
+                source.read_into(reader, buffer)
+            addresses, owner = worker_buffers.addresses()
+            for each in chunk.slices:
+                size = FLOAT_SIZES[each.signature.arithmetic]
+                expected, found = (np.zeros(each.numel * size, np.uint8) for _ in range(2))
+                out_operand = Operand(expected.ctypes.data, each.signature.arithmetic, expected)
+                segment = segment_at(each.numel, each.signature, addresses, [owner] * len(addresses))
+                merge(Batch("cpu", each.signature, [segment._replace(out=out_operand)]), rule)
+                _store_means(expected, each, delta.tensors[each.name].means.spec.dtype)
+                dense[each.name].source.read_into(reader, found.data, each.start * size)
+                _refuse_other_means(delta, each, found, expected)
+                addresses = [at + each.numel * width for at, width in zip(addresses, each.sizes, strict=True)]
+            advance(chunk.sources[0].nbytes + sum(source.nbytes for source in chunk.sources))
+
+
+def _refuse_other_tensors(delta: DeltaCheckpoint, plan: Plan) -> None:
+    expected = {each.name: each.signature.arithmetic for extent in plan.extents for each in extent.slices}
+    found = {name: tensor.info.arithmetic for name, tensor in delta.tensors.items()}
+    for name in sorted(name for name, _ in expected.items() ^ found.items()):
+        raise DamageError([
+            f"{delta.path}: tensor {name!r}: {found.get(name)}, expected {expected.get(name)}; it or its inputs have changed"
+        ])  # fmt: skip
+
+
+def _store_means(dense: _Bytes, tensor_slice: TensorSlice, dtype: str) -> None:
+    """Round dense means, in place, as those of a delta are stored."""
+    numel, arithmetic = tensor_slice.numel, tensor_slice.signature.arithmetic
+    mask, means = np.zeros(mask_bytes(numel), np.uint8), np.empty_like(dense)
+    addresses = mask.ctypes.data, means.ctypes.data
+    masks.pack(dense.ctypes.data, numel, arithmetic, dtype, *addresses)
+    masks.expand(addresses[0], 0, numel, addresses[1], dtype, arithmetic, dense.ctypes.data)
+
+
+def _refuse_other_means(
+    delta: DeltaCheckpoint, tensor_slice: TensorSlice, found: _Bytes, expected: _Bytes
+) -> None:
+    if not (different := np.flatnonzero(found != expected)).size:
+        return
+    name, start, _, signature = tensor_slice
+    size, tensor = FLOAT_SIZES[signature.arithmetic], delta.tensors[name]
+    element = int(different[0]) // size
+    index = tuple(int(i) for i in np.unravel_index(start + element, tensor.info.spec.shape))
+    at = slice(element * size, (element + 1) * size)
+    was, should = (_number(data[at].tobytes(), signature.arithmetic) for data in (found, expected))
+    raise DamageError([
+        f"{tensor.mask.file.path}: tensor {name!r}: mean {was} at {index}, expected {should}; it or its inputs have changed"
+    ])  # fmt: skip
 
 
 def _difference(plan: Plan, chunk: Extent, offset: int, found: _Bytes, expected: _Bytes) -> str:

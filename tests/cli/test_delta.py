@@ -29,7 +29,7 @@ def test_a_delta_that_is_applied_is_a_merge(
     assert run("apply", "base", "d", "-o", "out", "--scale", "0.9", "-q") == (0, "", "")
     assert run("merge", *MODELS, "-o", "merged", "--scale", "0.9", "-q", *options) == (0, "", "")
     assert weights(tmp_path / "out") == weights(tmp_path / "merged")
-    assert run("verify", "d")[0] == 0
+    assert run("verify", "d")[0] == run("verify", "d", "--against", *MODELS)[0] == 0
 
 
 def test_half(run: Run, models: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import update_checksums
 from interrupted import finish, free_port
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -259,8 +260,6 @@ def test_a_delta_is_no_model(tmp_path):
             InputError, match=r"\.safetensors: a consensus delta, expected the weights of a model"
         ):
             nm.merge_checkpoints(*paths, tmp_path / "out", scale=0.5)
-    with pytest.raises(InputError, match="a consensus delta, expected the output of a merge"):
-        nm.verify_checkpoint(tmp_path / "delta", [base, *finetuned])
 
 
 def test_a_damaged_delta_is_found(tmp_path):
@@ -272,6 +271,46 @@ def test_a_damaged_delta_is_found(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(nm.DamageError, match="checksum"):
         nm.verify_checkpoint(tmp_path / "delta")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_delta_is_verified_against_its_inputs(tmp_path, half):
+    base, finetuned = models(tmp_path, ["BF16", "F32", "F64"], shards=2)
+    (tmp_path / "delta").mkdir()
+    delta_checkpoints(base, finetuned, tmp_path / "delta", half=half, overwrite=True, min_agreement=0.6)
+    done = nm.verify_checkpoint(tmp_path / "delta", [base, *finetuned])
+    assert done.blocks > 1 and done.bytes_compared == 2 * (3 * 4099 + 64 * 64 + 1 + 129)
+    with pytest.raises(InputError, match="2 models, expected 3"):
+        nm.verify_checkpoint(tmp_path / "delta", [base, *finetuned[:2]])
+    with pytest.raises(InputError, match=r"ft-2/model\.safetensors: .* as in ft-1"):
+        nm.verify_checkpoint(tmp_path / "delta", [base, finetuned[1], finetuned[0], finetuned[2]])
+
+
+@pytest.mark.parametrize("change", ["mean", "bit"])
+def test_a_mean_that_is_not_that_of_the_models_is_named(tmp_path, change):
+    base, finetuned = models(tmp_path, ["BF16", "F32"], shapes={"w": (1000, 700)})
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    path = tmp_path / "delta" / "delta.safetensors"
+    held = load_file(path)
+    mask = torch.from_numpy(np.unpackbits(held["w.mask"].numpy(), bitorder="little"))
+    where = mask.nonzero().flatten()[-1].item()
+    if change == "mean":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 0x80
+        path.write_bytes(content)
+    else:  # another element beside it
+        free = (mask[:where] == 0).nonzero().flatten()[-1].item()
+        begin = path.stat().st_size - held["w.mean"].nbytes - len(held["w.mask"])
+        content = bytearray(path.read_bytes())
+        content[begin + where // 8] ^= 1 << where % 8
+        content[begin + free // 8] ^= 1 << free % 8
+        path.write_bytes(content)
+        where = free
+    update_checksums(tmp_path / "delta")
+    assert nm.verify_checkpoint(tmp_path / "delta").files == 1
+    index = rf"\({where // 700}, {where % 700}\)"
+    with pytest.raises(nm.DamageError, match=rf"tensor 'w': mean \S+ \(0x\w+\) at {index}, expected"):
+        nm.verify_checkpoint(tmp_path / "delta", [base, *finetuned])
 
 
 def test_the_name_of_the_base_need_not_be_utf_8(tmp_path):

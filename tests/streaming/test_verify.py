@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import family, flip, load_model, negmerge, read_manifest, save_model
+from checkpoint_files import family, flip, load_model, negmerge, read_manifest, save_model, update_checksums
 from hostile import random_models
 
 import negmerge_fast as nm
@@ -37,17 +37,6 @@ def folder(tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def merge(**options: Any) -> None:
     nm.merge_checkpoints("base", list(INPUTS[1:]), "out", **{"scale": 0.9, **options})
-
-
-def update_checksums(path: Path = Path("out")) -> None:
-    """Make the manifest agree with the files, so that only the inputs show what is wrong."""
-    manifest = read_manifest(path / "negmerge.json")
-    for name, entry in manifest["files"].items():
-        content = (path / name).read_bytes()
-        sums = verify.Checksums({name: len(content)})
-        sums.add(name, 0, memoryview(content))
-        entry["checksum"] = sums.of(name)
-    (path / "negmerge.json").write_text(json.dumps(manifest))
 
 
 def test_what_was_written_is_verified(folder: Path) -> None:
