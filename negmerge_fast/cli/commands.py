@@ -14,7 +14,7 @@ from .delta import delta
 from .options import backend, device, other_files, outcome, output, resources, rule
 from .running import Outcome, run
 from .signals import Signals, fail
-from .text import contents, delta_contents, print_lines, progress_bar, verified
+from .text import contents, delta_contents, delta_tensors, print_lines, progress_bar, verified
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -119,7 +119,7 @@ def verify(
 def inspect(paths: tuple[str, ...]) -> None:
     """Print the contents of each PATH and, of several, whether the others can be merged into the first.
 
-    Of a model and a consensus delta, whether the delta is of that model.
+    Of a consensus delta, what is set in each tensor; of a model and a delta, whether the delta is of that model.
     """
     from ..checkpoints.delta import is_delta, open_delta
     from ..checkpoints.formats import open_checkpoint
@@ -128,14 +128,15 @@ def inspect(paths: tuple[str, ...]) -> None:
 
     if is_delta(Path(paths[-1])) and len(paths) < 3:
         found = open_delta(paths[-1])
-        print_lines(delta_contents(found))
-        if len(paths) == 2:
-            from ..streaming.expansion import plan_delta
+        if len(paths) == 1:
+            print_lines(delta_contents(found), *delta_tensors(found))
+            return
+        from ..streaming.expansion import plan_delta
 
-            base = open_checkpoint(paths[0])
-            print_lines(contents(base))
-            plan = plan_delta(base, found)
-            print(f"can be applied: {plan.tensors} tensors, {plan.elements:,} elements")
+        base = open_checkpoint(paths[0])
+        print_lines(contents(base), delta_contents(found))
+        plan = plan_delta(base, found)
+        print(f"can be applied: {plan.tensors} tensors, {plan.elements:,} elements")
         return
     checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(paths)]
     for checkpoint in checkpoints:

@@ -163,6 +163,17 @@ def delta_contents(delta: DeltaCheckpoint) -> str:
     )
 
 
+def delta_tensors(delta: DeltaCheckpoint) -> list[str]:
+    """Describe what is set in each tensor of a delta, a line each."""
+    width = max(map(len, delta.tensors), default=0)
+    lines = []
+    for name, tensor in delta.tensors.items():
+        (dtype, shape), agreed, numel = tensor.info.spec, tensor.agreed, tensor.info.numel
+        share = agreed / numel if numel else 0.0
+        lines.append(f"{name:<{width}}  {dtype} {shape}: {agreed:,} of {numel:,} ({share:.2%})")
+    return lines
+
+
 def _size(count: float) -> str:
     """A number of bytes with three digits and a unit, as the progress bar shows it."""
     units = iter(" kMGTPEZ")

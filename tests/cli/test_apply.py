@@ -13,6 +13,7 @@ from checkpoint_files import MERGE, negmerge
 from command import Run, run  # noqa: F401
 from resumable import weights
 
+from negmerge_fast.checkpoints.delta import open_delta
 from negmerge_fast.deltas.job import delta_checkpoints
 
 APPLY = ("apply", "base", "delta", "--output", "out")
@@ -96,7 +97,12 @@ def test_models_and_deltas_are_told_apart(run: Run, delta: Path, tmp_path: Path)
 
 def test_inspect(run: Run, delta: Path, tmp_path: Path) -> None:
     status, out, err = run("inspect", "delta")
-    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert (status, err, out.count("\n")) == (0, "", 1 + 6)
+    found = open_delta(delta).tensors["embed"]
+    share = f"{found.agreed} of 800 ({found.agreed / 800:.2%})"
+    assert [line for line in out.splitlines() if line.split()[0] == "embed"] == [
+        f"embed   F32 (50, 16): {share}"
+    ]
     assert out.startswith("delta: consensus delta of 'base' and 3 models (min_agreement 1.0), 3 files (")
     assert "elements agreed (" in out and "means in F32, F64" in out
     status, out, err = run("inspect", "base", "delta")
