@@ -27,6 +27,8 @@ struct Batch {
   std::int64_t segments;
   const std::int64_t* descriptors;  // [segments, 3 + n]
   std::int64_t* counts;             // [segments, kCounted], to which is added
+  // Of the CPU kernel: out is the mean, in the arithmetic type, or +0 (core/delta.py). Then scale is -1.
+  bool consensus = false;
 
   NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return descriptors + segment * (3 + n); }
 };

@@ -117,21 +117,29 @@ void define_deltas(py::module_& m) {
       released);
 }
 
+// consensus: only to means.
+template <bool consensus>
+void define_merge(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
+         std::int64_t segments, std::uintptr_t descriptors, std::uintptr_t counts, int threads,
+         const std::string& instruction_set) {
+        Batch batch = batch_of(result, dtypes, task_vectors, scale, required, segments, descriptors, counts);
+        if (consensus) batch.consensus = true, batch.scale = -1;
+        merge_cpu(batch, threads, instruction_set);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled kernels; native.py wraps them.";
   m.attr("instruction_sets") = instruction_sets();
   m.def("asked_instruction_set", asked_instruction_set);
-  m.def(
-      "merge_cpu",
-      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
-         std::int64_t segments, std::uintptr_t descriptors, std::uintptr_t counts, int threads,
-         const std::string& instruction_set) {
-        merge_cpu(batch_of(result, dtypes, task_vectors, scale, required, segments, descriptors, counts), threads,
-                  instruction_set);
-      },
-      py::call_guard<py::gil_scoped_release>());
+  define_merge<false>(m, "merge_cpu");
+  define_merge<true>(m, "consensus_cpu");
   py::class_<std::mutex>(m, "Turn").def(py::init<>());
   m.def("merge_chunk", merge_chunk_of);
   define_deltas(m);

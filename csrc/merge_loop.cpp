@@ -84,16 +84,40 @@ NEGMERGE_INLINE typename Pack<T>::N origin(const char* step, int j) {
   }
 }
 
-// Rounds and stores the packs of a step: numbers in the range of S.
-template <class S, bool kSame, class F>
-NEGMERGE_INLINE void store_step(char* to, const F (&x)[kPacks], bool past_cache) {
-  constexpr int lanes = sizeof(F) / sizeof(typename S::Float);
-  using Word = typename Vector<typename S::Word, lanes>::type;
-  using Bits = typename Vector<typename S::Bits, lanes>::type;
-  if constexpr (kEvenAndOdd<S, kSame>) {
-    store(to, S::template round<Word>(x[0]) | S::template round<Word>(x[1]) << 16, past_cache);
+// Even and odd elements, put in order.
+#if defined(__AVX512F__)
+NEGMERGE_INLINE void interleave(Vector<float, 16>::type (&x)[kPacks]) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 even = (__m512)x[0], odd = (__m512)x[1];
+  x[0] = (Vector<float, 16>::type)_mm512_permutex2var_ps(even, first, odd);
+  x[1] = (Vector<float, 16>::type)_mm512_permutex2var_ps(even, second, odd);
+}
+#elif defined(__AVX2__)
+NEGMERGE_INLINE void interleave(Vector<float, 8>::type (&x)[kPacks]) {
+  const __m256 low = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]), high = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+  x[0] = (Vector<float, 8>::type)_mm256_permute2f128_ps(low, high, 0x20);
+  x[1] = (Vector<float, 8>::type)_mm256_permute2f128_ps(low, high, 0x31);
+}
+#else
+NEGMERGE_INLINE void interleave(Vector<float, 4>::type (&x)[kPacks]) {
+  const auto even = x[0], odd = x[1];
+  x[0] = Vector<float, 4>::type{even[0], odd[0], even[1], odd[1]};
+  x[1] = Vector<float, 4>::type{even[2], odd[2], even[3], odd[3]};
+}
+#endif
+
+// Rounds to type O and stores the packs of a step, which was loaded as type S: numbers in the range of O.
+template <class O, class S, bool kSame, class F>
+NEGMERGE_INLINE void store_step(char* to, F (&x)[kPacks], bool past_cache) {
+  constexpr int lanes = sizeof(F) / sizeof(typename O::Float);
+  using Word = typename Vector<typename O::Word, lanes>::type;
+  using Bits = typename Vector<typename O::Bits, lanes>::type;
+  if constexpr (kEvenAndOdd<O, kSame>) {
+    store(to, O::template round<Word>(x[0]) | O::template round<Word>(x[1]) << 16, past_cache);
   } else {
-    for (int j = 0; j < kPacks; ++j) store(to + j * sizeof(Bits), rounded_bits<S, Bits, Word>(x[j]), past_cache);
+    if constexpr (kEvenAndOdd<S, kSame>) interleave(x);
+    for (int j = 0; j < kPacks; ++j) store(to + j * sizeof(Bits), rounded_bits<O, Bits, Word>(x[j]), past_cache);
   }
 }
 
@@ -202,19 +226,22 @@ struct Tile {
   const char* base(const Batch& b) const {
     return row[1] ? reinterpret_cast<const char*>(row[1]) + start * kSizes[b.result] : nullptr;
   }
-  char* out(const Batch& b) const { return row[2] ? reinterpret_cast<char*>(row[2]) + start * kSizes[b.result] : nullptr; }
+  template <class O>
+  char* out() const {
+    return row[2] ? reinterpret_cast<char*>(row[2]) + start * static_cast<std::int64_t>(sizeof(typename O::Bits)) : nullptr;
+  }
   const char* model(const Batch& b, std::int64_t k) const {
     return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]];
   }
 };
 
 // Merges elements begin … end of a tile one by one: those that may not be finite.
-template <class T, class S, class Accumulator>
+template <class T, class S, class O, bool kConsensus, class Accumulator>
 __attribute__((noinline)) void merge_each(const Batch& batch, const Constants<T>& constants, const Tile& tile, int begin, int end,
                                           Counts& counts) {
   using Bits = typename S::Bits;
   const char* base = tile.base(batch);
-  char* out = tile.out(batch);
+  char* out = tile.out<O>();
   for (int i = begin; i < end; ++i) {
     const Bits bits = base ? read<Bits>(base + i * sizeof(Bits)) : Bits{};
     const T b = static_cast<T>(S::template widen<typename S::Float>(static_cast<typename S::Word>(bits)));
@@ -222,13 +249,17 @@ __attribute__((noinline)) void merge_each(const Batch& batch, const Constants<T>
     for (std::int64_t k = 0; k < batch.n; ++k) {
       const T x = load_one<T>(batch.dtypes[k], tile.model(batch, k) + i * kSizes[batch.dtypes[k]]);
       const T from = holds<S>(batch.dtypes[k]) ? b : rounded_one(batch.dtypes[k], b);
-      accumulator.accumulate(batch.task_vectors ? x : x - from);
+      // Of means, only d_k tells where b is not finite.
+      if (kConsensus && batch.task_vectors) accumulator.accumulate(x - (b - b));
+      else accumulator.accumulate(batch.task_vectors ? x : x - from);
     }
-    const auto outcome = finish<S>(bits, accumulator, constants);
+    typename O::Bits kept{};
+    if constexpr (!kConsensus) kept = bits;
+    const auto outcome = finish<O>(kept, accumulator, constants);
     counts.agreed += outcome.agreed;
     counts.nonfinite += !outcome.finite;
     counts.vetoed += outcome.vetoed;
-    if (out) memcpy(out + i * sizeof(Bits), &outcome.bits, sizeof(Bits));
+    if (out) memcpy(out + i * sizeof kept, &outcome.bits, sizeof kept);
   }
 }
 
@@ -278,14 +309,15 @@ struct Pass {
 };
 
 // Accumulates a group of G models, or pass.count if G is 0, of storage type M over steps of a tile; the last group also finishes
-// and stores them. kSingle: there is no other group. Returns where it stopped: at the end, or at a step in which anything may not be
-// finite. No call is in this loop, so that all values of a step stay in registers.
-template <class T, class S, class M, bool kSame, class Accumulator, int G, bool kSingle>
+// and stores them. S is the type of pass.from, O that of pass.base and pass.out. kSingle: there is no other group. Returns where it
+// stopped: at the end, or at a step in which anything may not be finite. No call is in this loop, so that all values of a step stay
+// in registers.
+template <class T, class S, class O, class M, bool kSame, class Accumulator, int G, bool kSingle>
 __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const Constants<T>& constants, int at, int steps,
                                           Counts& counts) {
   using P = Pack<T>;
   using N = typename P::N;
-  using F = typename P::template Of<typename S::Float>;
+  using F = typename P::template Of<typename O::Float>;
   constexpr std::int64_t bytes = P::step * sizeof(typename M::Bits);
   const char* x[kGroup];
   for (int k = 0; k < (G ? G : pass.count); ++k) x[k] = pass.x[k];
@@ -325,19 +357,19 @@ __attribute__((noinline)) int merge_steps(const Pass<Accumulator>& pass, const C
     typename P::Mask agree[kPacks], veto[kPacks];
     F merged[kPacks], result[kPacks];
     for (int j = 0; j < kPacks; ++j) {
-      const N b = load<S, T, kSame>(base, j);
+      const N b = load<O, T, kSame>(base, j);
       const F kept = convert<F>(b);
       merged[j] = convert<F>(negated(b, s[j], c));
       agree[j] = s[j].agree(c);
       veto[j] = s[j].vetoed_by_zero(c);
       result[j] = convert<decltype(F{} < F{})>(agree[j]) ? merged[j] : kept;
     }
-    if (__builtin_expect(!all_sure<S>(s, merged, result), 0)) break;
+    if (__builtin_expect(!all_sure<O>(s, merged, result), 0)) break;
     for (int j = 0; j < kPacks; ++j) {
       agreed -= agree[j];
       vetoed -= veto[j];
     }
-    store_step<S, kSame>(out, result, past_cache);
+    store_step<O, S, kSame>(out, result, past_cache);
   }
   for (int lane = 0; lane < P::lanes; ++lane) counts.agreed += agreed[lane], counts.vetoed += vetoed[lane];
   return at;
@@ -347,34 +379,36 @@ template <class T, class Accumulator>
 using MergeSteps = int (*)(const Pass<Accumulator>&, const Constants<T>&, int, int, Counts&);
 
 // The loop for a group of models of one type, which is the base's if kSame.
-template <class T, class S, bool kSame, class Accumulator, bool kSingle>
+template <class T, class S, class O, bool kSame, class Accumulator, bool kSingle>
 MergeSteps<T, Accumulator> steps_of(Dtype dtype, int group) {
-  if constexpr (kSame && Accumulator::kResultTells) {
+  // Consensus deltas of 16-bit models in several groups are not worth the compiler's time.
+  if constexpr (kSame && Accumulator::kResultTells && (kSingle || std::is_same_v<S, O>)) {
     static constexpr MergeSteps<T, Accumulator> of[] = {
-        merge_steps<T, S, S, true, Accumulator, 1, kSingle>, merge_steps<T, S, S, true, Accumulator, 2, kSingle>,
-        merge_steps<T, S, S, true, Accumulator, 3, kSingle>, merge_steps<T, S, S, true, Accumulator, 4, kSingle>,
-        merge_steps<T, S, S, true, Accumulator, 5, kSingle>, merge_steps<T, S, S, true, Accumulator, 6, kSingle>,
-        merge_steps<T, S, S, true, Accumulator, 7, kSingle>, merge_steps<T, S, S, true, Accumulator, 8, kSingle>};
+        merge_steps<T, S, O, S, true, Accumulator, 1, kSingle>, merge_steps<T, S, O, S, true, Accumulator, 2, kSingle>,
+        merge_steps<T, S, O, S, true, Accumulator, 3, kSingle>, merge_steps<T, S, O, S, true, Accumulator, 4, kSingle>,
+        merge_steps<T, S, O, S, true, Accumulator, 5, kSingle>, merge_steps<T, S, O, S, true, Accumulator, 6, kSingle>,
+        merge_steps<T, S, O, S, true, Accumulator, 7, kSingle>, merge_steps<T, S, O, S, true, Accumulator, 8, kSingle>};
     return of[group - 1];
   } else if constexpr (kSame) {
-    return merge_steps<T, S, S, true, Accumulator, 0, false>;
+    return merge_steps<T, S, O, S, true, Accumulator, 0, false>;
   } else {
     if constexpr (sizeof(T) == 8)
-      if (dtype == kF64) return merge_steps<T, S, F64, false, Accumulator, 0, false>;
-    if (dtype == kF32) return merge_steps<T, S, F32, false, Accumulator, 0, false>;
-    if (dtype == kF16) return merge_steps<T, S, F16, false, Accumulator, 0, false>;
-    return merge_steps<T, S, BF16, false, Accumulator, 0, false>;
+      if (dtype == kF64) return merge_steps<T, S, O, F64, false, Accumulator, 0, false>;
+    if (dtype == kF32) return merge_steps<T, S, O, F32, false, Accumulator, 0, false>;
+    if (dtype == kF16) return merge_steps<T, S, O, F16, false, Accumulator, 0, false>;
+    return merge_steps<T, S, O, BF16, false, Accumulator, 0, false>;
   }
 }
 
-// Merges a range of a batch. kSame: the models are stored as the base is, S.
-template <class T, class S, bool kSame, template <class, class> class Rule>
+// Merges a range of a batch. kSame: the models are stored as the base is, S. kConsensus: only to its means (batch.h).
+template <class T, class S, bool kSame, template <class, class> class Rule, bool kConsensus>
 class Range {
  public:
   Range(const Batch& batch, Position position, std::int64_t elements, bool in_cache)
       : batch_(batch), constants_{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required),
                                   static_cast<T>(batch.n - batch.required)},
-        position_(position), elements_(elements), tile_(group_at(0) == batch.n ? kLongTile : P::tile), in_cache_(in_cache) {}
+        position_(position), elements_(elements),
+        tile_(group_at(0) == batch.n && !only_checked() ? kLongTile : P::tile), in_cache_(in_cache) {}
 
   void merge() {
     std::int64_t begin = position_.start;  // of this range, in the tile's segment
@@ -395,6 +429,7 @@ class Range {
  private:
   using P = Pack<T>;
   using Accumulator = Rule<T, typename P::N>;
+  using O = std::conditional_t<!kConsensus, S, std::conditional_t<sizeof(T) == 8, F64, F32>>;  // the output's type
 
   // The next tile, if there is one.
   Tile next_tile() {
@@ -421,21 +456,23 @@ class Range {
 
   void merge_tile(const Tile& tile, const Tile& next) {
     const char* base = tile.base(batch_);
-    char* out = tile.out(batch_);
+    char* out = tile.template out<O>();
     const int steps = tile.count / P::step, rest = tile.count % P::step, whole = tile.count - rest;
     Pass<Accumulator> pass;
     pass.past_cache = NEGMERGE_PAST_CACHE && !in_cache_ && out && out != base && reinterpret_cast<std::uintptr_t>(out) % kPackBytes == 0;
-    pass.base = base ? Stream{const_cast<char*>(base), kBaseStep} : Stream{const_cast<char*>(kZeros), 0};
-    pass.out = out ? Stream{out, kBaseStep} : Stream{unused_, 0};
+    pass.base = base ? Stream{const_cast<char*>(base), kBaseStep} : zeros();
+    if constexpr (kConsensus) pass.from = subtracted(pass.base, whole);
+    pass.out = out ? Stream{out, kOutStep} : Stream{unused_, 0};
     if (steps) merge_groups(pass, tile, next, 0, steps);
     if (!rest) return;
     // Elements behind the last step are copied to the end of one of zeros. Those are vetoed, and not counted.
     pass.past_cache = false;
     if (base) pass.base = {copied(base, sizeof(typename S::Bits), whole, rest, base_), 0};
+    if constexpr (kConsensus) pass.from = subtracted(pass.base, P::step);
     pass.out = {unused_, 0};
     if (!merge_groups(pass, tile, {}, whole, 1)) return;
     counts_.vetoed -= P::step - rest;
-    const std::int64_t size = sizeof(typename S::Bits);
+    const std::int64_t size = sizeof(typename O::Bits);
     if (out) memcpy(out + whole * size, unused_ + (P::step - rest) * size, rest * size);
   }
 
@@ -444,7 +481,8 @@ class Range {
   __attribute__((noinline)) bool merge_groups(Pass<Accumulator>& pass, const Tile& tile, const Tile& next, int begin, int steps) {
     const int elements = tile.count - begin < steps * P::step ? tile.count - begin : steps * P::step;
     bool sure = true;
-    pass.from = batch_.task_vectors ? Stream{const_cast<char*>(kZeros), 0} : pass.base;
+    if constexpr (kConsensus) pass.base = zeros();
+    else pass.from = batch_.task_vectors ? zeros() : pass.base;
     pass.accumulators = accumulators_.each;
     for (std::int64_t k = 0; k < batch_.n; k += pass.count) {
       const Dtype dtype = batch_.dtypes[k];
@@ -457,15 +495,34 @@ class Range {
       pass.last = k + pass.count == batch_.n;
       const bool single = pass.first && pass.last;
       if (!single && NEGMERGE_PREFETCH && !in_cache_) pass.ahead = pass.last ? ahead_of(next, 0) : ahead_of(tile, k + pass.count);
-      const auto run = single ? steps_of<T, S, kSame, Accumulator, true>(dtype, pass.count)
-                             : steps_of<T, S, kSame, Accumulator, false>(dtype, pass.count);
+      const auto run = single ? steps_of<T, S, O, kSame, Accumulator, true>(dtype, pass.count)
+                             : steps_of<T, S, O, kSame, Accumulator, false>(dtype, pass.count);
       for (int at = 0; (at = run(pass, constants_, at, steps, counts_)) < steps; ++at) {
         const int from = begin + at * P::step, end = from + P::step;
-        merge_each<T, S, Accumulator>(batch_, constants_, tile, from, end < tile.count ? end : tile.count, counts_);
+        merge_each<T, S, O, kConsensus, Accumulator>(batch_, constants_, tile, from, end < tile.count ? end : tile.count, counts_);
         sure = false;
       }
     }
     return sure;
+  }
+
+  static Stream zeros() { return {const_cast<char*>(kZeros), 0}; }
+
+  // Whether the base only keeps elements that are not finite from agreeing: it is no part of d_k, nor of the mean.
+  bool only_checked() const { return kConsensus && batch_.task_vectors; }
+
+  // What d_k subtracts, of so many elements of a base.
+  Stream subtracted(Stream base, int elements) {
+    if (!only_checked()) return base;
+    if (!base.step && elements > P::step) return zeros();
+    // Zero where the base is finite, NaN where it is not.
+    using Bits = typename S::Bits;
+    constexpr Bits infinity = static_cast<Bits>(((std::uint64_t{1} << S::kExponent) - 1) << S::kFraction);
+    for (int i = 0; i < elements; ++i) {
+      const Bits bits = read<Bits>(base.at + i * sizeof(Bits)), odd = (bits & infinity) == infinity ? static_cast<Bits>(~Bits{}) : Bits{};
+      memcpy(checked_ + i * sizeof(Bits), &odd, sizeof odd);
+    }
+    return {checked_, base.step};
   }
 
   // The last `rest` elements, those from `begin` on, copied to the end of a step of zeros.
@@ -502,7 +559,7 @@ class Range {
     Accumulator each[P::tile / P::lanes];
   };
 
-  static constexpr std::int64_t kBaseStep = P::step * sizeof(typename S::Bits);
+  static constexpr std::int64_t kBaseStep = P::step * sizeof(typename S::Bits), kOutStep = P::step * sizeof(typename O::Bits);
   const Batch& batch_;
   const Constants<T> constants_;
   Position position_;
@@ -512,19 +569,26 @@ class Range {
   Counts counts_;
   alignas(64) char unused_[kStepBytes], base_[kStepBytes], operands_[kGroup][kStepBytes];
   alignas(64) Unwritten accumulators_;
+  alignas(64) char checked_[kConsensus ? kTileBytes : 1];
 };
 
-template <class T, class S>
+template <class T, class S, bool kConsensus>
 void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
   bool same = true;
   for (std::int64_t k = 0; k < batch.n; ++k) same &= batch.dtypes[k] == batch.result;
   const bool unanimous = batch.required == batch.n;
   if constexpr (sizeof(T) == sizeof(typename S::Float)) {
-    if (same && unanimous) return Range<T, S, true, OfPacks>(batch, from, elements, in_cache).merge();
-    if (same) return Range<T, S, true, Majority>(batch, from, elements, in_cache).merge();
+    if (same && unanimous) return Range<T, S, true, OfPacks, kConsensus>(batch, from, elements, in_cache).merge();
+    if (same) return Range<T, S, true, Majority, kConsensus>(batch, from, elements, in_cache).merge();
   }
-  if (unanimous) Range<T, S, false, OfPacks>(batch, from, elements, in_cache).merge();
-  else Range<T, S, false, Majority>(batch, from, elements, in_cache).merge();
+  if (unanimous) Range<T, S, false, OfPacks, kConsensus>(batch, from, elements, in_cache).merge();
+  else Range<T, S, false, Majority, kConsensus>(batch, from, elements, in_cache).merge();
+}
+
+template <class T, class S>
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
+  batch.consensus ? merge_range<T, S, true>(batch, from, elements, in_cache)
+                  : merge_range<T, S, false>(batch, from, elements, in_cache);
 }
 
 template <class T>

@@ -99,14 +99,16 @@ def details(name: str) -> str:
     return f" (compiled for {', '.join(f'sm_{number}' for number in built['cuda_architectures'])})"
 
 
-def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None) -> Counts:
-    """Merge a batch in main memory; returns int64[segments, len(COUNTED)] as a buffer.
+def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None, consensus: bool = False) -> Counts:
+    """Merge a batch in main memory, or with `consensus` only its means, as registry.consensus says.
 
-    A small tensor takes less time than what stands here, so nothing is imported, asked or converted twice.
+    Returns int64[segments, len(COUNTED)] as a buffer. A small tensor takes less time than what stands here, so nothing is
+    imported, asked or converted twice.
     """
     descriptors = pack_descriptors(batch)
     counts = array("q", _ZEROS * len(batch.segments))
-    library().merge_cpu(
+    call = library().consensus_cpu if consensus else library().merge_cpu
+    call(
         *kernel_arguments(batch, rule),
         descriptors.buffer_info()[0],
         counts.buffer_info()[0],

@@ -156,6 +156,10 @@ def consensus(name: str) -> Merge:
     The outputs of its segments are of the signature's arithmetic type. Where the element agrees and all is finite the mean is
     written, +0 elsewhere. The counts are those of a merge. Of the rule only min_agreement is used.
     """
+    if name == "cpu":
+        from . import native
+
+        return partial(native.merge_cpu, consensus=True)
     from . import pytorch_delta
 
     return partial(pytorch_delta.consensus, _merge_of(name))

@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negmerge_fast import Rule, merge, merge_
+from negmerge_fast.backends import registry
 from negmerge_fast.backends.pytorch import BITS_DTYPES
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
-from negmerge_fast.core.reference import plain_merge
+from negmerge_fast.core.reference import plain_consensus, plain_merge
 
 # Numbers of models: all in one group, a group and some more, many. The interpreter would take minutes for 300.
 MODEL_COUNTS = [1, 2, 3, 8, 32, 33, 100] if CASES[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
 
+POISON = 0xA5
 SPELLED = {dtype: name for name, dtype in STORAGE.items()}
 
 
@@ -49,6 +51,27 @@ def check(
     stats = merge_(in_place, models, **options)
     assert same_bits(in_place.cpu(), expected)
     assert [stats.agreed, stats.nonfinite, stats.vetoed_by_zero] == counted and stats.elements == base.numel()
+    if case.backend == "cpu":  # the others' means come out of their merges
+        check_consensus(
+            base, models, options.get("min_agreement", 1.0), options.get("inputs") == "task_vectors"
+        )
+
+
+def check_consensus(
+    base: torch.Tensor, models: list[torch.Tensor], min_agreement: float, task_vectors: bool
+) -> None:
+    """With a base, and with zeros for it where it is none of the differences; written, and only counted."""
+    signature = Signature(SPELLED[base.dtype], tuple(SPELLED[m.dtype] for m in models), task_vectors)
+    operands = [Operand(t.data_ptr(), SPELLED[t.dtype], t) for t in (base, *models)]
+    for b, zero in ((operands[0], False), (None, True))[: 1 + task_vectors]:
+        expected, *counted = plain_consensus(
+            torch.zeros_like(base) if zero else base, models, min_agreement, task_vectors
+        )
+        found = torch.full_like(expected, torch.nan)
+        out = Operand(found.data_ptr(), SPELLED[found.dtype], found)
+        segments = [Segment(len(base), b, operands[1:], each) for each in (out, None)]
+        counts = registry.consensus("cpu")(Batch("cpu", signature, segments), Rule(0.9, min_agreement))
+        assert counts.tolist() == [counted] * 2 and same_bits(found, expected)
 
 
 SIZES = [(n, length) for n in MODEL_COUNTS for length in (0, 1, 15, 127, 1024, 4097, 70_001)]
@@ -312,6 +335,39 @@ def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: boo
     written = memories[0] if in_place else memories[3]
     assert run_batch(case, batch, Rule(0.9)) == expected
     assert same_bits(written.cpu(), wanted)
+
+
+@pytest.mark.parametrize("inputs", ["finetuned", "task_vectors"])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 17])
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [("F64", "F64"), ("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("BF16", "F64"), ("F32", "BF16")],
+)
+def test_means_of_every_rest_of_elements_at_any_address(
+    case: BackendCase, dtype: str, other: str, n: int, inputs: str
+) -> None:
+    """In one batch, with a caller who flushes subnormals. What lies between the means is not written."""
+    if case.backend != "cpu":
+        pytest.skip("their means come out of their merges")
+    signature = Signature(dtype, (other,) * n, inputs == "task_vectors")
+    wide = STORAGE[signature.arithmetic]
+    memories = [torch.full((100_000,), POISON, dtype=torch.uint8) for _ in range(n + 2)]
+    wanted, segments, expected, at = memories[-1].clone(), [], [], 1
+    for length in (*range(1, 131, 3), 0, 999):
+        base, models = random_models(n, length, STORAGE[dtype], [STORAGE[other]], seed=length)
+        operands = [placed(t, memory, at) for t, memory in zip([base, *models], memories, strict=False)]
+        dense, *counted = plain_consensus(base, models, task_vectors=signature.task_vectors)
+        out = Operand(memories[-1].data_ptr() + at, signature.arithmetic, memories[-1])
+        segments.append(Segment(length, operands[0], operands[1:], out))
+        wanted[at : at + dense.nbytes] = dense.view(torch.uint8)
+        expected.append(counted)
+        at += length * wide.itemsize + length % 3
+    torch.set_flush_denormal(True)
+    try:
+        counts = registry.consensus("cpu")(Batch("cpu", signature, segments), Rule(0.0))
+    finally:
+        torch.set_flush_denormal(False)
+    assert counts.tolist() == expected and torch.equal(memories[-1], wanted)
 
 
 def test_no_base_means_zeros_and_no_output_means_counting(case: BackendCase) -> None:
