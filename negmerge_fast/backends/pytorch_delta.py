@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.batch import COUNTED, Batch, Merge, Operand, Segment, Signature
-from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch, DeltaSegment
+from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch, DeltaSegment, differences_of
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from .pytorch import (
@@ -59,11 +59,6 @@ def consensus(merge: Merge, batch: Batch, rule: Rule, threads: int | None = None
                 else:
                     counts[row] += torch.tensor(counted.tolist()[0], device=device)
     return counts
-
-
-def differences_of(signature: Signature) -> Signature:
-    """What `consensus` merges: the differences, as task vectors of the arithmetic type."""
-    return Signature(signature.arithmetic, (signature.arithmetic,) * len(signature.models), True)
 
 
 def _subtract(segment: Segment, signature: Signature, start: int, differences: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from ..core.batch import Batch, Merge, Signature
-from ..core.delta import Apply, DeltaSignature, Save
+from ..core.delta import Apply, DeltaSignature, Save, differences_of
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
@@ -144,9 +144,7 @@ def choose_consensus(
     backend: str, device: str, rule: Rule, signatures: Iterable[Signature] = ()
 ) -> tuple[str, Merge]:
     """Choose a backend as `choose` does, for `consensus`; returns its name and that function."""
-    from . import pytorch_delta
-
-    name, _ = choose(backend, device, rule, map(pytorch_delta.differences_of, signatures))
+    name, _ = choose(backend, device, rule, map(differences_of, signatures))
     return name, consensus(name)
 
 

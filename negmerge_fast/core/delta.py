@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from .batch import Counts
+from .batch import Counts, Signature
 
 # Elements for each rank. A GPU's thread counts the bits from there on; the ranks take 1/4096 of the bytes of F32.
 RANK_BLOCK = 1024
@@ -103,6 +103,11 @@ class Save(Protocol):
     """
 
     def __call__(self, batch: DeltaBatch, threads: int | None = None) -> None: ...
+
+
+def differences_of(signature: Signature) -> Signature:
+    """The signature of the differences of a merge, as task vectors of the arithmetic type."""
+    return Signature(signature.arithmetic, (signature.arithmetic,) * len(signature.models), True)
 
 
 def mask_bytes(numel: int) -> int:
