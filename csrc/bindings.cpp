@@ -7,6 +7,7 @@
 #include "delta.h"
 #include "merge_chunk.h"
 #include "merge_cpu.h"
+#include "prefix.h"
 #ifdef NEGMERGE_WITH_CUDA
 #include "merge_cuda.h"
 #endif
@@ -140,6 +141,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("asked_instruction_set", asked_instruction_set);
   define_merge<false>(m, "merge_cpu");
   define_merge<true>(m, "consensus_cpu");
+  m.def(
+      "count_prefixes",
+      [](int result, const std::string& dtypes, bool task_vectors, std::int64_t segments, std::uintptr_t descriptors,
+         std::uintptr_t counts, std::uintptr_t edges, std::int64_t edge_count, const std::string& instruction_set) {
+        count_prefixes(batch_of(result, dtypes, task_vectors, 0, 0, segments, descriptors, counts),
+                       {reinterpret_cast<const double*>(edges), edge_count}, instruction_set);
+      },
+      py::call_guard<py::gil_scoped_release>());
   py::class_<std::mutex>(m, "Turn").def(py::init<>());
   m.def("merge_chunk", merge_chunk_of);
   define_deltas(m);

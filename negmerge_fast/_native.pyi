@@ -32,6 +32,17 @@ def merge_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+def count_prefixes(
+    result: int,
+    dtypes: bytes,
+    task_vectors: bool,
+    segments: int,
+    descriptors: int,
+    counts: int,
+    edges: int,
+    edge_count: int,
+    instruction_set: str,
+) -> None: ...
 
 class Turn: ...
 
