@@ -174,9 +174,11 @@ def prepare_outputs(
     return jobs
 
 
-def open_and_plan(base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions) -> Plan:
-    """Open checkpoints, and pair their tensors."""
-    opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options)
+def open_and_plan(
+    base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions, extra_files: bool = True
+) -> Plan:
+    """Open checkpoints, and pair their tensors. extra_files: whether the files beside the base's weights will be copied."""
+    opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options, extra_files)
     return make_plan(
         opened,
         models,
@@ -188,12 +190,12 @@ def open_and_plan(base: PathLike, finetuned: Sequence[PathLike], options: MergeO
 
 
 def _open(
-    base: Path, finetuned: Sequence[Path], options: MergeOptions
+    base: Path, finetuned: Sequence[Path], options: MergeOptions, extra_files: bool
 ) -> tuple[Checkpoint, list[Checkpoint]]:
     if not finetuned:
         raise InputError("finetuned: no models, expected at least one")
     with without_gc():
-        opened = open_checkpoint(base, keep=options.keep, drop=options.drop)
+        opened = open_checkpoint(base, keep=options.keep, drop=options.drop, extra_files=extra_files)
     models = []
     for path in finetuned:
         with without_gc():
