@@ -207,7 +207,7 @@ if __name__ == "__main__":
         # negmerge_fast/kernels is a link to kernels/. That folder has no __init__.py: in a checkout it would hide the
         # package `kernels` of Hugging Face.
         packages=[*find_packages(include=["negmerge_fast", "negmerge_fast.*"]), "negmerge_fast.kernels"],
-        package_data={"negmerge_fast": ["py.typed"]},
+        package_data={"negmerge_fast": ["py.typed"], "negmerge_fast.reports": ["page.html"]},
         # With or without a library in it, the wheel is for one Python on one kind of machine: what it says of its build is.
         ext_modules=[Extension("negmerge_fast._native", sources=[])],
         cmdclass={"build_ext": BuildNative},

@@ -3,6 +3,7 @@
 The arguments say of the CPU kernel and of the CUDA kernel that they are "compiled", or what is in the reason why not.
 """
 
+import importlib.resources
 import importlib.util
 import json
 import sys
@@ -27,6 +28,9 @@ assert len(majors) == len(set(majors)), "code of one version runs on the later o
 
 assert importlib.util.find_spec("negmerge_fast.kernels.merge"), "the Triton kernel is not in the wheel"
 assert importlib.util.find_spec("negmerge_fast.benchmark.quick"), "negmerge bench is not in the wheel"
+assert importlib.resources.is_resource("negmerge_fast.reports", "page.html"), (
+    "the page of reports is not in the wheel"
+)
 
 generator = torch.Generator().manual_seed(0)
 base = {"weight": torch.randn(1000, 100, generator=generator)}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .deltas.live import Live
     from .deltas.memory import Delta, consensus_delta, load_delta
     from .deltas.paired import Changed
+    from .reports.api import write_report
+    from .reports.statistics import ConsensusStatistics, consensus_statistics
     from .streaming.api import merge_checkpoints
     from .streaming.report import Report
     from .streaming.verify import DamageError, Verified, verify_checkpoint
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Changed": "deltas.paired",
+    "ConsensusStatistics": "reports.statistics",
     "DamageError": "streaming.verify",
     "Delta": "deltas.memory",
     "InputError": "core.errors",
@@ -37,6 +40,7 @@ _HOMES = {
     "Verified": "streaming.verify",
     "apply_delta": "deltas.apply",
     "consensus_delta": "deltas.memory",
+    "consensus_statistics": "reports.statistics",
     "load_delta": "deltas.memory",
     "merge": "tensors.api",
     "merge_": "tensors.api",
@@ -44,10 +48,12 @@ _HOMES = {
     "merge_task_vectors": "tensors.api",
     "negate_": "tensors.api",
     "verify_checkpoint": "streaming.verify",
+    "write_report": "reports.api",
 }
 
 __all__ = [
     "Changed",
+    "ConsensusStatistics",
     "DamageError",
     "Delta",
     "InputError",
@@ -61,6 +67,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "consensus_delta",
+    "consensus_statistics",
     "load_delta",
     "merge",
     "merge_",
@@ -68,6 +75,7 @@ __all__ = [
     "merge_task_vectors",
     "negate_",
     "verify_checkpoint",
+    "write_report",
 ]
 
 

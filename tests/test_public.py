@@ -23,9 +23,9 @@ import negmerge_fast as nm
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 NAMES = [
-    "Changed", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified",
-    "__version__", "apply_delta", "consensus_delta", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_",
-    "verify_checkpoint",
+    "Changed", "ConsensusStatistics", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified",
+    "__version__", "apply_delta", "consensus_delta", "consensus_statistics", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_",
+    "verify_checkpoint", "write_report",
 ]  # fmt: skip
 
 SIGNATURES = {
@@ -58,6 +58,15 @@ SIGNATURES = {
     ),
     "negate_": "(base, tau, *, scale, nonfinite='keep-base', include=None, exclude=None, rename=(), backend='auto')",
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
+    "consensus_statistics": (
+        "(base, finetuned=(), *, inputs='finetuned', include=None, exclude=None, rename=(), memory_budget=None, threads=None, "
+        "progress=None)"
+    ),
+    "write_report": "(statistics, output, *, points=None, overwrite=False)",
+    "ConsensusStatistics": (
+        "(source, base, models, model_count, min_agreement, elements, agreed, consensus_ratio, nonfinite, vetoed_by_zero, notes, "
+        "prefixes, dissent, magnitudes, tensors)"
+    ),
     "Report": (
         "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
         "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, skipped_files, "
@@ -81,6 +90,7 @@ METHODS = {
 # Beside the fields above, which frozen dataclasses have as attributes.
 ATTRIBUTES = {
     "Changed": ["fraction"],
+    "ConsensusStatistics": ["to_json"],
     "Delta": ["apply_", "changed", "live", "nbytes", "save", "stats", "to"],
     "Live": ["changed", "scale", "stats"],
     "Report": ["to_json"],
@@ -200,6 +210,20 @@ COMMANDS = {
         "--resume boolean = False",
         "--quiet -q boolean = False",
     ],
+    "report": [
+        "BASE",
+        "[FINETUNED]...",
+        "--output -o DIR text, required",
+        "--points FILE.jsonl text = None",
+        "--task-vectors boolean = False",
+        "--include RE text = None",
+        "--exclude RE text = None",
+        "--rename RE=TEXT text = ()",
+        "--memory-budget SIZE text = auto",
+        "--threads N integer = None",
+        "--overwrite boolean = False",
+        "--quiet -q boolean = False",
+    ],
 }
 
 # What each command is called with at least.
@@ -212,6 +236,7 @@ ARGUMENTS = {
     "bench": [],
     "apply": ["base", "delta", "--output", "out", "--scale", "1"],
     "delta": ["base", "model", "--output", "delta"],
+    "report": ["base", "--output", "report"],
 }
 
 REPORT = [
@@ -219,6 +244,17 @@ REPORT = [
     "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "skipped_files",
     "large_files", "tensors",
     "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero",
+]  # fmt: skip
+
+STATISTICS = [
+    "source", "base", "models", "model_count", "min_agreement", "elements", "agreed", "consensus_ratio", "nonfinite", "vetoed_by_zero",
+    "notes",
+    "prefixes", "prefixes[].models", "prefixes[].agreed", "prefixes[].nonfinite", "prefixes[].vetoed_by_zero",
+    "prefixes[].broken_by_zero", "prefixes[].broken_by_sign",
+    "dissent", "dissent[].sole_by_zero", "dissent[].sole_by_sign", "dissent[].sole_by_nonfinite", "dissent[].against_majority",
+    "magnitudes", "magnitudes.edges", "magnitudes.counts",
+    "tensors", "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero",
+    "tensors[].agreed_by_prefix", "tensors[].sole_dissents",
 ]  # fmt: skip
 
 # {}: a name of a file or a tensor.
@@ -419,6 +455,11 @@ def test_the_fields_of_the_report_and_of_the_manifest(folder: Path) -> None:
     assert list(keys(report, frozenset())) == REPORT
     manifest = json.loads((folder / "out.npy.negmerge.json").read_text())
     assert list(keys(manifest, frozenset({"files", "models[].files"}))) == MANIFEST
+
+
+def test_the_fields_of_statistics(folder: Path) -> None:
+    found = nm.consensus_statistics(folder / "base.npy", [folder / "ft-0.npy", folder / "ft-1.npy"])
+    assert list(keys(json.loads(found.to_json()), frozenset())) == STATISTICS
 
 
 def test_the_fields_of_the_journal(folder: Path) -> None:

@@ -23,7 +23,7 @@ def rule(command: _Command) -> _Command:
     """What of FINETUNED is compared with BASE, and how; --scale apart."""
     return _all(
         command,
-        click.option("--task-vectors", is_flag=True, help="FINETUNED are differences to BASE, not weights."),
+        task_vectors,
         click.option(
             "--min-agreement",
             type=float,
@@ -34,14 +34,15 @@ def rule(command: _Command) -> _Command:
         nonfinite,
         click.option("--include", metavar="RE", help="Merge only tensors whose name matches."),
         click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE."),
-        click.option(
-            "--rename",
-            metavar="RE=TEXT",
-            multiple=True,
-            callback=_renames,
-            help="Replace matches in the names of FINETUNED's tensors; repeatable.",
-        ),
+        rename,
     )
+
+
+def task_vectors(command: _Command) -> _Command:
+    """What FINETUNED are."""
+    return click.option(
+        "--task-vectors", is_flag=True, help="FINETUNED are differences to BASE, not weights."
+    )(command)
 
 
 def _renames(
@@ -52,6 +53,17 @@ def _renames(
         if "=" not in value:
             raise click.BadParameter(f"{value!r}, expected RE=TEXT", context, parameter)
     return tuple((value.rpartition("=")[0], value.rpartition("=")[2]) for value in given)
+
+
+def rename(command: _Command) -> _Command:
+    """How names of FINETUNED's tensors become those of BASE's."""
+    return click.option(
+        "--rename",
+        metavar="RE=TEXT",
+        multiple=True,
+        callback=_renames,
+        help="Replace matches in the names of FINETUNED's tensors; repeatable.",
+    )(command)
 
 
 def nonfinite(command: _Command) -> _Command:
