@@ -169,8 +169,8 @@ def delta_tensors(delta: DeltaCheckpoint) -> list[str]:
     lines = []
     for name, tensor in delta.tensors.items():
         (dtype, shape), agreed, numel = tensor.info.spec, tensor.agreed, tensor.info.numel
-        share = agreed / numel if numel else 0.0
-        lines.append(f"{name:<{width}}  {dtype} {shape}: {agreed:,} of {numel:,} ({share:.2%})")
+        fraction = agreed / numel if numel else 0.0
+        lines.append(f"{name:<{width}}  {dtype} {shape}: {agreed:,} of {numel:,} ({fraction:.2%})")
     return lines
 
 

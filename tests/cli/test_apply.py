@@ -99,9 +99,9 @@ def test_inspect(run: Run, delta: Path, tmp_path: Path) -> None:
     status, out, err = run("inspect", "delta")
     assert (status, err, out.count("\n")) == (0, "", 1 + 6)
     found = open_delta(delta).tensors["embed"]
-    share = f"{found.agreed} of 800 ({found.agreed / 800:.2%})"
+    counted = f"{found.agreed} of 800 ({found.agreed / 800:.2%})"
     assert [line for line in out.splitlines() if line.split()[0] == "embed"] == [
-        f"embed   F32 (50, 16): {share}"
+        f"embed   F32 (50, 16): {counted}"
     ]
     assert out.startswith("delta: consensus delta of 'base' and 3 models (min_agreement 1.0), 3 files (")
     assert "elements agreed (" in out and "means in F32, F64" in out
