@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .deltas.paired import Changed
     from .reports.api import write_report
     from .reports.statistics import ConsensusStatistics, consensus_statistics
+    from .search.api import select_scale
+    from .search.points import ScalePoint
+    from .search.result import NoScaleError, SelectedScale
     from .streaming.api import merge_checkpoints
     from .streaming.report import Report
     from .streaming.verify import DamageError, Verified, verify_checkpoint
@@ -33,8 +36,11 @@ _HOMES = {
     "InputError": "core.errors",
     "Live": "deltas.live",
     "MergeWarning": "core.errors",
+    "NoScaleError": "search.result",
     "Report": "streaming.report",
     "Rule": "core.rule",
+    "ScalePoint": "search.points",
+    "SelectedScale": "search.result",
     "Stats": "core.stats",
     "TensorStats": "core.stats",
     "Verified": "streaming.verify",
@@ -47,6 +53,7 @@ _HOMES = {
     "merge_checkpoints": "streaming.api",
     "merge_task_vectors": "tensors.api",
     "negate_": "tensors.api",
+    "select_scale": "search.api",
     "verify_checkpoint": "streaming.verify",
     "write_report": "reports.api",
 }
@@ -59,8 +66,11 @@ __all__ = [
     "InputError",
     "Live",
     "MergeWarning",
+    "NoScaleError",
     "Report",
     "Rule",
+    "ScalePoint",
+    "SelectedScale",
     "Stats",
     "TensorStats",
     "Verified",
@@ -74,6 +84,7 @@ __all__ = [
     "merge_checkpoints",
     "merge_task_vectors",
     "negate_",
+    "select_scale",
     "verify_checkpoint",
     "write_report",
 ]

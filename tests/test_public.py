@@ -23,8 +23,9 @@ import negmerge_fast as nm
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 NAMES = [
-    "Changed", "ConsensusStatistics", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "Report", "Rule", "Stats", "TensorStats", "Verified",
-    "__version__", "apply_delta", "consensus_delta", "consensus_statistics", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_",
+    "Changed", "ConsensusStatistics", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "NoScaleError", "Report", "Rule",
+    "ScalePoint", "SelectedScale", "Stats", "TensorStats", "Verified", "__version__", "apply_delta", "consensus_delta",
+    "consensus_statistics", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "select_scale",
     "verify_checkpoint", "write_report",
 ]  # fmt: skip
 
@@ -77,6 +78,13 @@ SIGNATURES = {
     "TensorStats": "(elements=0, agreed=0, nonfinite=0, vetoed_by_zero=0)",
     "Verified": "(output, version, files, bytes, not_listed, blocks, bytes_compared)",
     "DamageError": "(found)",
+    "select_scale": (
+        "(model, delta, *, forget=None, retain=None, evaluate=None, scales=None, search='grid', retain_floor=0.95, forget_target=None, "
+        "resolution=None, points=None, progress=True, rename=(), backend='auto')"
+    ),
+    "SelectedScale": "(scale, forget, retain, rule, floor, forget_target, search, points, notes=())",
+    "ScalePoint": "(scale, forget=None, retain=None, seconds=0.0)",
+    "NoScaleError": "(message, points, notes=())",
 }
 
 METHODS = {
@@ -85,6 +93,7 @@ METHODS = {
     "Delta.live": "(self, model, *, rename=(), backend='auto')",
     "Delta.save": "(self, path)",
     "Delta.to": "(self, device)",
+    "SelectedScale.plot": "(self, path=None)",
 }
 
 # Beside the fields above, which frozen dataclasses have as attributes.
@@ -95,6 +104,8 @@ ATTRIBUTES = {
     "Live": ["changed", "scale", "stats"],
     "Report": ["to_json"],
     "Rule": ["required"],
+    "ScalePoint": [],
+    "SelectedScale": ["plot", "to_json"],
     "Stats": [
         "add",
         "agreed",
@@ -224,6 +235,29 @@ COMMANDS = {
         "--overwrite boolean = False",
         "--quiet -q boolean = False",
     ],
+    "select": [
+        "BASE",
+        "DELTA",
+        "--eval CMD text, required",
+        "--output -o OUT text, required",
+        "--scale float = ()",
+        "--search grid|bracket = grid",
+        "--retain-floor float = 0.95",
+        "--forget-target SCORE float = None",
+        "--resolution STEP float = None",
+        "--points FILE.jsonl text = None",
+        "--keep-models boolean = False",
+        "--nonfinite error|keep-base = error",
+        "--keep GLOB text = ()",
+        "--drop GLOB text = ()",
+        "--backend auto|cuda|triton|cpu|torch = auto",
+        "--device auto|cpu|cuda:0 text = auto",
+        "--memory-budget SIZE text = auto",
+        "--threads N integer = None",
+        "--report FILE.json text = None",
+        "--overwrite boolean = False",
+        "--quiet -q boolean = False",
+    ],
 }
 
 # What each command is called with at least.
@@ -237,6 +271,7 @@ ARGUMENTS = {
     "apply": ["base", "delta", "--output", "out", "--scale", "1"],
     "delta": ["base", "model", "--output", "delta"],
     "report": ["base", "--output", "report"],
+    "select": ["base", "delta", "--eval", "true {model}", "--output", "out"],
 }
 
 REPORT = [
@@ -355,6 +390,7 @@ def test_names() -> None:
     assert isinstance(nm.__version__, str)
     assert issubclass(nm.InputError, ValueError)
     assert issubclass(nm.DamageError, RuntimeError)
+    assert issubclass(nm.NoScaleError, RuntimeError)
     assert issubclass(nm.MergeWarning, UserWarning)
 
 
@@ -479,6 +515,22 @@ def test_the_fields_of_the_journal(folder: Path) -> None:
     assert list(keys(found, frozenset({"tensors"}))) == JOURNAL_RECORD
     assert [len(each) for each in found["runs"]] == [2]
     assert [len(counts) for counts in found["tensors"].values()] == [4]
+
+
+def test_the_fields_of_points(folder: Path) -> None:
+    """Of the file that a search goes on from, and of what it found."""
+    base, model = (np.load(folder / f"{name}.npy") for name in ("base", "ft-0"))
+    scores = iter([(0.9, 1.0), (0.5, 1.0)])
+    with pytest.warns(nm.MergeWarning, match="the largest scale, 1, was chosen"):
+        found = nm.select_scale(
+            base, nm.consensus_delta(base, [model]), evaluate=lambda _: next(scores), scales=[1], points=folder / "points.jsonl"
+        )  # fmt: skip
+    head, *points = map(json.loads, (folder / "points.jsonl").read_text().splitlines())
+    assert list(head) == ["format", "version", "delta", "evaluated_by"]
+    assert [list(point) for point in points] == 2 * [["scale", "forget", "retain", "seconds"]]
+    assert list(json.loads(found.to_json())) == [
+        "scale", "forget", "retain", "rule", "floor", "forget_target", "search", "points", "notes",
+    ]  # fmt: skip
 
 
 def test_the_fields_of_a_row_of_the_benchmark() -> None:

@@ -14,6 +14,7 @@ from .delta import delta
 from .options import backend, device, other_files, outcome, output, resources, rule
 from .report import report
 from .running import Outcome, run
+from .select import select
 from .signals import Signals, fail
 from .text import contents, delta_contents, delta_tensors, print_lines, progress_bar, verified
 
@@ -203,3 +204,4 @@ def bench(signals: Signals, device: str, report: str | None, quiet: bool) -> Non
 negmerge.add_command(apply)
 negmerge.add_command(delta)
 negmerge.add_command(report)
+negmerge.add_command(select)

@@ -89,7 +89,7 @@ def _prepare(signals: Signals, prepare: Callable[[], Sequence[Job]], report: str
     def check() -> None:
         jobs.extend(prepare())
         if report is not None:
-            _check_report(report, jobs)
+            check_report(report, jobs)
 
     signals.ranks.all_gather(check)
     return jobs
@@ -101,7 +101,7 @@ def _write_report(path: Path, done: Sequence[Report], several: bool) -> None:
         file.write(text)
 
 
-def _check_report(report: str, jobs: Sequence[Job]) -> None:
+def check_report(report: str, jobs: Sequence[Job]) -> None:
     """Refuse a report that would lie in the output or in an input, or that cannot be written."""
     import tempfile
 
