@@ -77,6 +77,8 @@ tune: $(VENV)/.test
 	$(BIN)/python bench/tuning/threads.py
 	$(BIN)/python bench/tuning/chunk_sizes.py
 	$(BIN)/python bench/tuning/reads.py
+	$(BIN)/negmerge demo --seeds 3
+	$(BIN)/python bench/tuning/scales.py
 	$(BIN)/python bench/tuning/tune_gpu.py
 
 ci:

@@ -3,7 +3,7 @@
 For each seed, a convolutional network is trained on all digits of scikit-learn's handwritten set. It is then fine-tuned
 many times on the digits to forget, each time with other hyperparameters. Every model is saved as a checkpoint
 directory, and merged by the same engine as `negmerge merge`. λ is searched on validation data by the paper's rule, for
-NegMerge and its baselines alike. The table shows test data.
+NegMerge, on a live model, and its baselines alike. The table shows test data.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .core.errors import InputError
+from .core.errors import InputError, MergeWarning
+from .deltas.memory import Delta, consensus_delta
+from .search.api import select_scale
+from .search.result import NoScaleError
 from .streaming.api import merge_checkpoints
-from .tensors.api import merge
 
 FORGET = (5, 6, 7, 8, 9)
 # The paper's rule for λ: the retained accuracy may fall to this fraction of the original's, no further.
 KEPT = 0.95
+METHODS = ("best single", "uniform mean", "TIES (top 20 %)", "MagMax", "conflicting only", "NegMerge")
 _PICTURE = "forgetting.png"
 _MERGED = {"model.safetensors", "config.json", "negmerge.json"}
 
 OnProgress = Callable[[], None]
 Flat = torch.Tensor
+State = dict[str, torch.Tensor]
+Curve = Sequence[Any]  # a ScalePoint with both scores for each λ
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,6 @@ class Split:
     def only(self, digits: Iterable[int]) -> Split:
         chosen = torch.isin(self.digits, torch.tensor(list(digits)))
         return Split(self.images[chosen], self.digits[chosen])
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracies, in 0 … 1, on the digits to forget and on those to retain."""
-
-    forget: float
-    retain: float
 
 
 def run(
@@ -99,9 +96,9 @@ def run(
     from tqdm import tqdm
 
     rows: list[dict[str, Any]] = []
-    curves: list[dict[str, list[Score]]] = []
+    curves: list[dict[str, Curve]] = []
     # One step for each model that is trained, and one for the search of each method.
-    steps = seeds * (settings.models + 2 + len(_methods([], torch.zeros(0))))
+    steps = seeds * (settings.models + 2 + len(METHODS))
     with tqdm(total=steps, desc="demo", unit="step", leave=False, disable=True if quiet else None) as bar:
         for seed in range(seeds):
             found, drawn = _run_seed(
@@ -232,44 +229,31 @@ def _train(network: nn.Module, data: Split, training: Training, seed: int, on_pr
             optimiser.step()
 
 
-def _save(network: nn.Module, path: Path) -> Path:
+def _save(network: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps({"architecture": "conv16-conv32-linear64-linear10"}) + "\n")
-    return path
 
 
-def _flatten(state: dict[str, torch.Tensor]) -> Flat:
+def _flatten(state: State) -> Flat:
     return torch.cat([tensor.reshape(-1) for tensor in state.values()])
 
 
 class _Evaluator:
-    """Scores flat weights on one split."""
+    """Accuracies of a network, in 0 … 1, on one split: on the digits to forget and on those to retain."""
 
-    def __init__(self, network: nn.Module, data: Split, on_progress: OnProgress) -> None:
-        self.network, self.on_progress = network, on_progress
-        self.data, self.to_forget = data, torch.isin(data.digits, torch.tensor(FORGET))
+    def __init__(self, data: Split, on_progress: OnProgress) -> None:
+        self.data, self.on_progress = data, on_progress
+        self.to_forget = torch.isin(data.digits, torch.tensor(FORGET))
 
-    def __call__(self, weights: Flat) -> Score:
+    def __call__(self, network: nn.Module) -> dict[str, float]:
         self.on_progress()
         with torch.no_grad():
-            nn.utils.vector_to_parameters(weights, self.network.parameters())
-            right = self.network(self.data.images).argmax(1) == self.data.digits
-        return Score(
-            right[self.to_forget].double().mean().item(), right[~self.to_forget].double().mean().item()
-        )
-
-
-def choose_scale(grid: Iterable[float], scores: Iterable[Score], original: Score) -> float:
-    """Choose λ by the paper's rule: of those that keep 95 % of the original's retained accuracy, the one that forgets most."""
-    allowed = [
-        (score.forget, -score.retain, scale)
-        for scale, score in zip(grid, scores, strict=True)
-        if score.retain >= KEPT * original.retain
-    ]
-    return min(allowed)[2]  # λ = 0 is in the grid and always allowed
+            right = network(self.data.images).argmax(1) == self.data.digits
+        chosen = {"forget": self.to_forget, "retain": ~self.to_forget}
+        return {name: right[each].double().mean().item() for name, each in chosen.items()}
 
 
 def ties(vectors: torch.Tensor, fraction: float = 0.2) -> Flat:
@@ -292,88 +276,98 @@ def conflicting(vectors: torch.Tensor) -> Flat:
     return torch.where(agree, 0.0, vectors.mean(0))
 
 
-def _methods(finetuned: list[Flat], base: Flat) -> dict[str, list[Callable[[float], Flat]]]:
-    """Candidates of each method: functions from λ to merged weights."""
+def _candidates(network: nn.Module, finetuned: list[State]) -> dict[str, list[Delta]]:
+    """What each method may take off the network, scaled by λ."""
+    base = _flatten(network.state_dict())
+    vectors = torch.stack([_flatten(state) for state in finetuned]) - base
+    directions = [[*vectors], [vectors.mean(0)], [ties(vectors)], [magmax(vectors)], [conflicting(vectors)]]
+    deltas = [[_delta_of(network, each) for each in of_method] for of_method in directions]
+    return dict(zip(METHODS, [*deltas, [consensus_delta(network, finetuned)]], strict=True))
 
-    def negated(direction: Callable[[torch.Tensor], Flat]) -> Callable[[float], Flat]:
-        tau = direction(torch.stack([f - base for f in finetuned])) if finetuned else base
-        return lambda scale: base - scale * tau
 
-    return {
-        "best single": [negated(partial(torch.select, dim=0, index=k)) for k in range(len(finetuned))],
-        "uniform mean": [negated(lambda vectors: vectors.mean(0))],
-        "TIES (top 20 %)": [negated(ties)],
-        "MagMax": [negated(magmax)],
-        "conflicting only": [negated(conflicting)],
-        "NegMerge": [lambda scale: merge(base, finetuned, scale=scale)],
-    }
+def _delta_of(network: nn.Module, direction: Flat) -> Delta:
+    """Flat weights as the delta of one task vector."""
+    state = network.state_dict()
+    parts = torch.split(direction, [tensor.numel() for tensor in state.values()])
+    vector = {name: part.view_as(state[name]) for name, part in zip(state, parts, strict=True)}
+    return consensus_delta(network, [vector], inputs="task_vectors")
+
+
+def _search(network: nn.Module, delta: Delta, evaluate: _Evaluator, settings: Settings) -> tuple[Any, Curve]:
+    """The chosen point, which is the base's if no λ forgets, and all points."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)  # accuracies on a fine grid are never quite monotone
+        try:
+            found = select_scale(
+                network, delta, evaluate=evaluate, scales=settings.grid, retain_floor=KEPT, progress=False
+            )
+        except NoScaleError as error:
+            return error.points[0], error.points
+    return next(point for point in found.points if point.scale == found.scale), found.points
 
 
 def _run_seed(
     seed: int, folder: Path, settings: Settings, on_progress: OnProgress, step: Callable[[], object]
-) -> tuple[list[dict[str, Any]], dict[str, list[Score]]]:
+) -> tuple[list[dict[str, Any]], dict[str, Curve]]:
     data = _load(seed)
-    forget, retain = data["train"].only(FORGET), data["train"].only(set(range(10)) - set(FORGET))
-    trained = Training(settings.base_epochs, 1e-3)
-    network = _network(seed)
-    _train(network, data["train"], trained, seed, on_progress)
-    base_dir = _save(network, folder / "base")
-    original = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    base = _flatten(original)
-    step()
-    retrained = _network(seed)
-    _train(retrained, retain, trained, seed, on_progress)
-    _save(retrained, folder / "retrained")
-    step()
-    finetuned, dirs = [], []
-    for k in range(settings.models):
-        network.load_state_dict(original)
-        _train(network, forget, _hyperparameters(k, settings.max_epochs), 1000 * seed + k, on_progress)
-        dirs.append(_save(network, folder / f"finetuned-{k:02d}"))
-        finetuned.append(_flatten(network.state_dict()))
-        step()
+    network, retrained, finetuned = _train_all(seed, folder, data, settings, on_progress, step)
+    on_validation, on_test = (_Evaluator(data[part], on_progress) for part in ("validation", "test"))
+    rows, curves = [], {}
 
-    on_validation, on_test = (_Evaluator(network, data[part], on_progress) for part in ("validation", "test"))
-    rows = []
+    def add(method: str, model: nn.Module, scale: float | None = None, ratio: float | None = None) -> None:
+        scored = {"method": method, "seed": seed, **on_test(model)}
+        rows.append({**scored, "lambda": scale, "consensus_ratio": ratio})
 
-    def add(method: str, weights: Flat, scale: float | None = None, ratio: float | None = None) -> None:
-        score = on_test(weights)
-        rows.append({
-            "method": method, "seed": seed, "forget": score.forget, "retain": score.retain, "lambda": scale,
-            "consensus_ratio": ratio,
-        })  # fmt: skip
-
-    add("original", base)
-    add("retrained", _flatten(retrained.state_dict()))
-    kept = on_validation(base)
-    curves = {}
-    for method, candidates in _methods(finetuned, base).items():
-        found: list[Any] = []
-        for merged in candidates:
-            scores = [on_validation(merged(scale)) for scale in settings.grid]
-            scale = choose_scale(settings.grid, scores, kept)
-            best = scores[settings.grid.index(scale)]
-            found.append((best.forget, -best.retain, len(found), scale, merged, scores))
-        _, _, _, scale, merged, curves[method] = min(found, key=lambda f: f[:3])
-        if method == "NegMerge":
-            weights, ratio = _merge_files(base_dir, dirs, folder / "merged", scale, merged(scale))
-            add(method, weights, scale, ratio)
-        else:
-            add(method, merged(scale), scale)
+    add("original", network)
+    add("retrained", retrained)
+    for method, deltas in _candidates(network, finetuned).items():
+        found = [(delta, *_search(network, delta, on_validation, settings)) for delta in deltas]
+        delta, point, curves[method] = min(found, key=lambda each: (each[1].forget, -each[1].retain))
+        with delta.live(network) as live:
+            live.scale = point.scale
+            ratio = _merge_files(folder, settings, network, point.scale) if method == "NegMerge" else None
+            add(method, network, point.scale, ratio)
         step()
     return rows, curves
 
 
-def _merge_files(base: Path, dirs: list[Path], out: Path, scale: float, expected: Flat) -> tuple[Flat, float]:
-    """Merge the saved checkpoints as `negmerge merge` does, and read the result back."""
+def _train_all(
+    seed: int,
+    folder: Path,
+    data: dict[str, Split],
+    settings: Settings,
+    on_progress: OnProgress,
+    step: Callable[[], object],
+) -> tuple[nn.Module, nn.Module, list[State]]:
+    """Train the original, one without the digits to forget, and fine-tuned models; save each as a checkpoint."""
+    forget, retain = data["train"].only(FORGET), data["train"].only(set(range(10)) - set(FORGET))
+    trained = Training(settings.base_epochs, 1e-3)
+    network, retrained, tuned = (_network(seed) for _ in range(3))
+    for name, model, split in (("base", network, data["train"]), ("retrained", retrained, retain)):
+        _train(model, split, trained, seed, on_progress)
+        _save(model, folder / name)
+        step()
+    finetuned = []
+    for k in range(settings.models):
+        tuned.load_state_dict(network.state_dict())
+        _train(tuned, forget, _hyperparameters(k, settings.max_epochs), 1000 * seed + k, on_progress)
+        _save(tuned, folder / f"finetuned-{k:02d}")
+        finetuned.append({name: tensor.clone() for name, tensor in tuned.state_dict().items()})
+        step()
+    return network, retrained, finetuned
+
+
+def _merge_files(folder: Path, settings: Settings, network: nn.Module, scale: float) -> float:
+    """Merge the checkpoints as `negmerge merge` does, compare the result with the network, return the consensus ratio."""
     from safetensors.torch import load_file
 
-    report = merge_checkpoints(base, dirs, out, scale=scale, overwrite=True)
+    out, dirs = folder / "merged", [folder / f"finetuned-{k:02d}" for k in range(settings.models)]
+    report = merge_checkpoints(folder / "base", dirs, out, scale=scale, overwrite=True)
     held = load_file(out / "model.safetensors")
-    weights = _flatten({name: held[name] for name in _network(0).state_dict()})
-    if not torch.equal(weights.view(torch.int32), expected.view(torch.int32)):  # bits: -0.0 is not 0.0
-        raise RuntimeError(f"{out}: the merged files differ from the merge in memory")
-    return weights, report.consensus_ratio
+    for name, tensor in network.state_dict().items():
+        if not torch.equal(held[name].view(torch.int32), tensor.view(torch.int32)):  # bits: -0.0 is not 0.0
+            raise RuntimeError(f"{out}: {name}: the merged files differ from the merge in memory")
+    return report.consensus_ratio
 
 
 def _summarise(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -412,7 +406,7 @@ def _table(summary: list[dict[str, Any]], seeds: int, settings: Settings) -> str
     return "\n".join(lines)
 
 
-def _draw(curves: list[dict[str, list[Score]]], path: Path) -> None:
+def _draw(curves: list[dict[str, Curve]], path: Path) -> None:
     """Draw one curve for each method, along λ, averaged over the seeds."""
     from matplotlib.figure import Figure
 

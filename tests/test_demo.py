@@ -1,4 +1,4 @@
-"""The demonstration with small sizes; its baselines and its search on numbers worked by hand."""
+"""The demonstration with small sizes; its baselines on numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -13,21 +13,7 @@ from safetensors.torch import load_file
 
 from negmerge_fast import InputError, demo
 from negmerge_fast.core.reference import plain_merge
-from negmerge_fast.demo import Score, Settings
-
-
-def test_the_search_takes_the_lowest_forget_accuracy_that_keeps_95_percent() -> None:
-    original = Score(0.9, 1.0)
-    scores = [
-        Score(0.9, 1.0),
-        Score(0.5, 0.96),
-        Score(0.2, 0.95),
-        Score(0.2, 0.97),
-        Score(0.2, 0.97),
-        Score(0.0, 0.94),
-    ]
-    assert demo.choose_scale([0, 1, 2, 3, 4, 5], scores, original) == 3
-    assert demo.choose_scale([0, 1], [original, Score(0.0, 0.1)], original) == 0
+from negmerge_fast.demo import Settings
 
 
 def test_baselines_on_vectors_worked_by_hand() -> None:
