@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kWords = kRankBlock / kMaskWord;  // of a block
 constexpr int kLine = 64;
+constexpr int kAhead = 2048;  // bytes of an output that is not read otherwise: its lines are fetched before they are written to
 
 // Packed numbers of a block. Whole packs are read and written: behind the last number, too.
 struct Packed {
@@ -112,10 +113,15 @@ template <class Bits>
 void gather(const Words& words, const char* from, char* to) {
   for (int i = 0; i < words.count; ++i, from += kMaskWord * sizeof(Bits)) to = gather_word<Bits>(words.word[i], from, to);
 }
-template <class Bits>
+template <class Bits, bool kFetch = false>
 void scatter(const Words& words, const char* from, char* to) {
-  for (int i = 0; i < words.count; ++i, to += kMaskWord * sizeof(Bits))
+  for (int i = 0; i < words.count; ++i, to += kMaskWord * sizeof(Bits)) {
+    if constexpr (kFetch) {
+#pragma GCC unroll 8
+      for (unsigned line = 0; line < kMaskWord * sizeof(Bits); line += kLine) __builtin_prefetch(to + kAhead + line, 1);
+    }
     if (words.word[i]) from = scatter_word<Bits>(words.word[i], from, to);
+  }
 }
 
 // The results of packed elements i … count, one by one.
@@ -210,12 +216,12 @@ void apply_block(const DeltaBatch& batch, const DeltaSegment& segment, const Con
     memcpy(saved, kept.bytes, words.set * size);
   } else if (batch.act == Act::kRestore) {
     memcpy(kept.bytes, saved, words.set * size);
-    if (out) scatter<Bits>(words, kept.bytes, out);
+    if (out) scatter<Bits, true>(words, kept.bytes, out);
   } else {
     const char* means = segment.means + first * sizeof(typename M::Bits);
     negate<T, S, M>(base ? kept.bytes : saved, means, words.set, c, result.bytes, counts);
     if (out && base && out != base) write_apart<Bits>(words, base, result.bytes, out, elements * size, in_cache);
-    else if (out) scatter<Bits>(words, result.bytes, out);
+    else if (out) base ? scatter<Bits>(words, result.bytes, out) : scatter<Bits, true>(words, result.bytes, out);
   }
 }
 
