@@ -9,6 +9,7 @@
 #include <string>
 
 #include "arithmetic.h"
+#include "cuda_launch.h"
 #include "merge_tiles.h"
 
 namespace negmerge {
@@ -18,30 +19,6 @@ namespace {
 #define NEGMERGE_CUDA_WAVES 16
 #endif
 constexpr int kWaves = NEGMERGE_CUDA_WAVES;  // blocks for each one that runs at a time
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
-}
-
-// Makes a device the current one, and restores the caller's.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "no current device");
-    check(cudaSetDevice(device), "device");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
-void require_on_device(const void* memory, int device, const char* what) {
-  cudaPointerAttributes found;
-  check(cudaPointerGetAttributes(&found, memory), what);
-  if (found.type != cudaMemoryTypeDevice || found.device != device)
-    throw std::invalid_argument(std::string(what) + " is not in the memory of CUDA device " + std::to_string(device));
-}
 
 // A batch's table, and where a launch runs.
 struct Launch {
@@ -78,11 +55,8 @@ template <class T, class S, bool kSameDtype, template <class, class> class Accum
 void run(const Batch& batch, const Launch& launch) {
   KernelArgs<T> args = kernel_args<T>(batch, launch);
   void (*const kernel)(KernelArgs<T>) = merge_tiles<T, S, kSameDtype, Accumulator>;
-  int processors = 0, resident = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), "device");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "no code for this device");
-  const auto blocks =
-      static_cast<unsigned>(std::min({launch.tiles, launch.max_blocks, std::int64_t{processors} * resident * kWaves}));
+  const auto blocks = static_cast<unsigned>(
+      std::min({launch.tiles, launch.max_blocks, blocks_at_a_time(kernel, kThreads, launch.device) * kWaves}));
   void* arguments[] = {&args};
   check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, launch.stream), "launch");
 }

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "batch.h"
+#include "cuda_memory.h"
 #include "dtypes.h"
 #include "merge_cuda.h"
 #include "merge_rule.h"
@@ -73,13 +74,6 @@ struct Table {
   }
 };
 
-// A pointer that the compiler knows to be one to global memory.
-__device__ char* global(std::int64_t address) {
-  char* const pointer = reinterpret_cast<char*>(address);
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
-
 struct Counts {
   int agreed = 0, nonfinite = 0, vetoed = 0;
 };
@@ -88,62 +82,12 @@ struct Counts {
 template <class T, class S>
 constexpr int kElements = kBaseBytes / (sizeof(T) == 8 && sizeof(typename S::Bits) == 2 ? 4 : sizeof(typename S::Bits));
 
-// The type that one instruction loads or stores, for so many bytes.
-template <int bytes> struct Access { using type = uint4; };
-template <> struct Access<8> { using type = uint2; };
-template <> struct Access<4> { using type = unsigned; };
-template <> struct Access<2> { using type = unsigned short; };
-template <> struct Access<1> { using type = unsigned char; };
-
-// Loads a value that is aligned to 16 bytes or, if it is smaller, to its size. Hardly anything is read twice, so that it is
-// marked to be evicted from the caches first.
-template <class V>
-__device__ V load(const char* from) {
-  using Part = typename Access<sizeof(V)>::type;
-  Part parts[sizeof(V) / sizeof(Part)];
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(V) / sizeof(Part); ++i) parts[i] = __ldcs(reinterpret_cast<const Part*>(from) + i);
-  return bits_as<V>(parts);
-}
-
-// Stores one. What reads it next may find it in the cache.
-template <class V>
-__device__ void store(char* to, const V& value) {
-  using Part = typename Access<sizeof(V)>::type;
-  Part parts[sizeof(V) / sizeof(Part)];
-  memcpy(parts, &value, sizeof value);
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(V) / sizeof(Part); ++i) reinterpret_cast<Part*>(to)[i] = parts[i];
-}
-
-// The same at any address: the hardware loads and stores only at multiples of the size.
-template <class V>
-__device__ V load_anywhere(const char* from) {
-  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(V) == 0) return load<V>(from);
-  V value = 0;
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(V); ++i) value |= static_cast<V>(static_cast<V>(load<unsigned char>(from + i)) << 8 * i);
-  return value;
-}
-
-template <class V>
-__device__ void store_anywhere(char* to, V value) {
-  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(V) == 0) return store(to, value);
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(V); ++i) store(to + i, static_cast<unsigned char>(value >> 8 * i));
-}
-
 // E neighbouring elements of one type. Those of 16 bits lie in pairs in words of 32, as they are loaded and stored.
 template <class M, int E>
 struct Elements {
   static constexpr int kInWord = sizeof(typename M::Word) / sizeof(typename M::Bits);
   typename M::Word words[E / kInWord];
 };
-
-template <class T, class M>
-__device__ T widen(typename M::Word bits) {
-  return static_cast<T>(M::template widen<typename M::Float>(bits));
-}
 
 template <class T, class M, int E>
 __device__ T widen(const Elements<M, E>& elements, int e) {
@@ -344,12 +288,6 @@ __device__ void add(Counts& counts, const Counts& more) {
   counts.agreed += more.agreed;
   counts.nonfinite += more.nonfinite;
   counts.vetoed += more.vetoed;
-}
-
-__device__ void add_for_warp(std::int64_t* to, int count) {
-  const int total = __reduce_add_sync(0xffffffffu, count);
-  if (threadIdx.x % 32 || !total) return;
-  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(total));
 }
 
 // kSameDtype: the models are stored as the base is. Mixed types and the running values of a majority need more registers.

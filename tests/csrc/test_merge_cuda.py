@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
-from cuobjdump import tools
+from cuobjdump import kernel_functions
 from sass import Code, instructions, loads_before_use, loop_with_loads
 
 from negmerge_fast.backends.native import build_info
@@ -26,39 +24,11 @@ KERNELS = [
 ]
 
 
-@cache
-def _functions(what: str, function: str) -> dict[tuple[str, str], str]:
-    """The code of each function of this name in the library, by architecture and name.
-
-    what: "sass", "ptx" or "res-usage", for which the code is what the function uses.
-    """
-    if (reason := build_info()["cuda"]) is not None:
-        pytest.skip(f"no CUDA kernel: {reason}")
-    if (folder := tools()) is None:
-        pytest.skip("no cuobjdump to read the CUDA kernel with")
-    from negmerge_fast import _native
-
-    path = os.pathsep.join([folder, os.environ.get("PATH", "")])
-    done = subprocess.run(
-        [f"{folder}/cuobjdump", f"-{what}", _native.__file__],
-        capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
-    )  # fmt: skip
-    found = {}
-    for part in re.split(r"^Fatbin .* code:$", done.stdout, flags=re.MULTILINE):
-        for text in re.split(r"Function :? ?|^\.(?:entry|func) ", part, flags=re.MULTILINE)[1:]:
-            arch = re.search(r"^arch = (\w+)$", part, re.MULTILINE)
-            name = re.search(rf"{function}[fd].*", text.partition("\n")[0])
-            if name and ("{" in text or what != "ptx"):  # not only declared
-                assert arch, text[:200]
-                found[arch[1], name[0]] = text
-    return found
-
-
 def _kernels(what: str) -> dict[tuple[str, str], str]:
     """The code of each kernel, by architecture and those of KERNELS."""
     return {
         (arch, next(kernel for kernel in KERNELS if kernel in name)): text
-        for (arch, name), text in _functions(what, "merge_tilesI").items()
+        for (arch, name), text in kernel_functions(what, "merge_tilesI").items()
     }
 
 
@@ -135,7 +105,7 @@ def test_intermediate_code_divides_as_ieee_does_and_fuses_nothing_else() -> None
         assert len(others) == 2 * len(quotients), f"{name} for {arch}"
         assert bool(quotients) == ("Unanimous" in name), f"{name} for {arch}"
         assert ("Majority" in name) == (f"div.rn.f{width}" in code), f"{name} for {arch}"
-    for (arch, name), code in _functions("ptx", "merge_one_by_oneI").items():
+    for (arch, name), code in kernel_functions("ptx", "merge_one_by_oneI").items():
         assert "div.rn.f" in code and "fma." not in code, f"{name} for {arch}"
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cuobjdump import tools
+from triton_code import GFX942, SM_80, SM_90, SM_100, compile_kernel, machine_code
 
 from negmerge_fast.core.batch import Signature
 
 triton = pytest.importorskip("triton")
-
-SM_80, SM_90, SM_100, GFX942 = ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)
 
 UNIFORM = [("F64", "F64"), ("F32", "F32"), ("F16", "F16"), ("BF16", "BF16")]
 MIXED = [("F32", "BF16"), ("BF16", "F32"), ("F64", "BF16"), ("F64", "F32"), ("F16", "F64")]
@@ -34,38 +30,13 @@ COMPILED += [pytest.param(*case, marks=pytest.mark.slow) for case in RARER if ca
 @cache
 def compiled(target: tuple[Any, ...], result: str, model: str, n: int, unanimous: bool) -> Any:
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from negmerge_fast.kernels import merge as kernel
 
     signature = Signature(result, (model,) * n, False)
     launch = kernel.usual_launch(signature, unanimous)
     constants = kernel.constants(signature, unanimous, launch)
-    types = dict.fromkeys(kernel.merge_tiles.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    types |= {"memory": "*i64", "counts": "*i64", "numbers": "*fp64"}
-    source = ASTSource(kernel.merge_tiles, types, constants)  # the last has another name in Triton 3.2
-    if target == SM_100 and kernel.VERSION < (3, 3):
-        pytest.skip("Triton 3.2 knows no sm_100")
-    try:
-        return triton.compile(
-            source, target=GPUTarget(*target), options=kernel.options(launch, GPUTarget(*target))
-        )
-    except Exception as error:
-        if "ROCm linker" in str(error):
-            pytest.skip("this version of Triton needs a linker of ROCm")
-        raise
-
-
-def machine_code(cubin: bytes, folder: Path) -> str:
-    if (found := tools()) is None:
-        pytest.skip("no cuobjdump to read the kernel with")
-    (folder / "kernel.cubin").write_bytes(cubin)
-    path = os.pathsep.join([found, os.environ.get("PATH", "")])
-    done = subprocess.run(
-        [f"{found}/cuobjdump", "-sass", folder / "kernel.cubin"],
-        capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
-    )  # fmt: skip
-    return done.stdout
+    return compile_kernel(kernel.merge_tiles, constants, target, kernel.options(launch, GPUTarget(*target)))
 
 
 @pytest.mark.parametrize("unanimous", [True, False], ids=["unanimous", "majority"])
