@@ -79,7 +79,7 @@ FAULTS = {
         " const N tiny = sizeof(T) == 4 ? 0x1p-126 : 0x1p-1022; mean = mean < tiny && mean > -tiny ? N{} : mean;",
     ),
     "a zero that agrees": ("return unity() > N{};", "return unity() >= N{};"),
-    "a fused multiply-add": ("return b + t;", "return __builtin_fma(c.scale, -mean, b);"),
+    "a fused multiply-add": ("return b - c.scale * mean;", "return __builtin_fma(-c.scale, mean, b);"),
     "an infinity that is ignored": ("(greatest < N{} + kInf)", "(greatest == greatest)"),
 }
 
