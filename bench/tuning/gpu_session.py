@@ -1,4 +1,4 @@
-"""Measures launch parameters of both kernels within a few minutes of a GPU, and prints a table.
+"""Measures launch parameters of both kernels, and deltas, within a few minutes of a GPU, and prints a table.
 
 Each variant runs in a process of its own with a time limit, so that one that hangs or crashes costs no other its numbers. It is
 timed as it is called, by the host's clock until the device is done, and by the device's events ("kernel"); each round beside a
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_deltas
 import torch
 from tune_gpu import CUDA, Built, build, compiler, measure
 
@@ -60,6 +61,7 @@ TRITON: dict[str, dict[str, int]] = {
 # The most promising first: the time may not suffice for all.
 VARIANTS = [
     "cuda, as built", "triton, usual",
+    *(f"{kernel}, {task}" for task in (gpu_deltas.LIVE, gpu_deltas.APPLIED) for kernel in ("cuda", "triton")),
     *(f"triton, {name}" for name in list(TRITON)[1:]), *(f"cuda, {name}" for name in list(CUDA)[1:]),
 ]  # fmt: skip
 
@@ -175,6 +177,13 @@ def table(results: dict[str, Result], remaining: list[str]) -> str:
         )
         worst = f"{least['of_limit']:.3f} ({least['dtype']}, n = {least['n']})" if least else "–"
         lines.append(f"| {variant} | {mean[0]} | {worst} | {mean[1]} | {len(kernel)} of {cells} |")
+    for variant, result in results.items():
+        if of_merge := [
+            row["of_merge"] for row in result.rows if "of_merge" in row and row["state"] == "kernel"
+        ]:
+            mean, most = statistics.geometric_mean(of_merge), max(of_merge)
+            merge = f"a merge of {gpu_deltas.MODELS} models"
+            lines.append(f"{variant}: {mean:.3f} of the time of {merge}, at most {most:.3f}")
     lines += [f"{variant}: {result.reason}" for variant, result in results.items() if result.reason]
     return "\n".join([*lines, *(f"{variant}: not measured, the time is up" for variant in remaining)])
 
@@ -196,7 +205,7 @@ def commands_of(given: argparse.Namespace, folder: str) -> dict[str, Command]:
             print(f"{variant}: {reason}")
             continue
         built = None
-        if kernel == "cuda" and CUDA[name]:
+        if kernel == "cuda" and CUDA.get(name):
             built = pool.submit(
                 lambda number=number, name=name: build(
                     compiler(given.device), f"{folder}/{number}.so", CUDA[name]
@@ -226,6 +235,10 @@ def main() -> None:
     torch.cuda.set_device(given.device)
     if given.variant:
         clocks = {"kernel": None, "as called": wall(given.device)}
+        kernel, _, name = given.variant.partition(", ")
+        if name in (gpu_deltas.LIVE, gpu_deltas.APPLIED):
+            gpu_deltas.measure_variant(kernel, name, given.device, given.numel, ROUNDS, clocks)
+            return
         merge = merge_of(given.variant, given.library)
         measure_variant(given.variant, merge, given.device, given.numel, ROUNDS, clocks)
         return

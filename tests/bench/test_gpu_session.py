@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from negmerge_fast.backends import pytorch, selftest
+from negmerge_fast.backends import pytorch, pytorch_delta, selftest
 from negmerge_fast.benchmark.bandwidth import Roofline
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,8 @@ def printing(*rows: tuple[str, int, str, float], then: str = "") -> list[str]:
     ]
     return [sys.executable, "-c", f"import sys, time\nfor line in {lines}: print(line, flush=True)\n{then}"]
 
+
+DELTAS = ["live move of a delta", "delta applied to a copy"]
 
 WHOLE = [
     ("F32", 2, "kernel", 0.5),
@@ -138,6 +140,61 @@ def test_bits_are_compared_before_and_after_the_rounds(
     ]
 
 
+@pytest.mark.parametrize("task", DELTAS)
+def test_deltas_are_measured_beside_a_copy_and_a_merge(
+    gpu_session: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    import gpu_deltas
+
+    now, wrong = [0.0], [False]
+
+    def spending(seconds: float, function: Any) -> Any:
+        def spend(batch: Any = None, *given: Any) -> Any:
+            now[0] += seconds
+            found = function(batch, *given)
+            if wrong[0] and batch and batch.signature.result == "F16":
+                gpu_deltas_out[0].out[-1] += 1
+            return found
+
+        return spend
+
+    gpu_deltas_out: list[Any] = []
+    prepare = gpu_deltas.DeltaWorkload.prepare
+
+    def remember(self: Any) -> None:
+        gpu_deltas_out[:] = [self]
+        prepare(self)
+
+    monkeypatch.setattr(gpu_deltas.DeltaWorkload, "prepare", remember)
+    monkeypatch.setattr(gpu_deltas, "flush", lambda device: None)
+    monkeypatch.setattr(
+        gpu_deltas,
+        "device_copy",
+        lambda device, size: Roofline("device copy", size, spending(2.0, lambda _: None)),
+    )
+    monkeypatch.setattr(gpu_deltas.registry, "choose", lambda *_: ("torch", spending(16.0, pytorch.merge)))
+    monkeypatch.setattr(
+        gpu_deltas.registry, "choose_apply", lambda *_: ("torch", spending(4.0, pytorch_delta.apply))
+    )
+    clocks = {"kernel": lambda: now[0], "as called": lambda: now[0]}
+    gpu_deltas.measure_variant("cuda", task, "cpu", 8192, 2, clocks)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["dtype"], row["state"]) for row in rows] == [
+        (dtype, state) for dtype in ("F64", "F32", "F16", "BF16") for state in clocks
+    ]
+    for row in rows:
+        assert (row["way"], row["n"], row["of_limit"], row["of_merge"]) == (f"cuda, {task}", 8, 0.5, 0.25)
+        size = {"F64": 8, "F32": 4}.get(row["dtype"], 2)
+        base, least = 8192 * size, 8192 // 8 + 8 * 8
+        assert (row["bytes"] > 2 * base + least) == (task != DELTAS[0])
+    printed = gpu_session.table({f"cuda, {task}": gpu_session.Result(rows, None)}, [])
+    assert f"cuda, {task}: 0.250 of the time of a merge of 8 models, at most 0.250" in printed.splitlines()
+    wrong[0] = True
+    gpu_deltas.measure_variant("cuda", task, "cpu", 8192, 2, clocks)
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
+    assert said == [f"cuda, {task}, F16: no speed, other bits than PyTorch's"]
+
+
 def test_every_variant_of_triton_is_a_launch_of_its_own(
     gpu_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +207,8 @@ def test_every_variant_of_triton_is_a_launch_of_its_own(
     launches = [gpu_session.merge_of(f"triton, {name}", "")(batch, None) for name in gpu_session.TRITON]
     assert len(set(launches)) == len(launches)
     assert set(gpu_session.VARIANTS) == {
-        *(f"triton, {name}" for name in gpu_session.TRITON), *(f"cuda, {name}" for name in gpu_session.CUDA)
+        *(f"triton, {name}" for name in [*gpu_session.TRITON, *DELTAS]),
+        *(f"cuda, {name}" for name in [*gpu_session.CUDA, *DELTAS]),
     }  # fmt: skip
 
 
