@@ -23,7 +23,7 @@ suite: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'not slow and not libraries and not processes'
 
 beside: $(VENV)/.test
-	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py && \
+	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py && \
 	  $(BIN)/python -m pytest -m 'processes and not slow' $$(grep -rl --include='test_*.py' pytest.mark.processes tests)) \
 	  >$(VENV)/$@.log 2>&1; status=$$?; cat $(VENV)/$@.log; exit $$status
 

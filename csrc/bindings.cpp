@@ -9,6 +9,7 @@
 #include "merge_cpu.h"
 #include "prefix.h"
 #ifdef NEGMERGE_WITH_CUDA
+#include "apply_cuda.h"
 #include "merge_cuda.h"
 #endif
 
@@ -17,13 +18,17 @@ namespace py = pybind11;
 namespace negmerge {
 namespace {
 
+Dtype dtype_of(int code) {
+  if (code < kF64 || code > kBF16) throw std::invalid_argument("no such storage type");
+  return static_cast<Dtype>(code);
+}
+
 Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required,
                std::int64_t segments, std::uintptr_t descriptors, std::uintptr_t counts) {
-  for (const char dtype : dtypes + static_cast<char>(result))
-    if (dtype < kF64 || dtype > kBF16) throw std::invalid_argument("no such storage type");
+  for (const char dtype : dtypes) dtype_of(dtype);
   if (dtypes.empty()) throw std::invalid_argument("no models");
   Batch batch;
-  batch.result = static_cast<Dtype>(result);
+  batch.result = dtype_of(result);
   batch.dtypes = reinterpret_cast<const Dtype*>(dtypes.data());
   batch.n = static_cast<std::int64_t>(dtypes.size());
   batch.task_vectors = task_vectors;
@@ -163,6 +168,16 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t max_blocks, int device, std::uintptr_t stream) {
         merge_cuda(batch_of(result, dtypes, task_vectors, scale, required, segments, 0, counts),
                    reinterpret_cast<const std::int64_t*>(table), words, tiles, max_blocks, device, stream);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "apply_cuda",
+      [](int result, int means, int arithmetic, int act, double scale, std::int64_t segments, std::uintptr_t table,
+         std::int64_t words, std::uintptr_t counts, std::int64_t tiles, std::int64_t max_blocks, int device,
+         std::uintptr_t stream) {
+        const DeltaBatch batch{dtype_of(result), dtype_of(means), dtype_of(arithmetic) == kF64, static_cast<Act>(act), scale,
+                               segments, nullptr, reinterpret_cast<std::int64_t*>(counts)};
+        apply_cuda(batch, reinterpret_cast<const std::int64_t*>(table), words, tiles, max_blocks, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
 #else

@@ -1,4 +1,4 @@
-// Consensus deltas for the CPU: negmerge_fast/core/delta.py. Addresses are 64-bit integers.
+// Consensus deltas: negmerge_fast/core/delta.py. Addresses are 64-bit integers.
 #pragma once
 
 #include <string>

@@ -43,6 +43,21 @@ def count_prefixes(
     edge_count: int,
     instruction_set: str,
 ) -> None: ...
+def apply_cuda(
+    result: int,
+    means: int,
+    arithmetic: int,
+    act: int,
+    scale: float,
+    segments: int,
+    table: int,
+    words: int,
+    counts: int,
+    tiles: int,
+    max_blocks: int,
+    device: int,
+    stream: int,
+) -> None: ...
 
 class Turn: ...
 

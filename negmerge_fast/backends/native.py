@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..core.batch import COUNTED, Batch, Counts
 from ..core.control_groups import granted_cpus
-from ..core.delta import APPLIED, DeltaBatch
-from ..core.descriptors import pack_deltas, pack_descriptors, pack_for_device, upload
+from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch
+from ..core.descriptors import (
+    Act,
+    act_of,
+    pack_delta_for_device,
+    pack_deltas,
+    pack_descriptors,
+    pack_for_device,
+    upload,
+)
 from ..core.dtypes import DTYPE_CODES
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
@@ -126,28 +134,19 @@ _ZEROS = bytes(len(COUNTED) * 8)
 
 def apply_cpu(batch: DeltaBatch, scale: float | None, threads: int | None = None) -> Counts:
     """Apply a batch of deltas in main memory; returns int64[segments, len(APPLIED)] as a buffer."""
-    if scale is None and any(segment.base for segment in batch.segments):
-        raise ValueError("scale: None, expected a number for segments with a base")
-    return _run_deltas(batch, _APPLY if scale is not None else _RESTORE, scale or 0.0, threads)
+    return _run_deltas(batch, *act_of(batch, scale), threads)
 
 
 def save_cpu(batch: DeltaBatch, threads: int | None = None) -> None:
     """Copy the base's elements that are in the mask to `saved`."""
-    _run_deltas(batch, _SAVE, 0.0, threads)
+    _run_deltas(batch, Act.SAVE, 0.0, threads)
 
 
-# What is done with a batch of deltas: Act of csrc/delta.h.
-_APPLY, _RESTORE, _SAVE = range(3)
-
-
-def _run_deltas(batch: DeltaBatch, act: int, scale: float, threads: int | None) -> Counts:
+def _run_deltas(batch: DeltaBatch, act: Act, scale: float, threads: int | None) -> Counts:
     descriptors = pack_deltas(batch)
     counts = array("q", bytes(8 * len(APPLIED) * len(batch.segments)))
     library().apply_cpu(
-        *map(DTYPE_CODES.__getitem__, batch.signature),
-        act,
-        scale,
-        len(batch.segments),
+        *delta_arguments(batch, act, scale),
         descriptors.buffer_info()[0],
         counts.buffer_info()[0],
         threads or usual_threads(),
@@ -181,27 +180,62 @@ def merge_cuda_in_few_blocks(batch: Batch, rule: Rule, threads: int | None = Non
 
 def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int, uploaded: bool = False) -> torch.Tensor:
     """Launch a merge in at most so many blocks. Its table goes along where it fits, and is uploaded else, or if `uploaded`."""
+    from .. import _native
+
+    table, tiles = pack_for_device(batch, _native.cuda_tile)
+    size = len(batch.segments), len(COUNTED)
+    return _launch(
+        _native.merge_cuda,
+        kernel_arguments(batch, rule),
+        batch.device,
+        table,
+        tiles,
+        size,
+        max_blocks,
+        uploaded,
+    )
+
+
+def apply_cuda(batch: DeltaBatch, scale: float | None, threads: int | None = None) -> torch.Tensor:
+    """Launch the applying of deltas as merge_cuda does a merge; returns int64[segments, len(APPLIED)] on the device."""
+    return _launch_deltas(batch, *act_of(batch, scale), MAX_BLOCKS)
+
+
+def save_cuda(batch: DeltaBatch, threads: int | None = None) -> None:
+    """Launch the copying of the base's elements that are in the mask to `saved`."""
+    _launch_deltas(batch, Act.SAVE, 0.0, MAX_BLOCKS)
+
+
+def deltas_in_few_blocks(batch: DeltaBatch, act: Act, scale: float) -> torch.Tensor:
+    """Apply or save as for large batches, however small this one is: for the self-test. As merge_cuda_in_few_blocks."""
+    return _launch_deltas(batch, act, scale, 3, uploaded=scale < 0)
+
+
+def _launch_deltas(
+    batch: DeltaBatch, act: Act, scale: float, max_blocks: int, uploaded: bool = False
+) -> torch.Tensor:
+    from .. import _native
+
+    table, tiles = pack_delta_for_device(batch, RANK_BLOCK)
+    size, arguments = (len(batch.segments), len(APPLIED)), delta_arguments(batch, act, scale)
+    return _launch(_native.apply_cuda, arguments, batch.device, table, tiles, size, max_blocks, uploaded)
+
+
+def _launch(
+    kernel: Any, arguments: tuple[Any, ...], on: str, table: np.ndarray[Any, Any], tiles: int,
+    size: tuple[int, int], max_blocks: int, uploaded: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Launch a kernel on a device's current stream; returns its counts, of this size, without waiting."""
     import torch
 
     from .. import _native
 
-    device = torch.device(batch.device)
-    table, tiles = pack_for_device(batch, _native.cuda_tile)
-    size = len(batch.segments), len(COUNTED)
-    with torch.cuda.device(device):
+    with torch.cuda.device(torch.device(on)):
         index = torch.cuda.current_device()
         uploaded = uploaded or len(table) > _native.cuda_table
         counts, address, words = place_table(table, size, f"cuda:{index}", uploaded)
-        _native.merge_cuda(
-            *kernel_arguments(batch, rule),
-            address,
-            words,
-            counts.data_ptr(),
-            tiles,
-            max_blocks,
-            index,
-            torch.cuda.current_stream().cuda_stream,
-        )
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel(*arguments, address, words, counts.data_ptr(), tiles, max_blocks, index, stream)
     return counts
 
 
@@ -261,3 +295,9 @@ def kernel_arguments(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float,
         rule.required(len(models)),
         len(batch.segments),
     )
+
+
+def delta_arguments(batch: DeltaBatch, act: Act, scale: float) -> tuple[int, int, int, int, float, int]:
+    """The arguments that kernels for deltas begin with."""
+    result, means, arithmetic = map(DTYPE_CODES.__getitem__, batch.signature)
+    return result, means, arithmetic, act, scale, len(batch.segments)

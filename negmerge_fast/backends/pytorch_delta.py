@@ -13,6 +13,7 @@ import torch
 
 from ..core.batch import COUNTED, Batch, Merge, Operand, Segment, Signature
 from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch, DeltaSegment, differences_of
+from ..core.descriptors import Act, act_of
 from ..core.dtypes import FLOAT_SIZES
 from ..core.rule import Rule
 from .pytorch import (
@@ -83,16 +84,15 @@ def apply(batch: DeltaBatch, scale: float | None, threads: int | None = None) ->
     """Apply a batch of deltas; returns int64[segments, len(APPLIED)] on the batch's device."""
     device, dtype = torch.device(batch.device), TORCH_DTYPES[batch.signature.arithmetic]
     counts = torch.zeros(len(batch.segments), len(APPLIED), dtype=torch.int64, device=device)
-    if scale is None and any(segment.base for segment in batch.segments):
-        raise ValueError("scale: None, expected a number for segments with a base")
+    act, number = act_of(batch, scale)
     with plain_arithmetic(threads):
         compute_alone_if_flushing(torch.empty(_block(batch), dtype=dtype, device=device))
         # A tensor on the device, rounded once from float64.
-        minus_scale = torch.tensor(-(scale or 0.0), dtype=torch.float64, device="cpu").to(dtype).to(device)
+        minus_scale = torch.tensor(-number, dtype=torch.float64, device="cpu").to(dtype).to(device)
         for row, segment in enumerate(batch.segments):
             for block in _blocks(batch, segment):
                 kept = block.kept()
-                if scale is None:
+                if act == Act.RESTORE:
                     block.write(kept)
                     continue
                 t = block.means().to(dtype) * minus_scale

@@ -98,32 +98,52 @@ def choose(
 def choose_apply(backend: str, device: str, signatures: Iterable[DeltaSignature] = ()) -> tuple[str, Apply]:
     """Choose a backend that applies consensus deltas (core/delta.py) on a device, as `choose` does one that merges.
 
-    "cuda" and "triton" have no kernels for deltas.
-
     Args:
         backend: The name of one, or "auto" for the first that can run there.
         device: As torch writes it.
-        signatures: What will be applied.
+        signatures: What will be applied. A backend that needs a self-test has one for each signature, once a process.
 
     Raises:
         InputError: If no such backend can run there; the message has the reasons.
     """
     if backend not in ("auto", *NAMES):
         raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
+    signatures = dict.fromkeys(signatures)
     reasons = []
     for name in NAMES if backend == "auto" else (backend,):
-        reason = "has no kernel for deltas" if name in _NEED_SELFTEST else why_not(name, device)
+        if (backend, name, device) == ("auto", "triton", "cpu"):
+            continue
+        reason = why_not(name, device) or _apply_failure(name, device, signatures)
         if reason is None:
             return name, _apply_of(name)
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
+def _apply_failure(name: str, device: str, signatures: Iterable[DeltaSignature]) -> str | None:
+    """Tell why a backend must not apply deltas of one of the signatures; None if it may."""
+    if name not in _NEED_SELFTEST:
+        return None
+    from . import selftest_delta
+
+    if name == "triton":
+        from ..kernels.apply import in_few_programs as launch
+    else:
+        from .native import deltas_in_few_blocks as launch
+    failures = (selftest_delta.failure(name, launch, device, signature) for signature in signatures)
+    return next(filter(None, failures), None)
+
+
 def _apply_of(name: str) -> Apply:
-    if name == "cpu":
+    if name == "triton":
+        from ..kernels import apply
+
+        found: Apply = apply.apply
+        return found
+    if name in ("cuda", "cpu"):
         from . import native
 
-        return native.apply_cpu
+        return native.apply_cuda if name == "cuda" else native.apply_cpu
     from . import pytorch_delta
 
     return pytorch_delta.apply
@@ -131,10 +151,15 @@ def _apply_of(name: str) -> Apply:
 
 def save_of(name: str) -> Save:
     """A backend's function that copies the base's elements in the mask to `saved`."""
-    if name == "cpu":
+    if name == "triton":
+        from ..kernels import apply
+
+        found: Save = apply.save
+        return found
+    if name in ("cuda", "cpu"):
         from . import native
 
-        return native.save_cpu
+        return native.save_cuda if name == "cuda" else native.save_cpu
     from . import pytorch_delta
 
     return pytorch_delta.save
@@ -186,7 +211,9 @@ def selftest(name: str, device: str) -> str | None:
         return None
     signatures = [Signature(dtype, (dtype, dtype), False) for dtype in FLOAT_SIZES]
     signatures.append(Signature("F32", ("BF16", "F16"), False))  # the base is rounded to both
-    return _selftest_failure(name, device, Rule(1.0), signatures)
+    wide = {dtype: "F64" if dtype == "F64" else "F32" for dtype in FLOAT_SIZES}
+    deltas = [DeltaSignature(dtype, wide[dtype], wide[dtype]) for dtype in FLOAT_SIZES]
+    return _selftest_failure(name, device, Rule(1.0), signatures) or _apply_failure(name, device, deltas)
 
 
 def _merge_of(name: str) -> Merge:

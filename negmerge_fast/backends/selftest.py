@@ -25,7 +25,7 @@ _SEGMENTS = (
     (0, "in place", 0), (2, "count", 0), (259, "count", 1),
 )  # fmt: skip
 
-_HOSTILE = [
+HOSTILE = [
     0.0, -0.0, 1e-45, -1e-45, 1e-40, 6e-8, 5e-324, 65504.0, 65520.0, 3.4e38, -3.4e38, 1e300,
     float("inf"), -float("inf"), float("nan"),
 ]  # fmt: skip
@@ -117,7 +117,7 @@ def _numbers(signature: Signature, numel: int, generator: torch.Generator) -> li
     bits = stored.view(pytorch.BITS_DTYPES[stored.itemsize])
     middle = (stored.double() + (bits + 1).view(types[0]).double()) / 2
     middle = middle * (1 + (torch.arange(numel) // 8 % 3 - 1) * 2.0**-20)
-    hostile, rare = torch.tensor(_HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
+    hostile, rare = torch.tensor(HOSTILE, dtype=torch.float64), min(0.3, 1 / len(types))
     versions = [base]
     for k, dtype in enumerate(types[1:]):
         step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest subnormal

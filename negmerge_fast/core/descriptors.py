@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from .batch import Batch, Operands
-from .delta import DeltaBatch
+from .delta import DeltaBatch, DeltaSegment
 from .dtypes import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -48,12 +49,50 @@ def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]
 
     packed = np.asarray(pack_descriptors(batch))
     descriptors = packed.view(np.int64).reshape(len(batch.segments), 3 + len(batch.signature.models))
-    tiles = np.zeros((len(descriptors) + 1, 2), np.int64)
-    np.cumsum(-(descriptors[:, 0] // -tile), out=tiles[1:, 0])
-    tiles[:-1, 1] = np.bitwise_or.reduce(descriptors[:, 1:], axis=1) % 16 == 0
+    tiles = _tiling(descriptors[:, 0], descriptors[:, 1:], tile)
     dtypes = bytes(DTYPE_CODES[dtype] for dtype in batch.signature.models)
     padded = np.frombuffer(dtypes.ljust(-(len(dtypes) // -8) * 8, b"\0"), np.int64)
     return np.concatenate([tiles.ravel(), descriptors.ravel(), padded]), int(tiles[-1, 0])
+
+
+class Act(IntEnum):
+    """What a kernel does with a batch of deltas: Act of csrc/delta.h."""
+
+    APPLY = 0
+    RESTORE = 1
+    SAVE = 2
+
+
+def act_of(batch: DeltaBatch, scale: float | None) -> tuple[Act, float]:
+    """What applying with a scale does, and the number that a kernel is given."""
+    if scale is not None:
+        return Act.APPLY, scale
+    if any(segment.base for segment in batch.segments):
+        raise ValueError("scale: None, expected a number for segments with a base")
+    return Act.RESTORE, 0.0
+
+
+def pack_delta_for_device(batch: DeltaBatch, tile: int) -> tuple[np.ndarray[Any, Any], int]:
+    """Pack a batch of deltas for a kernel on a device, as pack_for_device: it asks whether base and out are multiples of 16."""
+    import numpy as np
+
+    fields = len(DeltaSegment._fields) - 1
+    descriptors = np.asarray(pack_deltas(batch)).view(np.int64).reshape(len(batch.segments), fields)
+    columns = [DeltaSegment._fields.index(name) for name in ("base", "out")]
+    tiles = _tiling(descriptors[:, 0], descriptors[:, columns], tile)
+    return np.concatenate([tiles.ravel(), descriptors.ravel()]), int(tiles[-1, 0])
+
+
+def _tiling(
+    lengths: np.ndarray[Any, Any], addresses: np.ndarray[Any, Any], tile: int
+) -> np.ndarray[Any, Any]:
+    """int64[segments + 1, 2] of pack_for_device."""
+    import numpy as np
+
+    tiles = np.zeros((len(lengths) + 1, 2), np.int64)
+    np.cumsum(-(lengths // -tile), out=tiles[1:, 0])
+    tiles[:-1, 1] = np.bitwise_or.reduce(addresses, axis=1) % 16 == 0
+    return tiles
 
 
 def upload(memory: np.ndarray[Any, Any], device: str) -> torch.Tensor:

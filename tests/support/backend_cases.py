@@ -20,7 +20,8 @@ import torch
 
 from negmerge_fast.backends import native, registry
 from negmerge_fast.core.batch import COUNTED, Batch, Merge
-from negmerge_fast.core.descriptors import pack_for_device
+from negmerge_fast.core.delta import APPLIED, RANK_BLOCK, Apply, DeltaBatch, Save
+from negmerge_fast.core.descriptors import Act, act_of, pack_delta_for_device, pack_for_device
 from negmerge_fast.core.rule import Rule
 
 HERE = Path(__file__).parent
@@ -56,6 +57,16 @@ class BackendCase(NamedTuple):
             if self == ON_HOST:
                 patch.setattr(registry, "choose", lambda *_: ("cuda", merge_on_host))
             yield registry.choose(self.backend, self.device)[1]
+
+    def apply(self) -> Apply:
+        """The function of this case that applies deltas. The self-test is not asked."""
+        if self == ON_HOST:
+            return apply_on_host
+        return registry.choose_apply(self.backend, self.device)[1]
+
+    def save(self) -> Save:
+        """The function of this case that saves the base's elements."""
+        return save_on_host if self == ON_HOST else registry.save_of(self.backend)
 
 
 # The CUDA kernel's source compiled for the host: all but the GPU's own conversions of F16, streams and warps.
@@ -112,9 +123,9 @@ def quicken_interpreter() -> None:
 
 
 @cache
-def _library(wrong: tuple[str, str] | None = None) -> Any:
-    """The CUDA kernel compiled for the host. wrong: text of a file in csrc/, and what replaces it."""
-    source = HERE / "cuda_on_host" / "library.cpp"
+def _library(kernel: str, wrong: tuple[str, str] | None = None) -> Any:
+    """A CUDA kernel compiled for the host: "merge" or "apply". wrong: text of a file in csrc/, and what replaces it."""
+    source = HERE / "cuda_on_host" / f"{kernel}.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
         csrc = shutil.copytree(ROOT / "csrc", f"{folder}/csrc")
@@ -125,9 +136,7 @@ def _library(wrong: tuple[str, str] | None = None) -> Any:
             spoilt.write_text(texts[spoilt].replace(*wrong), encoding="utf-8")
         built = f"{folder}/library.so"
         subprocess.run(["g++", *flags, f"-I{copy}", str(copy / source.name), "-o", built], check=True)
-        library = ctypes.CDLL(built)
-    library.tile.restype = ctypes.c_int64
-    return library
+        return ctypes.CDLL(built)
 
 
 def merge_on_host(
@@ -137,7 +146,8 @@ def merge_on_host(
     wrong: tuple[str, str] | None = None,
     max_blocks: int = native.MAX_BLOCKS,
 ) -> np.ndarray[Any, Any]:
-    library = _library(wrong)
+    library = _library("merge", wrong)
+    library.tile.restype = ctypes.c_int64
     memory, tiles = pack_for_device(batch, library.tile())
     result, dtypes, task_vectors, scale, required, segments = native.kernel_arguments(batch, rule)
     counts = np.zeros((segments, len(COUNTED)), np.int64)
@@ -145,6 +155,31 @@ def merge_on_host(
         result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
         ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_int64(len(memory)), ctypes.c_void_p(counts.ctypes.data),
         ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
+    )  # fmt: skip
+    return counts
+
+
+def apply_on_host(batch: DeltaBatch, scale: float | None, threads: int | None = None) -> np.ndarray[Any, Any]:
+    return deltas_on_host(batch, *act_of(batch, scale))
+
+
+def save_on_host(batch: DeltaBatch, threads: int | None = None) -> None:
+    deltas_on_host(batch, Act.SAVE, 0.0)
+
+
+def deltas_on_host(
+    batch: DeltaBatch,
+    act: Act,
+    scale: float,
+    max_blocks: int = native.MAX_BLOCKS,
+    wrong: tuple[str, str] | None = None,
+) -> np.ndarray[Any, Any]:
+    table, tiles = pack_delta_for_device(batch, RANK_BLOCK)
+    result, means, arithmetic, act, scale, segments = native.delta_arguments(batch, act, scale)
+    counts = np.zeros((segments, len(APPLIED)), np.int64)
+    _library("apply", wrong).apply_on_host(
+        result, means, arithmetic, act, ctypes.c_double(scale), ctypes.c_int64(segments), ctypes.c_void_p(table.ctypes.data),
+        ctypes.c_int64(len(table)), ctypes.c_void_p(counts.ctypes.data), ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
     )  # fmt: skip
     return counts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -88,6 +89,17 @@ def loop_with_loads(code: Code, loads: int) -> list[Instruction] | None:
                 if loaded <= loads and (each, loaded) not in before:
                     before[each, loaded] = here
                     queue.append((each, loaded))
+    return min(found, key=len, default=None)
+
+
+def smallest_loop(code: Code, is_it: Callable[[list[Instruction]], bool]) -> list[Instruction] | None:
+    """The shortest run of instructions from the target of a jump back to that jump that is_it says is the one."""
+    found = []
+    for at, instruction in code.items():
+        if instruction.name.startswith("BRA") and "DIV" not in instruction.name:
+            run = [each for address, each in code.items() if _target(instruction) <= address <= at]
+            if is_it(run):
+                found.append(run)
     return min(found, key=len, default=None)
 
 
