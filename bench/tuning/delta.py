@@ -1,11 +1,11 @@
-"""Compares moving a live model to another λ with merging again, with eager PyTorch and with what memory allows.
+"""Compares moving a live model to another λ with a merge, with eager PyTorch and with what memory allows.
 
 A tenth of the elements, at random, are in the delta of 8 models. All candidates take turns in one process on the same memory, which is
 larger than any cache. A candidate gets a speed only if its result has the bits of the merge.
 
 The counted bytes of a move are those that it must read and write: the mask, the means, the base's elements in the mask, and each
 cache line of the model that has an element in the mask, once in and once out. Of F32 that is 81 % of the lines, of BF16 97 %. The limit reads
-and writes as many bytes in long strokes. Those of a merge are (n + 2) · numel · size.
+and writes as many bytes one after the other. Those of a merge are (n + 2) · numel · size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Workload:
             self.models.append((self.base + step).to(self.base.dtype))
             step *= 1.125
         self.merged, self.live = self.base.clone(), self.base.clone()
-        self.merging = self._batch(self.merged, dtype)
+        self.merge_batch = self._batch(self.merged, dtype)
         self._pack()
 
     def _batch(self, out: torch.Tensor, dtype: str) -> Batch:
@@ -103,7 +103,7 @@ class Workload:
             "memory, as many bytes": self.limit(),
         }
         found = {name: (task, moved) for name, task in tasks.items()}
-        return {"merge": (partial(merge, self.merging, Rule(SCALE), threads), merged), **found}
+        return {"merge": (partial(merge, self.merge_batch, Rule(SCALE), threads), merged), **found}
 
     def results(self) -> torch.Tensor:
         return (self.saved - SCALE * self.means).to(self.saved.dtype)
