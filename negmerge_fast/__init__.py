@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .core.rule import Rule
     from .core.stats import Stats, TensorStats
     from .deltas.apply import apply_delta
+    from .deltas.job import delta_checkpoints
     from .deltas.live import Live
     from .deltas.memory import Delta, consensus_delta, load_delta
     from .deltas.paired import Changed
@@ -47,6 +48,7 @@ _HOMES = {
     "apply_delta": "deltas.apply",
     "consensus_delta": "deltas.memory",
     "consensus_statistics": "reports.statistics",
+    "delta_checkpoints": "deltas.job",
     "load_delta": "deltas.memory",
     "merge": "tensors.api",
     "merge_": "tensors.api",
@@ -78,6 +80,7 @@ __all__ = [
     "apply_delta",
     "consensus_delta",
     "consensus_statistics",
+    "delta_checkpoints",
     "load_delta",
     "merge",
     "merge_",

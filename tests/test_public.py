@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results"
 NAMES = [
     "Changed", "ConsensusStatistics", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "NoScaleError", "Report", "Rule",
     "ScalePoint", "SelectedScale", "Stats", "TensorStats", "Verified", "__version__", "apply_delta", "consensus_delta",
-    "consensus_statistics", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "select_scale",
+    "consensus_statistics", "delta_checkpoints", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "select_scale",
     "verify_checkpoint", "write_report",
 ]  # fmt: skip
 
@@ -38,6 +38,10 @@ SIGNATURES = {
     "consensus_delta": (
         "(base, finetuned, *, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, exclude=None, rename=(), "
         "half=False, backend='auto')"
+    ),
+    "delta_checkpoints": (
+        "(base, finetuned, output, *, half=False, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, exclude=None, "
+        "rename=(), keep=(), drop=(), backend='auto', memory_budget=None, threads=None, overwrite=False, resume=False, progress=None)"
     ),
     "load_delta": "(path, device='cpu')",
     "merge": (

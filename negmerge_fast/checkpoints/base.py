@@ -22,6 +22,11 @@ class ByteRange(NamedTuple):
     def end(self) -> int:
         return self.offset + self.nbytes
 
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes that are read for it: other than nbytes if they are computed from others."""
+        return self.file.stored_before(self.end) - self.file.stored_before(self.offset)
+
     def read_into(
         self, reader: Reader, buffer: memoryview, begin: int = 0, release: bool = False
     ) -> bool | None:

@@ -72,6 +72,10 @@ class File:
         mode = stat.S_IMODE(found.st_mode) & 0o666
         return cls(path, found.st_size, identity, mode, changed_ns=found.st_ctime_ns)
 
+    def stored_before(self, offset: int) -> int:
+        """How many bytes are read for those before an offset."""
+        return offset
+
     def open(self) -> int:
         """Return a descriptor for positioned reads."""
         # A FIFO that has been put in its place is not waited for.

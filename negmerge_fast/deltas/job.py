@@ -18,8 +18,9 @@ from ..checkpoints.delta import INDEX, DeltaInfo, TensorInfo, sample_range
 from ..checkpoints.reader import Reader, naming
 from ..core.delta import MASK_WORD, mask_bytes
 from ..core.hashing import hash_of
+from ..core.pairing import Rename
 from ..core.ranges import Range
-from ..core.rule import Rule
+from ..core.rule import Inputs, NonFinite, Rule
 from ..core.stats import Stats, TensorStats
 from ..output import manifest as manifests
 from ..output.directory import Entry
@@ -261,8 +262,20 @@ def delta_checkpoints(
     output: PathLike,
     *,
     half: bool = False,
+    min_agreement: float = 1.0,
+    inputs: Inputs = "finetuned",
+    nonfinite: NonFinite = "error",
+    include: str | None = None,
+    exclude: str | None = None,
+    rename: Rename = (),
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    backend: str = "auto",
+    memory_budget: int | str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
     progress: OnProgress | None = None,
-    **options: object,
 ) -> Report:
     """Make the consensus delta of checkpoints that need not fit in memory (NegMerge, arXiv 2410.05583, section 4).
 
@@ -274,8 +287,20 @@ def delta_checkpoints(
         finetuned: One or more of the same kind.
         output: The path of the delta, a directory. It appears complete or not at all.
         half: Store means in BF16. Applying then gives other bits than a merge.
-        progress: As of merge_checkpoints.
-        options: Those of merge_checkpoints but scale, device and skip_unchanged.
+        min_agreement: As of merge_checkpoints, like all that follow.
+        inputs: "finetuned" or "task_vectors".
+        nonfinite: With "keep-base" elements that are not finite in any version are not in the delta.
+        include: The delta has nothing of other tensors.
+        exclude: Nor of these.
+        rename: For the names of tensors of finetuned.
+        keep: Patterns of files of the base; a delta has none of them, but what may hold weights must be chosen or not.
+        drop: As keep.
+        backend: "auto", "cpu" or "torch".
+        memory_budget: The most bytes to allocate.
+        threads: How many threads read and compute.
+        overwrite: Replace output if its manifest says that negmerge wrote every file in it, as it is.
+        resume: Continue what an interrupted run left.
+        progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop.
 
     Returns:
         What was done; scale is None.
@@ -283,11 +308,14 @@ def delta_checkpoints(
     Raises:
         InputError: As of merge_checkpoints.
         OSError: If reading or writing fails.
-        TypeError: If finetuned is one path, or an option is unknown.
+        TypeError: If finetuned is one path.
     """
     require_callable("progress", progress)
-    chosen = options_of(**options)
-    return merges.run(lambda: prepare_delta(base, finetuned, output, chosen, half), progress)
+    options = options_of(
+        min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite, include=include, exclude=exclude, rename=rename, keep=keep,
+        drop=drop, backend=backend, memory_budget=memory_budget, threads=threads, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+    return merges.run(lambda: prepare_delta(base, finetuned, output, options, half), progress)
 
 
 def options_of(**options: object) -> MergeOptions:

@@ -11,7 +11,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from itertools import accumulate
 from threading import Lock, local
 from typing import Any
 
@@ -77,6 +78,11 @@ class _Expanded:
     @property
     def end(self) -> int:
         return self.offset + self.numel * self.size
+
+    @property
+    def stored(self) -> int:
+        """Bytes of its mask and means."""
+        return self.tensor.mask.nbytes + self.tensor.means.source.nbytes
 
     def expand(self, reader: Reader, begin: int, end: int, dense: int, release: bool) -> bool:
         """Write the elements begin … end to an address; returns whether all that was read was cached."""
@@ -186,6 +192,19 @@ class ExpandedFile(File):
                 part = buffer[at : at + last - first]
                 cached = _fill(reader, each, first, part, release) and cached
         return cached
+
+    def stored_before(self, offset: int) -> int:
+        """Of a mask and means in proportion to how much of the dense tensor is before the offset."""
+        if not self.expanded:
+            return 0
+        k = max(bisect_right(self.expanded, offset, key=lambda each: each.offset) - 1, 0)
+        before, each = self._stored_starts[k], self.expanded[k]
+        dense = each.end - each.offset
+        return before + each.stored * (offset - each.offset) // dense if dense else before
+
+    @cached_property
+    def _stored_starts(self) -> list[int]:
+        return list(accumulate((each.stored for each in self.expanded), initial=0))
 
     def expect(self, reader: Reader, offset: int, size: int) -> None:
         """Nothing: where means are is known when their mask is read."""

@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(source.nbytes for extent in self.extents for source in extent.sources)
+        return sum(source.stored_nbytes for extent in self.extents for source in extent.sources)
 
     @property
     def bytes_written(self) -> int:

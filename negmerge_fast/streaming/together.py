@@ -192,7 +192,7 @@ def _bytes_moved(plan: Plan, portion: Portion) -> int:
     """The bytes to read and write for a portion."""
     extents = slice_plan(plan, portion.range)
     copies = len(portion.outputs)
-    return sum(copies * e.sources[0].nbytes + sum(s.nbytes for s in e.sources) for e in extents)
+    return sum(copies * e.sources[0].nbytes + sum(s.stored_nbytes for s in e.sources) for e in extents)
 
 
 def _on_moved(

@@ -74,7 +74,7 @@ class Worker:
         began = time.perf_counter()
         with self.timeline.span("read"):
             skipped, cached = self._read(chunk, pruner, buffers)
-        read = sum(source.nbytes for source in chunk.sources) - skipped
+        read = sum(source.stored_nbytes for source in chunk.sources) - skipped
         self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
@@ -108,7 +108,7 @@ class Worker:
         with self.timeline.span("read"):
             for source, buffer in zip(chunk.sources, buffers, strict=True):
                 cached = bool(source.read_into(self.reader, buffer, release=self.release)) and cached
-        read = sum(sizes)
+        read = sum(source.stored_nbytes for source in chunk.sources)
         self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
         done: list[ChunkResult] = []
         for rule, writer in outputs:
@@ -151,7 +151,7 @@ class Worker:
         counted = self._count(chunk, done.counted, self.rule)
         if done.outcome == NOT_WRITTEN:
             raise OSError(done.error, os.strerror(done.error), str(self.writer.destination.path))
-        read = sum(source.nbytes for source in chunk.sources)
+        read = sum(source.stored_nbytes for source in chunk.sources)
         began, *ended = done.times
         self.read_ahead.record(done.cached, read, ended[0] - began, requested)
         for stage, end in zip(("read", "merge", "write"), ended, strict=True):
