@@ -138,7 +138,8 @@ def test_selftest_of_cuda_gives_a_block_several_tiles(fault: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("base", "models"),
     [
-        ("F64", "F32"), ("F64", "F16"), ("F64", "BF16"), ("F32", "F16"), ("F32", "BF16"), ("BF16", "F16"), ("F16", "BF16"),
+        pytest.param("F64", "F32", marks=pytest.mark.slow), ("F64", "F16"), pytest.param("F64", "BF16", marks=pytest.mark.slow),
+        ("F32", "F16"), ("F32", "BF16"), ("BF16", "F16"), ("F16", "BF16"),
         ("F32", "F32 BF16"), ("F16", "F32 BF16 F16"),
     ],
 )  # fmt: skip

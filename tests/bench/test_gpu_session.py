@@ -46,6 +46,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow
 def test_a_variant_costs_no_other_its_numbers(gpu_session: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def not_compiled(seconds: float) -> list[str]:
         raise RuntimeError("error: no such constant\nand more")

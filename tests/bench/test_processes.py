@@ -89,6 +89,7 @@ def test_out_of_core_with_skipping_and_ranks(
     assert 0 < rows[2]["read"] <= most_read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain.py", "released.py"])
 def test_scripts_have_the_bits_of_the_reference(
     script: Callable[[str], Any], tmp_path: Path, name: str

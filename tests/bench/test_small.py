@@ -11,6 +11,7 @@ import pytest
 import negmerge_fast
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_small_merges(run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("negmerge_fast._native")

@@ -109,6 +109,7 @@ torch.version.cuda, torch.cuda.init, torch.cuda.is_available = "13.0", init, lam
     )
 
 
+@pytest.mark.slow
 def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED.replace('"BF16"', '"F32"').replace("int16", "int32").replace(
         ".view(-1)[-1:]\n        out.view(dtype=__import__(\"torch\").int32).bitwise_xor_(1)", "\n        out[0] ^= 1"
@@ -122,6 +123,7 @@ def test_files_that_are_merged_wrong_get_no_speed(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_cases_of_gpus_are_collected_everywhere(tmp_path: Path) -> None:
     found = suite(tmp_path, "--collect-only").stdout.splitlines()
     for candidate in (

@@ -51,6 +51,7 @@ def test_what_belongs_to_a_model_and_what_does_not(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_many_tensors(tmp_path: Path) -> None:
     path = tmp_path / "many.safetensors"
     path.write_bytes(raw({f"t{i}": entry(8 * i, 8 * i + 8) for i in range(100_000)}, bytes(800_000)))

@@ -406,7 +406,7 @@ def start_ranks(folder, ranks, wait):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("then", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3))])
 def test_ranks_that_are_killed_and_resumed_by_others_write_the_same_bytes(tmp_path, then):
     shapes = {"a": (3, 70_001), "b.weight": (400, 513), "c": (), "d": (99_999,)}
     base, finetuned = models(tmp_path, ["BF16", "F32"], shapes=shapes, shards=2)

@@ -13,7 +13,12 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script",
+    # inductor compiles
+    [pytest.param(each, marks=pytest.mark.slow if each.stem == "compile" else ()) for each in EXAMPLES],
+    ids=lambda script: script.name,
+)
 def test_it_runs(script: Path, tmp_path: Path) -> None:
     launcher = TORCHRUN if "torchrun" in script.read_text() else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}

@@ -88,7 +88,9 @@ def test_a_request_would_be_seen(served: tuple[str, list[str]], report: Path, tm
     assert len(console(browse(tmp_path, "--dump-dom", address))) >= 2
     policy = html[html.index("<meta http-equiv") : html.index('<link rel="icon"')]
     page.write_text(page.read_text().replace(policy, "").replace("https://example.org", ""))
-    browse(tmp_path, "--dump-dom", address)
+    again = tmp_path / "again"  # with a profile of its own: the first page would be taken from the cache
+    again.mkdir()
+    browse(again, "--dump-dom", address)
     assert "/layers.png" in served[1]
 
 

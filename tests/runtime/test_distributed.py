@@ -175,7 +175,9 @@ def test_one_that_is_late_is_waited_for(made: Path, folder: Path) -> None:
     assert [said.count("\n") for *_, said in ended] == [1, 0]
 
 
-@pytest.mark.parametrize("other", [("--scale", "0.8"), ("--nonfinite", "keep-base")])
+@pytest.mark.parametrize(
+    "other", [("--scale", "0.8"), pytest.param(("--nonfinite", "keep-base"), marks=pytest.mark.slow)]
+)
 def test_ranks_of_different_jobs_are_refused(folder: Path, other: tuple[str, str]) -> None:
     ended = finish(start(folder, ranks=2, of_last=other))
     assert [status for status, *_ in ended] == [2, 2] and ended[0][2] == ""
