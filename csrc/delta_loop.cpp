@@ -17,13 +17,14 @@
 namespace negmerge {
 namespace {
 
-constexpr int kWords = kRankBlock / kMaskWord;  // of a block
+constexpr std::int64_t kBlock = 2 * kRankBlock;  // elements at once
+constexpr int kWords = kBlock / kMaskWord;
 constexpr int kLine = 64;
-constexpr int kAhead = 2048;  // bytes of an output that is not read otherwise: its lines are fetched before they are written to
+constexpr int kAhead = 2048;  // bytes: so far before they are needed, lines are fetched
 
 // Packed numbers of a block. Whole packs are read and written: behind the last number, too.
 struct Packed {
-  alignas(64) char bytes[kRankBlock * 8 + 2 * kLine];
+  alignas(64) char bytes[kBlock * 8 + 2 * kLine];
 };
 
 NEGMERGE_INLINE int count_of(std::uint64_t word) { return __builtin_popcountll(word); }
@@ -143,6 +144,17 @@ __attribute__((noinline)) void negate_each(const char* kept, const char* means, 
   }
 }
 
+// Fewer than a pack of elements, and zeros behind them. Nothing behind the last is read.
+template <class Bits>
+NEGMERGE_INLINE void load_rest(const char* from, int count, char* to) {
+#if defined(__AVX512F__)
+  store(to, _mm512_maskz_loadu_epi8((std::uint64_t{1} << count * sizeof(Bits)) - 1, from), false);
+#else
+  memset(to, 0, kLine);
+  memcpy(to, from, count * sizeof(Bits));
+#endif
+}
+
 // The results of packed elements. Whole packs of `to` may be written.
 template <class T, class S, class M>
 void negate(const char* kept, const char* means, int count, const Constants<T>& c, char* to, std::int64_t* counts) {
@@ -154,24 +166,32 @@ void negate(const char* kept, const char* means, int count, const Constants<T>& 
   using MeanWord = typename P::template Of<typename M::Word>;
   using MeanBits = typename P::template Of<typename M::Bits>;
   using Flags = decltype(Bits{} != Bits{});
-  static_assert(kRankBlock / P::lanes < 1 << 15, "flags are counted in 16 bits");
+  static_assert(kBlock / P::lanes < 1 << 15, "flags are counted in 16 bits");
   Flags changed{};
-  int i = 0;
-  for (; i + P::lanes <= count; i += P::lanes) {
-    const char* at = kept + i * sizeof(typename S::Bits);
+  const auto negate_pack = [&](const char* at, const char* mean_at, int i, int end) __attribute__((always_inline)) {
     const auto b = convert<typename P::N>(load_floats<S, F, Word, Bits>(at));
-    const auto mean = convert<typename P::N>(load_floats<M, MeanFloat, MeanWord, MeanBits>(means + i * sizeof(typename M::Bits)));
+    const auto mean = convert<typename P::N>(load_floats<M, MeanFloat, MeanWord, MeanBits>(mean_at));
     const F result = convert<F>(negated_mean(b, mean, c));
-    if (__builtin_expect(!all_negative(in_range<S>(result)), 0)) {
-      negate_each<T, S, M>(kept, means, i, i + P::lanes, c, to, counts);
-      continue;
-    }
+    if (__builtin_expect(!all_negative(in_range<S>(result)), 0)) return negate_each<T, S, M>(kept, means, i, end, c, to, counts);
     const Bits bits = rounded_bits<S, Bits, Word>(result);
     changed -= bits != read<Bits>(at);
     store(to + i * sizeof(typename S::Bits), bits, false);
+  };
+  int i = 0;
+  for (; i + P::lanes <= count; i += P::lanes)
+    negate_pack(kept + i * sizeof(typename S::Bits), means + i * sizeof(typename M::Bits), i, i + P::lanes);
+  if (i < count) {  // zeros do not change
+    alignas(kLine) char rest[2][kLine];
+    load_rest<typename S::Bits>(kept + i * sizeof(typename S::Bits), count - i, rest[0]);
+    load_rest<typename M::Bits>(means + i * sizeof(typename M::Bits), count - i, rest[1]);
+    negate_pack(rest[0], rest[1], i, count);
   }
   for (int lane = 0; lane < P::lanes; ++lane) counts[0] += changed[lane];
-  negate_each<T, S, M>(kept, means, i, count, c, to, counts);
+}
+
+// Fetches as many bytes as there are here, of those that will be read soon.
+NEGMERGE_INLINE void fetch_ahead(const char* from, std::int64_t size) {
+  for (std::int64_t at = 0; at < size; at += kLine) __builtin_prefetch(from + at + kAhead);
 }
 
 // Copies bytes past the cache, but for the parts of a line at both ends.
@@ -219,6 +239,8 @@ void apply_block(const DeltaBatch& batch, const DeltaSegment& segment, const Con
     if (out) scatter<Bits, true>(words, kept.bytes, out);
   } else {
     const char* means = segment.means + first * sizeof(typename M::Bits);
+    fetch_ahead(means, words.set * sizeof(typename M::Bits));
+    if (!base) fetch_ahead(saved, words.set * size);
     negate<T, S, M>(base ? kept.bytes : saved, means, words.set, c, result.bytes, counts);
     if (out && base && out != base) write_apart<Bits>(words, base, result.bytes, out, elements * size, in_cache);
     else if (out) base ? scatter<Bits>(words, result.bytes, out) : scatter<Bits, true>(words, result.bytes, out);
@@ -230,8 +252,9 @@ void apply_blocks(const DeltaBatch& batch, std::int64_t index, std::int64_t firs
   const DeltaSegment segment = segment_of(batch, index);
   const Constants<T> constants{static_cast<T>(batch.scale), 0, 0, 0};
   std::int64_t counts[kApplied] = {};
-  for (std::int64_t i = first_block; i < first_block + blocks; ++i) {
-    const std::int64_t start = i * kRankBlock, elements = std::min(kRankBlock, segment.numel - start);
+  const std::int64_t end = std::min((first_block + blocks) * kRankBlock, segment.numel);
+  for (std::int64_t i = first_block; i < first_block + blocks; i += kBlock / kRankBlock) {
+    const std::int64_t start = i * kRankBlock, elements = std::min(kBlock, end - start);
     apply_block<T, S, M>(batch, segment, constants, start, elements, segment.ranks[i], in_cache, counts);
   }
   for (int i = 0; i < kApplied; ++i)
