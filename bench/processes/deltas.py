@@ -1,8 +1,8 @@
 """Measures deltas of files beside merges: seconds of whole commands, and sizes.
 
 A Llama in one file and 8 fine-tuned versions, which agree on 9.66 % of the elements, in warm files. `negmerge merge`, `negmerge delta` and
-`negmerge apply` with one scale and with three take turns with floor.py, which reads and writes the base and syncs what it
-writes, as `apply` does, and with `cp`, which does not sync. What is applied is compared with what is merged, byte for byte, before anything is
+`negmerge apply` with one scale and with three take turns with `cp` of the base, which returns before anything is on the disk, and with `cp`
+and `sync` of its files, as `apply` syncs them. What is applied is compared with what is merged, byte for byte, before anything is
 timed. Rows are printed; with --results FILE.jsonl they are appended to it, too.
 """
 
@@ -26,12 +26,11 @@ from process import Ended
 
 from negmerge_fast.benchmark.records import percentiles, record
 
-HERE = Path(__file__).parent
 COMMAND = (sys.executable, "-m", "negmerge_fast")
 THREADS, MODELS, SCALES = 2, 8, (0.5, 0.7, 0.9)
 # With it the versions agree on 9.66 % of the elements.
 LEAN = 0.6295
-COPY = "copy of the base, synced"
+COPY = "cp, sync"
 
 
 class Case:
@@ -61,19 +60,9 @@ class Case:
             "apply", self.models[0], self.deltas["delta"], *given, "--output", self.outs / "applied"
         )
 
-    def floor(self) -> Ended:
-        command = (
-            sys.executable,
-            HERE / "floor.py",
-            self.outs / "floor",
-            self.models[0],
-            "--threads",
-            THREADS,
-        )
-        return process.done(command)
-
-    def copy(self) -> Ended:
-        return process.done(("cp", "-r", "--reflink=never", self.models[0], self.outs / "copy"))
+    def copy(self, sync: str = "") -> Ended:
+        copy = f'cp -r --reflink=never "$0" "$1" {sync}'
+        return process.done(("sh", "-c", copy, self.models[0], self.outs / "copy"))
 
     def check(self) -> None:
         """Make the deltas, and compare what is applied with what is merged."""
@@ -92,7 +81,7 @@ class Case:
             "merge": self.merge,
             "delta": self.delta,
             "delta --half": partial(self.delta, "--half"),
-            COPY: self.floor,
+            COPY: partial(self.copy, '&& sync "$1"/*'),
             "cp": self.copy,
             "apply": partial(self.apply, SCALES[-1]),
             "apply, 3 scales": partial(self.apply, *SCALES),
