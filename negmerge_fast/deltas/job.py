@@ -1,7 +1,7 @@
 """Making a delta of checkpoints: streamed in bounded memory, resumed, and on several ranks, as a merge is.
 
 Workers write masks where they stay (format.py), and each rank appends its means to a file of its own (spool.py). When all is counted,
-rank 0 writes the headers and puts the means behind the masks.
+rank 0 writes the headers and puts the means behind the masks. A process alone that does not resume writes means where they stay, too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ..streaming.report import Report
 from ..streaming.skipping import Skipping
 from ..streaming.together import Task
 from .format import DeltaFile, file_names, index_of
-from .spool import Spool
+from .spool import InPlace, Spool
 from .worker import EXTRA_BUFFERS, DeltaResult, DeltaWorker
 
 _COPIED_BYTES = 4 << 20
@@ -59,10 +59,18 @@ class _Means(NamedTuple):
 
 @dataclass
 class _Ranges:
-    """The ranges that each rank's spool holds, in order: those of earlier runs, and of this one. sizes: of the files, once complete."""
+    """What became of ranges of the plan.
+
+    Attributes:
+        recorded: The ranges that each rank's spool holds of earlier runs, in order.
+        current: Those of each rank, of this run.
+        ends: Where the means end in each file, if they are written in place; None if they are in spools.
+        sizes: Of the files, once complete.
+    """
 
     recorded: dict[int, list[Range]] = field(default_factory=dict)
     current: list[list[Range]] = field(default_factory=list)
+    ends: dict[str, int] | None = None
     sizes: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[int, list[Range]]]:
@@ -120,7 +128,12 @@ class DeltaJob(Job):
         self.writer.expect(sizes)
         entry = self.staging.journal(rank)
         records = read_journal(entry, self._fingerprint) if self.staging.resume else []
-        spool = Spool(self._spool(rank), sum(self._means_bytes(record.stats) for record in records))
+        spool: Spool | InPlace
+        if self.staging.resume or len(self._ranges.current) > 1:
+            spool = Spool(self._spool(rank), sum(self._means_bytes(record.stats) for record in records))
+        else:
+            self._ranges.ends = {name: file.masks_end for name, file in self.deltas.items()}
+            spool = InPlace(lambda name: self.staging.open_file(name, os.O_WRONLY), self._ranges.ends)
 
         def sync_all() -> None:
             self.writer.sync()
@@ -144,7 +157,8 @@ class DeltaJob(Job):
 
     def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
         """Write headers and means, now that all is counted, and then the manifest."""
-        means, sizes = self._means(stats), self._ranges.sizes
+        sizes = self._ranges.sizes
+        means = self._means(stats) if self._ranges.ends is None else {}
         for name, file in self.deltas.items():
             sizes[name] = self._complete(name, file, stats.tensors, means)
             on_progress()
@@ -193,17 +207,18 @@ class DeltaJob(Job):
         counted: Mapping[str, TensorStats],
         means: Mapping[str, Sequence[_Means]],
     ) -> int:
-        """Write the header of a file, and the means behind its masks; returns its size."""
-        position = file.masks_end
-        spools = {rank: self._spool(rank).open(os.O_RDONLY) for rank, _ in self._ranges}
+        """Write the header of a file, and the means behind its masks if they are not there; returns its size."""
+        ends, spools = self._ranges.ends, {}
+        if ends is None:
+            spools = {rank: self._spool(rank).open(os.O_RDONLY) for rank, _ in self._ranges}
+        position = file.masks_end if ends is None else ends[name]
         descriptor = self.staging.open_file(name, os.O_WRONLY)
         try:
             with naming(self.destination.path):
                 os.pwrite(descriptor, file.header(counted), 0)
-                for tensor in file.tensors:
-                    for each in means[tensor]:
-                        _copy(spools[each.rank], each.offset, each.nbytes, descriptor, position)
-                        position += each.nbytes
+                for each in (each for tensor in file.tensors for each in means.get(tensor, ())):
+                    _copy(spools[each.rank], each.offset, each.nbytes, descriptor, position)
+                    position += each.nbytes
                 set_size(descriptor, position)
                 sync(descriptor)
         finally:
@@ -229,13 +244,13 @@ class DeltaRecorder(Recorder):
         journal: Journal,
         on_moved: Callable[[int], None],
         keep: bool,
-        spool: Spool,
+        spool: Spool | InPlace,
     ) -> None:
         super().__init__(ranges, journal, on_moved, keep)
         self._spool = spool
 
     def on_result(self, result: DeltaResult) -> None:  # type: ignore[override]
-        self._spool.append(result.means)
+        self._spool.append(result.path, result.means)
         super().on_result(result.chunk)
 
     def __exit__(self, *error: object) -> None:

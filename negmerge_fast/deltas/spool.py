@@ -1,12 +1,13 @@
 """The means of a delta while it is made: each rank appends them to a file of its own, in the order of what it reads.
 
-Where they belong is not known before all ranks have counted. A journal's records tell which ranges a rank's file holds, in which
+Where they belong is not known before all ranks have counted, unless there is one that begins at the beginning. A journal's records tell which ranges a rank's file holds, in which
 order; the masks tell how many means each range has.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from ..core.errors import InputError
 from ..output.directory import Entry
@@ -41,11 +42,46 @@ class Spool:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
-    def append(self, data: bytes) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, memoryview(data)[done:], self._size + done)
+    def append(self, path: str, data: bytes) -> None:
+        _write(self._descriptor, data, self._size)
         self._size += len(data)
 
     def sync(self) -> None:
         sync_data(self._descriptor)
+
+
+class InPlace:
+    """Means that are written where they stay, as a context manager: what one process reads from the beginning comes in their order.
+
+    Args:
+        open_file: Opens a file of the delta for writing; returns its descriptor.
+        ends: Where the next means go, by the names of files.
+    """
+
+    def __init__(self, open_file: Callable[[str], int], ends: dict[str, int]) -> None:
+        self._open_file, self._ends = open_file, ends
+        self._path, self._descriptor = "", -1
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._path:
+            os.close(self._descriptor)
+            self._path = ""
+
+    def append(self, path: str, data: bytes) -> None:
+        if path != self._path:
+            self.__exit__()
+            self._path, self._descriptor = path, self._open_file(path)
+        _write(self._descriptor, data, self._ends[path])
+        self._ends[path] += len(data)
+
+    def sync(self) -> None:
+        """Nothing: no run goes on from these."""
+
+
+def _write(descriptor: int, data: bytes, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, memoryview(data)[done:], position + done)

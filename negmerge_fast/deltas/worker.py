@@ -25,9 +25,10 @@ EXTRA_BUFFERS = 4
 
 
 class DeltaResult(NamedTuple):
-    """What a worker did with a chunk, and the means of its elements in the masks."""
+    """What a worker did with a chunk of a file, and the means of its elements in the masks."""
 
     chunk: ChunkResult
+    path: str
     means: bytes
 
 
@@ -78,7 +79,9 @@ class DeltaWorker(Worker):
         read = sum(source.nbytes for source in chunk.sources)
         counted = [([(s.name, s.numel) for s in chunk.slices], Rows(each.counts for each in placed))]
         return DeltaResult(
-            ChunkResult(read, chunk.sources[0].nbytes, counted), packed[: end - means].tobytes()
+            ChunkResult(read, chunk.sources[0].nbytes, counted),
+            chunk.path,
+            packed[: end - means].tobytes(),
         )
 
     def _read_all(self, chunk: Extent, buffers: list[memoryview]) -> None:
