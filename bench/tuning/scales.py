@@ -41,7 +41,7 @@ def compare(folder: Path, seed: int) -> bool:
     def counted(name: str) -> Callable[[torch.nn.Module], float]:
         def score(model: torch.nn.Module) -> float:
             counts[name] += 1
-            return getattr(evaluate(model), name)
+            return evaluate(model)[name]
 
         return score
 
