@@ -327,6 +327,11 @@ _LIMITED = {"limit", "limit GB/s", "of_limit"}
 COMMITTED: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints": (_OLD, {"GB/s", "of_limit", "seconds"}),
     "chunk_sizes": (_TUNED | _LIMITED, set()),
+    "delta": (_TUNED | {"of_merge"}, {"limit", "of_limit"}),
+    "deltas": (
+        _TUNED - {"GB/s"} | {"compared with", "times the other", "of a dense model", "peak MB"},
+        set(),
+    ),
     "loop": (_OLD | {"GB/s", "of_limit"}, set()),
     "memory": (
         _OLD | {"GB/s"},

@@ -109,6 +109,33 @@ def whole_processes() -> list[str]:
     ]
 
 
+def of_deltas() -> list[str]:
+    """Lines of the tables of docs/benchmarks.md."""
+
+    def cells(row: dict[str, Any]) -> str:
+        limit = f"{row['of_limit']:.2f}" if "of_limit" in row else "–"
+        return f"{1000 * row['p50']:.1f} | {limit} | {row['of_merge']:.2f}"
+
+    found = [row for row in rows("delta.jsonl") if not row["way"].startswith(("eager", "memory"))]
+    pairs = [[row for row in found if row["way"] == name] for name in ("merge", "live move", "live restore")]
+    lines = [f"{cells(f32)} | {cells(bf16)} |" for f32, bf16 in pairs]
+    for name in ("delta", "delta --half", "apply", "apply, 3 scales"):
+        f32, bf16 = (row for row in rows("deltas.jsonl") if row["way"] == name)
+        sizes = [row["of a dense model"] for row in (f32, bf16)]
+        texts = [
+            f"{row['p50']:.2f} | {row['times the other']:.2f} of {row['compared with']} |{f' {size:.3f} ' if size else ' '}|"
+            for row, size in zip((f32, bf16), sizes, strict=True)
+        ]
+        lines.append(f"| **{name}** | {texts[0]} {texts[1]}")
+    return lines
+
+
+def test_tables_of_deltas_are_those_of_committed_rows() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for line in of_deltas():
+        assert line in page, line
+
+
 def forgetting() -> list[str]:
     found = json.loads((RESULTS / "forgetting.json").read_text(encoding="utf-8"))["rows"]
 
