@@ -233,9 +233,9 @@ void apply_block(const DeltaBatch& batch, const DeltaSegment& segment, const Con
   Packed kept, result;
   if (base) gather<Bits>(words, base, kept.bytes);
   if (batch.act == Act::kSave) {
-    memcpy(saved, kept.bytes, words.set * size);
+    if (words.set) memcpy(saved, kept.bytes, words.set * size);  // the address of nothing may be null
   } else if (batch.act == Act::kRestore) {
-    memcpy(kept.bytes, saved, words.set * size);
+    if (words.set) memcpy(kept.bytes, saved, words.set * size);
     if (out) scatter<Bits, true>(words, kept.bytes, out);
   } else {
     const char* means = segment.means + first * sizeof(typename M::Bits);
