@@ -1,60 +1,14 @@
 // Random batches with every instruction set and several numbers of threads, for the sanitizers. Each operand has memory of its
 // own, of exactly its size, at any alignment. All must give the bits and counts of the rule for one element.
-#include <algorithm>
 #include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
 
-#include "../../../csrc/dtypes.h"
 #include "../../../csrc/merge_cpu.h"
-#include "../../../csrc/merge_rule.h"
+#include "../../../csrc/prefix.h"
+#include "memory.h"
 
 using namespace negmerge;
 
 namespace {
-
-std::mt19937_64 random_bits(1);
-
-std::int64_t random_below(std::int64_t bound) {
-  return static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(bound));
-}
-
-// Bytes at any address; those behind them belong to nobody.
-struct Memory {
-  std::unique_ptr<char[]> held;
-  char* at;
-  std::int64_t size;
-
-  explicit Memory(std::int64_t bytes) : size(bytes) {
-    const std::int64_t offset = random_below(64);
-    held.reset(new char[offset + bytes]);
-    at = held.get() + offset;
-  }
-  void fill(Dtype dtype) {
-    for (std::int64_t i = 0; i < size; i += 8) {
-      const std::uint64_t bits = random_bits();
-      std::memcpy(at + i, &bits, std::min<std::int64_t>(8, size - i));
-    }
-    // Most numbers of ordinary size.
-    if (dtype == kF32 || dtype == kF64)
-      for (std::int64_t i = kSizes[dtype] - 1; i < size; i += kSizes[dtype])
-        if (i % 7) at[i] = static_cast<char>((at[i] & 0x80) | 0x3f);
-  }
-};
-
-template <class Bits>
-Bits read(const char* from) {
-  Bits bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return bits;
-}
-
-// A stored number in arithmetic type T.
-template <class T, class M>
-T number(const char* from) {
-  return static_cast<T>(M::template widen<typename M::Float>(typename M::Word{read<typename M::Bits>(from)}));
-}
 
 // d_k of a model of type M.
 template <class T, class S, class M>
@@ -64,39 +18,71 @@ T difference(T b, const char* x, bool task_vectors) {
   return number<T, M>(x) - b;
 }
 
-// Merges element i of a segment, and adds to its counts. of: its descriptors.
-template <class T, class S, template <class, class> class Accumulator>
+// Merges element i of a segment, and adds to its counts. of: its descriptors; O: the output's type.
+template <class T, class S, class O, template <class, class> class Accumulator>
 void merge_one(const Batch& batch, const std::int64_t* of, std::int64_t i, std::int64_t* counts) {
   const Constants<T> constants{static_cast<T>(batch.scale), static_cast<T>(batch.n), static_cast<T>(batch.required),
                                static_cast<T>(batch.n - batch.required)};
-  const char* base = reinterpret_cast<const char*>(of[1]) + i * sizeof(typename S::Bits);
+  typename S::Bits bits{};
+  if (of[1]) bits = read<typename S::Bits>(reinterpret_cast<const char*>(of[1]) + i * sizeof bits);
+  const T b = number<T, S>(reinterpret_cast<const char*>(&bits));
   Accumulator<T, T> accumulator;
   for (std::int64_t k = 0; k < batch.n; ++k) {
     const char* x = reinterpret_cast<const char*>(of[3 + k]) + i * kSizes[batch.dtypes[k]];
-    const T b = number<T, S>(base);
-    accumulator.accumulate(batch.dtypes[k] == kF64   ? difference<T, S, F64>(b, x, batch.task_vectors)
-                           : batch.dtypes[k] == kF32 ? difference<T, S, F32>(b, x, batch.task_vectors)
-                           : batch.dtypes[k] == kF16 ? difference<T, S, F16>(b, x, batch.task_vectors)
-                                                     : difference<T, S, BF16>(b, x, batch.task_vectors));
+    const T d = with_type(batch.dtypes[k], [&](auto m) { return difference<T, S, decltype(m)>(b, x, batch.task_vectors); });
+    // A mean has nothing of the base, which must be finite.
+    accumulator.accumulate(batch.consensus ? d - (b - b) : d);
   }
-  const auto outcome = finish<S>(read<typename S::Bits>(base), accumulator, constants);
-  std::memcpy(reinterpret_cast<char*>(of[2]) + i * sizeof outcome.bits, &outcome.bits, sizeof outcome.bits);
+  typename O::Bits kept{};
+  if constexpr (std::is_same_v<O, S>)
+    if (!batch.consensus) kept = bits;
+  const auto outcome = finish<O>(kept, accumulator, constants);
+  if (of[2]) std::memcpy(reinterpret_cast<char*>(of[2]) + i * sizeof outcome.bits, &outcome.bits, sizeof outcome.bits);
   counts[0] += outcome.agreed;
   counts[1] += !outcome.finite;
   counts[2] += outcome.vetoed;
 }
 
-template <class T, class S>
+template <class T, class S, class O>
 void merge_plainly(const Batch& batch) {
   for (std::int64_t s = 0; s < batch.segments; ++s)
     for (std::int64_t i = 0; i < batch.row(s)[0]; ++i)
-      if (batch.required == batch.n) merge_one<T, S, Unanimous>(batch, batch.row(s), i, batch.counts + kCounted * s);
-      else merge_one<T, S, Majority>(batch, batch.row(s), i, batch.counts + kCounted * s);
+      if (batch.required == batch.n) merge_one<T, S, O, Unanimous>(batch, batch.row(s), i, batch.counts + kCounted * s);
+      else merge_one<T, S, O, Majority>(batch, batch.row(s), i, batch.counts + kCounted * s);
 }
 
-template <class S>
 void merge_plainly(const Batch& batch) {
-  is_double(batch) ? merge_plainly<double, S>(batch) : merge_plainly<float, S>(batch);
+  with_type(batch.result, [&](auto s) {
+    using S = decltype(s);
+    if (is_double(batch)) batch.consensus ? merge_plainly<double, S, F64>(batch) : merge_plainly<double, S, S>(batch);
+    else batch.consensus ? merge_plainly<float, S, F32>(batch) : merge_plainly<float, S, S>(batch);
+  });
+}
+
+// Prefixes of all lengths, the longest of which counts as a consensus does.
+bool same_prefixes(Batch batch) {
+  std::vector<std::int64_t> rows(batch.descriptors, batch.row(batch.segments)), counts(kCounted * batch.segments), first;
+  for (std::int64_t s = 0; s < batch.segments; ++s) rows[s * (3 + batch.n) + 2] = 0;  // nothing is written
+  batch.descriptors = rows.data();
+  batch.counts = counts.data();
+  batch.consensus = true;
+  batch.scale = -1;
+  batch.required = batch.n;
+  merge_plainly(batch);
+  const double edges[] = {1e-8, 1e-4, 1e-2, 1, 100};
+  const Bins bins{edges, 5};
+  const std::int64_t columns = bins.columns(batch.n);
+  for (const std::string& instruction_set : instruction_sets()) {
+    std::vector<std::int64_t> found(columns * batch.segments);
+    batch.counts = found.data();
+    count_prefixes(batch, bins, instruction_set);
+    for (std::int64_t s = 0; s < batch.segments; ++s)
+      for (int kind = 0; kind < kCounted; ++kind)
+        if (found[s * columns + (kind + 1) * batch.n - 1] != counts[kCounted * s + kind]) return false;
+    if (first.empty()) first = found;
+    if (found != first) return false;
+  }
+  return true;
 }
 
 bool same_results(int round) {
@@ -109,7 +95,8 @@ bool same_results(int round) {
   batch.dtypes = dtypes.data();
   batch.n = n;
   batch.task_vectors = random_below(2);
-  batch.scale = 0.9;
+  batch.consensus = random_below(2);
+  batch.scale = batch.consensus ? -1 : 0.9;
   batch.required = random_below(2) ? n : n / 2 + 1;
   batch.segments = segments;
 
@@ -124,8 +111,10 @@ bool same_results(int round) {
       descriptors.push_back(reinterpret_cast<std::int64_t>(to.back().at));
     };
     add(inputs, batch.result);
-    add(out, batch.result);
     const char* base = inputs.back().at;
+    if (batch.task_vectors && !random_below(3)) descriptors.back() = 0;
+    add(out, batch.consensus ? is_double(batch) ? kF64 : kF32 : batch.result);
+    if (!random_below(5)) descriptors.back() = 0;
     for (const Dtype dtype : dtypes) {
       add(inputs, dtype);
       // Some elements are left as they were.
@@ -144,19 +133,16 @@ bool same_results(int round) {
     for (const Memory& memory : out) written.insert(written.end(), memory.at, memory.at + memory.size);
     return std::pair(counts, written);
   };
-  const auto expected = results_of([&] {
-    batch.result == kF64   ? merge_plainly<double, F64>(batch)
-    : batch.result == kF32 ? merge_plainly<F32>(batch)
-    : batch.result == kF16 ? merge_plainly<F16>(batch)
-                           : merge_plainly<BF16>(batch);
-  });
+  const auto expected = results_of([&] { merge_plainly(batch); });
   for (const std::string& instruction_set : instruction_sets())
     for (const int threads : {1, 4})
       if (results_of([&] { merge_cpu(batch, threads, instruction_set); }) != expected) {
         std::printf("round %d: %s on %d threads differs from the rule\n", round, instruction_set.c_str(), threads);
         return false;
       }
-  return true;
+  if (same_prefixes(batch)) return true;
+  std::printf("round %d: counts of prefixes differ\n", round);
+  return false;
 }
 
 constexpr int kRounds = 80;
@@ -165,6 +151,6 @@ constexpr int kRounds = 80;
 
 int main() {
   for (int round = 0; round < kRounds; ++round)
-    if (!same_results(round)) return 1;
-  std::printf("%d batches: the same bits\n", kRounds);
+    if (!same_results(round) || !same_deltas(round) || !same_masks(round)) return 1;
+  std::printf("%d rounds: the same bits\n", kRounds);
 }
