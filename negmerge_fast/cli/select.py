@@ -105,6 +105,7 @@ def select(
     """
     from ..checkpoints.delta import open_delta
     from ..checkpoints.reader import naming
+    from ..core.errors import InputError
     from ..deltas.apply import options_of, prepare_apply
     from ..search import selection
     from ..search.harness import Harness
@@ -121,13 +122,19 @@ def select(
     (job,) = prepare_apply(
         base, delta, path, [1.0], options_of(**options, overwrite=overwrite), several=False
     )
+    file = path.with_name(f"{path.name}.points.jsonl") if points is None else Path(points)
+    if file.absolute() == path.absolute():
+        raise InputError(f"--points: {file} is OUT, expected a file of its own")
     if report is not None:
         check_report(report, [job])
+        if Path(report).resolve() == file.resolve():
+            raise InputError(
+                f"--report: {report} is the file of points, expected another: these would be lost"
+            )
     if not quiet:
         print_notes(job.notes)
     signals.guarded = True
     signals.check()
-    file = path.with_name(f"{path.name}.points.jsonl") if points is None else Path(points)
     with PointsFile(file, identity_of_files(open_delta(delta)), command) as kept:
         try:
             with on_progress_of(not quiet) as on_progress:

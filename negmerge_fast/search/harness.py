@@ -77,8 +77,8 @@ class Harness:
         try:
             _remove(model)  # of a run that was killed
             self.write(model, scale, overwrite=False)
-            command = self._command.replace(MODEL, shlex.quote(str(model.absolute())))
-            text = run_command(command.replace(SCALE, repr(scale)), self._check)
+            command = self._command.replace(SCALE, repr(scale))  # first: a path may have {scale} in it
+            text = run_command(command.replace(MODEL, shlex.quote(str(model.absolute()))), self._check)
             return scores_in(text, scale)
         finally:
             if not self._keeps_models:

@@ -54,7 +54,7 @@ class SelectOptions:
     def __post_init__(self) -> None:
         require_choice("search", self.search, ("grid", "bracket"))
         for name in ("retain_floor", "forget_target", "resolution"):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name == "retain_floor":
                 object.__setattr__(self, name, _number(name, value))
         if not 0 <= self.retain_floor <= 1:
             raise InputError(
@@ -204,11 +204,13 @@ def _grid(scores: Scores, goal: _Goal, options: SelectOptions) -> list[str]:
         if goal.forget_target is not None and goal.qualifies(point):
             return []
     best = goal.best(scores.points)
-    return _ends_there(options.grid) if best and best.scale == max(options.grid) else []
+    ends = max(0.0, *options.grid), min(0.0, *options.grid)
+    return _ends_there(best.scale) if best and best.scale in ends else []
 
 
-def _ends_there(scales: Sequence[float]) -> list[str]:
-    return [f"the largest scale, {max(scales):g}, was chosen: larger ones may forget more"]
+def _ends_there(scale: float) -> list[str]:
+    end, beyond = ("largest", "larger") if scale > 0 else ("lowest", "lower")
+    return [f"the {end} scale, {scale:g}, was chosen: {beyond} ones may forget more"]
 
 
 def _bracket(scores: Scores, goal: _Goal, options: SelectOptions) -> list[str]:
@@ -229,7 +231,7 @@ def _bracket(scores: Scores, goal: _Goal, options: SelectOptions) -> list[str]:
         _descend(scores, goal, step)
         _climb(scores, goal, step, end)
     best = goal.best(scores.points)
-    return _ends_there([end]) if high is None and best and best.scale == end else []
+    return _ends_there(end) if high is None and best and best.scale == end else []
 
 
 def _enclose(is_past: Callable[[float], bool], end: float, least: float) -> tuple[float, float | None]:

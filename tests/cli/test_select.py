@@ -97,6 +97,12 @@ def test_scales(run: Run, folder: Path) -> None:
     assert status == 0 and len(out.splitlines()) == 5
 
 
+def test_a_path_may_have_any_characters(run: Run, folder: Path) -> None:
+    out = "o {scale} 'q\" $x"
+    assert run("select", "base", "D", *EVAL, "-o", out, "--scale", "0.25", "-q") == (0, "", "")
+    assert f"{out}.scales/{out}-0.25" in (folder / "models.txt").read_text()
+
+
 def test_nothing_qualifies(run: Run, folder: Path) -> None:
     command = """: {model}; echo '{"forget": 0.5, "retain": 1}'"""
     status, out, err = run("select", "base", "D", "--eval", command, "-o", "out", "--scale", "1")
@@ -131,6 +137,9 @@ def test_scores_that_are_refused(run: Run, folder: Path, command: str, message: 
         (("base", "D", "-o", "out", "--search", "bracket", "--retain-floor", "0"), "retain_floor"),
         (("base", "D", "-o", "out", "--report", "no/report.json"), "no"),
         (("base", "D", "-o", "out", "--points", "ft-0"), "ft-0: not a regular file"),
+        (("base", "D", "-o", "out", "--points", "out"), "--points: out is OUT"),
+        (("base", "D", "-o", "out", "--points", "p", "--report", "p"), "--report: p is the file of points"),
+        (("base", "D", "-o", "out", "--report", "out.points.jsonl"), "is the file of points"),
     ],
 )
 def test_what_is_wrong_is_told_before_any_evaluation(

@@ -159,9 +159,19 @@ def test_curves_that_are_not_monotone_are_told() -> None:
     )
 
 
+def test_the_end_of_negative_scales_is_told() -> None:
+    chosen = found(Curves(lambda s: 0.8 + s / 10, lambda s: 1.0), scales=[-1, -0.5])
+    assert chosen.notes == ("the lowest scale, -1, was chosen: lower ones may forget more",)
+    assert found(Curves(lambda s: abs(s + 0.5), lambda s: 1.0), scales=[-1, -0.5]).notes == (
+        "forget is not monotone: as λ grows it rises once, most from λ -0.5 to -1, by 0.5",
+    )
+
+
 def test_negative_scales_go_away_from_zero() -> None:
     chosen = found(Curves(lambda s: 1 + s, lambda s: 1.0), scales=[-0.5, -0.25, 0])
-    assert chosen.scale == -0.5 and chosen.notes == ()
+    assert chosen.scale == -0.5 and chosen.notes == (
+        "the lowest scale, -0.5, was chosen: lower ones may forget more",
+    )
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), "0.5", None, True, [1.0, 2.0], object()])
@@ -192,7 +202,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("options", [{"scales": ["1"]}, {"scales": 3}, {"retain_floor": "1"}, {"forget_target": True}])  # fmt: skip
+@pytest.mark.parametrize("options", [{"scales": ["1"]}, {"scales": 3}, {"retain_floor": "1"}, {"retain_floor": None}, {"forget_target": True}])  # fmt: skip
 def test_options_of_a_wrong_type(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=next(iter(options))):
         SelectOptions(**options)
