@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 def read_points(path: str | os.PathLike[str]) -> list[Point]:
-    """Read the points of a search, by λ. Lines without a scale are not points; of several with one scale the last counts.
+    """Read the points of a search, by λ. Lines without a scale are not points; of several with one scale the last of each score counts.
 
     Raises:
         InputError: If a line is none of JSON, or a score is no number.
@@ -63,7 +63,12 @@ def read_points(path: str | os.PathLike[str]) -> list[Point]:
                     raise InputError(
                         f"{path}: line {number}: {short_repr(found)}, expected numbers as scale, forget and retain"
                     )
-                points[scale] = Point(scale, forget, retain)
+                earlier = points.get(scale, Point(scale, None, None))
+                points[scale] = Point(
+                    scale,
+                    earlier.forget if forget is None else forget,
+                    earlier.retain if retain is None else retain,
+                )
     if not points:
         raise InputError(f"{path}: no points, expected lines of JSON with scale, forget and retain")
     return sorted(points.values())

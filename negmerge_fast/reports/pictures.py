@@ -62,7 +62,7 @@ def draw(statistics: ConsensusStatistics, points: Sequence[Point] = ()) -> list[
         raise InputError("a report needs matplotlib: pip install 'negmerge_fast[report]'") from None
     found: list[Picture] = []
     with _style():
-        if statistics.prefixes:
+        if statistics.prefixes and statistics.model_count > 1:
             found.append(_prefixes(statistics))
         if statistics.dissent and statistics.model_count > 1:
             found.append(_dissent(statistics))
@@ -233,7 +233,7 @@ def _dissent(statistics: ConsensusStatistics) -> Picture:
         _percent_axis(axes.xaxis)
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, max(max(ends) * 1.2, 1e-9))
+        axes.set_xlim(0, max(ends) * 1.2 or 0.01)
         axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
         for row, end in enumerate(ends):
             axes.annotate(

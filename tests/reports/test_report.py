@@ -217,7 +217,7 @@ def test_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"vetoed_by_zero": None, "nonfinite": None, "notes": ["a note"], "min_agreement": 0.75}, {"consensus", "models", "layers", "magnitudes"}),
         (
             {"models": ["a"], "model_count": 1, "prefixes": small().prefixes and small().prefixes[:1], "dissent": [dict.fromkeys(counting.OF_MODEL, 0)]},  # type: ignore[index]
-            {"consensus", "layers", "magnitudes"},
+            {"layers", "magnitudes"},
         ),
     ],
     ids=["report", "delta", "nothing", "unknown", "one model"],
@@ -301,6 +301,20 @@ def test_names_are_short() -> None:
         "50.0 %",
         "100.0 %",
     ]
+
+
+def test_scores_of_a_scale_on_several_lines_are_one_point(tmp_path: Path) -> None:
+    """A bracket search with two functions writes each score on a line of its own."""
+    path = tmp_path / "points.jsonl"
+    path.write_text('{"scale": 1, "retain": 0.9}\n{"scale": 1, "forget": 0.2}\n')
+    assert read_points(path) == [(1, 0.2, 0.9)]
+
+
+def test_an_axis_without_dissent_has_readable_numbers() -> None:
+    dissent = [dict.fromkeys(counting.OF_MODEL, 0) for _ in small().models]
+    drawn = pictures.draw(small(dissent=dissent))
+    (figure,) = (picture.figure for picture in drawn if picture.name == "models")
+    assert [axes.get_xlim() for axes in figure.axes] == [(0, 0.01)] * 2
 
 
 def test_points_are_read(tmp_path: Path) -> None:
