@@ -68,6 +68,13 @@ class _Watched(NamedTuple):
         replaced = self.holder is not None and self.holder.get(self.key) is not self.tensor
         return replaced or self.tensor.data_ptr() != self.address
 
+    def has_other_memory(self) -> bool:
+        """Whether what has its name now, if anything has, is not in the memory that was moved."""
+        current = self.tensor if self.holder is None else self.holder.get(self.key)
+        return current is not None and not (
+            isinstance(current, torch.Tensor) and current.data_ptr() == self.address
+        )
+
 
 class _Prepared(NamedTuple):
     """What each move needs.
@@ -97,7 +104,7 @@ class Live:
 
     Only elements in the delta's mask are written. What else changes meanwhile, such as other elements and tensors, stays as the
     user leaves it. Elements in the mask that the user changes are the base's again at the next move and at the end. Memory must stay
-    where it is: a parameter that is moved or replaced is an error at the next move.
+    where it is: a parameter that is moved or replaced is an error at the next move, and at the end.
 
     Attributes:
         scale: λ; None for the base's bits, as at the beginning. To be assigned.
@@ -129,7 +136,7 @@ class Live:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._end()
+            self._end(reported=error is not None)
         finally:
             self._end()  # Ctrl-C may have come before it was held back
 
@@ -144,9 +151,9 @@ class Live:
 
     @scale.setter
     def scale(self, scale: float | None) -> None:
-        prepared = self._require_entered()
         checked = None if scale is None else Rule(scale).scale
-        with self._lock:
+        with self._lock:  # another thread may end the block meanwhile
+            prepared = self._require_entered()
             if lost := [*_freed(prepared), *(each.name for each in prepared.watched if each.is_elsewhere())]:
                 raise InputError(
                     f"live: {some_names(sorted(set(lost)))}: moved or replaced since the block began, expected the same memory"
@@ -189,21 +196,26 @@ class Live:
                     where = paired.where(None, pair.name)
                     raise InputError(f"{where}: is live in another block, expected one block at a time")
 
-    def _end(self) -> None:
-        """Restore the former bits, once."""
+    def _end(self, reported: bool = False) -> None:
+        """Restore the former bits, once. reported: whether an error is raised already, which is not to be hidden."""
         lost: list[str] = []
+        moved: list[str] = []
         with self._lock, without_interrupts():
             if (prepared := self._prepared) is None:
                 return
             if self._written:
                 lost = _restore(prepared)
+            left_moved = self._scale is not None and not reported
             self._scale, self._counted, self._results, self._prepared = None, [], (), None
             _entered.discard(self)
-        if lost:
-            raise InputError(
-                f"live: {some_names(lost)}: freed, or cut, since the block began, expected the same memory: "
-                "these were not restored"
-            )
+        if left_moved:
+            moved = sorted({each.name for each in prepared.watched if each.has_other_memory()} - {*lost})
+        for names, what in ((lost, "freed, or cut,"), (moved, "moved or replaced")):
+            if names:
+                raise InputError(
+                    f"live: {some_names(names)}: {what} since the block began, expected the same memory: "
+                    "these were not restored"
+                )
 
 
 def _prepare(parts: Parts, model: Model, rename: Rename, backend: str) -> _Prepared:

@@ -357,6 +357,52 @@ def test_memory_that_moves(case: str) -> None:
     assert same_bits(base[2].weight, before["2.weight"])
 
 
+def test_what_was_replaced_since_the_last_move_is_told_of_at_the_end() -> None:
+    base, *models = (net(seed) for seed in range(3))
+    before, delta = state(base), nm.consensus_delta(base, models)
+    with pytest.raises(nm.InputError) as error, delta.live(base) as live:
+        live.scale = 0.5
+        base[0].half()
+    names = "'0.bias', '0.weight': moved or replaced since the block began"
+    assert str(error.value) == f"live: {names}, expected the same memory: these were not restored"
+    assert same_bits(base[2].weight, before["2.weight"])
+    tensors = {name: t.clone() for name, t in before.items()}
+    with (
+        pytest.raises(nm.InputError, match=r"^live: '0\.bias': moved or replaced"),
+        delta.live(tensors) as live,
+    ):
+        live.scale = 0.5
+        del tensors["0.weight"]
+        tensors["0.bias"] = [1.0]  # type: ignore[assignment]
+    again = net(0)
+    with delta.live(again) as live:  # here the user has the base's bits, in other memory and in the same
+        live.scale = 0.5
+        again.load_state_dict(again.state_dict(), assign=True)
+    assert equal(state(again), before)
+    with delta.live(again) as live:
+        live.scale = 0.5
+        live.scale = None
+        again.half()
+
+
+def test_a_block_that_another_thread_ends_during_an_assignment() -> None:
+    base, *models = versions(1000)
+    before, delta = base.clone(), nm.consensus_delta(base, models)
+
+    class Ending:
+        def __enter__(self) -> None:
+            live._lock = lock
+            live.__exit__(None, None, None)
+
+        def __exit__(self, *error: object) -> None: ...
+
+    with delta.live(base) as live:
+        lock, live._lock = live._lock, Ending()  # type: ignore[assignment]
+        with pytest.raises(nm.InputError, match=r"^live: its block has ended"):
+            live.scale = 0.9
+        assert same_bits(base, before)
+
+
 def test_elements_that_are_not_finite_are_told_of() -> None:
     base = torch.tensor([1.0, 3e38])
     delta = nm.consensus_delta(base, [torch.tensor([2.0, 3.2e38])])
