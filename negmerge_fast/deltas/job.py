@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..backends import masks, registry
@@ -128,19 +129,20 @@ class DeltaJob(Job):
         self.writer.expect(sizes)
         entry = self.staging.journal(rank)
         records = read_journal(entry, self._fingerprint) if self.staging.resume else []
-        spool: Spool | InPlace
-        if self.staging.resume or len(self._ranges.current) > 1:
-            spool = Spool(self._spool(rank), sum(self._means_bytes(record.stats) for record in records))
-        else:
+        if not self.staging.resume and len(self._ranges.current) == 1:
+            # Without a journal: a run that resumes goes on from spools, and makes this one's anew.
             self._ranges.ends = {name: file.masks_end for name, file in self.deltas.items()}
-            spool = InPlace(lambda name: self.staging.open_file(name, os.O_WRONLY), self._ranges.ends)
+            in_place = InPlace(lambda name: self.staging.open_file(name, os.O_WRONLY), self._ranges.ends)
+            return DeltaRecorder(ranges, None, on_moved, False, in_place, self.destination.path)
+        spool = Spool(self._spool(rank), sum(self._means_bytes(record.stats) for record in records))
 
         def sync_all() -> None:
             self.writer.sync()
-            spool.sync()
+            with naming(self.destination.path):
+                spool.sync()
 
         journal = Journal(entry, self._fingerprint, sync_all)
-        return DeltaRecorder(ranges, journal, on_moved, self.staging.resume, spool)
+        return DeltaRecorder(ranges, journal, on_moved, self.staging.resume, spool, self.destination.path)
 
     def _spool(self, rank: int) -> Entry:
         return self.staging.directory / f"rank-{rank}.means"
@@ -241,16 +243,18 @@ class DeltaRecorder(Recorder):
     def __init__(
         self,
         ranges: Sequence[Range],
-        journal: Journal,
+        journal: Journal | None,
         on_moved: Callable[[int], None],
         keep: bool,
         spool: Spool | InPlace,
+        path: Path,
     ) -> None:
         super().__init__(ranges, journal, on_moved, keep)
-        self._spool = spool
+        self._spool, self._output = spool, path
 
     def on_result(self, result: DeltaResult) -> None:  # type: ignore[override]
-        self._spool.append(result.path, result.means)
+        with naming(self._output):
+            self._spool.append(result.path, result.means)
         super().on_result(result.chunk)
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,7 @@
 """The means of a delta while it is made: each rank appends them to a file of its own, in the order of what it reads.
 
-Where they belong is not known before all ranks have counted, unless there is one that begins at the beginning. A journal's records tell which ranges a rank's file holds, in which
-order; the masks tell how many means each range has.
+Where they belong is not known before all ranks have counted, unless there is one that begins at the beginning. A journal's records
+tell which ranges a rank's file holds, in which order; the masks tell how many means each range has.
 """
 
 from __future__ import annotations
@@ -76,9 +76,6 @@ class InPlace:
             self._path, self._descriptor = path, self._open_file(path)
         _write(self._descriptor, data, self._ends[path])
         self._ends[path] += len(data)
-
-    def sync(self) -> None:
-        """Nothing: no run goes on from these."""
 
 
 def _write(descriptor: int, data: bytes, position: int) -> None:

@@ -68,13 +68,17 @@ class Recorder:
 
     Args:
         ranges: What this process does.
-        journal: Where it is recorded.
+        journal: Where it is recorded; None of what no run can go on from.
         on_moved: Called with the bytes moved after each chunk.
         keep: Whether there is a last record on exit: of a job that is not to be resumed none is needed.
     """
 
     def __init__(
-        self, ranges: Sequence[Range], journal: Journal, on_moved: Callable[[int], None], keep: bool
+        self,
+        ranges: Sequence[Range],
+        journal: Journal | None,
+        on_moved: Callable[[int], None],
+        keep: bool,
     ) -> None:
         self._progress, self._journal, self._on_moved, self._keep = Progress(ranges), journal, on_moved, keep
 
@@ -85,7 +89,7 @@ class Recorder:
     def on_result(self, result: ChunkResult) -> None:
         self._progress.add(result)
         self._on_moved(self._progress.moved)
-        if self._journal.due():
+        if self._journal and self._journal.due():
             self._journal.keep(self._progress.record())
 
     def __enter__(self) -> Recorder:
@@ -93,6 +97,8 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with suppress(OSError) if kind else nullcontext():  # the first error is the one to report
-            self._journal.flush()
-            if (record := self._progress.record()).ranges and self._keep:
+            if self._journal:
+                self._journal.flush()
+            record = self._progress.record()
+            if self._journal and record.ranges and self._keep:
                 self._journal.keep_now(record)

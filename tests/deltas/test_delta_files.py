@@ -20,6 +20,7 @@ from small_chunks import RECORD_EVERY_CHUNK, set_chunk_bytes
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.delta import open_delta
 from negmerge_fast.core.errors import InputError
+from negmerge_fast.deltas import spool
 from negmerge_fast.deltas.job import delta_checkpoints, options_of, prepare_delta
 from negmerge_fast.output import journal
 from negmerge_fast.output.manifest import read as read_manifest
@@ -186,6 +187,44 @@ def test_a_delta_stopped_behind_its_last_means_resumes(tmp_path, monkeypatch):
         assert path.read_bytes() == (tmp_path / "delta" / path.name).read_bytes(), path.name
 
 
+KILLED = f"""{RECORD_EVERY_CHUNK}
+import os, signal, time
+from negmerge_fast.deltas.job import delta_checkpoints
+calls = []
+def kill(done, total):
+    calls.append(done)
+    time.sleep(0.02)  # for records, were there any
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+delta_checkpoints("base", ["ft-1", "ft-2", "ft-3"], "delta", progress=kill)
+"""
+
+
+@pytest.mark.processes
+def test_a_killed_run_that_did_not_resume_does_not_hinder_one_that_does(tmp_path):
+    """Its means are not in a spool."""
+    base, finetuned = models(tmp_path, ["F32"], shapes={"a": (3, 70_001), "b": (99_999,)}, shards=2)
+    delta_checkpoints(base, finetuned, tmp_path / "whole")
+    assert subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False).returncode == -9
+    assert (tmp_path / ".delta.negmerge" / "output").is_dir()
+    delta_checkpoints(base, finetuned, tmp_path / "delta", resume=True)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "delta" / path.name).read_bytes(), path.name
+
+
+def test_a_full_disk_is_told_of_with_the_output(tmp_path, monkeypatch):
+    base, finetuned = models(tmp_path, ["F32"])
+
+    def full(descriptor, data, position):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool, "_write", full)
+    for resume in (False, True):
+        with pytest.raises(OSError, match="No space") as error:
+            delta_checkpoints(base, finetuned, tmp_path / "delta", resume=resume)
+        assert error.value.filename == str(tmp_path / "delta")
+
+
 def test_a_shorter_spool_is_refused(tmp_path, monkeypatch):
     base, finetuned = models(tmp_path, ["F32"])
 
@@ -198,8 +237,8 @@ def test_a_shorter_spool_is_refused(tmp_path, monkeypatch):
         patched.setattr(Writer, "finish", stop)
         with pytest.raises(OSError):
             delta_checkpoints(base, finetuned, tmp_path / "delta", resume=True)
-    spool = tmp_path / ".delta.negmerge" / "rank-0.means"
-    spool.write_bytes(spool.read_bytes()[:-1])
+    means = tmp_path / ".delta.negmerge" / "rank-0.means"
+    means.write_bytes(means.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"rank-0\.means: \d+ bytes, expected \d+"):
         delta_checkpoints(base, finetuned, tmp_path / "delta", resume=True)
 
