@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -164,6 +165,9 @@ class Delta:
             InputError: If it exists, or the delta is of DTensors' shards.
         """
         save_delta(path, self.tensors, self._info)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Delta, (self._parts, self._info)  # a mapping proxy can be neither pickled nor copied
 
     def __repr__(self) -> str:
         return f"Delta(models={self.models}, tensors={len(self.tensors)}, nbytes={self.nbytes}, stats={self.stats})"

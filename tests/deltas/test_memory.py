@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +411,15 @@ def test_a_delta_knows_its_size() -> None:
     moved = delta.to("meta")
     assert all(t.is_meta for each in moved.tensors.values() for t in each.packed)
     assert repr(delta).startswith("Delta(models=3, tensors=6, nbytes=")
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda delta: pickle.loads(pickle.dumps(delta))])
+def test_a_delta_is_copied_and_pickled(copied: Callable[[nm.Delta], nm.Delta]) -> None:
+    base, *models = family()
+    delta = copied(nm.consensus_delta(base, models))
+    merged = nm.merge(base, models, scale=0.9)
+    delta.apply_(base, 0.9)
+    assert all(same_bits(tensor, merged[name]) for name, tensor in base.items()) and delta.models == 3
 
 
 @pytest.mark.parametrize("half", [False, True])
