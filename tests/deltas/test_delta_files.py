@@ -212,6 +212,16 @@ def test_a_killed_run_that_did_not_resume_does_not_hinder_one_that_does(tmp_path
         assert path.read_bytes() == (tmp_path / "delta" / path.name).read_bytes(), path.name
 
 
+def test_a_large_delta_is_spooled_so_that_it_can_be_resumed(tmp_path, monkeypatch):
+    base, finetuned = models(tmp_path, ["F32", "F32"])
+    delta_checkpoints(base, finetuned, tmp_path / "whole")
+    monkeypatch.setattr("negmerge_fast.deltas.job._DONE_OVER_BYTES", 0)
+    monkeypatch.delattr("negmerge_fast.deltas.job.InPlace")
+    delta_checkpoints(base, finetuned, tmp_path / "delta")
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "delta" / path.name).read_bytes(), path.name
+
+
 def test_a_full_disk_is_told_of_with_the_output(tmp_path, monkeypatch):
     base, finetuned = models(tmp_path, ["F32"])
 

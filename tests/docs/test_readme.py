@@ -136,6 +136,11 @@ def test_tables_of_deltas_are_those_of_committed_rows() -> None:
         assert line in page, line
 
 
+def live() -> list[str]:
+    moved = next(row for row in rows("delta.jsonl") if (row["way"], row["dtype"]) == ("live move", "F32"))
+    return [f"{1000 * moved['p50']:.1f} ms, {moved['of_merge']:.2f} of a merge"]
+
+
 def forgetting() -> list[str]:
     found = json.loads((RESULTS / "forgetting.json").read_text(encoding="utf-8"))["rows"]
 
@@ -145,7 +150,7 @@ def forgetting() -> list[str]:
     return [f"{percent('original', what)} → {percent('NegMerge', what)}" for what in ("forget", "retain")]
 
 
-@pytest.mark.parametrize("measured", [in_memory, whole_processes, forgetting])
+@pytest.mark.parametrize("measured", [in_memory, whole_processes, live, forgetting])
 def test_numbers_in_readme_are_those_of_committed_rows(measured: Any) -> None:
     text = README.read_text(encoding="utf-8")
     table = text[text.index("## What it is measured at") : text.index("## Beside other tools")]
