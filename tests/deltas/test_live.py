@@ -45,18 +45,25 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(same_bits(t, right[name]) for name, t in left.items())
 
 
-def test_a_module() -> None:
-    base, *models = (net(seed) for seed in range(4))
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_module(device: str) -> None:
+    base, *models = (net(seed).to(device) for seed in range(4))
     before, delta = state(base), nm.consensus_delta(base, models)
-    x = torch.randn(2, 5)
+    x = torch.randn(2, 5, device=device)
     with delta.live(base) as live:
         assert live.scale is None and equal(state(base), before)
         for scale in (0.5, -1, 0.7):
             live.scale = scale
             assert live.scale == scale
-            merged = net(0)
-            merged.load_state_dict(nm.merge(net(0), models, scale=scale))
+            merged = net(0).to(device)
+            merged.load_state_dict(nm.merge(merged, models, scale=scale))
             assert equal(state(base), state(merged)) and torch.equal(base(x), merged(x))
+            applied = net(0).to(device)
+            delta.apply_(applied, scale)
+            assert equal(state(applied), state(merged))
     assert equal(state(base), before) and all(p.requires_grad for p in base.parameters())
 
 
