@@ -240,7 +240,7 @@ def placed(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> Operand:
     return Operand(memory.data_ptr() + offset, SPELLED[tensor.dtype], memory)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("n", range(1, 18))
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_every_group_of_models_and_every_rest_of_elements(
@@ -338,7 +338,7 @@ def test_many_segments_in_one_batch(case: BackendCase, dtype: str, in_place: boo
 
 
 @pytest.mark.parametrize("inputs", ["finetuned", "task_vectors"])
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 17])
+@pytest.mark.parametrize("n", [1, 8, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7, 17))])
 @pytest.mark.parametrize(
     ("dtype", "other"),
     [("F64", "F64"), ("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("BF16", "F64"), ("F32", "BF16")],
@@ -457,7 +457,7 @@ def test_any_floats(param: BackendCase) -> None:
         check_values()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("threads", [1, 2, pytest.param(3, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("n", [2, 9])
 def test_threads_change_no_bit(case: BackendCase, n: int, threads: int) -> None:
     """With enough elements for all threads, and with more threads than processors."""

@@ -53,6 +53,7 @@ def suite(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(native.why_not("cpu", "cpu") is not None, reason="no CPU kernel")
+@pytest.mark.processes
 def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED)
     # The cases of a GPU, if there is one, would be right.

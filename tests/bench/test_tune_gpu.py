@@ -213,6 +213,7 @@ def test_candidates_for_triton_are_those_of_its_launch_module(
     assert {name: candidate(None, None) for name, candidate in candidates.items()} == launches
 
 
+@pytest.mark.slow
 def test_a_message_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

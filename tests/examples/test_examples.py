@@ -13,10 +13,14 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "script",
-    # inductor compiles
-    [pytest.param(each, marks=pytest.mark.slow if each.stem == "compile" else ()) for each in EXAMPLES],
+    # inductor compiles; torchrun starts two processes
+    [
+        pytest.param(each, marks=pytest.mark.slow if each.stem in ("compile", "dtensor") else ())
+        for each in EXAMPLES
+    ],
     ids=lambda script: script.name,
 )
 def test_it_runs(script: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def _is_rank(process: int, rank: int, folder: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("resume", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_launcher_that_is_killed_leaves_nobody_writing(folder: Path, resume: bool) -> None:
     launcher = torchrun(folder, *(["--resume"] if resume else []), wait=0.05)
     under_way(folder, [launcher], journals=2)

@@ -87,6 +87,7 @@ def test_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at:
         assert nm.merge_checkpoints("base", ["ft-0", "ft-1"], "out", **options).notes == [LINE]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_of_several_processes(tmp_path: Path) -> None:
     save(tmp_path)
