@@ -40,19 +40,24 @@ class Progress:
         self._ranges = ranges
         self._written = self._recorded = self._read = self._skipped = 0
         self._stats = Stats()
+        self._torn = False  # an interrupt has come while a chunk was counted
         self.whole = ProgressRecord(ranges, Stats(), 0)
         self.moved = 0
 
     def add(self, chunk: ChunkResult) -> None:
+        self._torn = True
         for named_sizes, counts in chunk.counted:
             self._stats.add(named_sizes, counts)
         self._read += chunk.read
         self._written += chunk.written
         self._skipped += chunk.skipped
         self.moved += chunk.read + chunk.written + chunk.skipped
+        self._torn = False
 
     def record(self) -> ProgressRecord:
-        """Return what was done since the last record."""
+        """Return what was done since the last record: nothing, if it is not known which chunks are counted."""
+        if self._torn:
+            return ProgressRecord([], Stats(), 0)
         ranges = between(self._ranges, self._recorded, self._written)
         made = ProgressRecord(ranges, self._stats, self._read, self._skipped)
         self.whole.stats.include(made.stats.tensors)

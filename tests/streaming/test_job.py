@@ -8,10 +8,12 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import nothing_left, read_manifest, save_model
@@ -23,11 +25,13 @@ from staged import staging_for
 
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.reader import Reader
+from negmerge_fast.core.ranges import Range
 from negmerge_fast.output import journal, manifest
 from negmerge_fast.output.staging import Staging
 from negmerge_fast.output.writer import Writer
 from negmerge_fast.runtime.distributed import PeerError, SingleProcess
 from negmerge_fast.streaming.job import Job
+from negmerge_fast.streaming.progress import ChunkResult, Progress
 
 pytestmark = pytest.mark.processes
 
@@ -333,3 +337,20 @@ def test_a_rank_that_comes_when_the_first_is_stopped(tmp_path: Path) -> None:
         job: Any = SimpleNamespace(rank_fingerprint={}, staging=second)
         with pytest.raises(PeerError):
             Job.join(job, {}, Second())
+
+
+def test_a_chunk_that_an_interrupt_left_half_counted_is_not_on_record() -> None:
+    """It would be counted once more by the run that resumes."""
+
+    class Interrupting(list[object]):
+        def __iter__(self) -> Iterator[object]:
+            yield [("a", 5)], np.array([[1, 0, 0]])
+            raise KeyboardInterrupt
+
+    progress = Progress([Range(0, 40)])
+    progress.add(ChunkResult(20, 20, [([("a", 5)], np.array([[2, 0, 0]]))]))
+    assert progress.record().ranges == [Range(0, 20)]
+    with pytest.raises(KeyboardInterrupt):
+        progress.add(ChunkResult(20, 20, Interrupting()))  # type: ignore[arg-type]
+    left = progress.record()
+    assert not left.ranges and not left.stats.tensors

@@ -335,10 +335,15 @@ class Found:
 
     def _differs(self, output: Tree) -> str:
         names = ("old", self.models.before(self.case)), ("new", self.models.new[self.case.kind])
-        return "; ".join(
+        found = [
             f"{label}: {sorted(name for name in {*output, *tree_} if output.get(name, 0) != tree_.get(name, 0))}"
             for label, tree_ in names
-        )
+        ]
+        new = names[1][1]
+        for name in (name for name in output if name.endswith("negmerge.json") and name in new):
+            held, wanted = (json.loads(each[name]) for each in (output, new))
+            found += [f"{name}: {k} {held.get(k)}, not {v}" for k, v in wanted.items() if held.get(k) != v]
+        return "; ".join(found)
 
     def again(self, where: str, between: str, outcome: Outcome | None = None) -> None:
         """Give the same command again, and look at what it did."""
