@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from threading import Lock
+from typing import ClassVar
 
 from ..core.errors import InputError
 from ..core.hashing import hash_of
@@ -56,6 +57,9 @@ class File:
     changed_ns: int = 0
     aliases: Mapping[str, str] = field(default_factory=dict)
     tensor_samples: list[range] = field(default_factory=list)
+
+    # Whether its bytes are computed from others, and it cannot be opened.
+    is_computed: ClassVar[bool] = False
 
     @classmethod
     def at(cls, path: Path) -> File:

@@ -58,8 +58,8 @@ class _Means(NamedTuple):
     nbytes: int
 
 
-# A process alone that reads less than this writes means where they stay. If it is killed, that is done over in seconds; nothing has to be
-# copied at the end, which takes a tenth of the time of warm files.
+# A process alone that reads less than this writes means where they stay, so that they need not be copied at the end. If it is killed, that
+# is done over in seconds. bench/processes/deltas.py measures such a delta.
 _DONE_OVER_BYTES = 8 << 30
 
 

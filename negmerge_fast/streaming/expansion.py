@@ -179,6 +179,8 @@ class ExpandedFile(File):
 
     expanded: Sequence[_Expanded] = field(default_factory=list)
 
+    is_computed = True
+
     def read_into(
         self, reader: Reader, offset: int, buffer: memoryview, release: bool = False
     ) -> bool | None:

@@ -17,7 +17,6 @@ from ..core.errors import InputError, short_repr
 from ..core.rule import NonFinite, Rule
 from ..output.writer import Writer
 from ..runtime.buffers import Timeline, WorkerBuffers
-from .expansion import ExpandedFile
 from .native import IN_MEMORY, NOT_READ, NOT_WRITTEN, ChunkMerger
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult
@@ -163,7 +162,7 @@ class Worker:
 
     def _descriptor_or_content(self, source: ByteRange, buffer: memoryview) -> int:
         """The descriptor of a source's file; IN_MEMORY if its bytes are computed, and are in the buffer now."""
-        if not isinstance(source.file, ExpandedFile):
+        if not source.file.is_computed:
             return self.reader.descriptor(source.file)
         with self.timeline.span("read"):
             source.read_into(self.reader, buffer, release=self.release)

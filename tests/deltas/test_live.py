@@ -29,6 +29,12 @@ def versions(*shape: int, n: int = 3, dtype: torch.dtype = torch.float32) -> lis
     return [base.to(dtype), *moved]
 
 
+def versions_of_two_types() -> list[dict[str, torch.Tensor]]:
+    """These need two batches."""
+    pairs = zip(versions(50), versions(50, dtype=torch.half), strict=True)
+    return [dict(zip("ab", pair, strict=True)) for pair in pairs]
+
+
 def net(seed: int) -> torch.nn.Sequential:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 3))
@@ -104,10 +110,7 @@ def test_a_mistake_in_the_block() -> None:
 
 def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails between two batches, once: the move is half done."""
-    base, *models = (
-        dict(zip("ab", pair, strict=True))
-        for pair in zip(versions(50), versions(50, dtype=torch.half), strict=True)
-    )
+    base, *models = versions_of_two_types()
     before = {name: t.clone() for name, t in base.items()}
     delta = nm.consensus_delta(base, models)
     choose, calls = registry.choose_apply, []
@@ -132,10 +135,7 @@ def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_during_a_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """The move is finished, and then all is restored."""
-    base, *models = (
-        dict(zip("ab", pair, strict=True))
-        for pair in zip(versions(50), versions(50, dtype=torch.half), strict=True)
-    )
+    base, *models = versions_of_two_types()
     before = {name: t.clone() for name, t in base.items()}
     delta = nm.consensus_delta(base, models)
     choose, calls = registry.choose_apply, []
