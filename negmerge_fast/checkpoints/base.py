@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.schema import TensorSpec
+from .lora import Adapter
 from .reader import File, Reader
 
 
@@ -51,7 +52,7 @@ class Checkpoint:
 
     Attributes:
         path: The directory or file.
-        kind: "directory", "safetensors" or "npy"; "delta" of one that is applied (streaming/expansion.py).
+        kind: "directory", "safetensors", "npy" or "adapter"; "delta" of one that is applied (streaming/expansion.py).
         tensors: The tensors by name. A tensor of a part has the part's name and a slash in front.
         weights: The files that hold them, by names relative to path.
         extra_files: What else belongs to the model (config, tokenizer), by names relative to path.
@@ -60,6 +61,7 @@ class Checkpoint:
         configs: The config.json of each part; empty where there is none.
         notes: What a user should know of how it was opened, a line each.
         undecided: What has to be chosen before it can be the base of a merge, a line each.
+        adapter: What it changes of a base, if it is a LoRA adapter. Its tensors are then the factors, by their names in the file.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class Checkpoint:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
+    adapter: Adapter[TensorRef] | None = None
 
     @property
     def aliases(self) -> dict[str, TensorRef]:

@@ -1,0 +1,104 @@
+"""Low-rank differences: what an adapter (LoRA, arXiv 2106.09685) adds to a weight, to the bit.
+
+For element (i, m) of a matrix with the factors B (rows, rank) and A (rank, columns) and the scale s:
+
+    d[i, m] = s · Σ_r B[i, r] · A[r, m]
+
+All is in the arithmetic type. The sum starts at +0 and r ascends; each product and each sum is rounded (no fused multiply-add); one
+multiplication by s follows. s is alpha / r, or alpha / √r, computed in float64 and rounded once.
+
+An adapter is a task vector: d is d_k of rule.py. Merged, as other tools do it, the model is x = b + d, rounded to the arithmetic type and
+then to the base's: then d_k is x - b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from .batch import Operand
+
+
+class LowRank(NamedTuple):
+    """A low-rank difference of a whole tensor: matrices one after the other, each a product of factors in the arithmetic type.
+
+    Element (g, i, m), in row-major order, is scale · Σ_r left[g, i, r] · right[g, r, m].
+
+    Attributes:
+        left: The address of left, (matrices, rows, rank) in row-major order, aligned to its elements.
+        right: The address of right, (matrices, rank, columns).
+        matrices: How many matrices; the experts of a fused tensor. All sizes are at least 1.
+        rows: Of each matrix.
+        columns: Of each matrix.
+        rank: The number of products that are added.
+        scale: s, rounded to the arithmetic type.
+        owner: What keeps the addresses valid: on a device contiguous torch tensors that cover them, or a sequence that has these.
+    """
+
+    left: int
+    right: int
+    matrices: int
+    rows: int
+    columns: int
+    rank: int
+    scale: float
+    owner: Any
+
+    @property
+    def numel(self) -> int:
+        return self.matrices * self.rows * self.columns
+
+
+class Expansion(NamedTuple):
+    """Consecutive elements of a low-rank difference, in place of an Operand in the models of a Segment.
+
+    They are of the type that the signature has for the model: the arithmetic type if models are task vectors (d); else the
+    base's type (the merged model, b + d rounded to it).
+
+    Attributes:
+        factors: The difference of the whole tensor.
+        begin: The first element.
+    """
+
+    factors: LowRank
+    begin: int
+
+
+class ExpandSegment(NamedTuple):
+    """Elements to write.
+
+    Attributes:
+        numel: How many.
+        expansion: Where they begin in which difference.
+        base: None: d is written. Else the base's elements, of any storage type: b + d is written, rounded to that.
+        out: Where they are written, at any alignment: of the arithmetic type, or the base's type. It may be the base.
+    """
+
+    numel: int
+    expansion: Expansion
+    base: Operand | None
+    out: Operand
+
+
+@dataclass(frozen=True)
+class ExpandBatch:
+    """Segments of one device.
+
+    Attributes:
+        device: As of Batch.
+        arithmetic: F32 or F64: the type of factors and of d.
+        result: The storage type of all bases and outputs; None if there are no bases, and d is written.
+        segments: The segments.
+    """
+
+    device: str
+    arithmetic: str
+    result: str | None
+    segments: Sequence[ExpandSegment]
+
+
+class Expand(Protocol):
+    """A backend's function that writes low-rank differences, without waiting for a device."""
+
+    def __call__(self, batch: ExpandBatch, threads: int | None = None) -> None: ...
