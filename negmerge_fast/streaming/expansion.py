@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from itertools import accumulate
+from collections.abc import Mapping
+from functools import cache
 from threading import Lock, local
 from typing import Any
 
 from ..backends import masks, registry
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
+from ..checkpoints.computed import ComputedFile, address_of
 from ..checkpoints.delta import DeltaCheckpoint, DeltaTensor, sample_range
 from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Merge, Operands, Segment, Signature
@@ -51,11 +49,7 @@ def _buffer(name: str, size: int) -> tuple[memoryview, int]:
     if len(held) < max(size, 1):
         held = bytearray(max(size, 1))
         setattr(_BUFFERS, name, held)
-    return memoryview(held)[:size], _address(held)
-
-
-def _address(memory: Any) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return memoryview(held)[:size], address_of(held)
 
 
 class _Expanded:
@@ -76,16 +70,11 @@ class _Expanded:
         self._ranks: array[int] | None = None
 
     @property
-    def end(self) -> int:
-        return self.offset + self.numel * self.size
-
-    @property
     def stored(self) -> int:
         """Bytes of its mask and means."""
         return self.tensor.mask.nbytes + self.tensor.means.source.nbytes
 
-    def expand(self, reader: Reader, begin: int, end: int, dense: int, release: bool) -> bool:
-        """Write the elements begin … end to an address; returns whether all that was read was cached."""
+    def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
         first = begin // MASK_WORD * MASK_WORD
         whole = (begin, end) == (0, self.numel)
         if not whole:  # from where it is known how many are before it
@@ -104,7 +93,13 @@ class _Expanded:
         cached = bool(means.source.read_into(reader, packed, before * width, release)) and cached
         self._refuse_means(address, count, before)
         masks.expand(
-            mask, begin - first, end - begin, address, means.spec.dtype, self.tensor.info.arithmetic, dense
+            mask,
+            begin - first,
+            end - begin,
+            address,
+            means.spec.dtype,
+            self.tensor.info.arithmetic,
+            address_of(buffer),
         )
         return cached
 
@@ -169,65 +164,6 @@ def _usable(address: int, count: int, dtype: str) -> int:
 _COUNT = Rule(-1.0)
 
 
-@dataclass(frozen=True, eq=False)
-class ExpandedFile(File):
-    """A file of dense tensors, one after the other, whose bytes are computed from a file of a delta.
-
-    Attributes:
-        expanded: Its tensors in their order.
-    """
-
-    expanded: Sequence[_Expanded] = field(default_factory=list)
-
-    is_computed = True
-
-    def read_into(
-        self, reader: Reader, offset: int, buffer: memoryview, release: bool = False
-    ) -> bool | None:
-        cached, end = True, offset + len(buffer)
-        for each in self._tensors_from(offset):
-            if each.offset >= end:
-                break
-            first, last = max(offset, each.offset) - each.offset, min(end, each.end) - each.offset
-            if first < last:
-                at = each.offset + first - offset
-                part = buffer[at : at + last - first]
-                cached = _fill(reader, each, first, part, release) and cached
-        return cached
-
-    def stored_before(self, offset: int) -> int:
-        """Of a mask and means in proportion to how much of the dense tensor is before the offset."""
-        if not self.expanded:
-            return 0
-        k = max(bisect_right(self.expanded, offset, key=lambda each: each.offset) - 1, 0)
-        before, each = self._stored_starts[k], self.expanded[k]
-        dense = each.end - each.offset
-        return before + each.stored * (offset - each.offset) // dense if dense else before
-
-    @cached_property
-    def _stored_starts(self) -> list[int]:
-        return list(accumulate((each.stored for each in self.expanded), initial=0))
-
-    def expect(self, reader: Reader, offset: int, size: int) -> None:
-        """Nothing: where means are is known when their mask is read."""
-
-    def _tensors_from(self, offset: int) -> Iterator[_Expanded]:
-        at = bisect_right(self.expanded, offset, key=lambda each: each.offset)
-        return (self.expanded[k] for k in range(max(at - 1, 0), len(self.expanded)))
-
-
-def _fill(reader: Reader, each: _Expanded, first: int, buffer: memoryview, release: bool) -> bool:
-    """Fill a buffer from a byte of a dense tensor on."""
-    size, last = each.size, first + len(buffer)
-    if first % size == last % size == 0:
-        return each.expand(reader, first // size, last // size, _address(buffer), release)
-    begin, end = first // size, -(last // -size)
-    whole = bytearray((end - begin) * size)
-    cached = each.expand(reader, begin, end, _address(whole), release)
-    buffer[:] = whole[first - begin * size : last - begin * size]
-    return cached
-
-
 def expand(delta: DeltaCheckpoint) -> Checkpoint:
     """A delta as a checkpoint of dense task vectors, of the type of their arithmetic. Nothing is read yet."""
     held: dict[File, list[tuple[str, DeltaTensor]]] = {}
@@ -238,9 +174,9 @@ def expand(delta: DeltaCheckpoint) -> Checkpoint:
         expanded, at = [], 0
         for name, tensor in sorted(found, key=lambda item: item[1].mask.offset):
             expanded.append(_Expanded(name, tensor, at))
-            at = expanded[-1].end
-        dense = ExpandedFile(
-            file.path, at, file.identity, file.mode, changed_ns=file.changed_ns, expanded=expanded
+            at += expanded[-1].numel * expanded[-1].size
+        dense = ComputedFile(
+            file.path, at, file.identity, file.mode, changed_ns=file.changed_ns, computed=expanded
         )
         for each in expanded:
             spec = TensorSpec(each.tensor.info.arithmetic, each.tensor.info.spec.shape)
