@@ -8,9 +8,11 @@ propagate NaN).
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -257,6 +259,18 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def memory_at(device: torch.device, owners: Any, address: int, size: int) -> torch.Tensor:
+    """Bytes at an address. On the CPU any can be reached, elsewhere only those of the owners: a tensor, or a sequence with some."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
+    for owner in owners if isinstance(owners, (list, tuple)) else (owners,):
+        if isinstance(owner, torch.Tensor) and 0 <= address - owner.data_ptr() <= owner.nbytes - size:
+            return bytes_of(owner)[address - owner.data_ptr() :][:size]
+    raise ValueError(f"address {address:#x}: in none of the segment's owners, expected one of these tensors")
+
+
 def aligned(memory: torch.Tensor, itemsize: int) -> torch.Tensor:
     """Bytes that can be viewed as elements of a size: a copy if these cannot."""
     if memory.data_ptr() % itemsize == 0 and memory.storage_offset() % itemsize == 0:
@@ -270,7 +284,7 @@ def load(operand: Operand, start: int, size: int) -> torch.Tensor:
 
 
 def store(operand: Operand, start: int, bits: torch.Tensor) -> None:
-    """Write elements of an operand, given their bits."""
+    """Write elements of an operand, given them or their bits."""
     _bytes(operand, start, len(bits)).copy_(bits.view(torch.uint8))
 
 

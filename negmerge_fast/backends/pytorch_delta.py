@@ -5,7 +5,6 @@ core/delta.py says what is computed, to the bit. It is done block by block, as i
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ from .pytorch import (
     TORCH_DTYPES,
     aligned,
     bits_of,
-    bytes_of,
     compute_alone_if_flushing,
     load,
+    memory_at,
     plain_arithmetic,
     rounded,
 )
@@ -120,7 +119,7 @@ def _blocks(batch: DeltaBatch, segment: DeltaSegment) -> Iterator[_Block]:
     firsts = _elements(device, segment, segment.ranks, ranks, torch.int64).tolist()
     for start in range(0, numel, block):
         size = min(block, numel - start)
-        held = _memory(device, segment, segment.mask + start // 8, -(size // -8))
+        held = memory_at(device, segment.owners, segment.mask + start // 8, -(size // -8))
         shifts = torch.arange(8, dtype=torch.uint8, device=device)
         flags = (held.unsqueeze(1) >> shifts & 1).view(-1)[:size]
         yield _Block(
@@ -173,7 +172,7 @@ class _Block:
         self._bytes(saved, kept.nbytes).copy_(kept.view(torch.uint8))
 
     def _bytes(self, address: int, size: int) -> torch.Tensor:
-        return _memory(self.device, self.segment, address, size)
+        return memory_at(self.device, self.segment.owners, address, size)
 
     def _whole(self, address: int) -> torch.Tensor:
         dtype = TORCH_DTYPES[self.batch.signature.result]
@@ -200,18 +199,5 @@ def _elements(
     device: torch.device, segment: DeltaSegment, address: int, count: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Elements at an address: a view, or a copy if they are not aligned."""
-    memory = _memory(device, segment, address, count * dtype.itemsize)
+    memory = memory_at(device, segment.owners, address, count * dtype.itemsize)
     return aligned(memory, dtype.itemsize).view(dtype)
-
-
-def _memory(device: torch.device, segment: DeltaSegment, address: int, size: int) -> torch.Tensor:
-    """Bytes at an address. On the CPU any can be reached, elsewhere only those of the segment's owners."""
-    if not size:
-        return torch.empty(0, dtype=torch.uint8, device=device)
-    if device.type == "cpu":
-        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
-    owners = segment.owners if isinstance(segment.owners, (list, tuple)) else (segment.owners,)
-    for owner in owners:
-        if isinstance(owner, torch.Tensor) and 0 <= address - owner.data_ptr() <= owner.nbytes - size:
-            return bytes_of(owner)[address - owner.data_ptr() :][:size]
-    raise ValueError(f"address {address:#x}: in none of the segment's owners, expected one of these tensors")

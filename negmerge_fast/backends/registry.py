@@ -12,6 +12,7 @@ from ..core.batch import Batch, Merge, Signature
 from ..core.delta import Apply, DeltaSignature, Save, differences_of
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, first_line
+from ..core.low_rank import Expand
 from ..core.rule import Rule
 
 # In the order of preference of "auto".
@@ -186,6 +187,44 @@ def consensus(name: str) -> Merge:
     from . import pytorch_delta
 
     return partial(pytorch_delta.consensus, _merge_of(name))
+
+
+def choose_expand(backend: str, device: str) -> tuple[str, Expand]:
+    """Choose a backend that writes low-rank differences (core/low_rank.py) on a device, as `choose` does one that merges."""
+    name, _ = choose(backend, device)
+    return name, expand_of(name)
+
+
+def expand_of(name: str) -> Expand:
+    """A backend's function that writes low-rank differences."""
+    from . import low_rank
+
+    return low_rank.expand
+
+
+def choose_low_rank(
+    backend: str, device: str, rule: Rule, signatures: Iterable[Signature] = ()
+) -> tuple[str, Merge]:
+    """Choose a backend as `choose` does; its function accepts an Expansion in place of an Operand among a segment's models.
+
+    Signatures have for such a model the arithmetic type if models are task vectors, else the base's type.
+    """
+    name, merge = choose(backend, device, rule, signatures)
+    return name, _low_rank(name, merge)
+
+
+def choose_low_rank_consensus(
+    backend: str, device: str, rule: Rule, signatures: Iterable[Signature] = ()
+) -> tuple[str, Merge]:
+    """Choose a backend as `choose_low_rank` does, for `consensus`."""
+    name, merge = choose_consensus(backend, device, rule, signatures)
+    return name, _low_rank(name, merge)
+
+
+def _low_rank(name: str, merge: Merge) -> Merge:
+    from . import low_rank
+
+    return partial(low_rank.merge, merge, expand_of(name))
 
 
 def _selftest_failure(name: str, device: str, rule: Rule, signatures: Iterable[Signature]) -> str | None:
