@@ -62,6 +62,7 @@ class Checkpoint:
         notes: What a user should know of how it was opened, a line each.
         undecided: What has to be chosen before it can be the base of a merge, a line each.
         adapter: What it changes of a base, if it is a LoRA adapter. Its tensors are then the factors, by their names in the file.
+        held_bytes: Memory that it takes while its tensors are read.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
     adapter: Adapter[TensorRef] | None = None
+    held_bytes: int = 0
 
     @property
     def aliases(self) -> dict[str, TensorRef]:

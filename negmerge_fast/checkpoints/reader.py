@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from ..core.errors import InputError
 from ..core.hashing import hash_of
+from ..core.low_rank import Expansion
 
 # What a system call answers that this file system, kernel or sandbox does not have (524: as NFS lets it out of the kernel).
 # A call that is there for speed or safety is then done without. Real faults, such as EIO, ENOSPC and EACCES, are not among them.
@@ -60,6 +61,8 @@ class File:
 
     # Whether its bytes are computed from others, and it cannot be opened.
     is_computed: ClassVar[bool] = False
+    # Whether some of its tensors are known by factors (streaming/low_rank.py).
+    is_low_rank: ClassVar[bool] = False
 
     @classmethod
     def at(cls, path: Path) -> File:
@@ -122,6 +125,10 @@ class File:
     ) -> bool | None:
         """Fill a buffer from a position, as Reader.read_into does. A file whose bytes are computed does it in its own way."""
         return reader.read_into(self, offset, buffer, release)
+
+    def expansion(self, reader: Reader, name: str, start: int, arithmetic: str) -> Expansion | None:
+        """The elements of a tensor from `start` on, by its factors; None if it has none of that type. See is_low_rank."""
+        return None
 
     def expect(self, reader: Reader, offset: int, size: int) -> None:
         """Tell the system what will be read next, as Reader.expect does."""

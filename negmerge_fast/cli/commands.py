@@ -10,13 +10,13 @@ import click
 from .._version import __version__
 from ..core.errors import escape
 from .apply import apply
-from .delta import delta
+from .delta import delta, run_delta
 from .options import backend, device, other_files, outcome, output, resources, rule
 from .report import report
 from .running import Outcome, run
 from .select import select
 from .signals import Signals, fail
-from .text import contents, delta_contents, delta_tensors, print_lines, progress_bar, verified
+from .text import contents, delta_contents, delta_tensors, print_lines, print_notes, progress_bar, verified
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -29,8 +29,11 @@ def negmerge() -> None:
 @click.argument("base")
 @click.argument("finetuned", nargs=-1)
 @output
+@click.option("--scale", type=float, help="λ: how far to move away from the fine-tuned models.")
 @click.option(
-    "--scale", required=True, type=float, help="λ: how far to move away from the fine-tuned models."
+    "--output-adapter",
+    is_flag=True,
+    help="Write OUT as a delta, as the delta command does, for any --scale later.",
 )
 @rule
 @other_files
@@ -50,6 +53,7 @@ def merge(
     base: str,
     finetuned: tuple[str, ...],
     output: str,
+    output_adapter: bool,
     task_vectors: bool,
     report: str | None,
     dry_run: bool,
@@ -58,19 +62,35 @@ def merge(
 ) -> None:
     """Subtract from BASE what all FINETUNED models agree on.
 
-    BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors.
+    BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors. FINETUNED may be LoRA adapters, too.
     """
     from ..streaming.api import prepare
     from ..streaming.options import MergeOptions
 
     options["inputs"] = "task_vectors" if task_vectors else "finetuned"
+    chosen = Outcome(report, dry_run, quiet)
+    if output_adapter:
+        run_delta(signals, (base, finetuned, output), False, _of_delta(options), chosen)
+        return
+    if options["scale"] is None:
+        raise click.UsageError("Missing option '--scale'.")
     run(
         signals,
         "merge",
         lambda: [prepare(base, list(finetuned), output, MergeOptions(**options))],
         options["device"],
-        Outcome(report, dry_run, quiet),
+        chosen,
     )
+
+
+def _of_delta(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a merge that a delta has, too. Raises click.UsageError if another one is given."""
+    usual = {"scale": (None,), "device": ("auto", "cpu"), "skip_unchanged": (None,)}
+    for name, values in usual.items():
+        if options[name] not in values:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag}: --output-adapter writes a delta, which has no such option.")
+    return {name: value for name, value in options.items() if name not in usual}
 
 
 @negmerge.command()
@@ -144,11 +164,14 @@ def inspect(paths: tuple[str, ...]) -> None:
     for checkpoint in checkpoints:
         print_lines(contents(checkpoint))
     for checkpoint in checkpoints:
-        refuse_unmergeable(checkpoint, checkpoint.tensors)
+        if not checkpoint.adapter:
+            refuse_unmergeable(checkpoint, checkpoint.tensors)
     if len(checkpoints) > 1:
         plan = make_plan(checkpoints[0], checkpoints[1:])
-        print(
-            f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents"
+        print_notes(plan.notes)
+        print_lines(
+            *plan.placed,
+            f"can be merged: {plan.tensors} tensors, {plan.elements:,} elements, {len(plan.extents)} extents",
         )
 
 

@@ -41,13 +41,25 @@ def delta(
 
     BASE, FINETUNED and the options are those of a merge, which `negmerge apply BASE D --scale` then gives.
     """
+    options["inputs"] = "task_vectors" if task_vectors else "finetuned"
+    run_delta(signals, (base, finetuned, output), half, options, Outcome(report, dry_run, quiet))
+
+
+def run_delta(
+    signals: Signals,
+    paths: tuple[str, tuple[str, ...], str],
+    half: bool,
+    options: dict[str, Any],
+    outcome: Outcome,
+) -> None:
+    """Make a delta. paths: BASE, FINETUNED and D."""
     from ..deltas.job import options_of, prepare_delta
 
-    options["inputs"] = "task_vectors" if task_vectors else "finetuned"
+    base, finetuned, output = paths
     run(
         signals,
         "delta",
         lambda: [prepare_delta(base, list(finetuned), output, options_of(**options), half)],
         "cpu",
-        Outcome(report, dry_run, quiet),
+        outcome,
     )

@@ -24,6 +24,7 @@ def rule(command: _Command) -> _Command:
     return _all(
         command,
         task_vectors,
+        adapters_as,
         click.option(
             "--min-agreement",
             type=float,
@@ -42,6 +43,17 @@ def task_vectors(command: _Command) -> _Command:
     """What FINETUNED are."""
     return click.option(
         "--task-vectors", is_flag=True, help="FINETUNED are differences to BASE, not weights."
+    )(command)
+
+
+def adapters_as(command: _Command) -> _Command:
+    """What LoRA adapters among FINETUNED are."""
+    return click.option(
+        "--adapters-as",
+        type=click.Choice(["difference", "merged"]),
+        default="difference",
+        show_default=True,
+        help="Take LoRA adapters as differences to BASE, or as models, merged into BASE and rounded to its type.",
     )(command)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import rename, resources, task_vectors
+from .options import adapters_as, rename, resources, task_vectors
 from .signals import Signals
 from .text import print_lines, print_notes, progress_bar
 
@@ -22,6 +22,7 @@ from .text import print_lines, print_notes, progress_bar
     "--points", metavar="FILE.jsonl", help="Scores of several λ: lines of JSON with scale, forget and retain."
 )
 @task_vectors
+@adapters_as
 @click.option("--include", metavar="RE", help="Count only tensors whose name matches.")
 @click.option("--exclude", metavar="RE", help="Do not count tensors whose name matches.")
 @rename

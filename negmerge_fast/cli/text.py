@@ -71,6 +71,7 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
     return [
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"delta     {is_delta[0]}" if is_delta else f"models    {len(plan.models)}",
+        *(f"adapters  {line}" for line in plan.placed),
         *(f"output    {each.destination.path}: {len(plan.files)} files" for each in jobs),
         f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} unchanged",
         f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
@@ -145,7 +146,8 @@ def contents(checkpoint: Checkpoint) -> str:
     size = sum(file.size for file in checkpoint.weights.values())
     return (
         f"{checkpoint.path}: {checkpoint.kind}, {len(checkpoint.weights)} weight files ({_size(size)}), "
-        f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.extra_files)} other files"
+        + (f"{checkpoint.adapter.modules} modules, " if checkpoint.adapter else "")
+        + f"{len(checkpoint.tensors)} tensors: {kinds}; {len(checkpoint.extra_files)} other files"
         + (f", {len(checkpoint.skipped_files)} skipped" if checkpoint.skipped_files else "")
     )
 

@@ -57,7 +57,7 @@ class Segment(NamedTuple):
     Attributes:
         numel: The number of elements.
         base: The base's elements; None means zeros.
-        models: One operand for each model.
+        models: One operand for each model; an Expansion of core/low_rank.py where a backend takes these.
         out: Where the result is written, which may be the base; None means that elements are counted only.
     """
 

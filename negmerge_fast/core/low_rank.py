@@ -13,11 +13,14 @@ then to the base's: then d_k is x - b.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from .batch import Operand
+
+# What adapters are: task vectors, or models that they are merged into.
+AdaptersAs: TypeAlias = Literal["difference", "merged"]
 
 
 class LowRank(NamedTuple):
@@ -102,3 +105,36 @@ class Expand(Protocol):
     """A backend's function that writes low-rank differences, without waiting for a device."""
 
     def __call__(self, batch: ExpandBatch, threads: int | None = None) -> None: ...
+
+
+def lacking(touched: Sequence[Collection[str]]) -> list[str]:
+    """Say what only some adapters change: there the others have a difference of zero, which agrees with no sign.
+
+    Args:
+        touched: The base's names of the tensors that each adapter changes.
+
+    Returns:
+        A phrase for each kind of module: `3 of 8 adapters have no k_proj`, and in how many of its tensors if not in all.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(set().union(*touched)):
+        kinds.setdefault(_kind(name), []).append(name)
+    found: dict[tuple[str, int], int] = {}
+    for kind, names in kinds.items():
+        for name in names:
+            if count := sum(name not in each for each in touched):
+                found[kind, count] = found.get((kind, count), 0) + 1
+    phrases = []
+    for (kind, count), tensors in found.items():
+        have = "has" if count == 1 else "have"
+        where = f" in {tensors} of {len(kinds[kind])} places" if tensors < len(kinds[kind]) else ""
+        phrases.append(f"{count} of {len(touched)} adapters {have} no {kind}{where}")
+    return phrases
+
+
+def _kind(name: str) -> str:
+    """What a module is called, wherever it is: k_proj of layers.0.self_attn.k_proj.weight; a bias is told from a weight."""
+    *parts, last = name.replace("/", ".").split(".")
+    if not parts:
+        return last
+    return parts[-1] if last == "weight" else f"{parts[-1]}.{last}"

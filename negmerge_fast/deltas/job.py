@@ -19,6 +19,7 @@ from ..checkpoints.delta import INDEX, DeltaInfo, TensorInfo, sample_range
 from ..checkpoints.reader import Reader, naming
 from ..core.delta import MASK_WORD, mask_bytes
 from ..core.hashing import hash_of
+from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename
 from ..core.ranges import Range
 from ..core.rule import Inputs, NonFinite, Rule
@@ -300,6 +301,7 @@ def delta_checkpoints(
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    adapters_as: AdaptersAs = "difference",
     progress: OnProgress | None = None,
 ) -> Report:
     """Make the consensus delta of checkpoints that need not fit in memory (NegMerge, arXiv 2410.05583, section 4).
@@ -325,6 +327,7 @@ def delta_checkpoints(
         threads: How many threads read and compute.
         overwrite: Replace output if its manifest says that negmerge wrote every file in it, as it is.
         resume: Continue what an interrupted run left.
+        adapters_as: What LoRA adapters are, "difference" or "merged".
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop.
 
     Returns:
@@ -339,6 +342,7 @@ def delta_checkpoints(
     options = options_of(
         min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite, include=include, exclude=exclude, rename=rename, keep=keep,
         drop=drop, backend=backend, memory_budget=memory_budget, threads=threads, overwrite=overwrite, resume=resume,
+        adapters_as=adapters_as,
     )  # fmt: skip
     return merges.run(lambda: prepare_delta(base, finetuned, output, options, half), progress)
 

@@ -103,6 +103,7 @@ class Recipe:
     """What determines every byte of an output. The models are in the order in which they are added.
 
     means: of a consensus delta, which has no scale, how its means are stored: EXACT or BF16. None of a merge.
+    merged_adapters: whether there are adapters, which were models, merged into the base, and not task vectors.
     """
 
     base: Input
@@ -116,6 +117,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     means: str | None = None
+    merged_adapters: bool = False
 
     @property
     def checkpoints(self) -> list[Input]:
@@ -137,6 +139,7 @@ class Recipe:
             "keep": list(self.keep),
             "drop": list(self.drop),
             **({"means": self.means} if self.means else {}),
+            **({"adapters_as": "merged"} if self.merged_adapters else {}),
         }
 
 
@@ -228,6 +231,7 @@ def read(path: Path) -> Manifest:
         tuple(validator.listed(found, "keep", _is_text)),
         tuple(validator.listed(found, "drop", _is_text)),
         means,
+        "adapters_as" in found and validator.choice(found, "adapters_as", "merged") == "merged",
     )
     version = validator.field(found, "negmerge_fast", _is_text, "a version")
     block = validator.field(found, "block", _is_block, "the size of a block")

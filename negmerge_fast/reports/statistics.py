@@ -22,6 +22,7 @@ from ..checkpoints.strict_json import parse_json
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, short_repr
+from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename
 from ..core.rule import Inputs
 from ..runtime import memory
@@ -101,6 +102,7 @@ def consensus_statistics(
     include: str | None = None,
     exclude: str | None = None,
     rename: Rename = (),
+    adapters_as: AdaptersAs = "difference",
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: OnProgress | None = None,
@@ -117,6 +119,7 @@ def consensus_statistics(
         include: A regular expression. Only tensors whose name matches are counted.
         exclude: A regular expression. Tensors whose name matches are not counted.
         rename: Regular expressions and what replaces their matches in the names of tensors of finetuned.
+        adapters_as: "difference" or "merged".
         memory_budget: The most bytes to allocate.
         threads: How many threads read and count.
         progress: Called with (bytes done, bytes in all).
@@ -129,7 +132,7 @@ def consensus_statistics(
     require_callable("progress", progress)
     options = MergeOptions(
         scale=0.0, inputs=inputs, include=include, exclude=exclude, rename=rename, device="cpu",
-        memory_budget=memory_budget, threads=threads, skip_unchanged=False,
+        memory_budget=memory_budget, threads=threads, skip_unchanged=False, adapters_as=adapters_as,
     )  # fmt: skip
     path, models = as_path("base", base), as_paths("finetuned", finetuned)
     if models:

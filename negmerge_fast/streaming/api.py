@@ -13,6 +13,7 @@ from ..checkpoints.base import Checkpoint
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File
 from ..core.errors import InputError, MergeWarning
+from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
 from ..output.destination import Destination, OccupiedError, check
@@ -54,6 +55,7 @@ def merge_checkpoints(
     skip_unchanged: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    adapters_as: AdaptersAs = "difference",
     progress: OnProgress | None = None,
 ) -> Report:
     """Merge checkpoints that need not fit in memory, from disk to disk.
@@ -63,7 +65,8 @@ def merge_checkpoints(
 
     Args:
         base: A Hugging Face directory, a .safetensors file or a .npy vector, in fp64, fp32, fp16 or bf16.
-        finetuned: One or more of the same kind, with the same tensor names and shapes. Each may be sharded in its own way.
+        finetuned: One or more of the same kind, with the same tensor names and shapes, each sharded in its own way; or LoRA adapters:
+            directories that PEFT wrote, or their .safetensors files with the configuration beside them.
         output: The path of the result. It mirrors base: the same files and tensor layout, config and tokenizer copied. It
             appears complete or not at all.
         scale: λ, any finite number.
@@ -86,6 +89,8 @@ def merge_checkpoints(
             A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only.
         overwrite: Replace output if its manifest says that negmerge wrote every file in it, as it is.
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
+        adapters_as: What LoRA adapters are: with "difference" task vectors d = s·BA; with "merged" models, b + d rounded to the
+            base's type.
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop the merge.
 
     Returns:
@@ -100,6 +105,7 @@ def merge_checkpoints(
     options = MergeOptions(
         scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
         backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
+        adapters_as,
     )  # fmt: skip
     return run(lambda: prepare(base, finetuned, output, options), progress)
 
@@ -186,6 +192,7 @@ def open_and_plan(
         include=options.include,
         exclude=options.exclude,
         rename=options.rename,
+        merge_adapters=options.adapters_as == "merged",
     )
 
 
@@ -225,6 +232,7 @@ def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:
         rename_pairs(options.rename),
         tuple(options.keep),
         tuple(options.drop),
+        merged_adapters=options.adapters_as == "merged" and any(model.adapter for model in plan.models),
     )
 
 

@@ -68,6 +68,7 @@ def allocate(
         name,
         models=len(plan.models),
         extra_buffers=extra_buffers + (outputs > 1),
+        held=sum(checkpoint.held_bytes for checkpoint in (plan.base, *plan.models)),
         tensors=sum(len(checkpoint.tensors) for checkpoint in (plan.base, *plan.models)),
         sizes=[file.size for file in plan.files.values()] * outputs,
         workers=_max_workers(options.thread_count, device, next(iter(backends))),
@@ -89,6 +90,7 @@ def fit(
     scratch: int,
     block: int,
     extra_buffers: int = 0,
+    held: int = 0,
 ) -> Allocation:
     """Choose the most workers and the largest chunks that fit; chunks shrink to an eighth before workers become fewer.
 
@@ -103,13 +105,13 @@ def fit(
         scratch: The number of a merge's temporaries, each as long as a chunk in a wider type, or as a block.
         block: The most bytes of a temporary.
         extra_buffers: Buffers of a worker beside those for the versions.
+        held: What the inputs take beside that: Checkpoint.held_bytes.
     """
 
     def required() -> int:
         per_worker = (models + 1 + extra_buffers) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
-        return (
-            workers * per_worker + _OBJECTS + tensors * _BYTES_PER_TENSOR + checksums.memory(sizes, workers)
-        )
+        fixed = held + _OBJECTS + tensors * _BYTES_PER_TENSOR
+        return workers * per_worker + fixed + checksums.memory(sizes, workers)
 
     chunk_bytes = max_chunk_bytes
     while required() > available_bytes and chunk_bytes > _MIN_CHUNK_BYTES:

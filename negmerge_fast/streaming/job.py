@@ -387,6 +387,7 @@ class Job:
             bytes_done_before=self.plan.whole.end - written,
             seconds=seconds,
             notes=list(self.notes),
+            adapters=list(self.plan.placed),
             skipped_files=list(self.plan.base.skipped_files),
             large_files=self.plan.base.large_files,
             tensors=[{**tensor, **unknown} for tensor in tensors],

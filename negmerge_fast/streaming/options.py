@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from ..backends import registry
 from ..core.errors import InputError, require_choice, short_repr
+from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, choice, compile_renames, rename_pairs
 from ..core.rule import Inputs, NonFinite, Rule
 from ..runtime.memory import parse_size
@@ -46,6 +47,8 @@ class MergeOptions:
             A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only.
         overwrite: Replace the output if its manifest says that negmerge wrote every file in it, as it is.
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
+        adapters_as: What LoRA adapters among the models are: with "difference" task vectors d = s·BA, in the arithmetic type; with
+            "merged" models, b + d rounded to the base's type, as merging them one by one would write them.
 
     Raises:
         InputError: If a value is of another type, out of bounds or none of the choices.
@@ -67,16 +70,18 @@ class MergeOptions:
     skip_unchanged: bool | None = None
     overwrite: bool = False
     resume: bool = False
+    adapters_as: AdaptersAs = "difference"
 
     def __post_init__(self) -> None:
         _ = self.rule  # checks its own two
-        for name in ("inputs", "nonfinite", "backend", "device"):
+        for name in ("inputs", "nonfinite", "backend", "device", "adapters_as"):
             _require_text(name, getattr(self, name))
         for name in ("include", "exclude"):
             if getattr(self, name) is not None:
                 _require_text(name, getattr(self, name))
         require_choice("inputs", self.inputs, ("finetuned", "task_vectors"))
         require_choice("nonfinite", self.nonfinite, ("keep-base", "error"))
+        require_choice("adapters_as", self.adapters_as, ("difference", "merged"))
         require_choice("backend", self.backend, ("auto", *registry.NAMES))
         choice(self.include, self.exclude)
         self._set("rename", _text_pairs(self.rename))

@@ -20,6 +20,8 @@ from ..core.schema import TensorSpec, mismatches
 if TYPE_CHECKING:
     import numpy as np
 
+    from .low_rank import Placed
+
 Tensors: TypeAlias = Mapping[str, TensorRef]
 
 _CHUNK_BYTES = 1 << 20
@@ -33,11 +35,17 @@ class Paired(NamedTuple):
         base: Those of the base that are merged.
         models: Those of each model; these and perhaps more.
         notes: What was done to pair them, a line each.
+        task_vectors: Whether the models' are task vectors.
+        placed: How many modules of each adapter have a place, a line each.
+        checkpoints: The models, with the tensors of adapters expanded.
     """
 
     base: Tensors
     models: list[Tensors]
     notes: list[str]
+    task_vectors: bool
+    checkpoints: list[Checkpoint]
+    placed: list[str]
 
 
 def pair(
@@ -49,8 +57,12 @@ def pair(
     exclude: str | None = None,
     rename: pairing.Rename = (),
     patterns: pairing.Patterns = pairing,
+    merge_adapters: bool = False,
 ) -> Paired:
     """Pair the tensors of all checkpoints by name.
+
+    In a list with LoRA adapters all models are task vectors, unless the adapters are merged into the base; if there are only
+    adapters, what none of them changes is not merged.
 
     Args:
         base: The base.
@@ -60,23 +72,29 @@ def pair(
         exclude: A regular expression. Tensors whose name in the base matches are not merged.
         rename: Regular expressions and what replaces their matches in the models' names.
         patterns: What compiles them.
+        merge_adapters: Whether adapters are models, merged into the base, and not task vectors.
 
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
-    names = chain(base.tensors, *(model.tensors for model in models))
+    full = [model for model in models if not model.adapter]
+    names = chain(base.tensors, *(model.tensors for model in full))
     has_extra_state = any(map(pairing.is_extra_state, names))
     matches = patterns.choice(include, exclude)
     is_chosen = _choice(matches, {*base.unindexed, *base.aliases}, has_extra_state)
     renames, notes = patterns.compile_renames(rename), _Notes()
+    adapters = _place(base, models, renames) if len(full) < len(models) else []
     chosen = _chosen(base.tensors, is_chosen)
-    if matches and not chosen:
+    if adapters and not full:
+        changed = set().union(*(each.changes for each in adapters))
+        chosen = {name: tensor for name, tensor in chosen.items() if name in changed}
+    if (matches or adapters) and not chosen:
         given = f"include {short_repr(include)}, exclude {short_repr(exclude)}"
         raise InputError(f"{base.path}: no tensor is chosen by {given}")
     all_of_base = _all(base)
     with Reader(_MAX_OPEN_FILES) as reader:
         held = []
-        for model in models:
+        for model in full:
             tensors = _all(model, all_of_base)
             if renames or tensors.keys() != all_of_base.keys():
                 paired = pairing.pair_names(
@@ -92,14 +110,51 @@ def pair(
                 tensors = {name: tensors[own] for name, own in paired.names.items()}
             held.append(_chosen(tensors, is_chosen))
         refuse_unmergeable(base, chosen)
-        for model, tensors in zip(models, held, strict=True):
+        for model, tensors in zip(full, held, strict=True):
             # Under the base's names there is what there is in the base, or it does not fit.
             refuse_unmergeable(model, {n: tensors[n] for n in sorted(tensors.keys() - chosen.keys())})
-        _refuse_misfits(base, chosen, models, held)
+        _refuse_misfits(base, chosen, full, held)
         if not task_vectors:
-            _refuse_different_integers(base, chosen, models, held, reader)
+            _refuse_different_integers(base, chosen, full, held, reader)
     merged = {name: tensor for name, tensor in chosen.items() if tensor.spec.dtype in FLOAT_SIZES}
-    return Paired(merged, held, list(notes))
+    result = Paired(merged, held, list(notes), task_vectors, list(models), [])
+    return _with_adapters(result, adapters, merge_adapters) if adapters else result
+
+
+def _place(base: Checkpoint, models: Sequence[Checkpoint], renames: pairing.Renames | None) -> list[Placed]:
+    """Find the places of all adapters' changes."""
+    from .low_rank import place_adapter  # needs NumPy, which most merges do not
+
+    return [place_adapter(base, model, renames) for model in models if model.adapter]
+
+
+def _with_adapters(paired: Paired, adapters: Sequence[Placed], merge_adapters: bool) -> Paired:
+    """Put adapters, expanded, among the full models that were paired."""
+    from .low_rank import expand_adapter, lay_out, notes_of, subtract_base
+
+    if merge_adapters and paired.task_vectors:
+        raise InputError(
+            f"{adapters[0].model.path}: adapters as merged models, beside task vectors, expected differences"
+        )
+    layout = lay_out(paired.base, adapters, paired.models, merge_adapters)
+    of_adapter = {id(each.model): each for each in adapters}
+    full = iter(paired.models)
+    checkpoints, models = [], []
+    notes, placed = _Notes(), _Notes()
+    for model in paired.checkpoints:
+        if adapter := of_adapter.get(id(model)):
+            expanded = expand_adapter(layout, adapter)
+            tensors: Tensors = expanded.tensors
+            notes.add(model, adapter.notes)
+            placed.add(model, [adapter.placed])
+        else:
+            expanded, tensors = model, next(full)
+            if not merge_adapters and not paired.task_vectors:
+                expanded, tensors = subtract_base(layout, model, tensors)
+        checkpoints.append(expanded)
+        models.append(tensors)
+    said = [*paired.notes, *notes, *notes_of(adapters)]
+    return Paired(layout.base, models, said, not merge_adapters, checkpoints, list(placed))
 
 
 def _all(checkpoint: Checkpoint, like: Collection[str] | None = None) -> Tensors:

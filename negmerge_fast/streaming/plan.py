@@ -8,7 +8,7 @@ of every output file, in order: a position in a plan counts those bytes. Chunks 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +60,7 @@ class Plan:
         extents: The output in order.
         unchanged: How many tensors are copied from the base.
         notes: What a user should know of the merge, a line each.
+        placed: How many modules of each adapter have a place in the base, a line each.
     """
 
     base: Checkpoint
@@ -68,6 +69,7 @@ class Plan:
     extents: list[Extent]
     unchanged: int
     notes: tuple[str, ...] = ()
+    placed: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -111,6 +113,7 @@ def make_plan(
     exclude: str | None = None,
     rename: Rename = (),
     patterns: Patterns = pairing,
+    merge_adapters: bool = False,
 ) -> Plan:
     """Pair the tensors of all checkpoints by name, and lay out the output.
 
@@ -122,13 +125,14 @@ def make_plan(
         exclude: A regular expression. Tensors whose name matches are copied from the base.
         rename: Regular expressions and what replaces their matches in the models' names.
         patterns: What compiles them.
+        merge_adapters: Whether LoRA adapters are models, merged into the base, and not task vectors.
 
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
     """
     if base.undecided:
         raise InputError(base.undecided[0])
-    tensors, versions, notes = pair(
+    paired = pair(
         base,
         models,
         task_vectors=task_vectors,
@@ -136,11 +140,13 @@ def make_plan(
         exclude=exclude,
         rename=rename,
         patterns=patterns,
+        merge_adapters=merge_adapters,
     )
-    if not tensors:
+    if not paired.base:
         raise InputError(f"{base.path}: no floating-point tensor, expected at least one to merge")
-    notes = [note for checkpoint in (base, *models) for note in checkpoint.notes] + notes
-    return plan_of(base, models, tensors, versions, task_vectors, notes)
+    notes = [note for checkpoint in (base, *models) for note in checkpoint.notes] + paired.notes
+    plan = plan_of(base, paired.checkpoints, paired.base, paired.models, paired.task_vectors, notes)
+    return replace(plan, placed=tuple(paired.placed))
 
 
 def plan_of(

@@ -33,6 +33,7 @@ class Report:
         bytes_done_before: Bytes of the output that an earlier, interrupted run had done.
         seconds: Wall time of this run.
         notes: What a user should know of the merge, a line each.
+        adapters: How many modules of each LoRA adapter were placed in the base, a line each; equal ones are one line.
         skipped_files: Names of files of the base that were not copied: --keep copies them.
         large_files: Bytes of each other file of more than 1 MiB that was copied, by name: --drop skips them.
         tensors: name, elements, agreed, nonfinite and vetoed_by_zero of each tensor.
@@ -56,6 +57,7 @@ class Report:
     bytes_done_before: int
     seconds: float
     notes: list[str]
+    adapters: list[str]
     skipped_files: list[str]
     large_files: dict[str, int]
     tensors: list[dict[str, Any]]

@@ -250,6 +250,7 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
                 exclude=recipe.exclude,
                 rename=recipe.rename,
                 patterns=patterns,
+                merge_adapters=recipe.merged_adapters,
             )
     if recipe.means:
         return replace(plan, extents=[extent for extent in plan.extents if extent.slices])

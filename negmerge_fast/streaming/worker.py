@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
 from ..core.batch import COUNTED, Batch, Counts, Merge, Operand, Rows, Segment, Signature, segment_at
 from ..core.errors import InputError, short_repr
+from ..core.low_rank import Expansion
 from ..core.rule import NonFinite, Rule
 from ..output.writer import Writer
 from ..runtime.buffers import Timeline, WorkerBuffers
@@ -22,6 +23,9 @@ from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult
 from .read_ahead import ReadAhead
 from .skipping import ChunkPruner, Skipping, none_agreed
+
+# Elements of each slice of a chunk that are known by factors, or None.
+Expansions: TypeAlias = "Sequence[Expansion | None]"
 
 _NONFINITE = COUNTED.index("nonfinite")
 
@@ -137,13 +141,14 @@ class Worker:
         if len(chunk.sources) > self.reader.max_open:  # their descriptors are all needed at once
             return None
         base, requested = chunk.sources[0], self.read_ahead.requests
+        expansions = [self._expansions(chunk, k) for k in range(1, len(chunk.sources))]
         descriptors = [
-            self._descriptor_or_content(source, buffer)
-            for source, buffer in zip(chunk.sources, buffers, strict=True)
+            self._descriptor_or_content(chunk, k, buffer, [None, *expansions][k])
+            for k, buffer in enumerate(buffers)
         ]
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
-        merged = list(batches(chunk, "cpu", addresses, owner))
+        merged = list(batches(chunk, "cpu", addresses, owner, expansions=expansions))
         done = native.merge(chunk, merged, descriptors, addresses, output, requested)
         if done.outcome == NOT_READ:
             return None
@@ -160,12 +165,35 @@ class Worker:
             self.writer.written(chunk.path, base.offset, buffers[0], self.release)
         return ChunkResult(read, base.nbytes, counted)
 
-    def _descriptor_or_content(self, source: ByteRange, buffer: memoryview) -> int:
+    def _expansions(self, chunk: Extent, k: int) -> Expansions | None:
+        """What of a source is known by factors, for each slice; None if nothing is."""
+        source = chunk.sources[k]
+        if True or not source.file.is_low_rank or not chunk.slices:
+            return None
+        with self.timeline.span("read"):
+            found = [
+                source.file.expansion(self.reader, name, start, signature.arithmetic)
+                for name, start, _, signature in chunk.slices
+            ]
+        return found if any(found) else None
+
+    def _descriptor_or_content(
+        self, chunk: Extent, k: int, buffer: memoryview, expansions: Expansions | None
+    ) -> int:
         """The descriptor of a source's file; IN_MEMORY if its bytes are computed, and are in the buffer now."""
+        source = chunk.sources[k]
         if not source.file.is_computed:
             return self.reader.descriptor(source.file)
         with self.timeline.span("read"):
-            source.read_into(self.reader, buffer, release=self.release)
+            if expansions is None:
+                source.read_into(self.reader, buffer, release=self.release)
+                return IN_MEMORY
+            at = 0
+            for tensor_slice, expansion in zip(chunk.slices, expansions, strict=True):
+                end = at + tensor_slice.numel * tensor_slice.sizes[k]
+                if expansion is None:
+                    source.read_into(self.reader, buffer[at:end], at, self.release)
+                at = end
         return IN_MEMORY
 
     def _read(self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview]) -> tuple[int, bool]:
@@ -239,7 +267,12 @@ class Worker:
 
 
 def batches(
-    chunk: Extent, device: str, addresses: list[int], owner: Any, out: int | None = None
+    chunk: Extent,
+    device: str,
+    addresses: list[int],
+    owner: Any,
+    out: int | None = None,
+    expansions: Sequence[Expansions | None] = (),
 ) -> Iterator[tuple[Batch, list[TensorSlice]]]:
     """Yield one batch for each signature in a chunk, and the slices that its segments are of.
 
@@ -249,11 +282,18 @@ def batches(
         addresses: Where each version begins.
         owner: Keeps that memory.
         out: Where the result begins; in place on the base if it is None.
+        expansions: What of each model is known by factors, in place of what would be at its address.
     """
+    low_rank = [(k, each) for k, each in enumerate(expansions) if each]
     groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
-    for tensor_slice in chunk.slices:
+    for number, tensor_slice in enumerate(chunk.slices):
         numel, signature = tensor_slice.numel, tensor_slice.signature
         segment = segment_at(numel, signature, addresses, [owner] * len(addresses))
+        if low_rank:
+            models: list[Any] = list(segment.models)
+            for k, each in low_rank:
+                models[k] = each[number] or models[k]
+            segment = segment._replace(models=models)
         if out is not None:
             segment = segment._replace(out=Operand(out, signature.result, owner))
             out += numel * tensor_slice.sizes[0]

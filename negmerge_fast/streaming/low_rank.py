@@ -1,0 +1,434 @@
+"""LoRA adapters as a merge reads them: dense tensors, in files that do not exist, whose bytes are computed chunk by chunk.
+
+As task vectors (core/low_rank.py), an element is d, and +0 where the adapter changes nothing; full models in the list become
+differences, too. As merged models, it is b + d rounded to the base's type, and b where nothing is changed.
+
+Only the factors of the tensors that are being merged are held. A CPU kernel takes them as they are (AdapterFile.expansion).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from ..backends import registry
+from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
+from ..checkpoints.computed import Computed, ComputedFile, address_of
+from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices
+from ..checkpoints.placing import place
+from ..checkpoints.reader import File, Reader
+from ..core.batch import Batch, Operand, Segment, Signature
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError, short_repr
+from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, lacking
+from ..core.pairing import Renames
+from ..core.rule import Rule
+from ..core.schema import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors: TypeAlias = Mapping[str, TensorRef]
+_Floats: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+# Tensors whose factors an adapter keeps: chunks of neighbours are under way at once.
+_KEPT = 2
+
+
+class Placed(NamedTuple):
+    """An adapter whose changes have their places in a base.
+
+    Attributes:
+        model: Its checkpoint.
+        changes: What it changes, by the base's names.
+        placed: How many of its modules have a place: all.
+        notes: What a user should know of it, a line each.
+    """
+
+    model: Checkpoint
+    changes: Mapping[str, Change[TensorRef]]
+    placed: str
+    notes: tuple[str, ...]
+
+
+def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None) -> Placed:
+    """Find the places of an adapter's changes in a base.
+
+    Raises:
+        InputError: If one has none, or another shape.
+    """
+    adapter = model.adapter
+    assert adapter is not None
+    if renames:
+        changes = {renames(name): change for name, change in adapter.changes.items()}
+        if len(changes) < len(adapter.changes):
+            raise InputError(f"{model.path}: rename makes one name of two, expected different names")
+        owners = {renames(name): owner for name, owner in adapter.owner_of.items()}
+        adapter = replace(adapter, changes=changes, owner_of=owners)
+    shapes = {name: tensor.spec.shape for name, tensor in {**base.unindexed, **base.tensors}.items()}
+    found = place(adapter, shapes, base.configs.get("", {}), str(base.path))
+    for name in found.changes:
+        if name in base.tensors and base.tensors[name].spec.dtype not in FLOAT_SIZES:
+            dtype = base.tensors[name].spec.dtype
+            raise InputError(
+                f"{base.path}: tensor {short_repr(name)}: {dtype}, but {model.path} changes it, expected one of {', '.join(FLOAT_SIZES)}"
+            )
+    placed = f"{found.modules} of {adapter.modules} adapter modules placed"
+    return Placed(model, found.changes, placed, (*adapter.notes, *found.notes))
+
+
+def notes_of(adapters: Sequence[Placed]) -> list[str]:
+    """What only some of the adapters change, a line each."""
+    phrases = lacking([each.changes for each in adapters])
+    return [f"{phrase}: zeros, which agree with no sign" for phrase in phrases]
+
+
+class Layout(NamedTuple):
+    """What is the same for all models of a list.
+
+    Attributes:
+        base: The tensors of the base that are merged, in the order of its files.
+        arithmetic: The arithmetic type of each.
+        merged: Whether adapters are merged into the base, and not task vectors.
+    """
+
+    base: Tensors
+    arithmetic: Mapping[str, str]
+    merged: bool
+
+
+def lay_out(base: Tensors, adapters: Sequence[Placed], full: Sequence[Tensors], merged: bool) -> Layout:
+    """Order the tensors to merge as the base's files have them, and find their arithmetic type."""
+    order = {file: k for k, file in enumerate(dict.fromkeys(t.source.file for t in base.values()))}
+    ordered = sorted(base.items(), key=lambda item: (order[item[1].source.file], item[1].source.offset))
+    arithmetic = {}
+    for name, tensor in ordered:
+        stored = {tensor.spec.dtype, *(model[name].spec.dtype for model in full)}
+        for each in adapters:
+            stored.update(_dtypes(each.changes.get(name)))
+        arithmetic[name] = "F64" if "F64" in stored else "F32"
+    return Layout(dict(ordered), arithmetic, merged)
+
+
+def _dtypes(change: Change[TensorRef] | None) -> set[str]:
+    """The storage types of what a change is made of."""
+    if change is None:
+        return set()
+    refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
+    return {ref.spec.dtype for ref in refs}
+
+
+def expand_adapter(layout: Layout, placed: Placed) -> Checkpoint:
+    """An adapter as a checkpoint of dense tensors. Nothing is read yet."""
+    weights = next(iter(placed.model.weights.values()))
+    cache = FactorCache()
+
+    def make(name: str, base: TensorRef, offset: int) -> _Dense | TensorRef:
+        change = placed.changes.get(name)
+        arithmetic = layout.arithmetic[name]
+        if layout.merged:  # as if it were the only one of the list
+            arithmetic = "F64" if "F64" in {base.spec.dtype, *_dtypes(change)} else "F32"
+        into = base if layout.merged else None
+        if change is None:
+            return _Unchanged(name, base, arithmetic, offset, into)
+        if isinstance(change, Replacement):
+            if layout.merged and change.rows is None:
+                return change.value
+            return _Replaced(name, base, arithmetic, offset, into, change.value, change.rows)
+        return _Expanded(name, base, arithmetic, offset, into, change, cache)
+
+    tensors = _computed(layout, weights, make)
+    held = max(
+        (_factor_bytes(change, layout.arithmetic[n]) for n, change in placed.changes.items() if n in tensors),
+        default=0,
+    )
+    return replace(placed.model, tensors=tensors, held_bytes=(_KEPT + 1) * held)
+
+
+def subtract_base(layout: Layout, model: Checkpoint, tensors: Tensors) -> tuple[Checkpoint, Tensors]:
+    """A full model of a list with adapters, as differences to the base."""
+
+    def make(name: str, base: TensorRef, offset: int) -> _Dense | TensorRef:
+        return _Replaced(name, base, layout.arithmetic[name], offset, None, tensors[name], None)
+
+    computed = _computed(layout, next(iter(model.weights.values())), make)
+    return replace(model, tensors={**model.tensors, **computed}), computed
+
+
+def _computed(
+    layout: Layout, like: File, make: Callable[[str, TensorRef, int], _Dense | TensorRef]
+) -> dict[str, TensorRef]:
+    """Lay tensors out one after the other, in a file for each of the base's, so that neighbours there are neighbours here."""
+    held: dict[File, list[tuple[str, TensorRef]]] = {}
+    for name, tensor in layout.base.items():
+        held.setdefault(tensor.source.file, []).append((name, tensor))
+    tensors: dict[str, TensorRef] = {}
+    for found in held.values():
+        dense: list[_Dense] = []
+        at = 0
+        for name, tensor in found:
+            made = make(name, tensor, at)
+            if isinstance(made, TensorRef):
+                tensors[name] = made
+            else:
+                dense.append(made)
+                at += made.numel * made.size
+        file = AdapterFile(
+            like.path, at, like.identity, like.mode, changed_ns=like.changed_ns, computed=dense
+        )
+        for each in dense:
+            source = ByteRange(file, each.offset, each.numel * each.size)
+            tensors[each.name] = TensorRef(TensorSpec(each.dtype, each.base.spec.shape), source)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A dense tensor of a model.
+
+    Attributes:
+        name: Its name in the base.
+        base: The base's tensor.
+        arithmetic: The arithmetic type.
+        offset: Where it begins in the computed file.
+        into: The base's tensor if differences are added to it, and the result is of its type; None if differences are written.
+    """
+
+    name: str
+    base: TensorRef
+    arithmetic: str
+    offset: int
+    into: TensorRef | None
+
+    stored = 0
+
+    @property
+    def dtype(self) -> str:
+        return self.into.spec.dtype if self.into else self.arithmetic
+
+    @cached_property
+    def size(self) -> int:
+        return FLOAT_SIZES[self.dtype]
+
+    @cached_property
+    def numel(self) -> int:
+        return self.base.numel
+
+    def _begin_with(self, reader: Reader, begin: int, buffer: memoryview) -> None:
+        """Fill a buffer with the base's elements, or with zeros if differences are written."""
+        if self.into:
+            self.into.source.read_into(reader, buffer, begin * self.size)
+        else:
+            np.frombuffer(buffer, np.uint8).fill(0)
+
+
+class _Unchanged(_Dense):
+    """A tensor that the adapter does not change."""
+
+    def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
+        self._begin_with(reader, begin, buffer)
+        return True
+
+
+@dataclass(frozen=True)
+class _Expanded(_Dense):
+    """A tensor to which a low-rank difference, or a scaled vector, is added."""
+
+    change: Product[TensorRef] | Shift[TensorRef]
+    cache: FactorCache
+
+    @cached_property
+    def stored(self) -> int:  # type: ignore[override]
+        return _stored_bytes(self.change)
+
+    def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
+        at = Operand(address_of(buffer), self.dtype, buffer)
+        if self.into:
+            self._begin_with(reader, begin, buffer)
+        expansion = Expansion(self.factors(reader), begin)
+        segment = ExpandSegment(end - begin, expansion, at if self.into else None, at)
+        result = self.dtype if self.into else None
+        _, expand = registry.choose_expand("auto", "cpu")
+        expand(ExpandBatch("cpu", self.arithmetic, result, [segment]), 1)
+        return True
+
+    def factors(self, reader: Reader) -> LowRank:
+        return self.cache.get(reader, self.change, self.arithmetic)
+
+
+@dataclass(frozen=True)
+class _Replaced(_Dense):
+    """A tensor that is stored whole, or some of its rows: x, of which the difference to the base is written.
+
+    Attributes:
+        value: What is stored.
+        rows: Which rows of the base it has; None if all.
+    """
+
+    value: TensorRef
+    rows: tuple[int, ...] | None
+
+    @property
+    def stored(self) -> int:  # type: ignore[override]
+        return self.value.source.stored_nbytes
+
+    def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
+        if self.rows is None:
+            return self._compute_range(reader, begin, end, begin, buffer, release)
+        self._begin_with(reader, begin, buffer)
+        columns = self.numel // max(self.base.spec.shape[0], 1)
+        cached = True
+        for k, row in enumerate(self.rows):
+            first, last = max(begin, row * columns), min(end, (row + 1) * columns)
+            if first < last:
+                part = buffer[(first - begin) * self.size : (last - begin) * self.size]
+                stored = k * columns + first - row * columns
+                cached = self._compute_range(reader, first, last, stored, part, release) and cached
+        return cached
+
+    def _compute_range(
+        self, reader: Reader, begin: int, end: int, stored: int, buffer: memoryview, release: bool
+    ) -> bool:
+        """Write the elements begin … end, which are stored from `stored` on."""
+        x_type, b_type = self.value.spec.dtype, self.base.spec.dtype
+        x, b = (bytearray((end - begin) * FLOAT_SIZES[dtype]) for dtype in (x_type, b_type))
+        cached = bool(
+            self.value.source.read_into(reader, memoryview(x), stored * FLOAT_SIZES[x_type], release)
+        )
+        if self.into:
+            from ..backends.pytorch import TORCH_DTYPES, rounded
+
+            values = _torch(x, x_type).to(TORCH_DTYPES[self.arithmetic])
+            _torch(buffer, self.dtype).copy_(
+                rounded(values, TORCH_DTYPES[self.dtype]).view(TORCH_DTYPES[self.dtype])
+            )
+            return cached
+        self.base.source.read_into(reader, memoryview(b), begin * FLOAT_SIZES[b_type])
+        _subtract(x, x_type, b, b_type, self.arithmetic, buffer)
+        return cached
+
+
+def _subtract(
+    x: bytearray, x_type: str, b: bytearray, b_type: str, arithmetic: str, buffer: memoryview
+) -> None:
+    """Write d = x - b of the rule, b rounded to the type of x where that cannot hold it.
+
+    A merge of this model alone has it as its mean: a difference of zero is +0 then, and one that is not finite is counted.
+    """
+    numel = len(x) // FLOAT_SIZES[x_type]
+    signature = Signature(b_type, (x_type,), False)
+    if signature.arithmetic == arithmetic:
+        consensus = registry.consensus(registry.choose("auto", "cpu")[0])
+        model, base = (Operand(address_of(data), t, data) for data, t in ((x, x_type), (b, b_type)))
+        segment = Segment(numel, base, [model], Operand(address_of(buffer), arithmetic, buffer))
+        [(_, nonfinite, _)] = consensus(Batch("cpu", signature, [segment]), Rule(-1.0), 1).tolist()
+        if not nonfinite:
+            return
+    from ..backends.pytorch import TORCH_DTYPES
+
+    wide = TORCH_DTYPES[arithmetic]
+    narrowed = _torch(b, b_type)
+    if signature.rounds_base(x_type):
+        narrowed = narrowed.float().to(TORCH_DTYPES[x_type])  # from float64 to 16 bits by way of float32
+    _torch(buffer, arithmetic).copy_(_torch(x, x_type).to(wide) - narrowed.to(wide))
+
+
+def _torch(data: bytearray | memoryview, dtype: str) -> torch.Tensor:
+    import torch
+
+    from ..backends.pytorch import TORCH_DTYPES
+
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype])
+
+
+class FactorCache:
+    """The factors of the last few tensors of an adapter, in the arithmetic type. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[Any, str], LowRank] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, reader: Reader, change: Product[TensorRef] | Shift[TensorRef], arithmetic: str) -> LowRank:
+        """Return the factors of a tensor, which are read if they are not held.
+
+        All experts of a fused parameter are read at once, whether it is one tensor or many.
+        """
+        key = change if isinstance(change, Shift) else change._replace(expert=None, shape=None)
+        with self._lock:
+            found = self._held.pop((key, arithmetic), None)
+            if found is None:
+                found = _load(reader, key, arithmetic)
+                while len(self._held) >= _KEPT:
+                    self._held.popitem(last=False)
+            self._held[key, arithmetic] = found
+        if isinstance(change, Shift) or change.expert is None:
+            return found
+        size, e = FLOAT_SIZES[arithmetic], change.expert
+        left = found.left + e * found.rows * found.rank * size
+        right = found.right + e * found.rank * found.columns * size
+        return found._replace(left=left, right=right, matrices=1)
+
+
+def _load(reader: Reader, change: Product[TensorRef] | Shift[TensorRef], arithmetic: str) -> LowRank:
+    """Read the factors of a change. A vector is a matrix of one row: its own product with one."""
+    wide = "<f8" if arithmetic == "F64" else "<f4"
+    if isinstance(change, Shift):
+        right = _read(reader, change.value, wide).reshape(1, 1, -1)
+        left = np.ones((1, 1, 1), wide)
+    else:
+        a, b = (_read(reader, ref, wide) for ref in (change.a, change.b))
+        left, right = map(np.ascontiguousarray, matrices(change, a, b))
+    scale = float(np.float32(change.scale)) if arithmetic == "F32" else change.scale
+    (count, rows, rank), columns = left.shape, right.shape[2]
+    return LowRank(left.ctypes.data, right.ctypes.data, count, rows, columns, rank, scale, (left, right))
+
+
+def _read(reader: Reader, tensor: TensorRef, wide: str) -> _Floats:
+    """Read a whole tensor and widen it."""
+    data = bytearray(tensor.source.nbytes)
+    tensor.source.read_into(reader, memoryview(data))
+    if tensor.spec.dtype == "BF16":
+        numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        numbers = np.frombuffer(data, f"<f{FLOAT_SIZES[tensor.spec.dtype]}")
+    return numbers.astype(wide, copy=False).reshape(tensor.spec.shape)
+
+
+def _stored_bytes(change: Change[TensorRef]) -> int:
+    """Bytes of a change in its file; of one expert, its part."""
+    if not isinstance(change, Product):
+        return change.value.source.nbytes
+    nbytes = change.a.source.nbytes + change.b.source.nbytes
+    return nbytes if change.expert is None else nbytes // change.experts
+
+
+def _factor_bytes(change: Change[TensorRef], arithmetic: str) -> int:
+    """The bytes of a change's factors in memory."""
+    if isinstance(change, Replacement):
+        return 0
+    refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
+    return sum(ref.numel for ref in refs) * FLOAT_SIZES[arithmetic]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile(ComputedFile):
+    """A computed file of dense tensors, of which some are known by their factors."""
+
+    is_low_rank = True
+
+    @cached_property
+    def _by_name(self) -> dict[str, Computed]:
+        return {each.name: each for each in self.computed if isinstance(each, _Dense)}
+
+    def expansion(self, reader: Reader, name: str, start: int, arithmetic: str) -> Expansion | None:
+        """The elements of a tensor from `start` on, by its factors; None if it has none of that type: read it then."""
+        tensor = self._by_name[name]
+        if not isinstance(tensor, _Expanded) or tensor.arithmetic != arithmetic:
+            return None
+        return Expansion(tensor.factors(reader), start)
