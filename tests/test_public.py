@@ -41,7 +41,8 @@ SIGNATURES = {
     ),
     "delta_checkpoints": (
         "(base, finetuned, output, *, half=False, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, exclude=None, "
-        "rename=(), keep=(), drop=(), backend='auto', memory_budget=None, threads=None, overwrite=False, resume=False, progress=None)"
+        "rename=(), keep=(), drop=(), backend='auto', memory_budget=None, threads=None, overwrite=False, resume=False, "
+        "adapters_as='difference', progress=None)"
     ),
     "load_delta": "(path, device='cpu')",
     "merge": (
@@ -55,7 +56,7 @@ SIGNATURES = {
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
         "exclude=None, rename=(), keep=(), drop=(), backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
-        "overwrite=False, resume=False, progress=None)"
+        "overwrite=False, resume=False, adapters_as='difference', progress=None)"
     ),
     "merge_task_vectors": (
         "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', include=None, exclude=None, rename=(), "
@@ -64,8 +65,8 @@ SIGNATURES = {
     "negate_": "(base, tau, *, scale, nonfinite='keep-base', include=None, exclude=None, rename=(), backend='auto')",
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
     "consensus_statistics": (
-        "(base, finetuned=(), *, inputs='finetuned', include=None, exclude=None, rename=(), memory_budget=None, threads=None, "
-        "progress=None)"
+        "(base, finetuned=(), *, inputs='finetuned', include=None, exclude=None, rename=(), adapters_as='difference', "
+        "memory_budget=None, threads=None, progress=None)"
     ),
     "write_report": "(statistics, output, *, points=None, overwrite=False)",
     "ConsensusStatistics": (
@@ -74,8 +75,8 @@ SIGNATURES = {
     ),
     "Report": (
         "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
-        "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, skipped_files, "
-        "large_files, tensors)"
+        "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, adapters, "
+        "skipped_files, large_files, tensors)"
     ),
     "Rule": "(scale, min_agreement=1.0)",
     "Stats": "()",
@@ -144,8 +145,10 @@ COMMANDS = {
         "BASE",
         "[FINETUNED]...",
         "--output -o OUT text, required",
-        "--scale float, required",
+        "--scale float = 1.0",
+        "--output-adapter boolean = False",
         "--task-vectors boolean = False",
+        "--adapters-as difference|merged = difference",
         "--min-agreement float = 1.0",
         "--nonfinite error|keep-base = error",
         "--include RE text = None",
@@ -209,6 +212,7 @@ COMMANDS = {
         "--output -o D text, required",
         "--half boolean = False",
         "--task-vectors boolean = False",
+        "--adapters-as difference|merged = difference",
         "--min-agreement float = 1.0",
         "--nonfinite error|keep-base = error",
         "--include RE text = None",
@@ -231,6 +235,7 @@ COMMANDS = {
         "--output -o DIR text, required",
         "--points FILE.jsonl text = None",
         "--task-vectors boolean = False",
+        "--adapters-as difference|merged = difference",
         "--include RE text = None",
         "--exclude RE text = None",
         "--rename RE=TEXT text = ()",
@@ -280,8 +285,8 @@ ARGUMENTS = {
 
 REPORT = [
     "base", "models", "output", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
-    "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "skipped_files",
-    "large_files", "tensors",
+    "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "adapters",
+    "skipped_files", "large_files", "tensors",
     "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero",
 ]  # fmt: skip
 

@@ -78,8 +78,7 @@ def run(
         _write_report(Path(outcome.report), done, outcome.several)
     if not quiet:
         print_notes(dict.fromkeys(note for each in done for note in each.notes if note not in said))
-        print_lines(*done[0].adapters)
-        print_lines(*map(summary, jobs, done))
+        print_lines(*done[0].adapters, *map(summary, jobs, done))
         print_other_files(jobs[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from adapter_files import difference, save_adapter
 from bits import same_bits
 from checkpoint_files import load_model, save_model
 from command import Run, run  # noqa: F401
-from interrupted import contents
+from interrupted import contents, finish, start
 from safetensors.torch import save_file
-from small_chunks import set_chunk_bytes
+from small_chunks import record_every_chunk, set_chunk_bytes
 
 import negmerge_fast as nm
 from negmerge_fast.core.reference import plain_consensus, plain_merge
@@ -313,3 +314,44 @@ def test_a_tensor_that_is_no_number(case: Case, tmp_path: Path) -> None:
     save_file(integers, tmp_path / "base" / "model.safetensors")
     with pytest.raises(nm.InputError, match="I64"):
         nm.merge_checkpoints(tmp_path / "base", case.paths, tmp_path / "out", scale=SCALE)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("adapters_as", ["difference", "merged"])
+def test_a_merge_that_was_stopped(case: Case, monkeypatch: pytest.MonkeyPatch, adapters_as: str) -> None:
+    merge(case, adapters_as=adapters_as)
+    expected = contents(case.folder / "out")
+    (case.folder / "out").rename(case.folder / "expected")
+    record_every_chunk(monkeypatch)
+    set_chunk_bytes(monkeypatch, 256)
+
+    def progress(done: int, total: int) -> None:
+        time.sleep(0.002)  # for more than one record
+        if done > total / 2:
+            raise Stop
+
+    def again(**options: Any) -> nm.Report:
+        return nm.merge_checkpoints(
+            case.folder / "base", case.paths, case.folder / "out",
+            scale=SCALE, resume=True, threads=1, adapters_as=adapters_as, **options,
+        )  # fmt: skip
+
+    with pytest.raises(Stop):
+        again(progress=progress)
+    with pytest.warns(nm.MergeWarning):
+        report = again()
+    assert report.bytes_done_before
+    assert contents(case.folder / "out") == expected
+
+
+@pytest.mark.processes
+def test_two_ranks_make_the_same(case: Case) -> None:
+    merge(case)
+    expected = contents(case.folder / "out")
+    arguments = ("merge", "base", *(f"adapter-{k}" for k in range(3)), "-o", "two", "--scale", str(SCALE))
+    said = finish(start(case.folder, ranks=2, arguments=arguments))
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert contents(case.folder / "two") == expected

@@ -75,6 +75,7 @@ WRONG: dict[str, list[Any]] = {
     "skip_unchanged": ["yes", 1, 0.0, []],
     "overwrite": ["yes", None, 1, []],
     "resume": ["yes", None, 0],
+    "adapters_as": [None, "both", True, ["merged"]],
     "progress": ["tqdm", True, 3],
 }  # fmt: skip
 
