@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from ..core.errors import InputError
 from ..core.hashing import hash_of
-from ..core.low_rank import Expansion
+from ..core.low_rank import Expansion, Upload
 
 # What a system call answers that this file system, kernel or sandbox does not have (524: as NFS lets it out of the kernel).
 # A call that is there for speed or safety is then done without. Real faults, such as EIO, ENOSPC and EACCES, are not among them.
@@ -126,8 +126,13 @@ class File:
         """Fill a buffer from a position, as Reader.read_into does. A file whose bytes are computed does it in its own way."""
         return reader.read_into(self, offset, buffer, release)
 
-    def expansion(self, reader: Reader, name: str, start: int, arithmetic: str) -> Expansion | None:
-        """The elements of a tensor from `start` on, by its factors; None if it has none of that type. See is_low_rank."""
+    def expansion(
+        self, reader: Reader, name: str, start: int, arithmetic: str, upload: Upload | None
+    ) -> Expansion | None:
+        """The elements of a tensor from `start` on, by its factors; None if it has none of that type. See is_low_rank.
+
+        upload: puts factors where they are needed; None in main memory.
+        """
         return None
 
     def expect(self, reader: Reader, offset: int, size: int) -> None:

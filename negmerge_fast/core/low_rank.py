@@ -13,7 +13,7 @@ then to the base's: then d_k is x - b.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -21,6 +21,10 @@ from .batch import Operand
 
 # What adapters are: task vectors, or models that they are merged into.
 AdaptersAs: TypeAlias = Literal["difference", "merged"]
+
+
+# What copies an array to a device: it returns the address there, and the owner of the memory.
+Upload: TypeAlias = Callable[[Any], tuple[int, Any]]
 
 
 class LowRank(NamedTuple):

@@ -369,7 +369,8 @@ def prepare_delta(
     if half:
         notes = [*notes, "means are stored in BF16: applied, they give other bits than a merge"]
     staging = Staging(destination, resume=options.resume)
-    name, merge = registry.choose_consensus(options.backend, "cpu", options.rule, plan.signatures)
+    choose = registry.choose_low_rank_consensus if plan.is_low_rank else registry.choose_consensus
+    name, merge = choose(options.backend, "cpu", options.rule, plan.signatures)
     return DeltaJob(
         plan,
         options,

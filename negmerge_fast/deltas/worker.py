@@ -14,7 +14,7 @@ from ..core.delta import mask_bytes
 from ..core.dtypes import FLOAT_SIZES
 from ..streaming.plan import Extent, TensorSlice
 from ..streaming.progress import ChunkResult
-from ..streaming.worker import Worker
+from ..streaming.worker import Known, Worker, with_factors
 from .format import DeltaFile
 
 _AGREED, _NONFINITE = COUNTED.index("agreed"), COUNTED.index("nonfinite")
@@ -54,15 +54,14 @@ class DeltaWorker(Worker):
         """Read a chunk, write its masks, and return its means."""
         dense_bytes = sum(s.numel * FLOAT_SIZES[s.signature.arithmetic] for s in chunk.slices)
         sizes = [mask_bytes(s.numel) for s in chunk.slices]
-        *versions, _, packed = self.buffers.reserve(
-            [*(source.nbytes for source in chunk.sources), dense_bytes, dense_bytes]
-        )
+        known = self.known_by_factors(chunk)
+        *versions, _, packed = self.buffers.reserve([*self.sizes_of(chunk, known), dense_bytes, dense_bytes])
         mask = bytearray(sum(sizes))
-        self._read_all(chunk, versions)
+        self._read_all(chunk, versions, known)
         addresses, owner = self.buffers.addresses()
         *at, dense, means = addresses
         with self.turns, self.timeline.span("merge"):
-            placed = self._consensus(chunk, at, dense, owner)
+            placed = self._consensus(chunk, at, dense, owner, known)
         if self.nonfinite == "error" and any(each.counts[_NONFINITE] for each in placed):
             self._refuse_nonfinite(chunk, self.rule)
         file, end = self.files[chunk.path], means
@@ -76,7 +75,7 @@ class DeltaWorker(Worker):
         # The masks of neighbours are neighbours, and a chunk begins at a whole word of one.
         name, start, _, _ = chunk.slices[0]
         self.writer.write(chunk.path, file.mask_position(name, start), memoryview(mask), self.release)
-        read = sum(source.nbytes for source in chunk.sources)
+        read = sum(source.stored_nbytes for source in chunk.sources)
         counted = [([(s.name, s.numel) for s in chunk.slices], Rows(each.counts for each in placed))]
         return DeltaResult(
             ChunkResult(read, chunk.sources[0].nbytes, counted),
@@ -84,26 +83,28 @@ class DeltaWorker(Worker):
             packed[: end - means].tobytes(),
         )
 
-    def _read_all(self, chunk: Extent, buffers: list[memoryview]) -> None:
+    def _read_all(self, chunk: Extent, buffers: list[memoryview], known: Known) -> None:
         self.reader.requests = requested = self.read_ahead.requests
         began, cached = time.perf_counter(), True
         with self.timeline.span("read"):
-            for source, buffer in zip(chunk.sources, buffers, strict=True):
-                cached = bool(source.read_into(self.reader, buffer, release=self.release)) and cached
-        nbytes = sum(source.nbytes for source in chunk.sources)
+            for k, buffer in enumerate(buffers):
+                cached = self.read_source(chunk, k, buffer, known) and cached
+        nbytes = sum(source.stored_nbytes for source in chunk.sources)
         self.read_ahead.record(cached, nbytes, time.perf_counter() - began, requested)
 
-    def _consensus(self, chunk: Extent, at: list[int], dense: int, owner: object) -> list[_Placed]:
+    def _consensus(
+        self, chunk: Extent, at: list[int], dense: int, owner: object, known: Known
+    ) -> list[_Placed]:
         """Write the dense means of a chunk's slices, one after the other."""
         placed: list[_Placed] = []
         groups: dict[Signature, tuple[list[Segment], list[_Placed]]] = {}
-        for tensor_slice in chunk.slices:
+        for number, tensor_slice in enumerate(chunk.slices):
             numel, signature = tensor_slice.numel, tensor_slice.signature
             out = Operand(dense, signature.arithmetic, owner)
             segment = segment_at(numel, signature, at, [owner] * len(at))._replace(out=out)
             placed.append(_Placed(tensor_slice, dense, []))
             segments, of_group = groups.setdefault(signature, ([], []))
-            segments.append(segment)
+            segments.append(with_factors(segment, known, number))
             of_group.append(placed[-1])
             at = [a + numel * size for a, size in zip(at, tensor_slice.sizes, strict=True)]
             dense += numel * FLOAT_SIZES[signature.arithmetic]

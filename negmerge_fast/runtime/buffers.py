@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from threading import current_thread
@@ -58,6 +58,9 @@ class WorkerBuffers:
         self.timeline = timeline
         self.starts: list[int] = []
         self.sizes: Sequence[int] = ()
+
+    # What copies an array to the device on which is merged; None where that is main memory.
+    upload: Callable[[Any], tuple[int, Any]] | None = None
 
     def __enter__(self) -> WorkerBuffers:
         return self

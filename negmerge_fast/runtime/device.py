@@ -43,6 +43,17 @@ class DeviceBuffers(WorkerBuffers):
         self.device.untyped_storage().resize_(0)
         super().__exit__(kind)
 
+    def upload(self, array: Any) -> tuple[int, Any]:
+        """Copy a NumPy array to the device, and wait for it: other workers will use it, too."""
+        import torch
+
+        host = torch.from_numpy(array).view(-1).view(torch.uint8)
+        device = self.stream.empty(len(host))
+        with self.stream.stage("copy in"):
+            self.stream.copy(device, host)
+        self.stream.wait()
+        return device.data_ptr(), device
+
     @contextmanager
     def launch(self) -> Iterator[tuple[list[int], Any]]:
         host, device = self.host[: self.starts[-1]], self.device[: self.starts[-1]]

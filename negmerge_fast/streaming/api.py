@@ -165,7 +165,8 @@ def prepare_outputs(
         checked.append((recipe, destination, finished, [*plan.notes, *notes]))
     refuse_full_disk_for([destination for _, destination, finished, _ in checked if not finished])
     placement = choose_placement(plan, options)
-    backend, merge = registry.choose(options.backend, placement.device, options.rule, plan.signatures)
+    choose = registry.choose_low_rank if plan.is_low_rank and not options.skips else registry.choose
+    backend, merge = choose(options.backend, placement.device, options.rule, plan.signatures)
     counter_name, counter = registry.choose("auto", "cpu") if options.skips else ("", None)
     allocation = allocate(
         plan, options, placement.device, (backend, counter_name), extra_buffers, len(outputs)

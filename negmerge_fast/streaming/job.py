@@ -226,7 +226,10 @@ class Job:
         moved = self.plan.bytes_read + len(jobs) * self.plan.bytes_written
         release = moved > memory.free_memory() // 2
         read_ahead = ReadAhead()
-        is_native = self.merge is merge_cpu and not self.options.skips
+        low_rank = self.plan.is_low_rank and not self.options.skips
+        is_native = not self.options.skips and (
+            self.merge is merge_cpu or (low_rank and self.backend == "cpu" and False)
+        )
         turn = library().Turn() if is_native and self.options.thread_count == 1 else None  # of two workers
 
         @contextmanager
@@ -245,6 +248,7 @@ class Job:
                     device=device,
                     merge_threads=1 if concurrent else self.options.threads,
                     turns=turns,
+                    low_rank=low_rank,
                     nonfinite=self.recipe.nonfinite,
                     skipping=self.skipping,
                     writer=self.writer,

@@ -26,7 +26,7 @@ from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, short_repr
-from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, lacking
+from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, Upload, lacking
 from ..core.pairing import Renames
 from ..core.rule import Rule
 from ..core.schema import TensorSpec
@@ -258,8 +258,8 @@ class _Expanded(_Dense):
         expand(ExpandBatch("cpu", self.arithmetic, result, [segment]), 1)
         return True
 
-    def factors(self, reader: Reader) -> LowRank:
-        return self.cache.get(reader, self.change, self.arithmetic)
+    def factors(self, reader: Reader, upload: Upload | None = None) -> LowRank:
+        return self.cache.get(reader, self.change, self.arithmetic, upload)
 
 
 @dataclass(frozen=True)
@@ -351,22 +351,29 @@ class FactorCache:
     """The factors of the last few tensors of an adapter, in the arithmetic type. Threads may share it."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[Any, str], LowRank] = OrderedDict()
+        self._held: OrderedDict[tuple[Any, str, bool], LowRank] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, reader: Reader, change: Product[TensorRef] | Shift[TensorRef], arithmetic: str) -> LowRank:
-        """Return the factors of a tensor, which are read if they are not held.
+    def get(
+        self,
+        reader: Reader,
+        change: Product[TensorRef] | Shift[TensorRef],
+        arithmetic: str,
+        upload: Upload | None,
+    ) -> LowRank:
+        """Return the factors of a tensor, which are read if they are not held, in main memory or where `upload` puts them.
 
         All experts of a fused parameter are read at once, whether it is one tensor or many.
         """
-        key = change if isinstance(change, Shift) else change._replace(expert=None, shape=None)
+        whole = change if isinstance(change, Shift) else change._replace(expert=None, shape=None)
+        key = whole, arithmetic, upload is None
         with self._lock:
-            found = self._held.pop((key, arithmetic), None)
+            found = self._held.pop(key, None)
             if found is None:
-                found = _load(reader, key, arithmetic)
+                found = _load(reader, whole, arithmetic, upload)
                 while len(self._held) >= _KEPT:
                     self._held.popitem(last=False)
-            self._held[key, arithmetic] = found
+            self._held[key] = found
         if isinstance(change, Shift) or change.expert is None:
             return found
         size, e = FLOAT_SIZES[arithmetic], change.expert
@@ -375,7 +382,9 @@ class FactorCache:
         return found._replace(left=left, right=right, matrices=1)
 
 
-def _load(reader: Reader, change: Product[TensorRef] | Shift[TensorRef], arithmetic: str) -> LowRank:
+def _load(
+    reader: Reader, change: Product[TensorRef] | Shift[TensorRef], arithmetic: str, upload: Upload | None
+) -> LowRank:
     """Read the factors of a change. A vector is a matrix of one row: its own product with one."""
     wide = "<f8" if arithmetic == "F64" else "<f4"
     if isinstance(change, Shift):
@@ -386,7 +395,12 @@ def _load(reader: Reader, change: Product[TensorRef] | Shift[TensorRef], arithme
         left, right = map(np.ascontiguousarray, matrices(change, a, b))
     scale = float(np.float32(change.scale)) if arithmetic == "F32" else change.scale
     (count, rows, rank), columns = left.shape, right.shape[2]
-    return LowRank(left.ctypes.data, right.ctypes.data, count, rows, columns, rank, scale, (left, right))
+    (at_left, of_left), (at_right, of_right) = map(upload or _in_main_memory, (left, right))
+    return LowRank(at_left, at_right, count, rows, columns, rank, scale, (of_left, of_right))
+
+
+def _in_main_memory(array: _Floats) -> tuple[int, _Floats]:
+    return array.ctypes.data, array
 
 
 def _read(reader: Reader, tensor: TensorRef, wide: str) -> _Floats:
@@ -426,9 +440,10 @@ class AdapterFile(ComputedFile):
     def _by_name(self) -> dict[str, Computed]:
         return {each.name: each for each in self.computed if isinstance(each, _Dense)}
 
-    def expansion(self, reader: Reader, name: str, start: int, arithmetic: str) -> Expansion | None:
-        """The elements of a tensor from `start` on, by its factors; None if it has none of that type: read it then."""
+    def expansion(
+        self, reader: Reader, name: str, start: int, arithmetic: str, upload: Upload | None
+    ) -> Expansion | None:
         tensor = self._by_name[name]
         if not isinstance(tensor, _Expanded) or tensor.arithmetic != arithmetic:
             return None
-        return Expansion(tensor.factors(reader), start)
+        return Expansion(tensor.factors(reader, upload), start)

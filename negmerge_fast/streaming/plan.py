@@ -76,6 +76,11 @@ class Plan:
         return sum(len(extent.slices) for extent in self.extents)
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether some models are LoRA adapters."""
+        return any(model.adapter for model in self.models)
+
+    @property
     def elements(self) -> int:
         return sum(tensor_slice.numel for extent in self.extents for tensor_slice in extent.slices)
 

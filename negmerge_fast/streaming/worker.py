@@ -24,8 +24,9 @@ from .progress import ChunkCounts, ChunkResult
 from .read_ahead import ReadAhead
 from .skipping import ChunkPruner, Skipping, none_agreed
 
-# Elements of each slice of a chunk that are known by factors, or None.
+# Of one source of a chunk, the elements of each slice that are known by factors, or None; and that of each source, the base's first.
 Expansions: TypeAlias = "Sequence[Expansion | None]"
+Known: TypeAlias = "Sequence[Expansions | None]"
 
 _NONFINITE = COUNTED.index("nonfinite")
 
@@ -39,6 +40,7 @@ class Worker:
         rule: The rule of the merge.
         merge: The backend's function, called on `device` with `merge_threads` threads.
         turns: Held while merging: a backend that must not run concurrently has one turn for all workers.
+        low_rank: Whether the backend's function takes what is known by factors as it is (registry.choose_low_rank).
         nonfinite: With "error" a non-finite element is one.
         skipping: What the workers know together of models that need not be read.
         writer: Takes the output.
@@ -56,6 +58,7 @@ class Worker:
     device: str
     merge_threads: int | None
     turns: AbstractContextManager[Any]
+    low_rank: bool
     nonfinite: NonFinite
     skipping: Skipping
     writer: Writer
@@ -68,21 +71,25 @@ class Worker:
 
     def process_chunk(self, chunk: Extent) -> ChunkResult:
         """Read a chunk, merge it in place on the base's buffer, and write that."""
-        base = chunk.sources[0]
-        buffers = self.buffers.reserve([source.nbytes for source in chunk.sources])
-        if self.native and base.nbytes and (done := self._process_natively(self.native, chunk, buffers)):
+        base, known = chunk.sources[0], self.known_by_factors(chunk)
+        buffers = self.buffers.reserve(self.sizes_of(chunk, known))
+        if (
+            self.native
+            and base.nbytes
+            and (done := self._process_natively(self.native, chunk, buffers, known))
+        ):
             return done
         pruner = ChunkPruner(self.skipping, chunk, buffers, *self.buffers.addresses())
         self.reader.requests = requested = self.read_ahead.requests
         began = time.perf_counter()
         with self.timeline.span("read"):
-            skipped, cached = self._read(chunk, pruner, buffers)
+            skipped, cached = self._read(chunk, pruner, buffers, known)
         read = sum(source.stored_nbytes for source in chunk.sources) - skipped
         self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
             with self.turns, self.buffers.launch() as (addresses, owner):
-                for batch, slices in batches(chunk, self.device, addresses, owner):
+                for batch, slices in batches(chunk, self.device, addresses, owner, known=known):
                     merged.append((slices, self.merge(batch, self.rule, self.merge_threads)))
             self.buffers.wait()
             counted = self._count(chunk, merged, self.rule)
@@ -135,20 +142,18 @@ class Worker:
         return self._count(chunk, merged, rule)
 
     def _process_natively(
-        self, native: ChunkMerger, chunk: Extent, buffers: Sequence[memoryview]
+        self, native: ChunkMerger, chunk: Extent, buffers: Sequence[memoryview], known: Known
     ) -> ChunkResult | None:
         """Process a chunk in one call; None if it cannot be read so, and is to be read again to tell why."""
         if len(chunk.sources) > self.reader.max_open:  # their descriptors are all needed at once
             return None
         base, requested = chunk.sources[0], self.read_ahead.requests
-        expansions = [self._expansions(chunk, k) for k in range(1, len(chunk.sources))]
         descriptors = [
-            self._descriptor_or_content(chunk, k, buffer, [None, *expansions][k])
-            for k, buffer in enumerate(buffers)
+            self._descriptor_or_content(chunk, k, buffer, known) for k, buffer in enumerate(buffers)
         ]
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
-        merged = list(batches(chunk, "cpu", addresses, owner, expansions=expansions))
+        merged = list(batches(chunk, "cpu", addresses, owner, known=known))
         done = native.merge(chunk, merged, descriptors, addresses, output, requested)
         if done.outcome == NOT_READ:
             return None
@@ -165,38 +170,55 @@ class Worker:
             self.writer.written(chunk.path, base.offset, buffers[0], self.release)
         return ChunkResult(read, base.nbytes, counted)
 
-    def _expansions(self, chunk: Extent, k: int) -> Expansions | None:
-        """What of a source is known by factors, for each slice; None if nothing is."""
-        source = chunk.sources[k]
-        if True or not source.file.is_low_rank or not chunk.slices:
-            return None
-        with self.timeline.span("read"):
-            found = [
-                source.file.expansion(self.reader, name, start, signature.arithmetic)
-                for name, start, _, signature in chunk.slices
-            ]
-        return found if any(found) else None
-
-    def _descriptor_or_content(
-        self, chunk: Extent, k: int, buffer: memoryview, expansions: Expansions | None
-    ) -> int:
+    def _descriptor_or_content(self, chunk: Extent, k: int, buffer: memoryview, known: Known) -> int:
         """The descriptor of a source's file; IN_MEMORY if its bytes are computed, and are in the buffer now."""
-        source = chunk.sources[k]
-        if not source.file.is_computed:
-            return self.reader.descriptor(source.file)
+        if not chunk.sources[k].file.is_computed:
+            return self.reader.descriptor(chunk.sources[k].file)
         with self.timeline.span("read"):
-            if expansions is None:
-                source.read_into(self.reader, buffer, release=self.release)
-                return IN_MEMORY
-            at = 0
-            for tensor_slice, expansion in zip(chunk.slices, expansions, strict=True):
-                end = at + tensor_slice.numel * tensor_slice.sizes[k]
-                if expansion is None:
-                    source.read_into(self.reader, buffer[at:end], at, self.release)
-                at = end
+            self.read_source(chunk, k, buffer, known)
         return IN_MEMORY
 
-    def _read(self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview]) -> tuple[int, bool]:
+    def known_by_factors(self, chunk: Extent) -> Known:
+        """What of each source of a chunk is known by factors, for each slice; None if nothing is. Empty if none is for any."""
+        if not self.low_rank or not chunk.slices:
+            return ()
+        known: list[Expansions | None] = []
+        with self.timeline.span("read"):
+            for source in chunk.sources:
+                found: Expansions = ()
+                if source.file.is_low_rank:
+                    upload = self.buffers.upload
+                    found = [
+                        source.file.expansion(self.reader, name, start, signature.arithmetic, upload)
+                        for name, start, _, signature in chunk.slices
+                    ]
+                known.append(found if any(found) else None)
+        return known
+
+    def sizes_of(self, chunk: Extent, known: Known) -> list[int]:
+        """The bytes of each source that have to be in a buffer."""
+        sizes = [source.nbytes for source in chunk.sources]
+        for k, expansions in enumerate(known):
+            if expansions and all(expansions):
+                sizes[k] = 0
+        return sizes
+
+    def read_source(self, chunk: Extent, k: int, buffer: memoryview, known: Known) -> bool:
+        """Read what of a source is not known by factors; returns whether all of that was cached."""
+        source, expansions = chunk.sources[k], known[k] if known else None
+        if expansions is None:
+            return bool(source.read_into(self.reader, buffer, release=self.release))
+        cached, at = True, 0
+        for tensor_slice, expansion in zip(chunk.slices, expansions, strict=True):
+            end = at + tensor_slice.numel * tensor_slice.sizes[k]
+            if expansion is None:
+                cached = bool(source.read_into(self.reader, buffer[at:end], at, self.release)) and cached
+            at = end
+        return cached
+
+    def _read(
+        self, chunk: Extent, pruner: ChunkPruner, buffers: Sequence[memoryview], known: Known
+    ) -> tuple[int, bool]:
         """Read the base and, of each model, what can still agree.
 
         Returns:
@@ -215,6 +237,9 @@ class Worker:
             if k == prefetched and not cached:  # nor are the models, then: the disk may fetch several at once
                 self._prefetch(models, range(k, expected), pruner)
                 prefetched, expected = expected, len(models)
+            if known and known[k + 1]:
+                all_cached = self.read_source(chunk, k + 1, buffer, known) and all_cached
+                continue
             ranges = pruner.byte_ranges(k + 1)
             if omitted := source.nbytes - sum(end - begin for begin, end in ranges):
                 skipped += omitted
@@ -266,13 +291,23 @@ class Worker:
         raise RuntimeError("a non-finite number was counted, and is not found again")
 
 
+def with_factors(segment: Segment, known: Known, number: int) -> Segment:
+    """The segment of slice `number` of a chunk, with what is known by factors in place of operands."""
+    if not known:
+        return segment
+    models: list[Any] = list(segment.models)
+    for k, expansions in enumerate(known[1:]):
+        models[k] = (expansions and expansions[number]) or models[k]
+    return segment._replace(models=models)
+
+
 def batches(
     chunk: Extent,
     device: str,
     addresses: list[int],
     owner: Any,
     out: int | None = None,
-    expansions: Sequence[Expansions | None] = (),
+    known: Known = (),
 ) -> Iterator[tuple[Batch, list[TensorSlice]]]:
     """Yield one batch for each signature in a chunk, and the slices that its segments are of.
 
@@ -282,18 +317,13 @@ def batches(
         addresses: Where each version begins.
         owner: Keeps that memory.
         out: Where the result begins; in place on the base if it is None.
-        expansions: What of each model is known by factors, in place of what would be at its address.
+        known: What of each version is known by factors, in place of what would be at its address.
     """
-    low_rank = [(k, each) for k, each in enumerate(expansions) if each]
     groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
     for number, tensor_slice in enumerate(chunk.slices):
         numel, signature = tensor_slice.numel, tensor_slice.signature
         segment = segment_at(numel, signature, addresses, [owner] * len(addresses))
-        if low_rank:
-            models: list[Any] = list(segment.models)
-            for k, each in low_rank:
-                models[k] = each[number] or models[k]
-            segment = segment._replace(models=models)
+        segment = with_factors(segment, known, number)
         if out is not None:
             segment = segment._replace(out=Operand(out, signature.result, owner))
             out += numel * tensor_slice.sizes[0]
