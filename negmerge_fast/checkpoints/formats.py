@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import InputError
-from . import huggingface, npy, safetensors
+from . import adapters, huggingface, npy, safetensors
 from .base import Checkpoint
 from .parts import read_config
 from .side_files import Globs
@@ -24,7 +24,7 @@ def open_checkpoint(
     drop: Sequence[str] = (),
     extra_files: bool = True,
 ) -> Checkpoint:
-    """Open a Hugging Face directory, a .safetensors file or a .npy vector.
+    """Open a Hugging Face directory, a .safetensors file, a .npy vector, or a LoRA adapter as PEFT saves it.
 
     Args:
         path: The directory or file.
@@ -40,11 +40,15 @@ def open_checkpoint(
         is_directory = path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if is_directory and adapters.is_adapter_directory(path):
+        return adapters.open_directory(path)
     if is_directory:
         return huggingface.open_directory(path, keep, drop, extra_files)
     if extra_files:
         for option, patterns in (("--keep", keep), ("--drop", drop)):
             Globs(option, patterns).refuse_unmatched(path)
+    if path.suffix == ".safetensors" and adapters.is_adapter_file(path):
+        return adapters.open_file(path)
     if path.suffix == ".safetensors":
         return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
     if path.suffix == ".npy":

@@ -155,7 +155,7 @@ def _adapters(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _only_adapter(folder: Path) -> InputError:
     return InputError(
-        f"{folder}: holds LoRA factors, expected whole weights: merge each adapter into its model first"
+        f"{folder}: holds LoRA factors, expected whole weights, or an adapter as PEFT saves it, with {ADAPTER_CONFIG}"
     )
 
 

@@ -79,6 +79,11 @@ def is_adapter(name: str) -> bool:
     return name.startswith(ADAPTERS)
 
 
+def is_index(name: str) -> bool:
+    """Whether a name is that of an index of shards."""
+    return name.endswith(".json") and _INDEX_NAME.fullmatch(name) is not None
+
+
 def is_inside(name: Any) -> bool:
     """Whether a value is a normalized relative path that cannot leave its folder."""
     if not isinstance(name, str) or "\\" in name or "\0" in name or name == MANIFEST:

@@ -110,8 +110,34 @@ def refuse_factors(specs: Mapping[str, TensorSpec], label: Callable[[str], str])
     """Raise InputError for the first factor of a low-rank adapter. label names a tensor."""
     if (name := lora_factor(specs)) is not None:
         raise InputError(
-            f"{label(name)}: a LoRA factor, expected whole weights: merge each adapter into its model first"
+            f"{label(name)}: {factor_advice(name) or 'a LoRA factor'}, expected whole weights, or an adapter as PEFT saves it, "
+            "with adapter_config.json"
         )
+
+
+# Factors of other libraries than PEFT, or of other methods than LoRA, and what can be done.
+_ADVICE = (
+    (re.compile(r"^(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks)\.(.*\.)?lora_[AB]\."),
+     "a LoRA factor as diffusers save it: merge it into its model first (load_lora_weights, fuse_lora, save_pretrained)"),
+    (re.compile(r"(^|[._])(hada_|lokr_)"), "a factor of LoHa or LoKr, as LyCORIS and PEFT have them: merge it into its model first"),
+    (re.compile(r"(^|[._])(oft_|boft_|vera_|vblora_)"), "a factor of OFT, VeRA or VB-LoRA: merge it into its model first"),
+    (re.compile(r"(^|\.)lora_magnitude_vector"), "the magnitudes of DoRA: merge it into its model first (merge_and_unload)"),
+    (re.compile(r"(^|\.)lora_E($|\.)"), "a factor of AdaLoRA: merge it into its model first (merge_and_unload)"),
+    (re.compile(r"(^|_)lora_(unet|te\d?|transformer)_|[._]lora_(up|down|mid)(\.|$)"),
+     "a LoRA factor as kohya's scripts name it: merge it into its model first (networks/merge_lora.py, or fuse_lora of diffusers)"),
+    (re.compile(r"lora\w*[._](up|down)\.weight$"),
+     "a LoRA factor as old diffusers name it: merge it into its model first (fuse_lora)"),
+    (re.compile(r"(^|\.)lora_(embedding_)?[AB]\.\w+(\.weight)?$"),
+     "a LoRA factor with the name of its adapter, as in the state dict of the whole model: save the adapter alone (save_pretrained)"),
+    (re.compile(r"(^|[._])lora_([ab]|left|right)(\.|$)"), "a LoRA factor of another library than PEFT: merge it into its model first"),
+)  # fmt: skip
+_OF_PEFT = re.compile(r"(^|\.)(lora_[AB]\.(weight|bias)|lora_embedding_[AB])$")
+
+
+def factor_advice(name: str) -> str | None:
+    """What a factor is that is none of a LoRA adapter of PEFT, by its name, and what can be done; None of all other tensors."""
+    found = next((advice for pattern, advice in _ADVICE if pattern.search(name)), None)
+    return None if found != _ADVICE[0][1] and _OF_PEFT.search(name) else found
 
 
 def refuse_packed(specs: Mapping[str, TensorSpec], label: Callable[[str], str]) -> None:

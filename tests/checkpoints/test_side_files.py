@@ -379,10 +379,12 @@ def test_weights_that_a_configuration_names(tmp_path: Path) -> None:
         assert not open_checkpoint(path, **options).undecided
 
 
-def test_an_adapter_alone_is_refused_by_what_it_is(tmp_path: Path) -> None:
-    put(tmp_path / "m", ADAPTER)
+def test_an_adapter_without_its_configuration_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    put(tmp_path / "m", {"adapter_model.safetensors": ADAPTER["adapter_model.safetensors"]})
     for extra_files in (True, False):
-        with pytest.raises(InputError, match="holds LoRA factors, expected whole weights"):
+        with pytest.raises(
+            InputError, match=r"holds LoRA factors, expected whole weights, or .*adapter_config\.json"
+        ):
             open_checkpoint(tmp_path / "m", extra_files=extra_files)
 
 

@@ -361,7 +361,7 @@ def directories() -> Iterator[tuple[str, Case]]:
             "2 models (x.safetensors.index.json, y.safetensors.index.json)",
         ),
     )
-    yield "an adapter", Case(only_adapter, "holds LoRA factors, expected whole weights")
+    yield "an adapter", Case(only_adapter, "configuration is not JSON", "adapter_config.json")
     yield "a Git LFS pointer", Case(put(INDEX, content(POINTER)), "a Git LFS pointer", INDEX)
     yield (
         "a Git LFS pointer: config",

@@ -1,0 +1,143 @@
+"""LoRA adapters on disk, as PEFT saves them: adapter_config.json, and adapter_model.safetensors beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..core.dtypes import FLOAT_SIZES
+from ..core.errors import InputError, short_repr, some_names
+from ..core.hashing import hash_of
+from .base import Checkpoint, TensorRef
+from .lora import Product, Shift, has_factors, read_adapter
+from .reader import File
+from .safetensors import read_header
+from .side_files import ADAPTER_CONFIG
+from .strict_json import parse_json
+from .weights import is_adapter, is_index
+
+KIND = "adapter"
+_SINGLE, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+
+_MAX_CONFIG_BYTES = 1 << 24
+
+
+def is_adapter_directory(path: Path) -> bool:
+    """Whether a directory holds an adapter and no whole weights, or folders with adapters only."""
+    names = _list(path)
+    if ADAPTER_CONFIG in names:
+        return not any(map(_is_whole, names))
+    if any(_is_whole(name) or is_adapter(name) or name.endswith(".json") for name in names):
+        return False
+    return bool(_folders(path, names))
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a file holds weights of a whole model, as far as its name tells, or names such files."""
+    if is_index(name):
+        return True
+    return (name.endswith(".safetensors") and not is_adapter(name)) or name.startswith(
+        ("pytorch_model", "diffusion_pytorch_model")
+    )
+
+
+def _list(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _folders(path: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if os.path.isfile(path / name / ADAPTER_CONFIG)]
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """Open the adapter of a directory.
+
+    Raises:
+        InputError: If there is none, or it is none that is read.
+    """
+    names = _list(path)
+    folders = _folders(path, names)
+    if ADAPTER_CONFIG not in names:
+        raise InputError(
+            f"{path}: {len(folders)} adapters in folders, expected one of them: {path / folders[0]}"
+        )
+    if _SINGLE in names:
+        opened = _open(path / _SINGLE, path)
+    elif _PICKLE in names:
+        raise _pickled(path / _PICKLE)
+    else:
+        found = [name for name in names if is_adapter(name)]
+        raise InputError(
+            f"{path}: {f'only {found[0]}' if found else 'no weights'} beside {ADAPTER_CONFIG}, expected {_SINGLE}"
+        )
+    if folders:
+        notes = (
+            *opened.notes,
+            f"{path}: the adapters in its folders ({some_names(folders)}) are others, and not merged",
+        )
+        opened = replace(opened, notes=notes)
+    return opened
+
+
+def _pickled(path: Path) -> InputError:
+    return InputError(
+        f"{path}: expected {_SINGLE}: load it with PeftModel.from_pretrained(…) and save it again with save_pretrained"
+    )
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Whether a .safetensors file holds factors as PEFT names them, and its configuration lies beside it."""
+    return os.path.isfile(path.parent / ADAPTER_CONFIG) and has_factors(read_header(path)[0])
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open an adapter by its .safetensors file."""
+    return _open(path, path)
+
+
+def _open(weights: Path, path: Path) -> Checkpoint:
+    held, file = read_header(weights)
+    config, config_file = _read_config(weights.parent / ADAPTER_CONFIG)
+    adapter = read_adapter(config, held, lambda tensor: tensor.spec.shape, str(path))
+    for change in (
+        *adapter.changes.values(),
+        *(Product(*level, 1, 1.0) for each in adapter.nested.values() for level in each.levels),
+    ):
+        _refuse_integers(weights, held, change)
+    return Checkpoint(
+        path,
+        KIND,
+        held,
+        {weights.name: file},
+        {ADAPTER_CONFIG: config_file},
+        notes=adapter.notes,
+        undecided=(f"{path}: a LoRA adapter, expected a whole model as the base",),
+        adapter=adapter,
+    )
+
+
+def _refuse_integers(path: Path, held: Mapping[str, TensorRef], change: object) -> None:
+    """Refuse factors that are no floating-point numbers. A whole tensor may be: a counter of BatchNorm is."""
+    values = change[:2] if isinstance(change, Product) else change[:1] if isinstance(change, Shift) else ()
+    for value in values:
+        if value.spec.dtype not in FLOAT_SIZES:
+            name = next(name for name, tensor in held.items() if tensor is value)
+            raise InputError(
+                f"{path}: tensor {short_repr(name)}: dtype {value.spec.dtype}, expected {', '.join(FLOAT_SIZES)}"
+            )
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], File]:
+    file = File.at(path)
+    if file.size > _MAX_CONFIG_BYTES:
+        raise InputError(
+            f"{path}: {file.size} bytes, expected a configuration of at most {_MAX_CONFIG_BYTES}"
+        )
+    raw = file.read(0, file.size)
+    return parse_json(raw, path, "configuration"), replace(file, header=hash_of(raw))
