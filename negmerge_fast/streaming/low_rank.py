@@ -8,19 +8,20 @@ Only the factors of the tensors that are being merged are held. A CPU kernel tak
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..backends import registry
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.computed import Computed, ComputedFile, address_of
-from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices
+from ..checkpoints.lora import Adapter, Change, Product, Replacement, Shift, matrices
 from ..checkpoints.placing import place
 from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 Tensors: TypeAlias = Mapping[str, TensorRef]
+IsEqual: TypeAlias = "Callable[[TensorRef, TensorRef, Reader], bool]"
+_T = TypeVar("_T")
 _Floats: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 # Tensors whose factors an adapter keeps: chunks of neighbours are under way at once.
@@ -57,20 +60,16 @@ class Placed(NamedTuple):
     notes: tuple[str, ...]
 
 
-def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None) -> Placed:
-    """Find the places of an adapter's changes in a base.
+def place_adapter(
+    base: Checkpoint, model: Checkpoint, renames: Renames | None, reader: Reader, is_equal: IsEqual
+) -> Placed:
+    """Find the places of an adapter's changes in a base. is_equal: whether two tensors have the same bytes.
 
     Raises:
         InputError: If one has none, or another shape.
     """
-    adapter = model.adapter
-    assert adapter is not None
-    if renames:
-        changes = {renames(name): change for name, change in adapter.changes.items()}
-        if len(changes) < len(adapter.changes):
-            raise InputError(f"{model.path}: rename makes one name of two, expected different names")
-        owners = {renames(name): owner for name, owner in adapter.owner_of.items()}
-        adapter = replace(adapter, changes=changes, owner_of=owners)
+    assert model.adapter
+    adapter = _renamed(model.adapter, renames) if renames else model.adapter
     shapes = {name: tensor.spec.shape for name, tensor in {**base.unindexed, **base.tensors}.items()}
     found = place(adapter, shapes, base.configs.get("", {}), str(base.path))
     for name in found.changes:
@@ -79,8 +78,33 @@ def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None) 
             raise InputError(
                 f"{base.path}: tensor {short_repr(name)}: {dtype}, but {model.path} changes it, expected one of {', '.join(FLOAT_SIZES)}"
             )
-    placed = f"{found.modules} of {adapter.modules} adapter modules placed"
-    return Placed(model, found.changes, placed, (*adapter.notes, *found.notes))
+    for name, copy in found.copies.items():
+        if not is_equal({**base.unindexed, **base.tensors}[name], copy, reader):
+            raise InputError(
+                f"{model.path}: has a copy of {short_repr(name)} of its own, expected the numbers of {base.path}: "
+                "it was trained or resized, and is not merged"
+            )
+    own, prefix = (*adapter.notes, *found.notes), f"{adapter.name}: "
+    *notes, placed = (note.removeprefix(prefix) for note in own)
+    return Placed(model, found.changes, placed, tuple(notes))
+
+
+def _renamed(adapter: Adapter[TensorRef], renames: Renames) -> Adapter[TensorRef]:
+    """An adapter whose names are those of the base."""
+
+    def rename(named: Mapping[str, _T]) -> dict[str, _T]:
+        new = {renames(name): value for name, value in named.items()}
+        if len(new) < len(named):
+            raise InputError(f"{adapter.name}: rename makes one name of two, expected different names")
+        return new
+
+    return replace(
+        adapter,
+        changes=rename(adapter.changes),
+        owner_of=rename(adapter.owner_of),
+        nested=rename(adapter.nested),
+        copies=rename(adapter.copies),
+    )
 
 
 def notes_of(adapters: Sequence[Placed]) -> list[str]:
@@ -139,7 +163,8 @@ def expand_adapter(layout: Layout, placed: Placed) -> Checkpoint:
             return _Unchanged(name, base, arithmetic, offset, into)
         if isinstance(change, Replacement):
             if layout.merged and change.rows is None:
-                return change.value
+                value: TensorRef = change.value
+                return value
             return _Replaced(name, base, arithmetic, offset, into, change.value, change.rows)
         return _Expanded(name, base, arithmetic, offset, into, change, cache)
 
@@ -189,7 +214,7 @@ def _computed(
 
 
 @dataclass(frozen=True)
-class _Dense:
+class _Dense(ABC):
     """A dense tensor of a model.
 
     Attributes:
@@ -206,7 +231,14 @@ class _Dense:
     offset: int
     into: TensorRef | None
 
-    stored = 0
+    @property
+    def stored(self) -> int:
+        """Bytes that are read for all of it, beside the base's."""
+        return 0
+
+    @abstractmethod
+    def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
+        """Computed.compute."""
 
     @property
     def dtype(self) -> str:
@@ -244,7 +276,7 @@ class _Expanded(_Dense):
     cache: FactorCache
 
     @cached_property
-    def stored(self) -> int:  # type: ignore[override]
+    def stored(self) -> int:
         return _stored_bytes(self.change)
 
     def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
@@ -275,7 +307,7 @@ class _Replaced(_Dense):
     rows: tuple[int, ...] | None
 
     @property
-    def stored(self) -> int:  # type: ignore[override]
+    def stored(self) -> int:
         return self.value.source.stored_nbytes
 
     def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
@@ -417,8 +449,8 @@ def _read(reader: Reader, tensor: TensorRef, wide: str) -> _Floats:
 def _stored_bytes(change: Change[TensorRef]) -> int:
     """Bytes of a change in its file; of one expert, its part."""
     if not isinstance(change, Product):
-        return change.value.source.nbytes
-    nbytes = change.a.source.nbytes + change.b.source.nbytes
+        return int(change.value.source.nbytes)
+    nbytes = int(change.a.source.nbytes + change.b.source.nbytes)
     return nbytes if change.expert is None else nbytes // change.experts
 
 

@@ -125,7 +125,8 @@ def _place(base: Checkpoint, models: Sequence[Checkpoint], renames: pairing.Rena
     """Find the places of all adapters' changes."""
     from .low_rank import place_adapter  # needs NumPy, which most merges do not
 
-    return [place_adapter(base, model, renames) for model in models if model.adapter]
+    with Reader(_MAX_OPEN_FILES) as reader:
+        return [place_adapter(base, model, renames, reader, _equal) for model in models if model.adapter]
 
 
 def _with_adapters(paired: Paired, adapters: Sequence[Placed], merge_adapters: bool) -> Paired:
