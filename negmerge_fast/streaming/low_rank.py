@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from ..backends import registry
+from ..checkpoints import placing
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.computed import Computed, ComputedFile, address_of
 from ..checkpoints.lora import Adapter, Change, Product, Replacement, Shift, matrices
-from ..checkpoints.placing import place
 from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
@@ -71,7 +71,7 @@ def place_adapter(
     assert model.adapter
     adapter = _renamed(model.adapter, renames) if renames else model.adapter
     shapes = {name: tensor.spec.shape for name, tensor in {**base.unindexed, **base.tensors}.items()}
-    found = place(adapter, shapes, base.configs.get("", {}), str(base.path))
+    found = placing.place(adapter, shapes, base.configs.get("", {}), str(base.path))
     for name in found.changes:
         if name in base.tensors and base.tensors[name].spec.dtype not in FLOAT_SIZES:
             dtype = base.tensors[name].spec.dtype

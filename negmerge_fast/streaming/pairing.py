@@ -83,7 +83,7 @@ def pair(
     matches = patterns.choice(include, exclude)
     is_chosen = _choice(matches, {*base.unindexed, *base.aliases}, has_extra_state)
     renames, notes = patterns.compile_renames(rename), _Notes()
-    adapters = _place(base, models, renames) if len(full) < len(models) else []
+    adapters = _locate(base, models, renames) if len(full) < len(models) else []
     chosen = _chosen(base.tensors, is_chosen)
     if adapters and not full:
         changed = set().union(*(each.changes for each in adapters))
