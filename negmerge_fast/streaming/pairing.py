@@ -121,7 +121,7 @@ def pair(
     return _with_adapters(result, adapters, merge_adapters) if adapters else result
 
 
-def _place(base: Checkpoint, models: Sequence[Checkpoint], renames: pairing.Renames | None) -> list[Placed]:
+def _locate(base: Checkpoint, models: Sequence[Checkpoint], renames: pairing.Renames | None) -> list[Placed]:
     """Find the places of all adapters' changes."""
     from .low_rank import place_adapter  # needs NumPy, which most merges do not
 
