@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import InputError
-from . import adapters, huggingface, npy, safetensors
+from . import adapters, huggingface, npy, pytorch, safetensors
 from .base import Checkpoint
 from .parts import read_config
+from .reader import File
 from .side_files import Globs
 
 
@@ -24,7 +25,7 @@ def open_checkpoint(
     drop: Sequence[str] = (),
     extra_files: bool = True,
 ) -> Checkpoint:
-    """Open a Hugging Face directory, a .safetensors file, a .npy vector, or a LoRA adapter as PEFT saves it.
+    """Open a Hugging Face directory, a .safetensors file, a PyTorch file, a .npy vector, or a LoRA adapter as PEFT saves it.
 
     Args:
         path: The directory or file.
@@ -53,6 +54,8 @@ def open_checkpoint(
         return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
     if path.suffix == ".npy":
         return npy.open_file(path)
+    if pytorch.is_named(path) or (path.is_file() and pytorch.is_pytorch(File.at(path).read_head(16))):
+        return replace(pytorch.open_file(path), configs={"": read_config(path.parent)})
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
-    raise InputError(f"{path}: expected a directory, a .safetensors file or a .npy file")
+    raise InputError(f"{path}: expected a directory, a .safetensors file, a PyTorch file or a .npy file")

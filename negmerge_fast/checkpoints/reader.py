@@ -118,7 +118,11 @@ class File:
 
     def read(self, offset: int, size: int) -> bytearray:
         """Return a few bytes, while a checkpoint is opened."""
-        return self._read([range(offset, offset + size)])
+        return self.read_ranges([range(offset, offset + size)])
+
+    def read_head(self, size: int) -> bytearray:
+        """Return the first bytes, or all of a shorter file."""
+        return self.read(0, min(self.size, size))
 
     def read_into(
         self, reader: Reader, offset: int, buffer: memoryview, release: bool = False
@@ -143,7 +147,7 @@ class File:
     def sample(self) -> str:
         """The hash of a few blocks from the first to the last, or of all of a short file."""
         whole, *more = _sample_ranges(self.size)
-        return hash_of(self._read([whole, *more, *self.tensor_samples] if more else [whole]))
+        return hash_of(self.read_ranges([whole, *more, *self.tensor_samples] if more else [whole]))
 
     def add_tensors(self, count: int, ranges: Iterable[range]) -> None:
         """Have the sample tell versions apart that differ in one tensor only. It has all of these, or some of very many."""
@@ -152,7 +156,7 @@ class File:
             begin = each.start + max(len(each) - _TENSOR_SAMPLE_BYTES, 0) // 2
             self.tensor_samples.append(range(begin, min(begin + _TENSOR_SAMPLE_BYTES, each.stop)))
 
-    def _read(self, ranges: Sequence[range]) -> bytearray:
+    def read_ranges(self, ranges: Sequence[range]) -> bytearray:
         """Return the bytes of a few ranges, one after the other."""
         read, at = bytearray(sum(map(len, ranges))), 0
         try:
