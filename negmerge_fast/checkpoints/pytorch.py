@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..core.dtypes import DTYPE_BITS, TORCH_NAMES
 from ..core.errors import InputError, short_repr, some_names
@@ -21,7 +21,17 @@ from .base import ByteRange, Checkpoint, TensorRef
 from .gathered import is_row_major, strided
 from .lfs import refuse_pointer
 from .reader import File
-from .weights_only import GlobalError, PickleError, StorageId, inspect_pickle, load_record
+from .weights_only import (
+    CutError,
+    GlobalError,
+    Inspection,
+    LoadedStorage,
+    PickleError,
+    StorageId,
+    inspect_pickle,
+    load_entry,
+    load_legacy,
+)
 from .zip_archive import ZipEntry, read_archive
 
 if TYPE_CHECKING:
@@ -35,6 +45,9 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 
 # 200 bytes of a pickle are a tensor's.
 _MAX_PICKLE_BYTES = 64 << 20
+# Pickles of the old format: the number, its version, the machine, the object, the names of the storages. They are read from the
+# beginning, so many bytes at first.
+_LEGACY_PICKLES, _LEGACY_PROTOCOL, _FIRST_BYTES = 5, 1001, 1 << 18
 
 # Under which training scripts save the weights beside other things, and what those are called that average them.
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params", "parameters")  # fmt: skip
@@ -49,6 +62,17 @@ _OTHER_DTYPES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "complex64": "C64",
 }  # fmt: skip
 _DTYPES = {**{torch: name for name, torch in TORCH_NAMES.items()}, **_OTHER_DTYPES}
+
+
+class Storage(NamedTuple):
+    """Where a storage is in a file."""
+
+    begin: int
+    end: int
+
+
+# Storages by their address in memory.
+_Held: TypeAlias = Mapping[int, "Storage | ZipEntry"]
 
 
 class PyTorchFile(File):
@@ -94,67 +118,107 @@ def read_file(path: Path) -> Opened:
     file = File.at(path)
     head = file.read_head(1024)
     refuse_pointer(path, head)
+    if not is_pytorch(head):
+        raise InputError(f"{path}: {_other_format(head)}, expected a file that torch.save wrote")
     try:
-        if head.startswith(ZIP):
-            loaded, held, header = _load_zip(file)
-        elif head.startswith(LEGACY):
-            loaded, held, header = _load_legacy(file)
-        else:
-            raise InputError(f"{path}: {_other_format(head)}, expected a file that torch.save wrote")
+        loaded, held, header = (_load_zip if head.startswith(ZIP) else _load_legacy)(file)
     except GlobalError as error:
         raise InputError(
-            f"{path}: refers to {error}, which torch.load(weights_only=True) refuses, so nothing of it was run: expected tensors in a dict "
-            "(load it where its code is, and safetensors.torch.save_file(model.state_dict(), 'model.safetensors'))"
+            f"{path}: refers to {short_repr(str(error))}, which torch.load(weights_only=True) refuses, so nothing of it was run: expected "
+            "tensors in a dict (load it where its code is, and safetensors.torch.save_file(model.state_dict(), 'model.safetensors'))"
         ) from None
     except PickleError as error:
         raise InputError(f"{path}: {error}") from None
     found = PyTorchFile(file.path, file.size, file.identity, file.mode, header, file.changed_ns)
     state, notes = _state_dict(path, loaded)
-    specs: dict[TensorSpec, TensorSpec] = {}
-    tensors = {n: _tensor(found, n, tensor, held, specs) for n, tensor in state.items()}
-    ranges = sorted({held_range(t) for t in tensors.values()}, key=lambda each: each.start)
-    found.add_tensors(len(ranges), ranges)
+    layout = _Layout(found, held)
+    tensors = {name: layout.find(name, tensor) for name, tensor in state.items()}
+    found.add_tensors(len(layout.ranges), sorted(layout.ranges, key=lambda each: each.start))
     return Opened(tensors, found, tuple(notes))
 
 
-def held_range(tensor: TensorRef) -> range:
-    """Bytes of the file that have all of a tensor."""
-    file = tensor.source.file
-    if not file.is_computed:
-        return range(tensor.source.offset, tensor.source.end)
-    return range(0, 0)
-
-
-def _load_zip(file: File) -> tuple[Any, dict[int, ZipEntry], str]:
+def _load_zip(file: File) -> tuple[Any, _Held, str]:
+    """Load the pickle of a zip file: what it holds, where its storages are, and the hash of what tells that."""
     archive = read_archive(file)
-    if "constants.pkl" in archive.records:
-        raise InputError(
-            f"{file.path}: a TorchScript archive, expected a state dict (torch.save(torch.jit.load(…).state_dict(), 'model.pt'))"
-        )
-    if "byteorder" in archive.records and (order := archive.read("byteorder", 16)) != b"little":
+    if "byteorder" in archive.entries and (order := archive.read("byteorder", 16)) != b"little":
         raise InputError(f"{file.path}: byteorder {short_repr(order)}, expected little")
     pickled = archive.read("data.pkl", _MAX_PICKLE_BYTES)
     inspected = inspect_pickle(pickled)
     if inspected.end != len(pickled):
         raise InputError(f"{file.path}: {len(pickled) - inspected.end} bytes behind the end of its pickle")
     for storage in inspected.storages:
-        _refuse_missing(archive.records.get(f"data/{storage.key}"), storage)
-    loaded, keys = load_record(pickled, inspected.storages)
-    held = {address: archive.records[f"data/{key}"] for address, key in keys.items()}
+        _refuse_misfit(archive.entries.get(f"data/{storage.key}"), storage)
+    loaded, storages = load_entry(pickled, inspected.storages)
+    held = {address: archive.entries[f"data/{each.key}"] for address, each in storages.items()}
+    for address, each in storages.items():
+        if each.nbytes != held[address].nbytes:
+            raise PickleError(
+                f"storage {short_repr(each.key)} has {held[address].nbytes} bytes, expected {each.nbytes}"
+            )
     return loaded, held, hash_of(pickled, archive.directory)
 
 
-def _refuse_missing(record: ZipEntry | None, storage: StorageId) -> None:
-    if record is None:
+def _refuse_misfit(entry: ZipEntry | None, storage: StorageId) -> None:
+    """Refuse storages that are not in the file before torch makes them."""
+    if entry is None:
         raise PickleError(f"storage {short_repr(storage.key)} is missing, but its pickle names it")
-    if storage.numel > record.nbytes:
+    if storage.numel > entry.nbytes:
         raise PickleError(
-            f"storage {short_repr(storage.key)} has {record.nbytes} bytes, expected {storage.numel} elements"
+            f"storage {short_repr(storage.key)} has {entry.nbytes} bytes, expected {storage.numel} elements"
         )
 
 
-def _load_legacy(file: File) -> tuple[Any, dict[int, ZipEntry], str]:
-    raise InputError(f"{file.path}: a file of torch 1.5 or older, expected a zip file")
+def _load_legacy(file: File) -> tuple[Any, _Held, str]:
+    """_load_zip for the old format: five pickles; then of each storage the number of its elements, and these."""
+    raw, parts = _read_pickles(file)
+    _, _, _, pickled, names = parts
+    keys, end = names.value, names.end
+    storages = list(dict.fromkeys(pickled.storages))
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(each.key for each in storages):
+        raise PickleError("other storages than its pickle names")
+    if sum(each.numel for each in storages) > file.size:
+        raise InputError(f"{file.path}: {file.size} bytes, expected those of all its storages: truncated")
+    loaded, made = load_legacy(raw[:end], storages)
+    sizes = {each.key: each.nbytes for each in made.values()}
+    counts = {each.key: each.numel for each in storages}
+    places: dict[str, Storage] = {}
+    for key in keys:
+        places[key] = Storage(end + 8, end + 8 + sizes[key])
+        end = places[key].end
+    if end != file.size:
+        problem = "truncated" if end > file.size else "bytes left over"
+        raise InputError(f"{file.path}: {file.size} bytes, expected {end}: {problem}")
+    told = file.read_ranges([range(places[key].begin - 8, places[key].begin) for key in keys])
+    for k, key in enumerate(keys):
+        if (count := int.from_bytes(told[8 * k : 8 * k + 8], "little")) != counts[key]:
+            raise InputError(
+                f"{file.path}: storage {short_repr(key)} has {count} elements, expected {counts[key]}"
+            )
+    return (
+        loaded,
+        {address: places[each.key] for address, each in made.items()},
+        hash_of(raw[: parts[-1].end]),
+    )
+
+
+def _read_pickles(file: File) -> tuple[bytes, list[Inspection]]:
+    """The pickles of a legacy file. How long they are is known when they have been followed to their end."""
+    size = _FIRST_BYTES
+    while True:
+        raw = bytes(file.read_head(size))
+        parts: list[Inspection] = []
+        try:
+            for _ in range(_LEGACY_PICKLES):
+                parts.append(inspect_pickle(raw, parts[-1].end if parts else 0))
+        except CutError:
+            if size >= min(file.size, _MAX_PICKLE_BYTES):
+                raise
+            size *= 8
+        else:
+            break
+    if parts[1].value != _LEGACY_PROTOCOL:
+        raise PickleError(f"protocol {short_repr(parts[1].value)}, expected {_LEGACY_PROTOCOL}")
+    return raw, parts
 
 
 def _other_format(head: bytes | bytearray) -> str:
@@ -240,47 +304,60 @@ def _holds_tensors(value: Mapping[Any, Any], depth: int = _MAX_WRAPPERS) -> bool
     )
 
 
-def _tensor(
-    file: File,
-    name: str,
-    tensor: torch.Tensor,
-    held: Mapping[int, ZipEntry],
-    specs: dict[TensorSpec, TensorSpec],
-) -> TensorRef:
+class _Layout:
+    """Where the tensors of a file are.
+
+    Args:
+        file: The file.
+        held: Its storages.
+
+    Attributes:
+        ranges: The bytes from the first to the last of each tensor.
+    """
+
+    def __init__(self, file: File, held: _Held) -> None:
+        self.file, self.ranges = file, set[range]()
+        self._held = held
+        self._specs: dict[TensorSpec, TensorSpec] = {}
+        self._gathered: dict[tuple[int, TensorSpec, tuple[int, ...]], ByteRange] = {}
+
+    def find(self, name: str, tensor: torch.Tensor) -> TensorRef:
+        """Find a tensor. Two that are the same elements of a storage have equal sources."""
+        label = f"{self.file.path}: tensor {short_repr(name)}"
+        spec = _spec_of(tensor, label)
+        spec = self._specs.setdefault(spec, spec)
+        itemsize = DTYPE_BITS[spec.dtype] // 8
+        nbytes = spec.numel * itemsize
+        if not nbytes:
+            return TensorRef(spec, ByteRange(self.file, self.file.size, 0))
+        held = self._held.get(tensor.untyped_storage()._cdata)
+        strides, offset = tuple(map(int, tensor.stride())), int(tensor.storage_offset())
+        last = offset + sum((n - 1) * stride for n, stride in zip(spec.shape, strides, strict=True))
+        if held is None or min(offset, *strides, 0) < 0 or (last + 1) * itemsize > held.end - held.begin:
+            raise InputError(f"{label}: is not within a storage of the file, expected its numbers there")
+        begin = held.begin + offset * itemsize
+        self.ranges.add(range(begin, held.begin + (last + 1) * itemsize))
+        if is_row_major(spec.shape, strides):
+            return TensorRef(spec, ByteRange(self.file, begin, nbytes))
+        key = begin, spec, strides
+        if key not in self._gathered:
+            gathered = strided(self.file, begin, itemsize, spec.shape, strides)
+            self._gathered[key] = ByteRange(gathered, 0, nbytes)
+        return TensorRef(spec, self._gathered[key])
+
+
+def _spec_of(tensor: torch.Tensor, label: str) -> TensorSpec:
+    """The type and shape of a tensor; one that is more or less than numbers in memory is refused."""
     import torch
 
-    def refused(what: str) -> InputError:
-        return InputError(f"{file.path}: tensor {short_repr(name)}: {what}, expected a plain tensor")
-
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise refused(f"a {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        raise refused(f"a {str(tensor.layout).removeprefix('torch.')} tensor")
-    if tensor.is_conj() or tensor.is_neg():
-        raise refused("a view that is conjugated or negated")
-    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None:
-        raise InputError(
-            f"{file.path}: tensor {short_repr(name)}: {tensor.dtype}, expected a type that safetensors has"
-        )
-    itemsize, shape = DTYPE_BITS[dtype] // 8, tuple(tensor.shape)
-    spec = TensorSpec(dtype, shape)
-    spec = specs.setdefault(spec, spec)
-    nbytes = math.prod(shape) * itemsize
-    if not nbytes:
-        return TensorRef(spec, ByteRange(file, file.size, 0))
-    storage = tensor.untyped_storage()
-    record, strides, offset = held.get(storage._cdata), tensor.stride(), int(tensor.storage_offset())
-    if record is None:
-        raise refused("it has no storage in the file")
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if (
-        storage.nbytes() != record.nbytes
-        or min(offset, *strides, 0) < 0
-        or (last + 1) * itemsize > record.nbytes
-    ):
-        raise refused(f"{storage.nbytes()} bytes in a storage of {record.nbytes}")
-    begin = record.begin + offset * itemsize
-    if is_row_major(shape, strides):
-        return TensorRef(spec, ByteRange(file, begin, nbytes))
-    return TensorRef(spec, ByteRange(strided(file, begin, itemsize, shape, strides), 0, nbytes))
+        problem = f"a {type(tensor).__name__}"
+    elif tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        problem = f"a {str(tensor.layout).removeprefix('torch.')} tensor"
+    elif tensor.is_conj() or tensor.is_neg():
+        problem = "a view that is conjugated or negated"
+    elif (dtype := _DTYPES.get(str(tensor.dtype).removeprefix("torch."))) is None:
+        raise InputError(f"{label}: {tensor.dtype}, expected a type that safetensors has")
+    else:
+        return TensorSpec(dtype, tuple(tensor.shape))
+    raise InputError(f"{label}: {problem}, expected a plain tensor")

@@ -12,7 +12,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import first_line, short_repr
@@ -62,10 +62,18 @@ class CutError(PickleError):
 
 
 class StorageId(NamedTuple):
-    """A storage that a pickle asks for: its name in the file, and its elements."""
+    """A storage that a pickle asks for: its name in the file, the class of its elements, and how many there are."""
 
     key: str
+    kind: str
     numel: int
+
+
+class LoadedStorage(NamedTuple):
+    """A storage as torch made it: its name in the file, and its bytes."""
+
+    key: str
+    nbytes: int
 
 
 class _Global(str):
@@ -77,7 +85,7 @@ class _Object:
 
     Attributes:
         kind: "tuple", "list", "dict", "set", "storage", "tensor" or "object"; for a tensor that cannot be merged, what it is.
-        items: Of a short tuple, and the elements of a storage.
+        items: Of a list or a short tuple; and the number of elements of a storage.
         visited: How many objects it has, each counted wherever it is used.
         depth: How many of them are in each other.
         used: Whether it is in another one: then it is complete.
@@ -85,8 +93,8 @@ class _Object:
 
     __slots__ = ("depth", "items", "kind", "used", "visited")
 
-    def __init__(self, kind: str, items: tuple[Any, ...] = ()) -> None:
-        self.kind, self.items = kind, items
+    def __init__(self, kind: str, items: Sequence[Any] = ()) -> None:
+        self.kind, self.items = kind, list(items)
         self.visited, self.depth, self.used = 1, 0, False
 
     def add(self, item: Any) -> None:
@@ -187,7 +195,7 @@ class _Machine:
         return self.pop()
 
     def tuple(self, items: list[Any]) -> None:
-        made = _Object("tuple", tuple(items) if len(items) <= _MAX_EXTENTS else ())
+        made = _Object("tuple", items if len(items) <= _MAX_EXTENTS else ())
         for item in items:
             made.add(item)
         self.push(made, 48 + 8 * len(items))
@@ -214,7 +222,8 @@ class _Machine:
         container = self.open("list")
         for item in items:
             container.add(item)
-        self.bytes += 8 * len(items)
+        container.items += items
+        self.bytes += 16 * len(items)
 
     def open(self, kind: str) -> _Object:
         """The object on top of the stack, which something is put into."""
@@ -241,7 +250,7 @@ class _Machine:
 
     def load_storage(self) -> None:
         pid = self.pop()
-        items = pid.items if isinstance(pid, _Object) and pid.kind == "tuple" else ()
+        items = pid.items if isinstance(pid, _Object) and pid.kind == "tuple" else []
         if len(items) not in (5, 6) or items[0] != "storage" or not isinstance(items[1], _Global):
             raise PickleError("its pickle refers to something else than storages, expected a state dict")
         _, _, key, location, numel, *view = items
@@ -255,8 +264,8 @@ class _Machine:
             raise PickleError(
                 f"storage {short_repr(key)} is a view of another one: load it and save it again with torch.save"
             )
-        self.storages.append(StorageId(key, numel))
-        self.push(_Object("storage", (numel, items[1])), _CALL_BYTES)
+        self.storages.append(StorageId(key, str(items[1]), numel))
+        self.push(_Object("storage", [numel]), _CALL_BYTES)
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
@@ -313,7 +322,7 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, _Object) and value.kind == kind
 
 
-def _refuse_misfit(items: tuple[Any, ...], is_untyped: bool) -> None:
+def _refuse_misfit(items: list[Any], is_untyped: bool) -> None:
     """Refuse a tensor that is not within its storage. torch would make the storage larger. is_untyped: its elements are bytes."""
     if len(items) < 4 or not _is(items[0], "storage") or not all(_is(item, "tuple") for item in items[2:4]):
         raise PickleError("a malformed tensor")
@@ -389,7 +398,7 @@ class Inspection(NamedTuple):
     Attributes:
         end: The byte behind it.
         storages: What it asks for, in its order.
-        value: What it would give, if that is a text or a number.
+        value: What it would give, if that is a text, a number or a list.
     """
 
     end: int
@@ -410,37 +419,38 @@ def inspect_pickle(raw: bytes, begin: int = 0) -> Inspection:
         raise
     except (IndexError, UnicodeDecodeError, TypeError) as error:
         raise PickleError(f"a malformed pickle ({first_line(error)[:80]})") from None
-    return Inspection(machine.at, machine.storages, value)
+    return Inspection(machine.at, machine.storages, value.items if _is(value, "list") else value)
 
 
-def load_record(pickled: bytes, storages: list[StorageId]) -> tuple[Any, dict[int, str]]:
+def load_entry(pickled: bytes, storages: Sequence[StorageId]) -> tuple[Any, dict[int, LoadedStorage]]:
     """Load the inspected data.pkl of a zip file, with storages on "meta": they have a size and no bytes.
 
     Returns:
-        What was pickled; and the name in the file of each storage, by its address (untyped_storage()._cdata).
+        What was pickled; and the storages by their address (untyped_storage()._cdata), which is theirs while what was pickled lives.
     """
-    # In an archive of its own: torch need not read another program's, and its storages are not needed.
+    # In an archive of its own: torch reads none that others wrote, and does not need the storages.
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("archive/version", "3\n")
         archive.writestr("archive/data.pkl", pickled)
     packed.seek(0)
-    return _load(packed, storages, _on_meta)
+    return _load(packed, storages, lambda storage: type(storage)(storage.nbytes(), device="meta"))
 
 
-def _on_meta(storage: Any) -> Any:
-    return type(storage)(storage.nbytes(), device="meta")
+def load_legacy(pickles: bytes, storages: Sequence[StorageId]) -> tuple[Any, dict[int, LoadedStorage]]:
+    """load_entry for the inspected pickles of a legacy file. Its storages have memory, which nobody has touched.
 
-
-def load_legacy(pickles: bytes, storages: list[StorageId]) -> tuple[Any, dict[int, str]]:
-    """load_record for the inspected pickles of a legacy file. Its storages have addresses, but no memory that was ever touched."""
-    # Of storages on "meta" torch makes others where they are used again.
-    return _load(io.BytesIO(pickles), list(dict.fromkeys(storages)), lambda storage: storage)
+    Args:
+        pickles: All of them: the object is the fourth.
+        storages: What the object asks for, each once.
+    """
+    # In place of storages on "meta", torch would make others where they are used again.
+    return _load(io.BytesIO(pickles), storages, lambda storage: storage)
 
 
 def _load(
-    file: io.BytesIO, storages: list[StorageId], placed: Callable[[Any], Any]
-) -> tuple[Any, dict[int, str]]:
+    file: io.BytesIO, storages: Sequence[StorageId], placed: Callable[[Any], Any]
+) -> tuple[Any, dict[int, LoadedStorage]]:
     import torch
 
     made: list[Any] = []  # in the order of what the pickle asks for; kept, so that no address is used twice
@@ -454,11 +464,10 @@ def _load(
             warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location=restore, weights_only=True, mmap=False)
     except Exception as error:  # of many types
-        found = _REFUSED_GLOBAL.search(str(error))
-        if found:
+        if found := _REFUSED_GLOBAL.search(str(error)):
             raise GlobalError(found[1]) from None
         raise PickleError(f"torch.load(weights_only=True): {first_line(error)[:200]}") from None
     if len(made) != len(storages):
         raise PickleError(f"torch loads {len(made)} storages, expected {len(storages)}")
-    # Of no bytes, those of a legacy file share an address, and need no place.
-    return loaded, {s._cdata: each.key for s, each in zip(made, storages, strict=True)}
+    pairs = zip(made, storages, strict=True)
+    return loaded, {storage._cdata: LoadedStorage(each.key, storage.nbytes()) for storage, each in pairs}

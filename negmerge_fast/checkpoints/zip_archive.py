@@ -55,27 +55,28 @@ class _Entry(NamedTuple):
 
 
 class Archive(NamedTuple):
-    """The records by their names without the archive's own, and the central directory."""
+    """The entries by their names without the archive's own, and the central directory."""
 
     file: File
-    records: dict[str, ZipEntry]
+    entries: dict[str, ZipEntry]
     directory: bytes
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Return the content of a record.
+        """Return the content of an entry.
 
         Raises:
             InputError: If it is missing, too long or damaged.
         """
-        path, record = self.file.path, self.records.get(name)
-        if record is None:
+        path, entry = self.file.path, self.entries.get(name)
+        if entry is None:
             raise InputError(f"{path}: a zip archive without {name}, expected a file that torch.save wrote")
-        if record.nbytes > max_bytes:
-            raise InputError(f"{path}: {name} of {record.nbytes:,} bytes, expected at most {max_bytes:,}")
-        content = bytes(self.file.read(record.begin, record.nbytes))
-        if zlib.crc32(content) != record.crc:
+        if entry.nbytes > max_bytes:
+            raise InputError(f"{path}: {name} of {entry.nbytes:,} bytes, expected at most {max_bytes:,}")
+        content = bytes(self.file.read(entry.begin, entry.nbytes))
+        is_checked = any(each.crc for each in self.entries.values())  # torch.serialization.set_crc32_options(False)
+        if is_checked and zlib.crc32(content) != entry.crc:
             raise InputError(
-                f"{path}: the CRC of {name} is {zlib.crc32(content):08x}, expected {record.crc:08x}: damaged"
+                f"{path}: the CRC of {name} is {zlib.crc32(content):08x}, expected {entry.crc:08x}: damaged"
             )
         return content
 
@@ -87,26 +88,30 @@ def read_archive(file: File) -> Archive:
         InputError: If anything is not as torch.save or a plain archiver writes it.
     """
     directory, begin, count = _read_directory(file)
+    if b"/constants.pkl" in directory:
+        raise InputError(
+            f"{file.path}: a TorchScript archive, expected a state dict (torch.save(torch.jit.load(…).state_dict(), 'model.pt'))"
+        )
     entries = sorted(_entries(file.path, directory, count), key=lambda entry: entry.header)
     found: dict[str, ZipEntry] = {}
     roots = {entry.name.partition(b"/")[0] for entry in entries}
     if len(roots) > 1:
         some = " and ".join(short_repr(root.decode("utf-8", "replace")) for root in sorted(roots)[:2])
         raise InputError(f"{file.path}: entries in {some}, expected one folder for all of the archive")
-    for entry, record in zip(entries, _records(file, entries), strict=True):
+    for entry, held in zip(entries, _read_headers(file, entries), strict=True):
         name = entry.name.decode().partition("/")[2]
         if name in found:
             raise InputError(f"{file.path}: two entries {short_repr(name)}, expected different names")
-        found[name] = record
+        found[name] = held
     ends = [*(entry.header for entry in entries), begin]
     if ends[0] != 0:
         raise InputError(
             f"{file.path}: the first entry begins at byte {ends[0]}, expected 0: other data in front"
         )
-    for (name, record), (_, following) in zip(found.items(), pairwise(ends), strict=True):
-        if not record.end <= following <= record.end + _MAX_DESCRIPTOR_BYTES:
+    for (name, held), (_, following) in zip(found.items(), pairwise(ends), strict=True):
+        if not held.end <= following <= held.end + _MAX_DESCRIPTOR_BYTES:
             raise InputError(
-                f"{file.path}: entry {short_repr(name)} ends at byte {record.end}, the next begins at {following}: "
+                f"{file.path}: entry {short_repr(name)} ends at byte {held.end}, the next begins at {following}: "
                 "entries overlap or leave holes"
             )
     return Archive(file, found, directory)
@@ -229,7 +234,7 @@ def _widened(values: list[int], extra: bytes) -> list[int] | None:
     return None if _MAX32 in values else values
 
 
-def _records(file: File, entries: list[_Entry]) -> Iterator[ZipEntry]:
+def _read_headers(file: File, entries: list[_Entry]) -> Iterator[ZipEntry]:
     """Where the data of each entry are: behind its own header, which may be longer than the directory says."""
     sizes = [_LOCAL.size + len(entry.name) for entry in entries]
     ranges = [range(e.header, e.header + size) for e, size in zip(entries, sizes, strict=True)]
