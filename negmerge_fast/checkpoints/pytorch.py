@@ -7,7 +7,6 @@ such a file is opened, not before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -25,7 +24,6 @@ from .weights_only import (
     CutError,
     GlobalError,
     Inspection,
-    LoadedStorage,
     PickleError,
     StorageId,
     inspect_pickle,

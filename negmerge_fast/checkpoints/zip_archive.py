@@ -73,7 +73,9 @@ class Archive(NamedTuple):
         if entry.nbytes > max_bytes:
             raise InputError(f"{path}: {name} of {entry.nbytes:,} bytes, expected at most {max_bytes:,}")
         content = bytes(self.file.read(entry.begin, entry.nbytes))
-        is_checked = any(each.crc for each in self.entries.values())  # torch.serialization.set_crc32_options(False)
+        is_checked = any(
+            each.crc for each in self.entries.values()
+        )  # torch.serialization.set_crc32_options(False)
         if is_checked and zlib.crc32(content) != entry.crc:
             raise InputError(
                 f"{path}: the CRC of {name} is {zlib.crc32(content):08x}, expected {entry.crc:08x}: damaged"

@@ -290,8 +290,25 @@ class _Expanded(_Dense):
         expand(ExpandBatch("cpu", self.arithmetic, result, [segment]), 1)
         return True
 
+    @cached_property
+    def whole(self) -> _Whole:
+        change = self.change
+        if isinstance(change, Product):
+            change = change._replace(expert=None, shape=None)
+        # Hashed for each chunk: a file is told by its identity, and all else by where it begins.
+        refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
+        sources = [number for ref in refs for number in (id(ref.source.file), ref.source.offset)]
+        return _Whole((*sources, change[2:], self.arithmetic), change, self.arithmetic)
+
     def factors(self, reader: Reader, upload: Upload | None = None) -> LowRank:
-        return self.cache.get(reader, self.change, self.arithmetic, upload)
+        """The factors of the tensor, in main memory or where `upload` puts them."""
+        found = self.cache.get(reader, self.whole, upload)
+        if isinstance(self.change, Shift) or self.change.expert is None:
+            return found
+        size, e = FLOAT_SIZES[self.arithmetic], self.change.expert
+        left = found.left + e * found.rows * found.rank * size
+        right = found.right + e * found.rank * found.columns * size
+        return found._replace(left=left, right=right, matrices=1)
 
 
 @dataclass(frozen=True)
@@ -379,39 +396,38 @@ def _torch(data: bytearray | memoryview, dtype: str) -> torch.Tensor:
     return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype])
 
 
+class _Whole(NamedTuple):
+    """Factors that are read together: all experts of a fused parameter, whether it is one tensor of the base or many.
+
+    Attributes:
+        key: What tells them from others.
+        change: The change of all experts.
+        arithmetic: The type of the factors in memory.
+    """
+
+    key: tuple[Any, ...]
+    change: Product[TensorRef] | Shift[TensorRef]
+    arithmetic: str
+
+
 class FactorCache:
     """The factors of the last few tensors of an adapter, in the arithmetic type. Threads may share it."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[Any, str, bool], LowRank] = OrderedDict()
+        self._held: OrderedDict[tuple[Any, ...], LowRank] = OrderedDict()
         self._lock = Lock()
 
-    def get(
-        self,
-        reader: Reader,
-        change: Product[TensorRef] | Shift[TensorRef],
-        arithmetic: str,
-        upload: Upload | None,
-    ) -> LowRank:
-        """Return the factors of a tensor, which are read if they are not held, in main memory or where `upload` puts them.
-
-        All experts of a fused parameter are read at once, whether it is one tensor or many.
-        """
-        whole = change if isinstance(change, Shift) else change._replace(expert=None, shape=None)
-        key = whole, arithmetic, upload is None
+    def get(self, reader: Reader, whole: _Whole, upload: Upload | None) -> LowRank:
+        """Return factors, which are read if they are not held."""
+        key = whole.key, upload is None
         with self._lock:
             found = self._held.pop(key, None)
             if found is None:
-                found = _load(reader, whole, arithmetic, upload)
+                found = _load(reader, whole.change, whole.arithmetic, upload)
                 while len(self._held) >= _KEPT:
                     self._held.popitem(last=False)
             self._held[key] = found
-        if isinstance(change, Shift) or change.expert is None:
-            return found
-        size, e = FLOAT_SIZES[arithmetic], change.expert
-        left = found.left + e * found.rows * found.rank * size
-        right = found.right + e * found.rank * found.columns * size
-        return found._replace(left=left, right=right, matrices=1)
+        return found
 
 
 def _load(
