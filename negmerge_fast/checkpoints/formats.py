@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from . import adapters, huggingface, npy, pytorch, safetensors
 from .base import Checkpoint
+from .distributed import refuse_training_state
 from .parts import read_config
 from .reader import File
 from .side_files import Globs
@@ -54,6 +55,8 @@ def open_checkpoint(
         return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
     if path.suffix == ".npy":
         return npy.open_file(path)
+    if pytorch.is_named(path):
+        refuse_training_state(path)
     if pytorch.is_named(path) or (path.is_file() and pytorch.is_pytorch(File.at(path).read_head(16))):
         return replace(pytorch.open_file(path), configs={"": read_config(path.parent)})
     if not path.exists():

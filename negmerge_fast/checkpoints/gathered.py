@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .base import ByteRange
+from .computed import ComputedFile
 from .reader import File, Reader
 
 if TYPE_CHECKING:
@@ -37,75 +39,63 @@ class Box(NamedTuple):
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class GatheredFile(File):
-    """A file of one tensor in row-major order, of which each element is in one of its boxes.
+@dataclass(frozen=True)
+class Gathered:
+    """A tensor in row-major order of which each element is in one of some boxes.
 
     Attributes:
-        shape: Of the tensor.
-        itemsize: Bytes of an element.
-        boxes: The boxes.
+        shape: Its shape.
+        size: Bytes of an element.
+        boxes: The boxes, which do not overlap.
     """
 
-    shape: tuple[int, ...] = ()
-    itemsize: int = 1
-    boxes: Sequence[Box] = field(default_factory=list)
+    shape: tuple[int, ...]
+    size: int
+    boxes: Sequence[Box]
 
-    is_computed = True
+    offset = 0
 
-    @classmethod
-    def of(cls, file: File, shape: tuple[int, ...], itemsize: int, boxes: Sequence[Box]) -> GatheredFile:
-        """The file of a tensor; `file` is one that messages name."""
-        size = math.prod(shape) * itemsize
-        return cls(
-            file.path,
-            size,
-            file.identity,
-            file.mode,
-            changed_ns=file.changed_ns,
-            shape=shape,
-            itemsize=itemsize,
-            boxes=boxes,
-        )
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
-    def read_into(
-        self, reader: Reader, offset: int, buffer: memoryview, release: bool = False
-    ) -> bool | None:
+    @property
+    def stored(self) -> int:
+        return self.numel * self.size
+
+    def compute(self, reader: Reader, begin: int, end: int, buffer: memoryview, release: bool) -> bool:
+        """Fill a buffer with the elements begin … end."""
         import numpy as np
 
-        size, end = self.itemsize, offset + len(buffer)
-        begin, last = offset // size, -(end // -size)
-        exact = begin * size == offset and last * size == end
-        whole = buffer if exact else memoryview(bytearray((last - begin) * size))
-        elements = np.frombuffer(whole, np.dtype(f"u{size}"))
-        cached = True
-        for origin, shape, at in _boxes(self.shape, begin, last):
-            box = elements[at : at + math.prod(shape)].reshape(shape)
-            for held in self.boxes:
-                if (common := _intersection(origin, shape, held)) is not None:
-                    first, extents = common
-                    out = box[
-                        tuple(slice(f - o, f - o + n) for f, o, n in zip(first, origin, extents, strict=True))
-                    ]
-                    cached = self._gather(reader, held, first, out, release) and cached
-        if not exact:
-            buffer[:] = whole[offset - begin * size : end - begin * size]
+        elements, cached = np.frombuffer(buffer, np.dtype(f"u{self.size}")), True
+        for first, shape, at in _boxes(self.shape, begin, end):
+            wanted = elements[at : at + math.prod(shape)].reshape(shape)
+            for box in self.boxes:
+                if common := _intersection(first, shape, box):
+                    out = wanted[tuple(slice(*s) for s in common.of_wanted)]
+                    cached = _gather(reader, box, common.of_box, out, release) and cached
         return cached
 
-    def _gather(
-        self, reader: Reader, held: Box, first: Sequence[int], out: np.ndarray[Any, Any], release: bool
-    ) -> bool:
-        """Fill an array with the elements of a held from an index in the tensor on."""
-        steps = zip(first, held.origin, held.strides, strict=True)
-        at = sum((f - o) * stride for f, o, stride in steps)
-        # As they are in the file: the outermost extent has the longest stride.
-        order = sorted(range(out.ndim), key=lambda axis: -held.strides[axis])
-        return _read_box(
-            reader, held, at, [held.strides[axis] for axis in order], out.transpose(order), release
-        )
 
-    def expect(self, reader: Reader, offset: int, size: int) -> None:
-        """Nothing: it is read in many places."""
+class _Common(NamedTuple):
+    """What two boxes have in common: the begin and end in the first along each extent, and the first index in the second."""
+
+    of_wanted: list[tuple[int, int]]
+    of_box: list[int]
+
+
+def gathered(file: File, shape: tuple[int, ...], size: int, boxes: Sequence[Box]) -> ByteRange:
+    """The bytes of a tensor that is gathered from boxes. file: one that messages name."""
+    tensor = Gathered(shape, size, boxes)
+    computed = ComputedFile(
+        file.path, tensor.stored, file.identity, file.mode, changed_ns=file.changed_ns, computed=[tensor]
+    )
+    return ByteRange(computed, 0, computed.size)
+
+
+def strided(file: File, begin: int, size: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> ByteRange:
+    """The bytes of a tensor that is a view of consecutive elements."""
+    return gathered(file, shape, size, [Box(file, begin, (0,) * len(shape), shape, strides)])
 
 
 def _boxes(
@@ -132,32 +122,40 @@ def _boxes(
         yield from (((bottom, *o), (1, *s), before + at) for o, s, at in _boxes(shape[1:], 0, tail))
 
 
-def _intersection(
-    origin: Sequence[int], shape: Sequence[int], held: Box
-) -> tuple[list[int], list[int]] | None:
-    """The first index and the extents of what two boxes have in common."""
-    first = [max(a, b) for a, b in zip(origin, held.origin, strict=True)]
-    last = [min(a + n, b + m) for a, n, b, m in zip(origin, shape, held.origin, held.shape, strict=True)]
-    extents = [end - begin for begin, end in zip(first, last, strict=True)]
-    return (first, extents) if all(n > 0 for n in extents) else None
+def _intersection(first: Sequence[int], shape: Sequence[int], box: Box) -> _Common | None:
+    begins = [max(a, b) for a, b in zip(first, box.origin, strict=True)]
+    ends = [min(a + n, b + m) for a, n, b, m in zip(first, shape, box.origin, box.shape, strict=True)]
+    if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+        return None
+    of_wanted = [(begin - f, end - f) for begin, end, f in zip(begins, ends, first, strict=True)]
+    return _Common(of_wanted, [begin - o for begin, o in zip(begins, box.origin, strict=True)])
+
+
+def _gather(reader: Reader, box: Box, first: Sequence[int], out: np.ndarray[Any, Any], release: bool) -> bool:
+    """Fill an array with the elements of a box from an index in it on."""
+    at = sum(index * stride for index, stride in zip(first, box.strides, strict=True))
+    # As they are in the file: the outermost extent has the longest stride.
+    order = sorted(range(out.ndim), key=lambda axis: -box.strides[axis])
+    strides = [box.strides[axis] for axis in order]
+    return _read_box(reader, box, at, strides, out.transpose(order), release)
 
 
 def _read_box(
-    reader: Reader, held: Box, at: int, strides: Sequence[int], out: np.ndarray[Any, Any], release: bool
+    reader: Reader, box: Box, at: int, strides: Sequence[int], out: np.ndarray[Any, Any], release: bool
 ) -> bool:
-    """Fill an array with elements from a position in a held on, whose strides are in falling order."""
+    """Fill an array with elements from a position in a box on, whose strides are in falling order."""
     import numpy as np
 
-    size, begin = out.dtype.itemsize, held.begin + at * out.dtype.itemsize
+    size, begin = out.dtype.itemsize, box.begin + at * out.dtype.itemsize
     if out.flags.c_contiguous and is_row_major(out.shape, strides):  # they are together, here and there
         content = out.reshape(-1).data.cast("B")
-        return bool(held.file.read_into(reader, begin, content, release))
+        return bool(box.file.read_into(reader, begin, content, release))
     inner = _span(out.shape[1:], strides[1:])
     span = (len(out) - 1) * strides[0] + inner
     limit = (_MAX_DENSE_SPAN_BYTES if span <= 2 * out.size else _MAX_SPAN_BYTES) // size
     if span <= limit:
         read = bytearray(span * size)
-        cached = held.file.read_into(reader, begin, memoryview(read), release)
+        cached = box.file.read_into(reader, begin, memoryview(read), release)
         steps = [stride * size for stride in strides]
         out[...] = np.lib.stride_tricks.as_strided(np.frombuffer(read, out.dtype), out.shape, steps)
         return bool(cached)
@@ -166,9 +164,9 @@ def _read_box(
     for k in range(0, len(out), grouped):
         where = at + k * strides[0]
         if inner > limit:  # it is 1, and there are more extents
-            cached = _read_box(reader, held, where, strides[1:], out[k], release) and cached
+            cached = _read_box(reader, box, where, strides[1:], out[k], release) and cached
         else:
-            cached = _read_box(reader, held, where, strides, out[k : k + grouped], release) and cached
+            cached = _read_box(reader, box, where, strides, out[k : k + grouped], release) and cached
     return cached
 
 
@@ -185,11 +183,3 @@ def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         expected *= n
     return True
-
-
-def strided(
-    file: File, begin: int, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> GatheredFile:
-    """A tensor that is a view of consecutive elements."""
-    held = Box(file, begin, (0,) * len(shape), shape, strides)
-    return GatheredFile.of(replace(file), shape, itemsize, [held])

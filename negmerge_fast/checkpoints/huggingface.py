@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from ..core.errors import InputError, short_repr
 from .base import Checkpoint, TensorRef
 from .contents import ModelSizes, is_weights, may_be_weights
+from .distributed import conversion_of
 from .parts import CONFIG, find_parts, read_config
+from .pytorch import is_named
 from .reader import File
 from .side_files import ADAPTER_CONFIG, Globs, SideFiles
 from .weights import INDEX, SINGLE, Weights, is_adapter, read_weights
@@ -167,9 +169,12 @@ def _no_weights(path: Path, names: Sequence[str]) -> InputError:
         return InputError(f"{path}: empty directory, expected {SINGLE} or {INDEX}")
     if snapshot := _snapshot(path, names):
         return InputError(f"{path}: a cache of the hub, expected a model in it, such as {snapshot}")
+    if conversion := conversion_of(path, names):
+        return InputError(f"{path}: {conversion}")
     other = next((name for name in names if not name.startswith(".") and may_be_weights(name)), None)
     only = f"only {other} and the like" if other else "no weights"
-    return InputError(f"{path}: {only}, expected {SINGLE} or {INDEX}")
+    hint = f" (or the file itself: {path / other})" if other and is_named(path / other) else ""
+    return InputError(f"{path}: {only}, expected {SINGLE}, pytorch_model.bin or an index of shards{hint}")
 
 
 def _snapshot(path: Path, names: Sequence[str]) -> Path | None:

@@ -17,7 +17,7 @@ from ..core.errors import InputError, short_repr
 from .lfs import refuse_pointer
 from .reader import File
 from .strict_json import parse_value
-from .weights import INDEX, SINGLE, is_inside, refuse_links
+from .weights import USUAL, is_inside, refuse_links
 
 _MODULES, _PIPELINE = "modules.json", "model_index.json"
 # Old routers have the same in their config.json.
@@ -59,7 +59,7 @@ def find_parts(root: Path) -> dict[str, Path | None]:
             if os.path.isdir(root / inner):  # an empty one is often missing
                 refuse_links(root, inner, index)
                 pending.append((inner, index))
-    if len(found) > 1 and found[""] is None and not any(os.path.isfile(root / n) for n in (SINGLE, INDEX)):
+    if len(found) > 1 and found[""] is None and not any(os.path.isfile(root / n) for n in USUAL):
         del found[""]
     return {
         folder: named_by

@@ -179,14 +179,14 @@ def _load_legacy(file: File) -> tuple[Any, _Held, str]:
     loaded, made = load_legacy(raw[:end], storages)
     sizes = {each.key: each.nbytes for each in made.values()}
     counts = {each.key: each.numel for each in storages}
-    places: dict[str, Storage] = {}
+    positions: dict[str, Storage] = {}
     for key in keys:
-        places[key] = Storage(end + 8, end + 8 + sizes[key])
-        end = places[key].end
+        positions[key] = Storage(end + 8, end + 8 + sizes[key])
+        end = positions[key].end
     if end != file.size:
         problem = "truncated" if end > file.size else "bytes left over"
         raise InputError(f"{file.path}: {file.size} bytes, expected {end}: {problem}")
-    told = file.read_ranges([range(places[key].begin - 8, places[key].begin) for key in keys])
+    told = file.read_ranges([range(positions[key].begin - 8, positions[key].begin) for key in keys])
     for k, key in enumerate(keys):
         if (count := int.from_bytes(told[8 * k : 8 * k + 8], "little")) != counts[key]:
             raise InputError(
@@ -194,7 +194,7 @@ def _load_legacy(file: File) -> tuple[Any, _Held, str]:
             )
     return (
         loaded,
-        {address: places[each.key] for address, each in made.items()},
+        {address: positions[each.key] for address, each in made.items()},
         hash_of(raw[: parts[-1].end]),
     )
 
@@ -339,8 +339,7 @@ class _Layout:
             return TensorRef(spec, ByteRange(self.file, begin, nbytes))
         key = begin, spec, strides
         if key not in self._gathered:
-            gathered = strided(self.file, begin, itemsize, spec.shape, strides)
-            self._gathered[key] = ByteRange(gathered, 0, nbytes)
+            self._gathered[key] = strided(self.file, begin, itemsize, spec.shape, strides)
         return TensorRef(spec, self._gathered[key])
 
 

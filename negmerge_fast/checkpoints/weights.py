@@ -1,7 +1,7 @@
-"""The weights of one folder: a .safetensors file, or shards and the index that names them.
+"""The weights of one folder: a .safetensors file or pytorch_model.bin, or shards and the index that names them.
 
-What transformers and diffusers load is taken. A variant (model.fp16.safetensors), shards without an index and files of other
-names are taken if there is nothing else, and it is said.
+What transformers and diffusers load is taken: .safetensors first. A variant (model.fp16.safetensors), shards without an index and
+.safetensors files of other names are taken if there is nothing else, and it is said.
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from typing import Any, NamedTuple
 
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
+from . import distributed, pytorch, safetensors
 from .base import MANIFEST, TensorRef
 from .reader import File
-from .safetensors import read_header
 from .strict_json import parse_json
 
 # What transformers looks for, in its order, then diffusers, which prefers the index.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_USUAL = (
+# The same with .bin comes next.
+USUAL = (
     SINGLE,
     INDEX,
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
 )
-_USUAL_STEMS = ("model", "diffusion_pytorch_model")
-_INDEX_NAME = re.compile(r"(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
+_USUAL_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+# A file in this format is weights by its name only if it begins as these do.
+_BIN = ".bin"
+_BIN_STEMS = ("pytorch_model", "diffusion_pytorch_model")
+_INDEX_NAME = re.compile(r"(?P<stem>.+)\.(safetensors|bin)\.index(\.(?P<variant>[^.]+))?\.json")
 _SHARD_NAME = re.compile(
-    r"(?P<stem>.+)[-_](?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<tail>\.[^.]+)?\.safetensors"
+    r"(?P<stem>.+)[-_](?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<tail>\.[^.]+)?\.(?P<format>safetensors|bin)"
 )
 # Of a file with another name than the usual ones.
 _VARIANT = re.compile(r".+\.(fp16|fp32|bf16|fp8|float16|float32|bfloat16|ema|non_ema)")
@@ -68,11 +76,19 @@ class Weights:
 
 
 class _Choice(NamedTuple):
-    """A way to load a folder: an index, a single file, or shards that no index names."""
+    """A way to load a folder: an index, a single file, or shards that no index names.
+
+    Attributes:
+        name: The index, the file or the first shard.
+        is_variant: Whether libraries load it only if they are told to.
+        shards: The shards.
+        is_distributed: Whether shards are those of ranks, each with a part of each tensor.
+    """
 
     name: str
     is_variant: bool
     shards: tuple[str, ...] = ()
+    is_distributed: bool = False
 
 
 def is_adapter(name: str) -> bool:
@@ -109,7 +125,7 @@ def read_weights(folder: Path, names: Sequence[str], config: Mapping[str, Any]) 
         config: Its config.json, which may name the file.
 
     Returns:
-        The weights, or None if no .safetensors file is there.
+        The weights, or None if none are there.
 
     Raises:
         InputError: If they are malformed, or if it is not plain which are meant.
@@ -117,18 +133,31 @@ def read_weights(folder: Path, names: Sequence[str], config: Mapping[str, Any]) 
     choice = _choose(folder, names, config)
     if choice is None:
         return None
+    if choice.is_distributed:
+        tensors, files, notes = distributed.read_shards(folder, choice.shards)
+        return Weights(tensors, files, notes=notes)
     if choice.shards:
         return _read_shards(folder, choice)
     if choice.name.endswith(".json"):
         found = _read_indexed(folder, choice.name)
     else:
-        tensors, file = read_header(folder / choice.name)
-        found = Weights(tensors, {choice.name: file})
+        found = Weights({}, {})
+        found.tensors = _read_file(folder, choice.name, found)
     if choice.is_variant:
         found.notes.append(f"{folder / choice.name}: is taken, as no other variant is there")
-    elif choice.name == SINGLE and INDEX in names:
-        found.notes.append(f"{folder / SINGLE}: is taken, as transformers does, and {INDEX} is ignored")
+    elif (index := f"{choice.name}.index.json") in names and choice.name in (SINGLE, "pytorch_model.bin"):
+        found.notes.append(f"{folder / choice.name}: is taken, as transformers does, and {index} is ignored")
     return found
+
+
+def _read_file(folder: Path, name: str, found: Weights) -> dict[str, TensorRef]:
+    """Open a file, add it to the weights of its folder, and return its tensors."""
+    if name.endswith(_BIN):
+        tensors, found.files[name], notes = pytorch.read_file(folder / name)
+        found.notes += notes
+    else:
+        tensors, found.files[name] = safetensors.read_header(folder / name)
+    return tensors
 
 
 def _choose(folder: Path, names: Sequence[str], config: Mapping[str, Any]) -> _Choice | None:
@@ -139,10 +168,13 @@ def _choose(folder: Path, names: Sequence[str], config: Mapping[str, Any]) -> _C
                 f"{folder / 'config.json'}: transformers_weights is {short_repr(explicit)}, expected a file of this directory"
             )
         return _Choice(explicit, False)
-    for usual in _USUAL:
+    for usual in USUAL:
         if usual in names:
             return _Choice(usual, False)
     indexes, others = _choices(names)
+    is_bin = [choice for choice in (*indexes, *others) if _BIN in choice.name]
+    if len(is_bin) < len(indexes) + len(others):  # .safetensors files come first
+        indexes, others = ([c for c in choices if c not in is_bin] for choices in (indexes, others))
     for choices in (
         [choice for choice in indexes if not choice.is_variant],
         [choice for choice in others if not choice.is_variant],
@@ -164,16 +196,21 @@ def _choices(names: Sequence[str]) -> tuple[list[_Choice], list[_Choice]]:
     """All that might be the weights of a folder: the indexes; the single files and the shards."""
     indexes: list[_Choice] = []
     others: list[_Choice] = []
-    shards: dict[tuple[str, str, str], dict[int, str]] = {}
+    shards: dict[tuple[str, str, str, str], dict[int, str]] = {}
+    of_ranks = [name for name in names if distributed.SHARD_NAME.fullmatch(name)]
+    if of_ranks:
+        others.append(_Choice(of_ranks[0], False, tuple(of_ranks), is_distributed=True))
     for name in names:
+        if name in of_ranks or (_BIN in name and not name.startswith(_BIN_STEMS)):
+            continue
         if match := _INDEX_NAME.fullmatch(name):
             indexes.append(_Choice(name, bool(match["variant"]) or _is_variant(match["stem"])))
         elif match := _SHARD_NAME.fullmatch(name):
-            key = match["stem"], match["count"], match["tail"] or ""
+            key = match["stem"], match["count"], match["tail"] or "", match["format"]
             shards.setdefault(key, {})[int(match["number"])] = name
-        elif name.endswith(".safetensors") and not is_adapter(name):
-            others.append(_Choice(name, _is_variant(name.removesuffix(".safetensors"))))
-    for (stem, _, tail), found in shards.items():
+        elif name.endswith((".safetensors", _BIN)) and not is_adapter(name):
+            others.append(_Choice(name, _is_variant(name.rpartition(".")[0])))
+    for (stem, _, tail, _), found in shards.items():
         names = tuple(found[number] for number in sorted(found))
         others.append(_Choice(names[0], bool(tail) or _is_variant(stem), names))
     return indexes, others
@@ -196,7 +233,7 @@ def _read_shards(folder: Path, choice: _Choice) -> Weights:
         )
     found = Weights({}, {})
     for shard in choice.shards:
-        held, found.files[shard] = read_header(folder / shard)
+        held = _read_file(folder, shard, found)
         if twice := held.keys() & found.tensors.keys():
             raise InputError(
                 f"{folder / shard}: tensor {short_repr(min(twice))} is in another shard, too, and there is no index: "
@@ -216,7 +253,7 @@ def _read_indexed(folder: Path, index: str) -> Weights:
     holding: dict[str, str] = {}  # the last shard in the order of names, which is what transformers takes
     superseded: list[str] = []
     for shard in shards:
-        held, found.files[shard] = read_header(folder / shard)
+        held = _read_file(folder, shard, found)
         for name, tensor in held.items():
             holding[name] = shard
             if name not in weight_map:
