@@ -246,17 +246,17 @@ def test_weights_of_a_part_in_another_format(tmp_path: Path, monkeypatch: pytest
     for k, name in enumerate(INPUTS):
         save_dense_model(tmp_path / name, k)
         Path(name, "2_Dense", "model.safetensors").unlink()
-        Path(name, "2_Dense", "pytorch_model.bin").write_bytes(b"\x80\2weights" + bytes([k]))
+        Path(name, "2_Dense", "flax_model.msgpack").write_bytes(b"weights\xff\0" + bytes([k]))
         Path(name, "1_Pooling", "notes.bin").write_text("text, which is no weights")
     with pytest.raises(
-        InputError, match=r"base/2_Dense/pytorch_model.bin: other weights than \.safetensors"
+        InputError, match=r"base/2_Dense/flax_model.msgpack: other weights than \.safetensors"
     ) as found:
         merge()
-    assert "--keep '2_Dense/pytorch_model.bin'" in str(found.value)
-    merge(keep=["2_Dense/*.bin"])
+    assert "--keep '2_Dense/flax_model.msgpack'" in str(found.value)
+    merge(keep=["2_Dense/*.msgpack"])
     assert (
-        Path("out/2_Dense/pytorch_model.bin").read_bytes()
-        == Path("base/2_Dense/pytorch_model.bin").read_bytes()
+        Path("out/2_Dense/flax_model.msgpack").read_bytes()
+        == Path("base/2_Dense/flax_model.msgpack").read_bytes()
     )
     nm.verify_checkpoint("out", INPUTS)
 

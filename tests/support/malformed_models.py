@@ -243,7 +243,7 @@ def parts() -> Iterator[tuple[str, Case]]:
         yield f"{index} is long", Case(add(index, bytes(10_000_001)), "expected an index of at most", index)
     for to in (".", "..", "../ft-0", "/"):
         yield f"a part that is a link to {to}", Case(linked_part(to), "a symbolic link, but ", "2_Dense")
-    yield "a part of other weights", Case(add_part(name="pytorch_model.bin"), "--keep '2_Dense/pytorch_model.bin'", "2_Dense/pytorch_model.bin")  # fmt: skip
+    yield "a part of other weights", Case(add_part(name="flax_model.msgpack"), "--keep '2_Dense/flax_model.msgpack'", "2_Dense/flax_model.msgpack")  # fmt: skip
     yield (
         "a part of an adapter",
         Case(add_part(name="adapter_model.safetensors"), "holds LoRA factors", "2_Dense"),
@@ -448,7 +448,7 @@ PATHS: dict[str, Case] = {
     },
     "an empty directory": Case(spoil_path(Path.mkdir), "empty directory"),
     "a text": Case(
-        spoil_path(content("weights")), "expected a directory, a .safetensors file or a .npy file"
+        spoil_path(content("weights")), "expected a directory, a .safetensors file, a PyTorch file or a .npy file"
     ),
     "a link to /proc": Case(spoil_path(symlink_to("/proc/self")), "no weights"),
 }
