@@ -448,7 +448,8 @@ PATHS: dict[str, Case] = {
     },
     "an empty directory": Case(spoil_path(Path.mkdir), "empty directory"),
     "a text": Case(
-        spoil_path(content("weights")), "expected a directory, a .safetensors file, a PyTorch file or a .npy file"
+        spoil_path(content("weights")),
+        "expected a directory, a .safetensors file, a PyTorch file or a .npy file",
     ),
     "a link to /proc": Case(spoil_path(symlink_to("/proc/self")), "no weights"),
 }
