@@ -20,6 +20,7 @@ from .base import ByteRange, Checkpoint, TensorRef
 from .gathered import is_row_major, strided
 from .lfs import refuse_pointer
 from .reader import File
+from .safetensors import PYTORCH_BEGINNINGS
 from .weights_only import (
     CutError,
     GlobalError,
@@ -35,9 +36,7 @@ from .zip_archive import ZipEntry, read_archive
 if TYPE_CHECKING:
     import torch
 
-ZIP = b"PK\3\4"
-# The number that the old format begins with, pickled.
-LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+ZIP, LEGACY = PYTORCH_BEGINNINGS
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 
@@ -98,7 +97,7 @@ def is_named(path: Path) -> bool:
 
 def is_pytorch(head: bytes | bytearray) -> bool:
     """Whether a file begins as one that torch.save wrote."""
-    return head.startswith((ZIP, LEGACY))
+    return head.startswith(PYTORCH_BEGINNINGS)
 
 
 def open_file(path: Path) -> Checkpoint:
@@ -172,7 +171,8 @@ def _load_legacy(file: File) -> tuple[Any, _Held, str]:
     _, _, _, pickled, names = parts
     keys, end = names.value, names.end
     storages = list(dict.fromkeys(pickled.storages))
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(each.key for each in storages):
+    listed = keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else None
+    if listed is None or sorted(listed) != sorted(each.key for each in storages):
         raise PickleError("other storages than its pickle names")
     if sum(each.numel for each in storages) > file.size:
         raise InputError(f"{file.path}: {file.size} bytes, expected those of all its storages: truncated")
@@ -180,14 +180,14 @@ def _load_legacy(file: File) -> tuple[Any, _Held, str]:
     sizes = {each.key: each.nbytes for each in made.values()}
     counts = {each.key: each.numel for each in storages}
     positions: dict[str, Storage] = {}
-    for key in keys:
+    for key in listed:
         positions[key] = Storage(end + 8, end + 8 + sizes[key])
         end = positions[key].end
     if end != file.size:
         problem = "truncated" if end > file.size else "bytes left over"
         raise InputError(f"{file.path}: {file.size} bytes, expected {end}: {problem}")
-    told = file.read_ranges([range(positions[key].begin - 8, positions[key].begin) for key in keys])
-    for k, key in enumerate(keys):
+    told = file.read_ranges([range(positions[key].begin - 8, positions[key].begin) for key in listed])
+    for k, key in enumerate(listed):
         if (count := int.from_bytes(told[8 * k : 8 * k + 8], "little")) != counts[key]:
             raise InputError(
                 f"{file.path}: storage {short_repr(key)} has {count} elements, expected {counts[key]}"
@@ -239,7 +239,7 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], list[
     for _ in range(_MAX_WRAPPERS):
         if not isinstance(loaded, dict):
             raise InputError(
-                f"{path}: {where or 'holds'} a {type(loaded).__name__}, expected a dict of tensors"
+                f"{path}: {where or 'what it holds is'} of the type {type(loaded).__name__}, expected a dict of tensors"
             )
         if (key := _wrapper(path, loaded)) is None:
             break

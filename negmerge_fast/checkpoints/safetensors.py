@@ -21,6 +21,9 @@ from .lfs import refuse_pointer
 from .reader import File
 from .strict_json import are_sizes, is_shape, parse_json
 
+# How a zip file and a file of the format before it begin.
+PYTORCH_BEGINNINGS = b"PK\3\4", bytes.fromhex("80028a0a6cfc9c46")
+
 # The library's own bound.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -52,6 +55,8 @@ def read_all_of_header(path: Path) -> tuple[dict[str, TensorRef], File, dict[str
     head = file.read(0, 8)
     if head == b"version ":
         refuse_pointer(path, file.read(0, min(file.size, 99)))
+    if head.startswith(PYTORCH_BEGINNINGS):
+        raise InputError(f"{path}: a PyTorch file, not a safetensors file (rename it to {path.stem}.pt)")
     length = int.from_bytes(head, "little")
     if length > _MAX_HEADER_BYTES:
         raise InputError(

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from ..core.errors import first_line, short_repr
 
-# Bytes that the objects of a pickle may take, by a rough estimate; of 100,000 tensors some 150 MB.
-_MAX_OBJECT_BYTES = 256 << 20
+# Bytes that the objects of a pickle may take, by a rough estimate; of 100,000 tensors some 340 MB.
+_MAX_OBJECT_BYTES = 384 << 20
+# Opcodes of a long pickle have at least so many bytes: names and numbers of tensors are 6 on average.
+_MANY_OPCODES, _BYTES_PER_OPCODE = 250_000, 4
 # Objects in each other, and how many there are if each is counted wherever it is used: hashes and texts go through all of them.
 _MAX_DEPTH, _MAX_VISITED = 100, 10_000_000
 _MAX_EXTENTS = 64
@@ -46,6 +48,7 @@ _NAMED = re.compile(
     r"|torch\.(u?int|bits|float|bfloat|complex|qu?int|double|half|long|short|bool|strided|sparse|per_)\w*"
 )
 
+_MALFORMED = "a malformed pickle, expected one as torch.save writes it"
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
@@ -120,10 +123,10 @@ _INT, _SHORT, _DOUBLE, _UINT = (
 _MARK = object()
 # By opcode: a constant, and the bytes that it takes; and containers in the same way.
 _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
-_EMPTY = {b"]": ("list", 56), b"}": ("dict", 64), b")": ("tuple", 8), b"\x8f": ("set", 216)}
+_EMPTY = {b"]": ("list", 250), b"}": ("dict", 250), b")": ("tuple", 150), b"\x8f": ("set", 400)}
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
 # Of a tensor that torch builds, and of the storage behind it.
-_CALL_BYTES = 1024
+_CALL_BYTES = 400
 
 
 class _Machine:
@@ -163,7 +166,7 @@ class _Machine:
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise PickleError("a malformed pickle")
+            raise PickleError(_MALFORMED)
         return value
 
     def pop_to_mark(self) -> list[Any]:
@@ -171,14 +174,18 @@ class _Machine:
         while self.stack[at] is not _MARK:
             at -= 1
             if at < 0:
-                raise PickleError("a malformed pickle")
+                raise PickleError(_MALFORMED)
         items = self.stack[at + 1 :]
         del self.stack[at:]
         return items
 
     def run(self) -> Any:
         """Follow all opcodes to the last, and return what would be loaded."""
+        begin, opcodes = self.at, 0
         while (opcode := self.take(1)) != b".":
+            opcodes += 1
+            if opcodes > _MANY_OPCODES and opcodes * _BYTES_PER_OPCODE > self.at - begin:
+                raise PickleError("its pickle is mostly opcodes, expected names and numbers of tensors")
             if opcode in _CONSTANTS:
                 self.push(_CONSTANTS[opcode], 8)
             elif opcode in _EMPTY:
@@ -195,10 +202,11 @@ class _Machine:
         return self.pop()
 
     def tuple(self, items: list[Any]) -> None:
-        made = _Object("tuple", items if len(items) <= _MAX_EXTENTS else ())
+        is_long = len(items) > _MAX_EXTENTS
+        made = _Object("long tuple", ()) if is_long else _Object("tuple", items)
         for item in items:
             made.add(item)
-        self.push(made, 48 + 8 * len(items))
+        self.push(made, 150 + 16 * len(items))
 
     def text(self, size: int) -> None:
         self.push(self.take(size).decode("utf-8", "surrogatepass"), 60 + 4 * size)
@@ -206,7 +214,7 @@ class _Machine:
     def set_items(self, pairs: list[Any]) -> None:
         container = self.open("dict")
         if len(pairs) % 2:
-            raise PickleError("a malformed pickle")
+            raise PickleError(_MALFORMED)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             self.use(key)
             try:
@@ -286,13 +294,13 @@ class _Machine:
             return _Object(_OTHER_TENSORS[function])
         if name == "_rebuild_from_type_v2":
             if len(items) != 4 or items[0] not in _CALLED or not _is(items[2], "tuple"):
-                raise PickleError("a malformed tensor")
+                raise PickleError("a malformed tensor, expected one as torch.save writes it")
             if items[1] not in _TYPES:
                 return _Object("a tensor subclass")
             return self.call(items[0], items[2])
         if name.startswith("_rebuild_parameter"):
             if not items or not _is(items[0], "tensor"):
-                raise PickleError("a parameter of no tensor")
+                raise PickleError("a parameter of no tensor, expected one")
             return _Object("tensor")
         if name.startswith("_rebuild_tensor"):
             _refuse_misfit(items, name == "_rebuild_tensor_v3")
@@ -304,7 +312,7 @@ class _Machine:
         if name in ("Size", "device", "_get_layout") and any(
             isinstance(i, _Object) and i.depth for i in items
         ):
-            raise PickleError("a malformed pickle")
+            raise PickleError(_MALFORMED)
         made = _Object("dict" if name in ("OrderedDict", "Counter") else "object")
         for item in items:
             made.add(item)
@@ -325,7 +333,7 @@ def _is(value: Any, kind: str) -> bool:
 def _refuse_misfit(items: list[Any], is_untyped: bool) -> None:
     """Refuse a tensor that is not within its storage. torch would make the storage larger. is_untyped: its elements are bytes."""
     if len(items) < 4 or not _is(items[0], "storage") or not all(_is(item, "tuple") for item in items[2:4]):
-        raise PickleError("a malformed tensor")
+        raise PickleError("a malformed tensor, expected one as torch.save writes it")
     offset, shape, strides = items[1], items[2].items, items[3].items
     numbers = [offset, *shape, *strides]
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
@@ -342,7 +350,7 @@ def _refuse_misfit(items: list[Any], is_untyped: bool) -> None:
 
 def _get(machine: _Machine, index: int) -> None:
     if index not in machine.memo:
-        raise PickleError("a malformed pickle")
+        raise PickleError(_MALFORMED)
     machine.push(machine.memo[index], 8)
 
 
@@ -418,7 +426,7 @@ def inspect_pickle(raw: bytes, begin: int = 0) -> Inspection:
     except PickleError:
         raise
     except (IndexError, UnicodeDecodeError, TypeError) as error:
-        raise PickleError(f"a malformed pickle ({first_line(error)[:80]})") from None
+        raise PickleError(f"{_MALFORMED} ({first_line(error)[:80]})") from None
     return Inspection(machine.at, machine.storages, value.items if _is(value, "list") else value)
 
 

@@ -198,7 +198,9 @@ def _entries(path: Path, directory: bytes, count: int) -> Iterator[_Entry]:
             )
         values = _widened([size, packed, header], extra)
         if values is None or values[0] != values[1]:
-            raise InputError(f"{path}: entry {shown} has {packed} bytes in the archive, expected its {size}")
+            raise InputError(
+                f"{path}: entry {shown}: its sizes are {packed} and {size}, or are missing, expected one size"
+            )
         if not _is_plain(name):
             raise InputError(f"{path}: entry {shown}, expected a name inside of the archive")
         yield _Entry(name, flags, crc, values[0], values[2])

@@ -7,6 +7,7 @@ or crashes has no answer.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -54,9 +55,10 @@ def negmerge(*arguments: str) -> Answer:
 class Process:
     """Such a process, from the caller's side."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """modules: what is imported before memory is limited, beside what a merge of files imports."""
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def negmerge(self, folder: Path, *arguments: str, user: int | None = None) -> Answer:
@@ -86,6 +88,8 @@ def _answer(folder: str, arguments: Sequence[str], user: int | None) -> Answer:
 def _serve() -> None:
     from negmerge_fast.streaming import api  # noqa: F401  what a merge imports
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     answers = sys.stdout
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY_BYTES, size + _MEMORY_BYTES))
