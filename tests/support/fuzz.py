@@ -21,7 +21,7 @@ with atheris.instrument_imports(include=["negmerge_fast"]):
     from negmerge_fast.deltas import apply  # noqa: F401
     from negmerge_fast.streaming import api  # noqa: F401
 
-from fuzzing import TRIED, fuzzed, fuzzed_deltas
+from fuzzing import TRIED, fuzzed, fuzzed_deltas, fuzzed_torch_files
 
 # Per model, with all that was imported; seconds and MB.
 _LIMITS = ("-timeout=20", "-rss_limit_mb=2048", "-verbosity=0", "-len_control=0")
@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="where what fails is saved")
     parser.add_argument("files", nargs="*", help="what has failed, to be tried again")
     parser.add_argument("--deltas", action="store_true", help="deltas that are applied, in place of models")
+    parser.add_argument("--pytorch", action="store_true", help="PyTorch files, in place of models")
     given = parser.parse_args()
-    target = fuzzed_deltas if given.deltas else fuzzed
+    target = fuzzed_torch_files if given.pytorch else fuzzed_deltas if given.deltas else fuzzed
     given.found.mkdir(exist_ok=True)
     ends = time.monotonic() + given.seconds
     told = 0

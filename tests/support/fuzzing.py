@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import random
 import tempfile
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from bits import same_bits
+from hostile_pytorch import Entry
+from hostile_pytorch import archive as archive_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import negmerge
 from malformed import CONTROLS, NOT_DESCRS, NOT_LITERALS, NOT_SHAPES, OTHER_DTYPES, WRONG_SHAPES, array, npy
 from malformed_models import INDEX, OTHER, OUTSIDE, SHARD, STRANGE
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from negmerge_fast.core.delta import mask_bytes
 from negmerge_fast.core.hashing import hash_of
@@ -488,3 +493,143 @@ def arithmetic_of(path: Path, name: str) -> torch.dtype:
 @given(deltas())
 def fuzzed_deltas(given: Delta) -> None:
     try_delta(given)
+
+
+class TorchFile(NamedTuple):
+    """base, model: contents of a .safetensors file and of a PyTorch file."""
+
+    base: bytes
+    model: bytes
+
+
+WRAPPERS = ("", "", "state_dict", "model", "ema", "optimizer", "net", "x")
+
+
+@st.composite
+def torch_files(draw: st.DrawFn) -> TorchFile:
+    """A base and a PyTorch file of a version, with up to three changes: to its pickle, to what its archive says, to its bytes."""
+    specs = st.tuples(st.sampled_from(FLOATS), st.sampled_from([(), (0,), (3,), (4, 6), (2, 3, 5)]))
+    named = draw(st.dictionaries(st.sampled_from(NAMES[:5]), specs, min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    base = {
+        n: torch.randn(shape, generator=generator).to(TORCH[dtype]) for n, (dtype, shape) in named.items()
+    }
+    model: dict[str, Any] = {}
+    for name, tensor in base.items():
+        version = tensor + 1
+        match draw(
+            st.sampled_from(["plain", "plain", "transposed", "sliced", "expanded", "parameter", "tied"])
+        ):
+            case "transposed" if version.dim() > 1:
+                version = version.transpose(0, -1).contiguous().transpose(0, -1)
+            case "sliced" if version.dim():
+                version = torch.stack([version, -version], -1)[..., 0]
+            case "expanded" if version.numel():
+                version = version.flatten()[:1].reshape([1] * version.dim()).expand(version.shape)
+            case "parameter":
+                version = torch.nn.Parameter(version)
+            case "tied" if model:
+                version = next((t for t in model.values() if t.shape == tensor.shape), version)
+        model[name] = version
+    if wrapper := draw(st.sampled_from(WRAPPERS)):
+        model = {wrapper: model, "epoch": 3}
+    written = io.BytesIO()
+    torch.save(model, written, _use_new_zipfile_serialization=draw(st.integers(0, 3)) > 0)
+    content = written.getvalue()
+    if content.startswith(b"PK") and draw(st.booleans()):
+        content = other_archive(draw, content)
+    for _ in some(draw, 1):
+        content = change_bytes(draw, content)
+    return TorchFile(save(base), content)
+
+
+def other_archive(draw: st.DrawFn, content: bytes) -> bytes:
+    """The entries of an archive in another one, whose CRCs are right, with changes to the pickle or to what is said of an entry."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = [Entry(info.filename, archive.read(info)) for info in archive.infolist()]
+    for _ in some(draw, 2):
+        at = draw(st.integers(0, len(entries) - 1))
+        number = draw(st.sampled_from(INTEGERS)) & 0xFFFFFFFF
+        match draw(
+            st.sampled_from(["pickle", "pickle", "pickle", "data", "field", "local", "again", "drop", "name"])
+        ):
+            case "pickle":
+                pickled = change_bytes(draw, entries[0].data)
+                entries[0] = entries[0]._replace(data=pickled)
+            case "data":
+                entries[at] = entries[at]._replace(data=change_bytes(draw, entries[at].data))
+            case "field":
+                field = draw(st.sampled_from(["method", "flags", "crc", "size", "packed", "offset"]))
+                entries[at] = entries[at]._replace(
+                    **{field: number & 0xFFFF if field in ("method", "flags") else number}
+                )
+            case "local":
+                entries[at] = entries[at]._replace(
+                    local={draw(st.sampled_from(["crc", "size", "packed"])): number}
+                )
+            case "again":
+                entries.append(entries[at])
+            case "drop" if len(entries) > 1:
+                del entries[at]
+            case "name":
+                name = draw(
+                    st.sampled_from(
+                        ["../x", "/x", "m/data.pkl", "archive/data/1", "archive/constants.pkl", "x"]
+                    )
+                )
+                entries[at] = entries[at]._replace(name=name)
+    return archive_of(entries)
+
+
+def try_torch_file(given: TorchFile) -> None:
+    """Merge a PyTorch file into a base, or be refused; anything else is an AssertionError."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        os.chdir(folder)
+        try:
+            Path("m0.safetensors").write_bytes(given.base)
+            Path("m1.pt").write_bytes(given.model)
+            judge_torch_file()
+        finally:
+            os.chdir(here)
+
+
+def judge_torch_file() -> None:
+    options = (
+        "--output",
+        "out.safetensors",
+        "--scale",
+        "0.9",
+        "--nonfinite",
+        "keep-base",
+        "--threads",
+        "1",
+        "--quiet",
+    )
+    status, said, err = negmerge("merge", "m0.safetensors", "m1.pt", *options)
+    if status:
+        TRIED["refused"] += 1
+        assert (status, said) == (2, ""), err
+        assert err.startswith("negmerge: m1.pt") and err.endswith("\n") and err[:-1].isprintable(), err
+        assert len(err) < 20_000
+        assert sorted(path.name for path in Path().iterdir()) == ["m0.safetensors", "m1.pt"]
+        return
+    TRIED["merged"] += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # maps of files that are not written
+        is_zip = (
+            Path("m1.pt").read_bytes().startswith(b"PK")
+        )  # with a map, it checks no CRC of tensors, as negmerge
+        loaded = torch.load("m1.pt", weights_only=True, mmap=is_zip)
+    for wrapper in WRAPPERS:
+        loaded = loaded[wrapper] if isinstance(loaded.get(wrapper), dict) else loaded
+    base, merged = load_file("m0.safetensors"), load_file("out.safetensors")
+    for name, tensor in base.items():
+        expected = plain_merge(tensor, [loaded[name].detach().contiguous()], 0.9)[0]
+        assert same_bits(merged[name], expected), name
+
+
+@settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(torch_files())
+def fuzzed_torch_files(given: TorchFile) -> None:
+    try_torch_file(given)
