@@ -72,7 +72,8 @@ class Gathered:
             wanted = elements[at : at + math.prod(shape)].reshape(shape)
             for box in self.boxes:
                 if common := _intersection(first, shape, box):
-                    out = wanted[(*(slice(*s) for s in common.of_wanted), ...)]  # a view, also of a scalar
+                    slices: tuple[Any, ...] = tuple(slice(*each) for each in common.of_wanted)
+                    out = wanted[(*slices, ...)]  # a view, also of a scalar
                     cached = _gather(reader, box, common.of_box, out, release) and cached
         return cached
 

@@ -7,6 +7,7 @@ such a file is opened, not before.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
 ZIP, LEGACY = PYTORCH_BEGINNINGS
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+
+# What small entries have to be. torch takes versions from 1 to 10.
+_SMALL_ENTRIES = {
+    "version": (re.compile(rb"([1-9]|10)\n?"), "1 to 10"),
+    ".storage_alignment": (re.compile(rb"\d{1,9}"), "a number"),
+    "byteorder": (re.compile(b"little"), "little"),
+}
+_MAX_SMALL_BYTES = 16
 
 # 200 bytes of a pickle are a tensor's.
 _MAX_PICKLE_BYTES = 64 << 20
@@ -137,9 +146,11 @@ def read_file(path: Path) -> Opened:
 def _load_zip(file: File) -> tuple[Any, _Held, str]:
     """Load the pickle of a zip file: what it holds, where its storages are, and the hash of what tells that."""
     archive = read_archive(file)
-    if "byteorder" in archive.entries and (order := archive.read("byteorder", 16)) != b"little":
-        raise InputError(f"{file.path}: byteorder {short_repr(order)}, expected little")
     pickled = archive.read("data.pkl", _MAX_PICKLE_BYTES)
+    for name in ("version", *(_SMALL_ENTRIES.keys() & archive.entries.keys())):
+        pattern, expected = _SMALL_ENTRIES[name]
+        if not pattern.fullmatch(found := archive.read(name, _MAX_SMALL_BYTES)):
+            raise InputError(f"{file.path}: {name} {short_repr(found)}, expected {expected}")
     inspected = inspect_pickle(pickled)
     if inspected.end != len(pickled):
         raise InputError(f"{file.path}: {len(pickled) - inspected.end} bytes behind the end of its pickle")
@@ -247,6 +258,10 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], list[
             notes.append(f"{path}: its {short_repr(key)} is taken, {some_names(others)} not")
         loaded, where = loaded[key], f"{short_repr(key)} is"
     state = {name: value for name, value in loaded.items() if _is_tensor(value)}
+    if not state:
+        raise InputError(
+            f"{path}: no tensors ({some_names([str(name) for name in loaded])}), expected a dict of them"
+        )
     for name, value in loaded.items():
         if isinstance(value, dict) and _holds_tensors(value) and not is_extra_state(name):
             raise InputError(
@@ -254,10 +269,6 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], list[
             )
         if name in state and not isinstance(name, str):
             raise InputError(f"{path}: a tensor has the name {short_repr(name)}, expected a text")
-    if not state:
-        raise InputError(
-            f"{path}: no tensors ({some_names([str(name) for name in loaded])}), expected a dict of them"
-        )
     if others := [str(n) for n in loaded if n not in state and not is_extra_state(n)]:
         notes.append(f"{path}: {some_names(others)} no tensor: not merged")
     return state, notes

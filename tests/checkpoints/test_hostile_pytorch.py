@@ -12,6 +12,8 @@ from in_process import Process
 from stored_tensors import check
 
 from negmerge_fast.checkpoints.formats import open_checkpoint
+from negmerge_fast.checkpoints.reader import File
+from negmerge_fast.checkpoints.zip_archive import read_archive
 from negmerge_fast.core.errors import InputError
 
 pytestmark = pytest.mark.processes
@@ -55,3 +57,10 @@ def test_a_pickle_renamed(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / "m.safetensors")
     (tmp_path / "m.safetensors").write_bytes(safetensors_zip())
     assert list(open_checkpoint(tmp_path / "m.safetensors").tensors) == ["a"]
+
+
+def test_a_long_pickle_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "m.pt").write_bytes(file(GOOD))
+    archive = read_archive(File.at(tmp_path / "m.pt"))
+    with pytest.raises(InputError, match=rf"data.pkl of {len(GOOD)} bytes, expected at most 99"):
+        archive.read("data.pkl", 99)
