@@ -33,7 +33,7 @@ SIGNATURES = {
     "Changed": "(elements, changed, tensors=<factory>)",
     "apply_delta": (
         "(base, delta, output, *, scale, nonfinite='error', keep=(), drop=(), backend='auto', device='auto', memory_budget=None, "
-        "threads=None, overwrite=False, resume=False, progress=None)"
+        "threads=None, overwrite=False, resume=False, format='auto', progress=None)"
     ),
     "consensus_delta": (
         "(base, finetuned, *, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, exclude=None, rename=(), "
@@ -56,7 +56,7 @@ SIGNATURES = {
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
         "exclude=None, rename=(), keep=(), drop=(), backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
-        "overwrite=False, resume=False, adapters_as='difference', progress=None)"
+        "overwrite=False, resume=False, adapters_as='difference', format='auto', progress=None)"
     ),
     "merge_task_vectors": (
         "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', include=None, exclude=None, rename=(), "
@@ -145,6 +145,7 @@ COMMANDS = {
         "BASE",
         "[FINETUNED]...",
         "--output -o OUT text, required",
+        "--format auto|safetensors|pt = auto",
         "--scale float = 1.0",
         "--output-adapter boolean = False",
         "--task-vectors boolean = False",
@@ -192,6 +193,7 @@ COMMANDS = {
         "BASE",
         "DELTA",
         "--output -o OUT text, required",
+        "--format auto|safetensors|pt = auto",
         "--scale float, required",
         "--nonfinite error|keep-base = error",
         "--keep GLOB text = ()",

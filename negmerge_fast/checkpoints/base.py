@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ..core.schema import TensorSpec
 from .lora import Adapter
 from .reader import File, Reader
+
+# What the weights of an output can be written in, if it does not mirror the base.
+Format: TypeAlias = Literal["safetensors", "pt"]
 
 
 # There are as many of both as tensors times models: tuples are small, and quickly made.
@@ -27,6 +30,10 @@ class ByteRange(NamedTuple):
     def stored_nbytes(self) -> int:
         """Bytes that are read for it: other than nbytes if they are computed from others."""
         return self.file.stored_before(self.end) - self.file.stored_before(self.offset)
+
+    def locate(self) -> ByteRange:
+        """The range itself, or that of another file that has the same bytes."""
+        return ByteRange(*self.file.locate(self.offset, self.nbytes), self.nbytes)
 
     def read_into(
         self, reader: Reader, buffer: memoryview, begin: int = 0, release: bool = False
@@ -63,6 +70,8 @@ class Checkpoint:
         undecided: What has to be chosen before it can be the base of a merge, a line each.
         adapter: What it changes of a base, if it is a LoRA adapter. Its tensors are then the factors, by their names in the file.
         held_bytes: Memory that it takes while its tensors are read.
+        origin: What it is a translation of (translate.py). Its weights are then files of an output, which do not exist yet.
+        format: Of a translation: "safetensors" or "pt".
     """
 
     path: Path
@@ -77,6 +86,23 @@ class Checkpoint:
     undecided: tuple[str, ...] = ()
     adapter: Adapter[TensorRef] | None = None
     held_bytes: int = 0
+    origin: Checkpoint | None = None
+    format: Format | None = None
+
+    @property
+    def opened(self) -> Checkpoint:
+        """The checkpoint that was opened: this one, or what it is a translation of."""
+        return self.origin or self
+
+    @property
+    def inputs(self) -> dict[str, File]:
+        """The files that are read, by names relative to path."""
+        return {**self.opened.weights, **self.opened.extra_files}
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes that a single file like it may have; the first one is usual."""
+        return PT_SUFFIXES if self.format == "pt" else (Path(next(iter(self.weights))).suffix,)
 
     @property
     def aliases(self) -> dict[str, TensorRef]:
@@ -95,6 +121,9 @@ class Checkpoint:
     def is_directory(self) -> bool:
         return self.kind == "directory"
 
+
+# What files that torch.load reads are called.
+PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 # What a user is told of: the size of a small tokenizer, and of weights that would be worth a look.
 _LARGE_BYTES = 1 << 20

@@ -6,8 +6,9 @@ They are in a file that does not exist: what is read of it is gathered from othe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .base import ByteRange
@@ -78,6 +79,15 @@ class Gathered:
         return cached
 
 
+class GatheredFile(ComputedFile):
+    """A file of one tensor that is gathered."""
+
+    @cached_property
+    def sources(self) -> Collection[File]:
+        tensors = (each for each in self.computed if isinstance(each, Gathered))
+        return dict.fromkeys(file for each in tensors for box in each.boxes for file in box.file.sources)
+
+
 class _Common(NamedTuple):
     """What two boxes have in common: the begin and end in the first along each extent, and the first index in the second."""
 
@@ -88,7 +98,7 @@ class _Common(NamedTuple):
 def gathered(file: File, shape: tuple[int, ...], size: int, boxes: Sequence[Box]) -> ByteRange:
     """The bytes of a tensor that is gathered from boxes. file: one that messages name."""
     tensor = Gathered(shape, size, boxes)
-    computed = ComputedFile(
+    computed = GatheredFile(
         file.path, tensor.stored, file.identity, file.mode, changed_ns=file.changed_ns, computed=[tensor]
     )
     return ByteRange(computed, 0, computed.size)

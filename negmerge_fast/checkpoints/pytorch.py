@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -81,8 +82,15 @@ class Storage(NamedTuple):
 _Held: TypeAlias = Mapping[int, "Storage | ZipEntry"]
 
 
+@dataclass(frozen=True, eq=False)
 class PyTorchFile(File):
-    """A PyTorch file as it was when it was inspected. What is written in its place has to be laid out anew."""
+    """A PyTorch file as it was when it was inspected. What is written in its place has to be laid out anew.
+
+    Attributes:
+        wrapper: The keys under which its weights are, the outermost first.
+    """
+
+    wrapper: tuple[str, ...] = ()
 
 
 class Opened(NamedTuple):
@@ -135,8 +143,10 @@ def read_file(path: Path) -> Opened:
         ) from None
     except PickleError as error:
         raise InputError(f"{path}: {error}") from None
-    found = PyTorchFile(file.path, file.size, file.identity, file.mode, header, file.changed_ns)
-    state, notes = _state_dict(path, loaded)
+    state, wrapper, notes = _state_dict(path, loaded)
+    found = PyTorchFile(
+        file.path, file.size, file.identity, file.mode, header, file.changed_ns, wrapper=wrapper
+    )
     layout = _Layout(found, held)
     tensors = {name: layout.find(name, tensor) for name, tensor in state.items()}
     found.add_tensors(len(layout.ranges), sorted(layout.ranges, key=lambda each: each.start))
@@ -243,10 +253,10 @@ def _other_format(head: bytes | bytearray) -> str:
     return "no PyTorch file"
 
 
-def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The dict of weights in what was loaded, and what is to be said of it."""
+def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], tuple[str, ...], list[str]]:
+    """The dict of weights in what was loaded, the keys under which it was, and what is to be said of it."""
     notes: list[str] = []
-    where = ""
+    where, keys = "", []
     for _ in range(_MAX_WRAPPERS):
         if not isinstance(loaded, dict):
             raise InputError(
@@ -257,6 +267,7 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], list[
         if others := [str(name) for name in loaded if name != key]:
             notes.append(f"{path}: its {short_repr(key)} is taken, {some_names(others)} not")
         loaded, where = loaded[key], f"{short_repr(key)} is"
+        keys.append(key)
     state = {name: value for name, value in loaded.items() if _is_tensor(value)}
     if not state:
         raise InputError(
@@ -271,7 +282,7 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], list[
             raise InputError(f"{path}: a tensor has the name {short_repr(name)}, expected a text")
     if others := [str(n) for n in loaded if n not in state and not is_extra_state(n)]:
         notes.append(f"{path}: {some_names(others)} no tensor: not merged")
-    return state, notes
+    return state, tuple(keys), notes
 
 
 def _wrapper(path: Path, loaded: Mapping[Any, Any]) -> str | None:

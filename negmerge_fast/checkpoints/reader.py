@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +78,15 @@ class File:
         identity = found.st_dev, found.st_ino, found.st_mtime_ns
         mode = stat.S_IMODE(found.st_mode) & 0o666
         return cls(path, found.st_size, identity, mode, changed_ns=found.st_ctime_ns)
+
+    @property
+    def sources(self) -> Collection[File]:
+        """The files that are read for it."""
+        return (self,)
+
+    def locate(self, offset: int, nbytes: int) -> tuple[File, int]:
+        """The file that a range lies in, and where: here, or in one that this one is composed of."""
+        return self, offset
 
     def stored_before(self, offset: int) -> int:
         """How many bytes are read for those before an offset."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import backend, device, nonfinite, other_files, outcome, output, resources
+from .options import backend, device, nonfinite, other_files, outcome, output, output_format, resources
 from .running import Outcome, run
 from .signals import Signals
 
@@ -15,6 +15,7 @@ from .signals import Signals
 @click.argument("base")
 @click.argument("delta")
 @output
+@output_format
 @click.option(
     "--scale",
     "scales",

@@ -11,7 +11,7 @@ from .._version import __version__
 from ..core.errors import escape
 from .apply import apply
 from .delta import delta, run_delta
-from .options import backend, device, other_files, outcome, output, resources, rule
+from .options import backend, device, other_files, outcome, output, output_format, resources, rule
 from .report import report
 from .running import Outcome, run
 from .select import select
@@ -29,6 +29,7 @@ def negmerge() -> None:
 @click.argument("base")
 @click.argument("finetuned", nargs=-1)
 @output
+@output_format
 @click.option("--scale", type=float, help="λ: how far to move away from the fine-tuned models.")
 @click.option(
     "--output-adapter",
@@ -145,6 +146,7 @@ def inspect(paths: tuple[str, ...]) -> None:
     """
     from ..checkpoints.delta import is_delta, open_delta
     from ..checkpoints.formats import open_checkpoint
+    from ..checkpoints.translate import translate
     from ..streaming.pairing import refuse_unmergeable
     from ..streaming.plan import make_plan
 
@@ -157,7 +159,7 @@ def inspect(paths: tuple[str, ...]) -> None:
 
         base = open_checkpoint(paths[0])
         print_lines(contents(base), delta_contents(found))
-        plan = plan_delta(base, found)
+        plan = plan_delta(translate(base), found)
         print(f"can be applied: {plan.tensors} tensors, {plan.elements:,} elements")
         return
     checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(paths)]
@@ -167,7 +169,7 @@ def inspect(paths: tuple[str, ...]) -> None:
         if not checkpoint.adapter:
             refuse_unmergeable(checkpoint, checkpoint.tensors)
     if len(checkpoints) > 1:
-        plan = make_plan(checkpoints[0], checkpoints[1:])
+        plan = make_plan(translate(checkpoints[0]), checkpoints[1:])
         print_notes(plan.notes)
         print_lines(
             *plan.placed,

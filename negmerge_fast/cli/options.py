@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from ..backends.registry import NAMES
+from ..checkpoints.translate import FORMATS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -16,6 +17,17 @@ def output(command: _Command) -> _Command:
     """Where the result goes."""
     return click.option(
         "--output", "-o", required=True, metavar="OUT", help="Path of the result, which mirrors BASE."
+    )(command)
+
+
+def output_format(command: _Command) -> _Command:
+    """What the weights of the result are written in."""
+    return click.option(
+        "--format",
+        type=click.Choice(FORMATS),
+        default="auto",
+        show_default=True,
+        help="Of OUT's weights: pt for torch.load; auto is BASE's, but safetensors in place of PyTorch's.",
     )(command)
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
+from ..checkpoints.base import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, open_delta
 from ..checkpoints.formats import open_checkpoint
+from ..checkpoints.translate import OutputFormat, translate
 from ..core.errors import InputError, MergeWarning
 from ..core.rule import NonFinite
 from ..core.stats import Stats, TensorStats
@@ -43,6 +45,7 @@ def apply_delta(
     threads: int | None = ...,
     overwrite: bool = ...,
     resume: bool = ...,
+    format: OutputFormat = ...,
     progress: OnProgress | None = ...,
 ) -> Report: ...
 @overload
@@ -61,6 +64,7 @@ def apply_delta(
     threads: int | None = ...,
     overwrite: bool = ...,
     resume: bool = ...,
+    format: OutputFormat = ...,
     progress: OnProgress | None = ...,
 ) -> list[Report]: ...
 def apply_delta(
@@ -78,6 +82,7 @@ def apply_delta(
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    format: OutputFormat = "auto",
     progress: OnProgress | None = None,
 ) -> Report | list[Report]:
     """Apply a consensus delta to its base, from disk to disk.
@@ -101,6 +106,7 @@ def apply_delta(
         threads: How many threads read and compute.
         overwrite: Replace outputs that negmerge wrote.
         resume: Continue what an interrupted run left: each output for itself. Those that are finished stay as they are.
+        format: As of merge_checkpoints.
         progress: Called with (bytes done, bytes in all) after every chunk.
 
     Returns:
@@ -115,7 +121,7 @@ def apply_delta(
     require_callable("progress", progress)
     options = options_of(
         nonfinite=nonfinite, keep=keep, drop=drop, backend=backend, device=device, memory_budget=memory_budget,
-        threads=threads, overwrite=overwrite, resume=resume,
+        threads=threads, overwrite=overwrite, resume=resume, format=format,
     )  # fmt: skip
     several = isinstance(scale, Iterable)
     scales = list(scale) if isinstance(scale, Iterable) else [scale]
@@ -183,6 +189,7 @@ def prepare_apply(
     with without_gc():
         opened = open_checkpoint(paths[0], keep=options.keep, drop=options.drop)
         found = open_delta(paths[1])
+    opened = translate(opened, options.format)
     plan = plan_delta(opened, found)
     every = [replace(options, scale=each, min_agreement=found.info.min_agreement) for each in scales]
     if not 1 <= len(every) <= _MAX_SCALES:
@@ -190,13 +197,18 @@ def prepare_apply(
     values = [own.rule.scale for own in every]
     if twice := [value for k, value in enumerate(values) if value in values[:k]]:
         raise InputError(f"scale: {twice[0]} twice, expected each once")
-    suffix = "" if opened.is_directory else opened.path.suffix
+    suffix = "" if opened.is_directory else _suffix(paths[2], opened)
     outputs = [(output_path(paths[2], own.rule.scale, suffix) if several else paths[2], own) for own in every]
 
     def make(*arguments: object) -> ApplyJob:
         return ApplyJob(*arguments, delta=found)  # type: ignore[arg-type]
 
     return prepare_outputs(plan, outputs, make, EXTRA_BUFFERS)
+
+
+def _suffix(output: Path, base: Checkpoint) -> str:
+    """The suffix of an output, if it may have it; or the usual one."""
+    return output.suffix if output.suffix in base.suffixes else base.suffixes[0]
 
 
 def output_path(path: Path, scale: float, suffix: str) -> Path:

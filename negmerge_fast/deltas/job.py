@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..backends import masks, registry
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.delta import INDEX, DeltaInfo, TensorInfo, sample_range
-from ..checkpoints.reader import Reader, naming
+from ..checkpoints.reader import File, Reader, naming
 from ..core.delta import MASK_WORD, mask_bytes
 from ..core.hashing import hash_of
 from ..core.low_rank import AdaptersAs
@@ -365,7 +365,7 @@ def prepare_delta(
     plan, deltas = _lay_out(plan, recipe)
     destination = merges.destination_of(path, plan, options, directory=True)
     finished = merges.is_finished(destination, recipe, (plan.base, *plan.models), None, options)
-    notes = [] if finished else merges.try_out(plan.base.weights.values(), destination)
+    notes = [] if finished else merges.try_out(plan.base.opened.weights.values(), destination)
     if half:
         notes = [*notes, "means are stored in BF16: applied, they give other bits than a merge"]
     staging = Staging(destination, resume=options.resume)
@@ -409,7 +409,8 @@ def _lay_out(plan: Plan, recipe: Recipe) -> tuple[Plan, dict[str, DeltaFile]]:
             known = TensorInfo(spec, arithmetic, 0, 0, samples[tensor_slice.name])
             tensors[tensor_slice.name] = known, arithmetic if recipe.means == manifests.EXACT else "BF16"
         deltas[name] = DeltaFile.of(info, tensors)
-        files[name] = replace(plan.base.weights[path], size=deltas[name].masks_end)
+        like = plan.base.weights[path]
+        files[name] = File(like.path, deltas[name].masks_end, like.identity, like.mode)
     if len(names) > 1:
         files[INDEX] = replace(next(iter(files.values())), size=0)
     extents = [extent._replace(path=names[path]) for path, each in merged.items() for extent in each]

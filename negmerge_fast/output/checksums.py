@@ -51,6 +51,10 @@ class Checksums:
                 with self._lock:
                     blocks.know(number, digest)
 
+    def forget(self, name: str, offset: int) -> None:
+        """Forget the hash of a block that was written again: the one that has this byte."""
+        self._files[name].known[offset // self.block] = 0
+
     def gaps(self, name: str) -> Iterator[tuple[int, int]]:
         """Offset and size of the blocks whose hash is not known yet. They may be added during the iteration."""
         blocks, number = self._files[name], -1

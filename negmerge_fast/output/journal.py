@@ -165,8 +165,8 @@ def read(entry: Entry, fingerprint: Fingerprint) -> list[ProgressRecord]:
 
 def difference(recorded: Fingerprint, current: Fingerprint) -> str | None:
     """How a recorded job differs from the current one, as a predicate of "the unfinished output"; None if it does not."""
-    for name in current:
-        was, now = recorded.get(name), current[name]
+    for name in {**current, **recorded}:
+        was, now = recorded.get(name), current.get(name)
         if was == now:
             continue
         if isinstance(was, dict) and isinstance(now, dict):

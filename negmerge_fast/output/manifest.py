@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from .._version import __version__
-from ..checkpoints.base import MANIFEST, Checkpoint
+from ..checkpoints.base import MANIFEST, Checkpoint, Format
 from ..checkpoints.reader import File, Reader
 from ..checkpoints.strict_json import parse_json
 from ..core.errors import InputError, short_repr
@@ -94,8 +94,7 @@ class Input:
 
 def files_read(checkpoint: Checkpoint) -> dict[str, File]:
     """The files of a checkpoint that tell what it holds: the weights and their index."""
-    every = {**checkpoint.weights, **checkpoint.extra_files}
-    return {name: file for name, file in every.items() if file.header}
+    return {name: file for name, file in checkpoint.inputs.items() if file.header}
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class Recipe:
 
     means: of a consensus delta, which has no scale, how its means are stored: EXACT or BF16. None of a merge.
     merged_adapters: whether there are adapters, which were models, merged into the base, and not task vectors.
+    format: what the base was translated to; None of an output that mirrors it.
     """
 
     base: Input
@@ -118,6 +118,7 @@ class Recipe:
     drop: tuple[str, ...] = ()
     means: str | None = None
     merged_adapters: bool = False
+    format: Format | None = None
 
     @property
     def checkpoints(self) -> list[Input]:
@@ -140,6 +141,7 @@ class Recipe:
             "drop": list(self.drop),
             **({"means": self.means} if self.means else {}),
             **({"adapters_as": "merged"} if self.merged_adapters else {}),
+            **({"format": self.format} if self.format else {}),
         }
 
 
@@ -232,6 +234,7 @@ def read(path: Path) -> Manifest:
         tuple(validator.listed(found, "drop", _is_text)),
         means,
         "adapters_as" in found and validator.choice(found, "adapters_as", "merged") == "merged",
+        validator.choice(found, "format", "safetensors", "pt") if "format" in found else None,
     )
     version = validator.field(found, "negmerge_fast", _is_text, "a version")
     block = validator.field(found, "block", _is_block, "the size of a block")
@@ -348,7 +351,7 @@ def _checksum(file: File, block: int) -> str:
     with Reader(1) as reader:
         for offset, size in sums.gaps(""):
             buffer = memoryview(bytearray(size))
-            reader.read_into(file, offset, buffer)
+            file.read_into(reader, offset, buffer)
             sums.add("", offset, buffer)
     return sums.of("")
 

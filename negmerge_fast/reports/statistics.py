@@ -185,7 +185,9 @@ def _of_models(plan: Plan, options: MergeOptions, progress: OnProgress | None) -
 
     turns = Semaphore(options.thread_count if name in registry.CONCURRENT else 1)
     release = total > memory.free_memory() // 2
-    with _shared_reader({source.file for extent in extents for source in extent.sources}) as shared:
+    with _shared_reader(
+        {file for extent in extents for source in extent.sources for file in source.file.sources}
+    ) as shared:
         read_ahead = ReadAhead()
 
         @contextmanager

@@ -71,7 +71,7 @@ class Harness:
         return self._output.with_name(f"{self._output.name}.scales")
 
     def __call__(self, scale: float, wanted: Sequence[str]) -> Mapping[str, Any]:
-        suffix = "" if self._base.is_dir() else self._base.suffix
+        suffix = "" if self._base.is_dir() else self._output.suffix
         model = output_path(self.folder / self._output.name, scale, suffix)
         self.folder.mkdir(exist_ok=True)
         try:

@@ -12,6 +12,7 @@ from ..backends import registry
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.reader import File
+from ..checkpoints.translate import OutputFormat, format_notes, translate
 from ..core.errors import InputError, MergeWarning
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, rename_pairs
@@ -56,6 +57,7 @@ def merge_checkpoints(
     overwrite: bool = False,
     resume: bool = False,
     adapters_as: AdaptersAs = "difference",
+    format: OutputFormat = "auto",
     progress: OnProgress | None = None,
 ) -> Report:
     """Merge checkpoints that need not fit in memory, from disk to disk.
@@ -67,8 +69,8 @@ def merge_checkpoints(
         base: A Hugging Face directory, a .safetensors file or a .npy vector, in fp64, fp32, fp16 or bf16.
         finetuned: One or more of the same kind, with the same tensor names and shapes, each sharded in its own way; or LoRA adapters:
             directories that PEFT wrote, or their .safetensors files with the configuration beside them.
-        output: The path of the result. It mirrors base: the same files and tensor layout, config and tokenizer copied. It
-            appears complete or not at all.
+        output: The path of the result. It mirrors base: the same files and tensor layout, config and tokenizer copied. Only PyTorch
+            files of base become safetensors files. It appears complete or not at all.
         scale: λ, any finite number.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
         inputs: Whether finetuned are "finetuned" models or "task_vectors".
@@ -91,6 +93,8 @@ def merge_checkpoints(
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
         adapters_as: What LoRA adapters are: with "difference" task vectors d = s·BA; with "merged" models, b + d rounded to the
             base's type.
+        format: "safetensors"; "pt" for files that torch.load reads; or "auto", the format of base, but "safetensors" in place of
+            PyTorch's.
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop the merge.
 
     Returns:
@@ -105,7 +109,7 @@ def merge_checkpoints(
     options = MergeOptions(
         scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
         backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
-        adapters_as,
+        adapters_as, format,
     )  # fmt: skip
     return run(lambda: prepare(base, finetuned, output, options), progress)
 
@@ -161,8 +165,8 @@ def prepare_outputs(
     for path, own in outputs:
         recipe = recipe_of(plan, own)
         destination, finished = _check_destination(path, plan, recipe, own)
-        notes = [] if finished else try_out(plan.files.values(), destination)
-        checked.append((recipe, destination, finished, [*plan.notes, *notes]))
+        notes = [] if finished else try_out(plan.base.inputs.values(), destination)
+        checked.append((recipe, destination, finished, [*plan.notes, *format_notes(plan.base), *notes]))
     refuse_full_disk_for([destination for _, destination, finished, _ in checked if not finished])
     placement = choose_placement(plan, options)
     choose = registry.choose_low_rank if plan.is_low_rank and not options.skips else registry.choose
@@ -187,7 +191,7 @@ def open_and_plan(
     """Open checkpoints, and pair their tensors. extra_files: whether the files beside the base's weights will be copied."""
     opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options, extra_files)
     return make_plan(
-        opened,
+        translate(opened, options.format),
         models,
         task_vectors=options.inputs == "task_vectors",
         include=options.include,
@@ -234,6 +238,7 @@ def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:
         tuple(options.keep),
         tuple(options.drop),
         merged_adapters=options.adapters_as == "merged" and any(model.adapter for model in plan.models),
+        format=plan.base.format,
     )
 
 
@@ -242,8 +247,9 @@ def _check_destination(
 ) -> tuple[Destination, bool]:
     """Refuse an output that must not be written; return its place, and whether it is finished already."""
     base, checkpoints = plan.base, (plan.base, *plan.models)
-    if not base.is_directory and path.suffix != base.path.suffix:
-        raise InputError(f"{path}: expected a file name that ends in {base.path.suffix}, like base")
+    if not base.is_directory and path.suffix not in base.suffixes:
+        like = ", as --format says" if base.format else ", like base"
+        raise InputError(f"{path}: expected a file name that ends in {base.suffixes[0]}{like}")
     destination = destination_of(path, plan, options, base.is_directory)
     copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}
     return destination, is_finished(destination, recipe, checkpoints, copied_files, options)
@@ -252,7 +258,7 @@ def _check_destination(
 def destination_of(path: Path, plan: Plan, options: MergeOptions, directory: bool) -> Destination:
     """The place of an output. directory: whether it is one, or a single file."""
     checkpoints = (plan.base, *plan.models)
-    files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
+    files = [file for checkpoint in checkpoints for file in checkpoint.inputs.values()]
     return Destination.at(
         path,
         plan.files,

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from ..backends import registry
+from ..checkpoints.base import Checkpoint
 from ..core.errors import InputError
 from ..output import checksums
 from ..runtime import device as devices
@@ -69,13 +70,19 @@ def allocate(
         models=len(plan.models),
         extra_buffers=extra_buffers + (outputs > 1),
         held=sum(checkpoint.held_bytes for checkpoint in (plan.base, *plan.models)),
-        tensors=sum(len(checkpoint.tensors) for checkpoint in (plan.base, *plan.models)),
+        tensors=sum(len(checkpoint.tensors) for checkpoint in _known(plan)),
         sizes=[file.size for file in plan.files.values()] * outputs,
         workers=_max_workers(options.thread_count, device, next(iter(backends))),
         max_chunk_bytes=MAX_CHUNK_BYTES if on_cpu else MAX_DEVICE_CHUNK_BYTES,
         scratch=_SCRATCH if "torch" in backends else 0,
         block=_BLOCK if on_cpu else _BLOCK_ON_DEVICE,
     )
+
+
+def _known(plan: Plan) -> list[Checkpoint]:
+    """The checkpoints of which each tensor takes memory: also what the base is a translation of, and once more its layout."""
+    origin = plan.base.origin
+    return [plan.base, *plan.models, *([origin, origin] if origin else [])]
 
 
 def fit(

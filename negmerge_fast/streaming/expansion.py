@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
+from pathlib import PurePosixPath
 from threading import Lock, local
 from typing import Any
 
@@ -192,33 +193,45 @@ def plan_delta(base: Checkpoint, delta: DeltaCheckpoint) -> Plan:
     """
     if base.undecided:
         raise InputError(base.undecided[0])
-    refuse_other_base(base, delta)
+    notes = [*base.notes, *refuse_other_base(base, delta)]
     opened = expand(delta)
     tensors = {name: base.tensors[name] for name in delta.tensors}
-    notes = [*base.notes]
-    if not delta.info.base:
-        notes.append(
-            f"{delta.path}: was made in memory, and records of its base 64 bytes of each tensor, which are the same"
-        )
     return plan_of(base, [opened], tensors, [opened.tensors], True, notes)
 
 
-def refuse_other_base(base: Checkpoint, delta: DeltaCheckpoint) -> None:
-    """Refuse a base that is not the delta's.
+def refuse_other_base(base: Checkpoint, delta: DeltaCheckpoint) -> list[str]:
+    """Refuse a base that is not the delta's; return what is less sure of another one, a line each.
 
     Its tensors have the names, types, shapes and samples that are recorded; and each file of its weights is, whatever its name, one
     that the delta was made of, as far as size, header and sample tell. Samples of tensors alone would not tell a base in other
-    files from one that was changed a little. A delta that was made in memory records nothing else.
+    files from one that was changed a little. A delta that was made in memory records nothing else, and nothing else can be compared of a
+    base that was converted to another format.
     """
     _refuse_other_tensors(base, delta)
     recorded: Mapping[str, Any] = delta.info.base.get("files", {})
+    if not recorded:
+        return [
+            f"{delta.path}: was made in memory, and records of its base 64 bytes of each tensor, which are the same"
+        ]
+    weights = base.opened.weights
+    if _formats(weights).isdisjoint(_formats(recorded)):
+        return [
+            f"{base.path}: in another format than the base of {delta.path}, with the same 64 bytes of each tensor"
+        ]
     known = {InputFile(**each) for each in recorded.values()}
-    for file in base.weights.values() if known else ():
+    for file in weights.values():
         if InputFile(file.size, file.header, file.sample) not in known:
             raise InputError(
                 f"{file.path}: not one of the files that {delta.path} was made of, "
                 f"expected those of {short_repr(delta.info.base['path'])} (their names do not matter)"
             )
+    return []
+
+
+def _formats(names: Iterable[str]) -> set[str]:
+    """The formats of files of weights, by their names; indexes do not count."""
+    suffixes = {PurePosixPath(name).suffix for name in names} - {".json"}
+    return {suffix if suffix in (".safetensors", ".npy") else "PyTorch" for suffix in suffixes}
 
 
 def _refuse_other_tensors(base: Checkpoint, delta: DeltaCheckpoint) -> None:

@@ -46,6 +46,7 @@ from ..runtime.executor import MakeWorker
 from ..runtime.interrupts import without_interrupts
 from . import probes, variances
 from .budget import max_open_files
+from .crcs import write_crcs
 from .native import ChunkMerger
 from .options import MergeOptions
 from .partition import slice_plan
@@ -172,7 +173,7 @@ class Job:
     def _fingerprint(self) -> Fingerprint:
         """What determines the output's bytes: unfinished output of anything else is not resumed."""
         checkpoints = (self.plan.base, *self.plan.models)
-        files = [file for c in checkpoints for file in {**c.weights, **c.extra_files}.values()]
+        files = [file for checkpoint in checkpoints for file in checkpoint.inputs.values()]
         recipe = self.recipe.to_json()
         return {
             **{k: v for k, v in recipe.items() if k not in ("base", "models", "nonfinite")},
@@ -326,6 +327,7 @@ class Job:
 
     def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
         """Complete what is staged, with this manifest. stats: of the whole output."""
+        write_crcs(self.writer, self.options.thread_count, on_progress)
         self.writer.finish(manifest, on_progress)
 
     def _note_variances(self, open_file: Callable[[str], BinaryIO]) -> None:

@@ -64,6 +64,7 @@ class ChunkMerger:
         addresses: Sequence[int],
         output: int,
         fetch: bool,
+        offset: int,
     ) -> Merged:
         """Process a chunk.
 
@@ -72,8 +73,9 @@ class ChunkMerger:
             batches: What is to be merged in it, and the slices that the segments are of.
             descriptors: Of the open files of its sources; IN_MEMORY of one whose bytes are at its address already.
             addresses: Of memory for each source; that of the base has the result afterwards.
-            output: The descriptor that is written to, at the offset of the base.
+            output: The descriptor that is written to.
             fetch: Whether the system is told beforehand what will be read.
+            offset: Where it is written.
         """
         versions = zip(chunk.sources, descriptors, addresses, strict=True)
         sources = array(
@@ -93,7 +95,7 @@ class ChunkMerger:
             ],
             self._instruction_set,
             output,
-            chunk.sources[0].offset,
+            offset,
             fetch,
             self._release,
             self._refuse_nonfinite,

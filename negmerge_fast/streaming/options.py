@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..backends import registry
+from ..checkpoints.translate import FORMATS, OutputFormat
 from ..core.errors import InputError, require_choice, short_repr
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, choice, compile_renames, rename_pairs
@@ -49,6 +50,8 @@ class MergeOptions:
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
         adapters_as: What LoRA adapters among the models are: with "difference" task vectors d = s·BA, in the arithmetic type; with
             "merged" models, b + d rounded to the base's type, as merging them one by one would write them.
+        format: What the output's weights are written in: "safetensors"; "pt", which torch.load reads; or "auto", the format of the base,
+            but "safetensors" in place of PyTorch's.
 
     Raises:
         InputError: If a value is of another type, out of bounds or none of the choices.
@@ -71,10 +74,11 @@ class MergeOptions:
     overwrite: bool = False
     resume: bool = False
     adapters_as: AdaptersAs = "difference"
+    format: OutputFormat = "auto"
 
     def __post_init__(self) -> None:
         _ = self.rule  # checks its own two
-        for name in ("inputs", "nonfinite", "backend", "device", "adapters_as"):
+        for name in ("inputs", "nonfinite", "backend", "device", "adapters_as", "format"):
             _require_text(name, getattr(self, name))
         for name in ("include", "exclude"):
             if getattr(self, name) is not None:
@@ -82,6 +86,7 @@ class MergeOptions:
         require_choice("inputs", self.inputs, ("finetuned", "task_vectors"))
         require_choice("nonfinite", self.nonfinite, ("keep-base", "error"))
         require_choice("adapters_as", self.adapters_as, ("difference", "merged"))
+        require_choice("format", self.format, FORMATS)
         require_choice("backend", self.backend, ("auto", *registry.NAMES))
         choice(self.include, self.exclude)
         self._set("rename", _text_pairs(self.rename))

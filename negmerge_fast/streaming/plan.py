@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
@@ -105,7 +104,8 @@ class Plan:
         """The files of all inputs that go into each file of the output."""
         found: dict[str, dict[File, None]] = {}
         for extent in self.extents:
-            found.setdefault(extent.path, {}).update(dict.fromkeys(source.file for source in extent.sources))
+            files = (file for source in extent.sources for file in source.file.sources)
+            found.setdefault(extent.path, {}).update(dict.fromkeys(files))
         return {path: list(files) for path, files in found.items()}
 
 
@@ -172,13 +172,13 @@ def plan_of(
         task_vectors: Whether models are task vectors.
         notes: What a user should know, a line each.
     """
-    held: dict[Path, list[tuple[str, TensorRef]]] = {file.path: [] for file in base.weights.values()}
+    held: dict[File, list[tuple[str, TensorRef]]] = {file: [] for file in base.weights.values()}
     for name, tensor in tensors.items():
-        held[tensor.source.file.path].append((name, tensor))
+        held[tensor.source.file].append((name, tensor))
     extents: list[Extent] = []
     with without_gc():
         for path, file in base.weights.items():
-            extents += _extents(path, file, held[file.path], versions, task_vectors)
+            extents += _extents(path, file, held[file], versions, task_vectors)
     extents += [
         Extent(name, [ByteRange(file, 0, file.size)], [])
         for name, file in base.extra_files.items()

@@ -85,7 +85,8 @@ class Worker:
         with self.timeline.span("read"):
             skipped, cached = self._read(chunk, pruner, buffers, known)
         read = sum(source.stored_nbytes for source in chunk.sources) - skipped
-        self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
+        if read:  # and not constants of a file that is laid out anew
+            self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
             with self.turns, self.buffers.launch() as (addresses, owner):
@@ -96,7 +97,7 @@ class Worker:
         else:
             counted = none_agreed(chunk)
         with self.timeline.span("write"):
-            like = None if pruner.can_agree else self.reader.descriptor(base.file)
+            like = None if pruner.can_agree else self._descriptor(base)
             self.writer.write(chunk.path, base.offset, buffers[0], self.release, like)
         return ChunkResult(read, base.nbytes, counted, skipped)
 
@@ -125,7 +126,7 @@ class Worker:
             counted: list[ChunkCounts] = []
             if chunk.slices:
                 counted = self._merge_into(chunk, rule)
-            like = None if chunk.slices else self.reader.descriptor(base.file)
+            like = None if chunk.slices else self._descriptor(base)
             with self.timeline.span("write"):
                 data = result if chunk.slices else buffers[0]
                 writer.write(chunk.path, base.offset, data, self.release, like)
@@ -148,13 +149,22 @@ class Worker:
         if len(chunk.sources) > self.reader.max_open:  # their descriptors are all needed at once
             return None
         base, requested = chunk.sources[0], self.read_ahead.requests
+        located = chunk._replace(sources=[source.locate() for source in chunk.sources])
+        if located.sources[0].file.is_computed:  # the call writes what it has read
+            return None
+        for k, source in enumerate(located.sources):
+            if source.file.is_computed:
+                with self.timeline.span("read"):
+                    self.read_source(chunk, k, buffers[k], known)
+        # Only now: what was computed was read from files, which the reader may have opened in place of others.
         descriptors = [
-            self._descriptor_or_content(chunk, k, buffer, known) for k, buffer in enumerate(buffers)
+            IN_MEMORY if source.file.is_computed else self.reader.descriptor(source.file)
+            for source in located.sources
         ]
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
         merged = list(batches(chunk, "cpu", addresses, owner, known=known))
-        done = native.merge(chunk, merged, descriptors, addresses, output, requested)
+        done = native.merge(located, merged, descriptors, addresses, output, requested, base.offset)
         if done.outcome == NOT_READ:
             return None
         counted = self._count(chunk, done.counted, self.rule)
@@ -170,13 +180,9 @@ class Worker:
             self.writer.written(chunk.path, base.offset, buffers[0], self.release)
         return ChunkResult(read, base.nbytes, counted)
 
-    def _descriptor_or_content(self, chunk: Extent, k: int, buffer: memoryview, known: Known) -> int:
-        """The descriptor of a source's file; IN_MEMORY if its bytes are computed, and are in the buffer now."""
-        if not chunk.sources[k].file.is_computed:
-            return self.reader.descriptor(chunk.sources[k].file)
-        with self.timeline.span("read"):
-            self.read_source(chunk, k, buffer, known)
-        return IN_MEMORY
+    def _descriptor(self, source: ByteRange) -> int | None:
+        """The descriptor of a source's file; None if its bytes are computed."""
+        return None if source.file.is_computed else self.reader.descriptor(source.file)
 
     def known_by_factors(self, chunk: Extent) -> Known:
         """What of each source of a chunk is known by factors, for each slice; None if nothing is. Empty if none is for any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -276,3 +277,58 @@ def test_another_architecture_is_refused(run: Run, tmp_path: Path) -> None:
     other = transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGE, num_labels=5))
     other.save_pretrained(tmp_path / "other")
     assert "classifier" in refused(run, *family.paths, tmp_path / "other")
+
+
+def saved_as_bin(folder: Path, make: Callable[[], tuple[Any, Any]], shards: int) -> Family:
+    """The same models, as torch.save writes their state dicts; tied weights share their storage."""
+    family = saved(folder, make)
+    for module, path in zip(family.modules, family.paths, strict=True):
+        for file in path.glob("*.safetensors*"):
+            file.unlink()
+        state = module.state_dict()
+        if shards == 1:
+            torch.save(state, path / "pytorch_model.bin")
+            continue
+        size, weight_map = -(-len(state) // shards), {}
+        for k in range(shards):
+            file = path / f"pytorch_model-{k + 1:05}-of-{shards:05}.bin"
+            part = dict(list(state.items())[k * size : (k + 1) * size])
+            torch.save(part, file)
+            weight_map.update(dict.fromkeys(part, file.name))
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return family
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("wanted", ["auto", "pt"])
+@pytest.mark.parametrize("make", SAME_NAMES)
+def test_pytorch_model_bin(
+    make: Callable[[], tuple[Any, Any]], wanted: str, shards: int, run: Run, tmp_path: Path
+) -> None:
+    family = saved_as_bin(tmp_path, make, shards)
+    merged = merge_files(run, family.paths[0], family.paths[1:], tmp_path / "out", "--format", wanted)
+    suffix = ".bin" if wanted == "pt" else ".safetensors"
+    assert {p.suffix for p in merged.out.iterdir()} == {suffix, ".json"}
+    assert wanted == "pt" or "becomes model" in merged.notes[0]
+    module = loaded(family, merged.out)
+    expected = nm.merge(family.modules[0], family.modules[1:], scale=SCALE)
+    assert set(expected) == set(module.state_dict())
+    for name, tensor in module.state_dict().items():
+        assert same_bits(tensor, expected[name]), name
+
+
+def test_a_state_dict_and_what_a_script_loads(run: Run, tmp_path: Path) -> None:
+    family = saved(tmp_path, llama)
+    files = [tmp_path / f"{k}.pt" for k in range(4)]
+    for module, file in zip(family.modules, files, strict=True):
+        torch.save({"state_dict": module.state_dict(), "epoch": 1}, file)
+    expected = nm.merge(family.modules[0], family.modules[1:], scale=SCALE)
+    merged = merge_files(run, files[0], files[1:], tmp_path / "out.pt", "--format", "pt")
+    module = llama()[0]
+    module.load_state_dict(torch.load(merged.out, weights_only=True)["state_dict"])
+    assert all(same_bits(tensor, expected[name]) for name, tensor in module.state_dict().items())
+    merged = merge_files(run, files[0], files[1:], tmp_path / "out.safetensors")
+    module = llama()[0]
+    assert load_model(module, str(merged.out)) == (set(), [])
+    assert all(same_bits(tensor, expected[name]) for name, tensor in module.state_dict().items())

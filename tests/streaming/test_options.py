@@ -76,6 +76,7 @@ WRONG: dict[str, list[Any]] = {
     "overwrite": ["yes", None, 1, []],
     "resume": ["yes", None, 0],
     "adapters_as": [None, "both", True, ["merged"]],
+    "format": [None, 3, "bin", ["pt"], b"pt"],
     "progress": ["tqdm", True, 3],
 }  # fmt: skip
 
