@@ -14,10 +14,12 @@ from ..backends.pytorch import FLOAT_NAMES, TORCH_DTYPES
 from ..checkpoints.delta import DeltaInfo, TensorInfo
 from ..core.batch import Batch, Counts, Merge, Operand, Segment, Signature
 from ..core.errors import stacklevel
+from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import TensorSpec
 from ..core.stats import Stats, TensorStats
+from ..tensors import low_rank
 from ..tensors.call import Call
 from ..tensors.counts import readable, tell_of_nonfinite
 from ..tensors.dtensor import box_of
@@ -203,6 +205,7 @@ def consensus_delta(
     rename: Rename = (),
     half: bool = False,
     backend: str = "auto",
+    adapters_as: AdaptersAs = "difference",
 ) -> Delta:
     """Compute the consensus delta of fine-tuned versions of a base: a merge without λ.
 
@@ -211,7 +214,7 @@ def consensus_delta(
 
     Args:
         base: As of merge.
-        finetuned: As of merge.
+        finetuned: As of merge; LoRA adapters, too.
         min_agreement: As of merge.
         inputs: As of merge.
         nonfinite: An element that is not finite in any version is not in the delta ("keep-base"), or raises ("error").
@@ -220,6 +223,7 @@ def consensus_delta(
         rename: As of merge.
         half: Whether means are stored in BF16, which takes half the memory or a quarter. Merges then have other bits.
         backend: As of merge.
+        adapters_as: As of merge. What no model of a list of adapters changes is not in the delta.
 
     Returns:
         The delta, each tensor on the device of the base's. Of DTensors it is of this rank's shards, and fits the same shards only.
@@ -233,7 +237,7 @@ def consensus_delta(
     """
     # With λ = 0 an element is non-finite by the rule exactly if it is for every λ.
     rule, names = Rule(0.0, min_agreement), Names(include, exclude, rename)
-    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names)
+    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names, adapters_as=adapters_as)
     with torch.no_grad():
         builder = _Builder(call, rule, half)
         made = [(item, *builder.build(item)) for item in call.items]
@@ -257,7 +261,7 @@ def consensus_delta(
             info, packed, None if held is None else box_of(held, call.where(None, name))
         )
     unchosen = frozenset(name for name in call.kept)
-    models = len(call.items[0].versions) - 1
+    models = len(call.versions)
     return Delta(Parts(tensors, call.tied, unchosen), DeltaInfo(models, rule.min_agreement, inputs, {}))
 
 
@@ -270,36 +274,41 @@ class _Builder:
 
     def __init__(self, call: Call, rule: Rule, half: bool) -> None:
         self.results: list[tuple[list[tuple[str, int]], Counts]] = []
-        self._task_vectors, self._rule, self._half = call.task_vectors, rule, half
+        self._call, self._rule, self._half = call, rule, half
         self._dense: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         # Backends are chosen for all devices first.
-        self._consensus: dict[torch.device, Merge] = {
-            device: registry.choose_consensus(
-                call.backend, str(device), rule, list(signatures(call.items, device, call.task_vectors))
-            )[1]
-            for device in dict.fromkeys(item.versions[0].device for item in call.items)
-        }
+        mixed = [each for item in call.items if (each := call.mixed(item))]
+        self._consensus: dict[str, Merge]
+        if mixed:
+            self._consensus = low_rank.choose(
+                registry.choose_low_rank_consensus, mixed, rule, call.merged, call.task_vectors, call.backend
+            )
+        else:
+            self._consensus = {
+                str(device): registry.choose_consensus(
+                    call.backend, str(device), rule, list(signatures(call.items, device, call.task_vectors))
+                )[1]
+                for device in dict.fromkeys(item.versions[0].device for item in call.items)
+            }
 
     def build(self, item: Item) -> tuple[str, Packed]:
         """The type of an item's arithmetic, and its delta in row-major order."""
-        # Copies of a scattered tensor are made here, one tensor at a time.
-        versions = [t.resolve_neg().contiguous() for t in item.versions]
-        device, numel = versions[0].device, versions[0].numel()
-        dtypes = [FLOAT_NAMES[t.dtype] for t in versions]
-        signature = Signature(dtypes[0], tuple(dtypes[1:]), self._task_vectors)
+        mixed = self._call.mixed(item)
+        if mixed is None:
+            source: _Versions | low_rank.Prepared = _Versions(item, self._call.task_vectors)
+        else:
+            source = low_rank.Prepared(mixed, self._call.merged, self._call.task_vectors)
+        device, numel, signature = source.device, source.numel, source.signature
         dtype = TORCH_DTYPES[signature.arithmetic]
         packer = Packer(numel, torch.bfloat16 if self._half else dtype, device)
-        block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+        longest = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+        block = source.block(longest) if numel else 1
         for start in range(0, numel, block):
             size = min(block, numel - start)
             dense = self._memory(device, dtype, size, block)
-            operands = [
-                Operand(t.data_ptr() + start * t.itemsize, name, t)
-                for t, name in zip(versions, dtypes, strict=True)
-            ]
             out = Operand(dense.data_ptr(), signature.arithmetic, dense)
-            segment = Segment(size, operands[0], operands[1:], out)
-            counts = self._consensus[device](Batch(str(device), signature, [segment]), self._rule)
+            batch = Batch(str(device), signature, [source.segment(start, size, out)])
+            counts = self._consensus[str(device)](batch, self._rule)
             self.results += readable([([(item.name, size)], counts)])
             packer.add(dense)
         return signature.arithmetic, packer.packed()
@@ -311,3 +320,20 @@ class _Builder:
             held = torch.empty(size if held is None else block, dtype=dtype, device=device)
             self._dense[device, dtype] = held
         return held[:size]
+
+
+class _Versions:
+    """A tensor of models that are all in memory, block by block. Copies of a scattered one are made here."""
+
+    def __init__(self, item: Item, task_vectors: bool) -> None:
+        self._versions = [t.resolve_neg().contiguous() for t in item.versions]
+        self.device, self.numel = self._versions[0].device, self._versions[0].numel()
+        dtypes = [FLOAT_NAMES[t.dtype] for t in self._versions]
+        self.signature = Signature(dtypes[0], tuple(dtypes[1:]), task_vectors)
+
+    def block(self, longest: int) -> int:
+        return longest
+
+    def segment(self, start: int, size: int, out: Operand) -> Segment:
+        base, *models = [low_rank.at(t, start) for t in self._versions]
+        return Segment(size, base, models, out)

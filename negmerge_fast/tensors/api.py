@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 import numpy as np
 import torch
 
+from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.stats import Stats
@@ -45,6 +46,7 @@ class _Scaled(_Options, total=False):
 
     scale: Required[float]
     inputs: Inputs
+    adapters_as: AdaptersAs
 
 
 @overload
@@ -75,6 +77,7 @@ def merge(
     exclude: str | None = None,
     rename: Rename = (),
     backend: str = "auto",
+    adapters_as: AdaptersAs = "difference",
 ) -> Any:
     """Merge fine-tuned versions into a base model by negation of their consensus (NegMerge).
 
@@ -89,12 +92,19 @@ def merge(
     was found (one number for each dimension of the mesh), so that all of them raise or none; then all have to call. A
     mistake that only one rank can see, such as shared memory, is refused by that rank alone.
 
+    LoRA adapters of PEFT may stand among the models. Their products are expanded tile by tile: no model is dense in memory. In a list
+    with adapters every model is a task vector, a full one as its difference to the base. What an adapter does not change is zero, and
+    what no model of the list changes is not merged.
+
     Args:
         base: A tensor, a mapping of names to tensors, or an nn.Module. Any shape, strides and device. fp64, fp32, fp16
             and bf16 are merged; integer and bool tensors are copied. NumPy arrays, arrays of any library with DLPack
-            and DTensors may stand wherever a tensor may, if torch can view them without a copy.
+            and DTensors may stand wherever a tensor may, if torch can view them without a copy. A module in which PEFT has put
+            adapters stands for its base, under the plain names; adapters must not be merged into it at the moment.
         finetuned: One or more models of the same kind, with the same names, shapes and devices. Floating-point dtypes
-            may differ. One list, even for one model.
+            may differ. One list, even for one model. A PeftModel, or a module with adapters, is as many models as it has adapters, in
+            the order of peft_config, whichever is active. A path is an adapter on disk: PEFT's directory, or its .safetensors file;
+            PEFT need not be installed for it. Adapters may be on any device.
         scale: λ, any finite number. The paper searches 0 … 1.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign. The paper
             has 1.
@@ -108,20 +118,23 @@ def merge(
             PyTorch had earlier need none.
         backend: "auto", or one of "cuda", "triton", "cpu" and "torch". "auto" takes the compiled kernel of the device,
             else Triton on a GPU, else plain PyTorch. All give the same bits.
+        adapters_as: What adapters are: task vectors d = s · BA in the arithmetic type ("difference"); or models, b + d rounded to the
+            type of b, as merging them one by one would make them ("merged"). Then full models are merged as without adapters.
 
     Returns:
         What base is, in memory of its own: a tensor or array, or a dict of them. For a module, its state dict as plain
-            tensors: an OrderedDict with the _metadata of the base's. Dtypes, shapes, devices and DTensor placements are
-            those of base; tied weights stay tied.
+            tensors: an OrderedDict with the _metadata of the base's, that loads into the module without adapters. Dtypes, shapes,
+            devices and DTensor placements are those of base; tied weights stay tied.
 
     Warns:
         MergeWarning: If elements are non-finite with nonfinite="keep-base" (on a GPU, where the call does not wait, a later
-            call warns, or the end of the process), names were taken for others, integers are in some versions only, or
-            variances of a BatchNorm are below zero after the merge.
+            call warns, or the end of the process), names were taken for others, integers are in some versions only, only some of the
+            adapters change a tensor, or variances of a BatchNorm are below zero after the merge.
 
     Raises:
         InputError: If versions differ in names, shapes or devices, or in integers that are no counters; there is nothing to
-            merge; weights are quantized, or the factors of adapters; memory cannot be viewed; an option is out of range;
+            merge; weights are quantized; a part of an adapter has no place in the base, or is no plain LoRA; memory cannot be viewed;
+            an option is out of range;
             a named backend cannot run here; or an element is non-finite with nonfinite="error". It is a ValueError,
             and names the model and the tensor.
         TypeError: If an argument is of the wrong kind, or a tensor is not a dense one with memory of its own.
@@ -131,7 +144,7 @@ def merge(
         require_no_names(include, exclude, rename)
         return merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule, names = Rule(scale, min_agreement), Names(include, exclude, rename)
-    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names)
+    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names, adapters_as=adapters_as)
     items = [item._replace(out=call.empty_like(item.name, item.versions[0])) for item in call.items]
     merged = call.run(items, rule)
     return call.like_base({**merged, **call.unmerged()})
@@ -149,6 +162,7 @@ def merge_(
     exclude: str | None = None,
     rename: Rename = (),
     backend: str = "auto",
+    adapters_as: AdaptersAs = "difference",
 ) -> Stats:
     """Merge fine-tuned versions into a base model, in place.
 
@@ -158,8 +172,9 @@ def merge_(
 
     Args:
         base: As of merge; it is written. Tied weights are updated once. Arrays are written where they are; read-only
-            ones, which DLPack before 1.0 cannot tell from others, are refused.
-        finetuned: As of merge. Versions that share memory with base are refused.
+            ones, which DLPack before 1.0 cannot tell from others, are refused. Of a module with adapters the base's layers are
+            written; the adapters in it stay, and now add to the merged weights.
+        finetuned: As of merge. Versions that share memory with base are refused. The adapters of base itself may be among them.
         scale: λ, any finite number.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
         inputs: Whether finetuned holds "finetuned" weights or "task_vectors".
@@ -169,6 +184,7 @@ def merge_(
         exclude: As of merge.
         rename: As of merge.
         backend: As of merge.
+        adapters_as: As of merge.
 
     Returns:
         Counts for each tensor and in all: elements, agreed, nonfinite, consensus_ratio. They stay on the device until
@@ -188,7 +204,17 @@ def merge_(
         require_no_names(include, exclude, rename)
         return merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
     rule, names = Rule(scale, min_agreement), Names(include, exclude, rename)
-    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names, in_place=True)
+    call = Call(
+        base,
+        finetuned,
+        "finetuned",
+        inputs,
+        nonfinite,
+        backend,
+        names,
+        in_place=True,
+        adapters_as=adapters_as,
+    )
     return call.run_in_place(rule)
 
 
@@ -210,7 +236,7 @@ def negate_(
 
     Args:
         base: A tensor, mapping or module, as of merge_; it is written.
-        tau: One task vector of the same kind. Its integer and bool tensors may be missing.
+        tau: One task vector of the same kind. Its integer and bool tensors may be missing. Or one LoRA adapter, as of merge.
         scale: λ, any finite number.
         nonfinite: As of merge_.
         include: As of merge_.
@@ -261,7 +287,7 @@ def merge_task_vectors(
 
     Args:
         task_vectors: One or more tensors, mappings or modules with the same names, shapes and devices. Arrays are
-            taken as by merge.
+            taken as by merge. Adapters are not, for they have no base here.
         min_agreement: The fraction of the task vectors, in (0.5, 1], that must have the same sign.
         nonfinite: Non-finite elements are 0 ("keep-base") or raise ("error").
         include: A regular expression. Only tensors whose name in task_vectors[0] matches are in the result.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +18,14 @@ from ..backends import registry
 from ..backends.pytorch import FLOAT_NAMES
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, MergeWarning, require_choice, some_names, stacklevel
+from ..core.low_rank import AdaptersAs, lacking
 from ..core.pairing import hint, is_extra_state
 from ..core.rule import Inputs, NonFinite, Rule
 from ..core.schema import mismatches
 from ..core.stats import Stats
 from ..core.unmergeable import may_have_factors, refuse_factors, variances_below_zero
 from ..runtime.interrupts import without_interrupts
-from . import dtensor, modules
+from . import adapters, dtensor, low_rank, modules
 from .aliasing import memory, plainly_apart, refuse_shared_memory, tied
 from .arrays import as_array, as_tensor, is_array
 from .checks import (
@@ -44,6 +47,7 @@ from .names import (
     label_of,
     list_models,
     name_tensors,
+    named_label,
     pair_names,
     require_one_kind,
     specs_of,
@@ -146,14 +150,25 @@ def nothing_to_merge(where: str, rest: Mapping[str, Any]) -> InputError:
     return InputError(f"{where}: {found}, expected a floating-point one to merge ({', '.join(FLOAT_SIZES)})")
 
 
-def refuse_aliasing(items: Sequence[Item], unwritten: Mapping[str, torch.Tensor], where: Label) -> None:
+def refuse_aliasing(
+    items: Sequence[Item],
+    unwritten: Mapping[str, torch.Tensor],
+    where: Label,
+    others: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
     """Raise InputError if a merge in place would write an element that it also uses elsewhere.
 
-    unwritten holds the base's integer tensors: they could be views of its weights, and would change with them.
+    Args:
+        items: What is written, and its models.
+        unwritten: The base's integer tensors: they could be views of its weights, and would change with them.
+        where: Labels a tensor in errors.
+        others: What else is read, by its label.
     """
     flat = [item.segment for item in items if item.segment]
-    if len(flat) < len(items) or not plainly_apart(flat, unwritten.values()):
-        refuse_shared_memory(_uses(items, unwritten, where))
+    if len(flat) < len(items) or not plainly_apart(flat, [*unwritten.values(), *others.values()]):
+        refuse_shared_memory(
+            chain(_uses(items, unwritten, where), ((t, False, n) for n, t in others.items()))
+        )
 
 
 def _uses(
@@ -189,10 +204,11 @@ class Call:
     Without a base (None), results are like the first of the models.
 
     Attributes:
-        items: The tensors to merge, tied ones once.
+        items: The tensors to merge, tied ones once: the base's, and those of the models that are no adapters.
         untouched: All else that was chosen of the base: integers, and extra state.
-        kept: What was not chosen of the base.
+        kept: What was not chosen of the base, and what no model changes if all are adapters.
         dtensors: The base's DTensors, by name.
+        task_vectors: Whether models are merged as task vectors: with adapters all of them are, unless adapters are merged.
     """
 
     def __init__(
@@ -206,14 +222,21 @@ class Call:
         names: Names = NO_NAMES,
         in_place: bool = False,
         reference: str = "base",
+        adapters_as: AdaptersAs = "difference",
     ) -> None:
         require_options(inputs, nonfinite)
+        require_choice("adapters_as", adapters_as, ("difference", "merged"))
         tell_of_earlier()
-        listed = list_models(models, label)
+        passed = list_models(models, label)
         reference = f"{label}[0]" if base is None else reference
         self._has_base = base is not None
-        base = listed[0] if base is None else base
-        self.where, self.is_single = label_of(label, reference), is_single(base)
+        base = passed[0] if base is None else base
+        where = label_of(label, reference)
+        self.versions = adapters.versions_of(passed, lambda k: where(k, SINGLE))
+        self._refuse_odd_adapters(label, inputs, adapters_as)
+        listed = [version.model for version in self.versions if not version.is_adapter]
+        labels = [version.label for version in self.versions if not version.is_adapter]
+        self.where, self.is_single = named_label(labels, reference), is_single(base)
         self.task_vectors, self.nonfinite, self.backend = inputs == "task_vectors", nonfinite, backend
         self._notes: list[str] = []
         self._arrays: dict[str, np.dtype[Any]] = {}
@@ -223,11 +246,12 @@ class Call:
         for k, module in enumerate(self._modules):
             if module is not None:
                 modules.refuse_unmergeable(module, self.where(k - 1 if k else None, SINGLE))
-        self._state = base if self._modules[0] is None else self._modules[0].state_dict()
+        self._state = adapters.state_of(base, reference)
         named = [name_tensors(self._state, reference)]
         require_one_kind(base, listed, self.where)
         named += [name_tensors(model, self.where(k, SINGLE)) for k, model in enumerate(listed)]
         self.names = list(named[0])
+        placed = self._placed(base, named[0], names, reference)
         named, flat = self._paired(named, names, reference, in_place)
         items, rest = pair(named, flat, self.where, reference)
         self.untouched = rest[0]
@@ -236,11 +260,121 @@ class Call:
         if not self.task_vectors:
             refuse_different_integers(rest, self.where)
         self.tied = tied({name: item.versions for name, item in items.items()}, self.where)
+        self._sources: dict[str, list[low_rank.Content]] | None = None
+        if placed is not None:
+            items = self._with_changes(items, placed, named[0], names, reference)
         self._refuse_ties_across_placements(named[0])
         self._refuse_half_of_a_tie(items)
         self.items = [item for name, item in items.items() if name not in self.tied]
         for note in self._notes:
             warnings.warn(note, MergeWarning, stacklevel())
+
+    def _refuse_odd_adapters(self, label: str, inputs: str, adapters_as: str) -> None:
+        """Raise InputError for adapters where they mean nothing."""
+        found = [version for version in self.versions if version.is_adapter]
+        self.merged = adapters_as == "merged"
+        if not found:
+            return
+        if not self._has_base:
+            raise InputError(
+                f"{found[0].label}: an adapter, expected a task vector: nm.merge takes adapters, and their base"
+            )
+        if label == "tau" and len(found) > 1:
+            raise InputError(f"{label}: {len(found)} adapters, expected one")
+        if self.merged and inputs == "task_vectors":
+            raise InputError("adapters_as: 'merged', expected 'difference' beside task vectors")
+
+    def _placed(
+        self, base: Any, named: Mapping[str, Any], names: Names, reference: str
+    ) -> adapters.Placed | None:
+        """The adapters on the base's tensors; None if there are none."""
+        if not any(version.is_adapter for version in self.versions):
+            return None
+        if self.is_single:
+            first = next(version for version in self.versions if version.is_adapter)
+            raise TypeError(f"{first.label}: an adapter, but {reference} is {type(base).__name__}")
+        placed = adapters.place_all(self.versions, named, adapters.config_of(base), names.renames, reference)
+        adapters.refuse_other_types(placed, named, lambda name: self.where(None, name))
+        self._note([version.label for version in self.versions], placed.notes)
+        return placed
+
+    def _note(self, labels: Sequence[str], notes: Mapping[str, Sequence[int]]) -> None:
+        """Say what was done with models, once for all of which it is the same."""
+        for phrase, models in notes.items():
+            more = f" and {len(models) - 1:,} more" if len(models) > 1 else ""
+            self._notes.append(f"{labels[models[0]]}{more}: {phrase}")
+
+    def _with_changes(
+        self,
+        items: dict[str, Item],
+        placed: adapters.Placed,
+        base: Mapping[str, Any],
+        names: Names,
+        reference: str,
+    ) -> dict[str, Item]:
+        """The tensors to merge with adapters: without a full model among the models, those that one of them changes."""
+        twins: dict[str, list[str]] = {}
+        for name, owner in self.tied.items():
+            twins.setdefault(owner, []).append(name)
+        self._sources, found = {}, {}
+        labels = [version.label for version in self.versions]
+        for name, item in items.items():
+            if name in self.tied:
+                found[name] = item
+                continue
+            full = iter(item.versions[1:])
+            tied_names = [name, *twins.get(name, ())]
+            changes = placed.of(tied_names, self.versions)
+            for phrase, models in placed.half_of_ties(tied_names, reference).items():
+                self._note(labels, {phrase: models})
+            self._sources[name] = [
+                change if version.is_adapter else next(full)
+                for version, change in zip(self.versions, changes, strict=True)
+            ]
+            if len(item.versions) > 1 or any(change is not None for change in changes):
+                found[name] = item
+        found = {name: item for name, item in found.items() if self.tied.get(name, name) in found}
+        if not found:
+            raise InputError(
+                f"{reference}: no tensor that an adapter changes is chosen by include {names.include!r}, exclude {names.exclude!r}"
+            )
+        touched = [
+            [name for name in self._sources if self._sources[name][k] is not None]
+            for k, version in enumerate(self.versions)
+            if version.is_adapter
+        ]
+        self._notes += [f"{phrase}: zeros, which agree with no sign" for phrase in lacking(touched)]
+        self.kept |= {name: base[name] for name in items if name not in found}
+        self.tied = {name: owner for name, owner in self.tied.items() if name in found}
+        return found
+
+    def mixed(self, item: Item) -> low_rank.Mixed | None:
+        """A tensor with what adapters change in it; None if there are no adapters."""
+        if self._sources is None:
+            return None
+        held, where = self.dtensors.get(item.name), self.where(None, item.name)
+        box = None if held is None else dtensor.box_of(held, where)
+        shape = tuple((item.versions[0] if held is None else held).shape)
+        return low_rank.Mixed(item, self._sources[item.name], box, shape, where)
+
+    def _adapter_tensors(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """What adapters change tensors with, by labels."""
+        if self._sources is None:
+            return {}
+        return {
+            f"{version.label}: {item.name!r}{part}": tensor
+            for item in items
+            for version, source in zip(self.versions, self._sources[item.name], strict=True)
+            if version.is_adapter
+            for part, tensor in adapters.parts_of(source)
+            if tensor.device == item.versions[0].device
+        }
+
+    def _merge_items(self, items: list[Item], rule: Rule) -> Results:
+        if self._sources is None:
+            return run_batches(items, rule, self.task_vectors, self.backend)
+        tensors = [mixed for item in items if (mixed := self.mixed(item))]
+        return low_rank.run(tensors, rule, self.merged, self.task_vectors, self.backend)
 
     def _paired(
         self, everything: list[dict[str, Any]], names: Names, reference: str, in_place: bool
@@ -257,9 +391,7 @@ class Call:
         if names.renames or any(model.keys() != named[0].keys() for model in named):
             labels = [self.where(k, SINGLE) for k in range(len(named) - 1)]
             named, notes = pair_names(everything, names, labels, reference, self.task_vectors)
-            for phrase, models in notes.items():
-                more = f" and {len(models) - 1:,} more" if len(models) > 1 else ""
-                self._notes.append(f"{labels[models[0]]}{more}: {phrase}")
+            self._note(labels, notes)
             flat = flat_items(named)
         if self._view(named, flat, reference, in_place):
             flat = flat_items(named, flat)
@@ -353,7 +485,7 @@ class Call:
 
     def run(self, items: list[Item], rule: Rule) -> dict[str, Any]:
         """Merge items into their outputs, and return the outputs by name."""
-        results = readable(run_batches(items, rule, self.task_vectors, self.backend))
+        results = readable(self._merge_items(items, rule))
         if self.nonfinite == "error":
             self.refuse_nonfinite(items, rule, stats_of(results))
         else:
@@ -369,7 +501,7 @@ class Call:
         self.increment_versions()
         items = [Item(n, versions, s, versions[0]) for n, versions, s, _ in self.items]
         with without_interrupts():
-            results = readable(run_batches(items, rule, self.task_vectors, self.backend))
+            results = readable(self._merge_items(items, rule))
         tell_of_nonfinite(results, self.names, LEFT)
         self._warn_of_variances(items)
         return stats_of(results)
@@ -378,7 +510,8 @@ class Call:
         """Raise InputError if what is written is used elsewhere, too, or is no memory of the module."""
         rest = {n: t if isinstance(t, torch.Tensor) else None for n, t in self.untouched.items()}
         rest |= {name: viewed(value) for name, value in self.kept.items()}
-        refuse_aliasing(items, {n: t for n, t in rest.items() if t is not None}, self.where)
+        read = {n: t for n, t in rest.items() if t is not None}
+        refuse_aliasing(items, read, self.where, self._adapter_tensors(items))
         module = self._modules[0]
         if module is not None and (unshown := modules.refuse_copies(module, items, rest, self.where)):
             what = "parameters that the module's state dict does not have, which are not merged"
@@ -415,13 +548,31 @@ class Call:
         # All ranks raise or none: a model must not be merged on some of them only.
         if not dtensor.on_any_rank(self.dtensors.values(), stats.nonfinite > 0):
             return
+        if stats.nonfinite and self._sources is not None:
+            self._refuse_nonfinite_mixed(items, rule, stats)
         for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
             if found := registry.first_nonfinite(batch, rule):
                 row, index, version, value = found
                 where = self.where(None if isinstance(version, str) else version, names[row])
-                what = "the result is not finite" if version == "result" else value
-                order = "memory order of this rank's shard" if names[row] in self.dtensors else "memory order"
-                raise InputError(f"{where}: element {index} in {order}: {what}, expected finite numbers")
+                raise self._nonfinite_at(where, names[row], index, version, value)
         raise InputError(
             "an element on another rank is not finite (the error there names it), expected finite numbers"
         )
+
+    def _refuse_nonfinite_mixed(self, items: list[Item], rule: Rule, stats: Stats) -> None:
+        """The same with adapters among the models."""
+        for item in items:
+            mixed = self.mixed(item)
+            if mixed is None or not stats.tensors[item.name].nonfinite:
+                continue
+            if found := low_rank.first_nonfinite(mixed, rule, self.merged, self.task_vectors):
+                index, version, value = found
+                where = self.where(None, item.name)
+                if not isinstance(version, str):
+                    where = f"{self.versions[version].label}[{item.name!r}]"
+                raise self._nonfinite_at(where, item.name, index, version, value)
+
+    def _nonfinite_at(self, where: str, name: str, index: int, version: int | str, value: str) -> InputError:
+        what = "the result is not finite" if version == "result" else value
+        order = "memory order of this rank's shard" if name in self.dtensors else "memory order"
+        return InputError(f"{where}: element {index} in {order}: {what}, expected finite numbers")

@@ -124,7 +124,9 @@ def _nonfinite(results: Results, order: Sequence[str], kept: str) -> str:
     for segments, counts in results:
         column = np.asarray(_read(counts))[:, _NONFINITE]
         if column.any():
-            found.update((n, k) for (n, _), k in zip(segments, column.tolist(), strict=True) if k)
+            for (name, _), count in zip(segments, column.tolist(), strict=True):
+                if count:  # a tensor may be merged in several segments
+                    found[name] = found.get(name, 0) + count
     if not found:
         return ""
     names = [name for name in order if name in found]

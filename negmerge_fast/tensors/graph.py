@@ -16,6 +16,7 @@ from ..core.errors import InputError
 from ..core.pairing import is_extra_state
 from ..core.schema import mismatches
 from ..core.stats import Stats
+from ..core.unmergeable import may_have_factors
 from . import ops  # noqa: F401  registers torch.ops.negmerge
 from .call import nothing_to_merge, require_options
 from .flatten import specs
@@ -93,6 +94,11 @@ def _pair(
         _detached(name_tensors(model, where(k, SINGLE), arrays=False), k, where)
         for k, model in zip([None, *range(len(listed))], [base, *listed], strict=True)
     ]
+    for k, model in enumerate([named, *models]):
+        if may_have_factors(model):
+            raise InputError(
+                f"{where(k - 1 if k else None, SINGLE)}: an adapter, expected none in a graph: merge adapters outside"
+            )
     base_specs, *model_specs = [
         specs({name: value for name, value in model.items() if not is_extra_state(name)})
         for model in (named, *models)

@@ -14,6 +14,7 @@ import torch
 from ..backends.pytorch import FLOAT_NAMES
 from ..core.errors import InputError
 from ..core.unmergeable import quantization_of
+from . import peft
 from .aliasing import span
 from .checks import quantized_type
 from .flatten import Item
@@ -32,17 +33,17 @@ def refuse_unmergeable(module: torch.nn.Module, where: str) -> None:
             raise InputError(
                 f"{where}: {type(part).__name__} with {reason}: quantized weights, expected floating-point weights"
             )
-        if _has_adapters(part):
+        if _has_adapters(part) and not peft.is_wrapped(part):
             raise InputError(
-                f"{where}: {type(part).__name__} with adapters (peft_config), "
-                "expected whole weights: merge each adapter into its model first (merge_and_unload)"
+                f"{where}: {type(part).__name__} with adapters (peft_config) that are not in its layers, "
+                "expected LoRA adapters or whole weights"
             )
 
 
 def _unwrapped(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The module, and those that it only wraps."""
     yield module
-    for name in _WRAPPED:
+    for name in (*_WRAPPED, *peft.wrapped(module)):
         if isinstance(child := getattr(module, name, None), torch.nn.Module):
             yield from _unwrapped(child)
 
@@ -126,6 +127,7 @@ def refuse_copies(
         and t.numel()
         and name not in others
         and not spans.contain(t)
+        and peft.is_weight(module, name)
     ]
 
 

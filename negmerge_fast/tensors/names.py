@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -43,7 +44,7 @@ def list_models(models: Any, label: str, arrays: bool = True) -> list[Any]:
     """A list of one or more models, from any iterable but a single model."""
     if (
         is_single(models, arrays)
-        or isinstance(models, (Mapping, torch.nn.Module))
+        or isinstance(models, (Mapping, torch.nn.Module, str, bytes, os.PathLike))
         or not isinstance(models, Iterable)
     ):
         raise TypeError(f"{label}: {type(models).__name__}, expected a list of models")
@@ -57,6 +58,16 @@ def label_of(models: str, reference: str = "base") -> Label:
 
     def where(k: int | None, name: str) -> str:
         model = reference if k is None else models if models in ("tau", "delta") else f"{models}[{k}]"
+        return model if name == SINGLE else f"{model}[{name!r}]"
+
+    return where
+
+
+def named_label(models: Sequence[str], reference: str) -> Label:
+    """Labels for the tensors of models that have labels themselves."""
+
+    def where(k: int | None, name: str) -> str:
+        model = reference if k is None else models[k]
         return model if name == SINGLE else f"{model}[{name!r}]"
 
     return where
