@@ -37,7 +37,7 @@ SIGNATURES = {
     ),
     "consensus_delta": (
         "(base, finetuned, *, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, exclude=None, rename=(), "
-        "half=False, backend='auto')"
+        "half=False, backend='auto', adapters_as='difference')"
     ),
     "delta_checkpoints": (
         "(base, finetuned, output, *, half=False, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, exclude=None, "
@@ -47,11 +47,11 @@ SIGNATURES = {
     "load_delta": "(path, device='cpu')",
     "merge": (
         "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
-        "exclude=None, rename=(), backend='auto')"
+        "exclude=None, rename=(), backend='auto', adapters_as='difference')"
     ),
     "merge_": (
         "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
-        "exclude=None, rename=(), backend='auto')"
+        "exclude=None, rename=(), backend='auto', adapters_as='difference')"
     ),
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from adapter_files import PREFIX, save_adapter
 from bits import same_bits
+from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
 from negmerge_fast.core.reference import plain_merge
@@ -537,6 +540,44 @@ def fully_sharded_and_live(world: int) -> None:
         model.reshard()
         after = {name: t.full_tensor() for name, t in model.named_parameters()}
         assert all(same_bits(t, before[name]) for name, t in after.items())
+
+
+@case
+def adapters(world: int) -> None:
+    """Factors, whole tensors and rows of them are cut to the shard; with a full model beside them, too."""
+    shapes = {"a": (8, 12), "b": (7, 5), "c": (3, 16), "embed": (9, 4), "norm": (6, 5)}
+    random = torch.Generator().manual_seed(0)
+    full = {f"{name}.weight": torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    other = {name: t + 0.05 * torch.randn(t.shape, generator=random) for name, t in full.items()}
+    indices, paths = [8, 2, 5], []
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(2):
+            factors = {
+                m: (torch.randn(2, columns, generator=random), torch.randn(rows, 2, generator=random))
+                for m, (rows, columns) in list(shapes.items())[:3]
+            }
+            config = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed": indices}}
+            paths.append(path := save_adapter(Path(folder) / f"{k}", factors, 2, 3.0, **config))
+            held = load_file(path / "adapter_model.safetensors")
+            held[f"{PREFIX}norm.weight"] = torch.randn(shapes["norm"], generator=random)
+            held[f"{PREFIX}embed.token_adapter.trainable_tokens_delta"] = torch.randn(3, 4, generator=random)
+            save_file(held, path / "adapter_model.safetensors")
+        for mesh, placements in layouts(world):
+            base = {name: distribute(t, mesh, *placements) for name, t in full.items()}
+            third = {name: distribute(t, mesh, *placements) for name, t in other.items()}
+            for versions_of, expected in (
+                (paths, nm.merge(full, paths, scale=0.9)),
+                ([third, *paths], nm.merge(full, [other, *paths], scale=0.9)),
+            ):
+                with communicating():
+                    merged = nm.merge(base, versions_of, scale=0.9)
+                    delta = nm.consensus_delta(base, versions_of)
+                for name, tensor in expected.items():
+                    holds(merged[name], tensor, base[name])
+                moved = {name: distribute(t, mesh, *placements) for name, t in full.items()}
+                delta.apply_(moved, 0.9)
+                for name, tensor in expected.items():
+                    holds(moved[name], tensor, base[name])
 
 
 @case
