@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import torch
 from backend_cases import quicken_interpreter
 from checkpoint_files import family, save_model
 from torchvision_cpu import declare_operators
+
+# No test looks for a model on the hub; those of the hub have one of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -167,29 +167,9 @@ def _no_weights(path: Path, names: Sequence[str]) -> InputError:
         return _only_adapter(path)
     if not names:
         return InputError(f"{path}: empty directory, expected {SINGLE} or {INDEX}")
-    if snapshot := _snapshot(path, names):
-        return InputError(f"{path}: a cache of the hub, expected a model in it, such as {snapshot}")
     if conversion := conversion_of(path, names):
         return InputError(f"{path}: {conversion}")
     other = next((name for name in names if not name.startswith(".") and may_be_weights(name)), None)
     only = f"only {other} and the like" if other else "no weights"
     hint = f" (or the file itself: {path / other})" if other and is_named(path / other) else ""
     return InputError(f"{path}: {only}, expected {SINGLE}, pytorch_model.bin or an index of shards{hint}")
-
-
-def _snapshot(path: Path, names: Sequence[str]) -> Path | None:
-    """The folder of a model, if this is one of the hub's cache: of one model, its snapshots, or the root."""
-    try:
-        if path.name == "snapshots":
-            return _snapshot(path.parent, os.listdir(path.parent))
-        if "snapshots" in names and ("refs" in names or "blobs" in names):
-            main = path / "refs" / "main"
-            current = main.read_text().strip() if main.is_file() else ""
-            found = sorted(os.listdir(path / "snapshots"))
-            return path / "snapshots" / (current if current in found else found[0]) if found else None
-        for name in names:
-            if name.startswith("models--") and (snapshot := _snapshot(path / name, os.listdir(path / name))):
-                return snapshot
-        return _snapshot(path / "hub", os.listdir(path / "hub")) if "hub" in names else None
-    except (OSError, ValueError):
-        return None

@@ -11,7 +11,7 @@ from .._version import __version__
 from ..core.errors import escape
 from .apply import apply
 from .delta import delta, run_delta
-from .options import backend, device, other_files, outcome, output, output_format, resources, rule
+from .options import backend, device, other_files, outcome, output, output_format, quiet, resources, rule
 from .report import report
 from .running import Outcome, run
 from .select import select
@@ -63,7 +63,8 @@ def merge(
 ) -> None:
     """Subtract from BASE what all FINETUNED models agree on.
 
-    BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors. FINETUNED may be LoRA adapters, too.
+    BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors, or names of the hub: org/name@revision. FINETUNED
+    may be LoRA adapters, too.
     """
     from ..streaming.api import prepare
     from ..streaming.options import MergeOptions
@@ -107,7 +108,7 @@ def _of_delta(options: dict[str, Any]) -> dict[str, Any]:
     help="Size of the sample, in blocks of up to 1 MiB.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
-@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@quiet
 @click.pass_obj
 def verify(
     signals: Signals, out: str, against: bool, inputs: tuple[str, ...], blocks: int, seed: int, quiet: bool
@@ -146,23 +147,25 @@ def inspect(paths: tuple[str, ...]) -> None:
     """
     from ..checkpoints.delta import is_delta, open_delta
     from ..checkpoints.formats import open_checkpoint
+    from ..checkpoints.hub import resolve
     from ..checkpoints.translate import translate
     from ..streaming.pairing import refuse_unmergeable
     from ..streaming.plan import make_plan
 
-    if is_delta(Path(paths[-1])) and len(paths) < 3:
-        found = open_delta(paths[-1])
-        if len(paths) == 1:
+    given = [resolve(path) for path in paths]
+    if is_delta(given[-1]) and len(given) < 3:
+        found = open_delta(given[-1])
+        if len(given) == 1:
             print_lines(delta_contents(found), *delta_tensors(found))
             return
         from ..streaming.expansion import plan_delta
 
-        base = open_checkpoint(paths[0])
+        base = open_checkpoint(given[0])
         print_lines(contents(base), delta_contents(found))
         plan = plan_delta(translate(base), found)
         print(f"can be applied: {plan.tensors} tensors, {plan.elements:,} elements")
         return
-    checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(paths)]
+    checkpoints = [open_checkpoint(path, extra_files=k == 0) for k, path in enumerate(given)]
     for checkpoint in checkpoints:
         print_lines(contents(checkpoint))
     for checkpoint in checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -167,8 +168,22 @@ def outcome(command: _Command) -> _Command:
             "--overwrite", is_flag=True, help="Replace OUT if its manifest lists all its files, as they are."
         ),
         click.option("--resume", is_flag=True, help="Continue an interrupted merge; keep unfinished output."),
-        click.option("--quiet", "-q", is_flag=True, help="Print only errors."),
+        quiet,
     )
+
+
+def quiet(command: _Command) -> _Command:
+    """Whether only errors are printed."""
+    return click.option("--quiet", "-q", is_flag=True, callback=_hide_bars, help="Print only errors.")(
+        command
+    )
+
+
+def _hide_bars(context: click.Context, parameter: click.Parameter, given: bool) -> bool:
+    """Tell huggingface_hub, too, which is imported later if at all."""
+    if given:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return given
 
 
 def _all(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import adapters_as, rename, resources, task_vectors
+from .options import adapters_as, quiet, rename, resources, task_vectors
 from .signals import Signals
 from .text import print_lines, print_notes, progress_bar
 
@@ -28,7 +28,7 @@ from .text import print_lines, print_notes, progress_bar
 @rename
 @resources
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it is a report, with no other files in it.")
-@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@quiet
 @click.pass_obj
 def report(
     signals: Signals,

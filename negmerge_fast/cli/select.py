@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import backend, device, nonfinite, other_files, output, resources
+from .options import backend, device, nonfinite, other_files, output, quiet, resources
 from .signals import Signals
 from .text import print_lines, print_notes
 
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT if its manifest lists all its files, as they are."
 )
-@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@quiet
 @click.pass_obj
 def select(
     signals: Signals,
@@ -104,6 +104,7 @@ def select(
     whose retain score is at least 0.95 of BASE's.
     """
     from ..checkpoints.delta import open_delta
+    from ..checkpoints.hub import resolve
     from ..checkpoints.reader import naming
     from ..core.errors import InputError
     from ..deltas.apply import options_of, prepare_apply
@@ -117,11 +118,12 @@ def select(
 
     wanted = selection.SelectOptions(scales or None, search, retain_floor, forget_target, resolution)
     path = Path(output)
-    harness = Harness(command, Path(base), Path(delta), path, keep_models, options, signals.check)
     # All that is wrong is told before a night of evaluations.
     (job,) = prepare_apply(
         base, delta, path, [1.0], options_of(**options, overwrite=overwrite), several=False
     )
+    base, delta = str(resolve(base)), str(resolve(delta))
+    harness = Harness(command, Path(base), Path(delta), path, keep_models, options, signals.check)
     file = path.with_name(f"{path.name}.points.jsonl") if points is None else Path(points)
     if file.absolute() == path.absolute():
         raise InputError(f"--points: {file} is OUT, expected a file of its own")

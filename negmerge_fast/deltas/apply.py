@@ -20,7 +20,7 @@ from ..runtime.interrupts import without_gc
 from ..streaming.api import prepare_outputs
 from ..streaming.expansion import EXTRA_BUFFERS, plan_delta
 from ..streaming.job import Job
-from ..streaming.options import MergeOptions, PathLike, as_path, require_callable
+from ..streaming.options import MergeOptions, PathLike, as_input, as_path, require_callable
 from ..streaming.progress import OnProgress
 from ..streaming.report import Report
 from ..streaming.together import run_together
@@ -185,20 +185,23 @@ def prepare_apply(
     Returns:
         A job for each scale.
     """
-    paths = (as_path("base", base), as_path("delta", delta), as_path("output", output))
+    output_of, inputs = as_path("output", output), (as_input("base", base), as_input("delta", delta))
     with without_gc():
-        opened = open_checkpoint(paths[0], keep=options.keep, drop=options.drop)
-        found = open_delta(paths[1])
+        opened = open_checkpoint(inputs[0].path, keep=options.keep, drop=options.drop)
+        found = open_delta(inputs[1].path)
     opened = translate(opened, options.format)
     plan = plan_delta(opened, found)
+    plan = replace(plan, notes=(*(each.note for each in inputs if each.note), *plan.notes))
     every = [replace(options, scale=each, min_agreement=found.info.min_agreement) for each in scales]
     if not 1 <= len(every) <= _MAX_SCALES:
         raise InputError(f"scale: {len(every)} scales, expected 1 … {_MAX_SCALES}")
     values = [own.rule.scale for own in every]
     if twice := [value for k, value in enumerate(values) if value in values[:k]]:
         raise InputError(f"scale: {twice[0]} twice, expected each once")
-    suffix = "" if opened.is_directory else _suffix(paths[2], opened)
-    outputs = [(output_path(paths[2], own.rule.scale, suffix) if several else paths[2], own) for own in every]
+    suffix = "" if opened.is_directory else _suffix(output_of, opened)
+    outputs = [
+        (output_path(output_of, own.rule.scale, suffix) if several else output_of, own) for own in every
+    ]
 
     def make(*arguments: object) -> ApplyJob:
         return ApplyJob(*arguments, delta=found)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from .._version import __version__
+from ..checkpoints import hub
 from ..checkpoints.base import MANIFEST, Checkpoint, Format
 from ..checkpoints.reader import File, Reader
 from ..checkpoints.strict_json import parse_json
@@ -75,7 +76,7 @@ class Input:
     """A checkpoint as it was when it was merged.
 
     Attributes:
-        path: The last part of its path. Early manifests have all of it.
+        path: The last part of its path; of a snapshot in a cache of the hub `org/name@revision`. Early manifests have all of a path.
         files: The weights and their index, by name. Other files of the base are copied, so the output's checksums cover
             them; those of models are not read.
     """
@@ -89,7 +90,7 @@ class Input:
         path = checkpoint.path
         name = path.name if path.name not in ("", "..") else Path(os.path.realpath(path)).name
         files = {n: InputFile(f.size, f.header, f.sample) for n, f in sorted(files_read(checkpoint).items())}
-        return cls(name, files)
+        return cls(hub.name_of(path) or name, files)
 
 
 def files_read(checkpoint: Checkpoint) -> dict[str, File]:

@@ -31,7 +31,7 @@ from ..runtime.device import buffers_on
 from ..runtime.executor import process_in_order
 from ..streaming.api import open_and_plan
 from ..streaming.budget import MAX_CHUNK_BYTES, allocate, max_open_files
-from ..streaming.options import MergeOptions, PathLike, as_path, as_paths, require_callable
+from ..streaming.options import MergeOptions, PathLike, as_input, as_paths, require_callable
 from ..streaming.partition import chunks
 from ..streaming.plan import Extent, Plan
 from ..streaming.progress import OnProgress
@@ -134,12 +134,13 @@ def consensus_statistics(
         scale=0.0, inputs=inputs, include=include, exclude=exclude, rename=rename, device="cpu",
         memory_budget=memory_budget, threads=threads, skip_unchanged=False, adapters_as=adapters_as,
     )  # fmt: skip
-    path, models = as_path("base", base), as_paths("finetuned", finetuned)
+    models = list(finetuned) if as_paths("finetuned", finetuned) else []
     if models:
-        return _of_models(open_and_plan(path, models, options, extra_files=False), options, progress)
+        return _of_models(open_and_plan(base, models, options, extra_files=False), options, progress)
     given = {"inputs": inputs != "finetuned", "include": include, "exclude": exclude, "rename": rename}
     for name in (name for name, value in given.items() if value):
         raise InputError(f"{name}: given without models, expected a base and models to compare")
+    path = as_input("base", base).path
     if path.suffix == ".json":
         return _of_report(path)
     return _of_delta(open_delta(path), progress)

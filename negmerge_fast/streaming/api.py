@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,7 +26,7 @@ from ..output.writer import Writer
 from ..runtime.interrupts import without_gc, without_interrupts
 from .budget import allocate
 from .job import Job
-from .options import MergeOptions, PathLike, as_path, as_paths, require_callable
+from .options import MergeOptions, PathLike, as_input, as_inputs, as_path, require_callable
 from .placement import choose_placement
 from .plan import Plan, make_plan
 from .progress import OnProgress
@@ -189,8 +190,10 @@ def open_and_plan(
     base: PathLike, finetuned: Sequence[PathLike], options: MergeOptions, extra_files: bool = True
 ) -> Plan:
     """Open checkpoints, and pair their tensors. extra_files: whether the files beside the base's weights will be copied."""
-    opened, models = _open(as_path("base", base), as_paths("finetuned", finetuned), options, extra_files)
-    return make_plan(
+    found = [as_input("base", base), *as_inputs("finetuned", finetuned)]
+    paths = [each.path for each in found]
+    opened, models = _open(paths[0], paths[1:], options, extra_files)
+    plan = make_plan(
         translate(opened, options.format),
         models,
         task_vectors=options.inputs == "task_vectors",
@@ -199,6 +202,7 @@ def open_and_plan(
         rename=options.rename,
         merge_adapters=options.adapters_as == "merged",
     )
+    return replace(plan, notes=(*(each.note for each in found if each.note), *plan.notes))
 
 
 def _open(

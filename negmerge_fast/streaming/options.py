@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..backends import registry
+from ..checkpoints import hub
 from ..checkpoints.translate import FORMATS, OutputFormat
 from ..core.errors import InputError, require_choice, short_repr
 from ..core.low_rank import AdaptersAs
@@ -161,6 +162,24 @@ def as_path(name: str, value: PathLike) -> Path:
     if isinstance(text, str) and text and "\0" not in text and _is_encodable(text):
         return Path(text)
     raise InputError(f"{name}: {short_repr(value)}, expected a path")
+
+
+def as_input(name: str, value: PathLike) -> hub.Found:
+    """Where a checkpoint is that will be read: a path, or the name of a model of the hub.
+
+    Raises:
+        InputError: If it is neither, or as of hub.find.
+    """
+    as_path(name, value)
+    return hub.find(value)
+
+
+def as_inputs(name: str, value: Iterable[PathLike]) -> list[hub.Found]:
+    """Where several checkpoints are. Raises what as_paths and as_input raise."""
+    if isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike)):
+        value = list(value)  # it may be read only once
+    as_paths(name, value)
+    return [hub.find(each) for each in value]
 
 
 def _is_encodable(text: str) -> bool:

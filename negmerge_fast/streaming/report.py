@@ -13,7 +13,7 @@ class Report:
     """What a merge of checkpoints did. The fields are those of the JSON report.
 
     Attributes:
-        base: The path of the base, as given.
+        base: The path of the base, as given; of a name of the hub, that of its snapshot in the cache.
         models: The paths of the fine-tuned models, in order.
         output: The path of the output.
         scale: λ; None of a consensus delta.

@@ -35,7 +35,7 @@ from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from ..runtime.patterns import BoundedPatterns
 from .expansion import expand, plan_delta
-from .options import MAX_THREADS, PathLike, as_integer, as_path, as_paths, require_callable
+from .options import MAX_THREADS, PathLike, as_inputs, as_integer, as_path, require_callable
 from .partition import chunks
 from .plan import Extent, Plan, TensorSlice, make_plan
 from .progress import OnProgress
@@ -119,7 +119,10 @@ def verify_checkpoint(
     blocks, seed = _at_least_1("blocks", blocks), as_integer("seed", seed)
     threads = registry.usual_threads() if threads is None else _at_least_1("threads", threads)
     require_callable("progress", progress)
-    out_path, inputs = as_path("output", output), None if against is None else as_paths("against", against)
+    out_path, inputs = (
+        as_path("output", output),
+        None if against is None else [each.path for each in as_inputs("against", against)],
+    )
     with _being_readable(out_path):
         out = _open(out_path)
         plan = None if inputs is None else _plan(out, inputs)

@@ -180,21 +180,6 @@ def only_adapter(model: Path) -> None:
     (model / "adapter_config.json").touch()
 
 
-def hub_cache(prefix: str) -> Spoil:
-    """The hub's cache, in place of the folder of one snapshot."""
-
-    def spoil(model: Path) -> None:
-        kept = model.rename(model.with_name("kept"))
-        snapshot = model / f"{prefix}snapshots" / "0123"
-        snapshot.parent.mkdir(parents=True)
-        kept.rename(snapshot)
-        for name in ("refs", "blobs"):
-            (model / prefix / name).mkdir()
-        (model / prefix / "refs" / "main").write_text("0123")
-
-    return spoil
-
-
 def module(path: Any, **others: Any) -> str:
     return json.dumps([{"idx": 0, "name": "0", "path": path, "type": "x.Dense", **others}])
 
@@ -367,8 +352,6 @@ def directories() -> Iterator[tuple[str, Case]]:
         "a Git LFS pointer: config",
         Case(put("config.json", content(POINTER)), "a Git LFS pointer", "config.json"),
     )
-    yield "the cache of one model", Case(hub_cache(""), "such as ")
-    yield "the cache", Case(hub_cache("models--a--b/"), "models--a--b/snapshots/0123")
     yield from parts()
     yield (
         "empty",
