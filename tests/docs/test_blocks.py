@@ -26,6 +26,9 @@ NOT_RUN = {
     "NEGMERGE_CUDA=0 pip install --no-build-isolation --no-deps -e .": "would replace the installation under test",
 }
 
+# Pages whose blocks need transformers and PEFT.
+OF_LIBRARIES = {"adapters.md"}
+
 # `make` says only what it would do: its targets take minutes, and this is one of them.
 PRELUDE = f'make() {{ command make --dry-run --directory "{ROOT}" "$@"; }}\n'
 
@@ -80,7 +83,15 @@ def shell(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.libraries] if page.name in OF_LIBRARIES else []
+        )
+        for page in PAGES
+    ],
+)
 def test_blocks_run_as_they_stand(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "__main__"}
