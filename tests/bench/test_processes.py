@@ -175,3 +175,15 @@ def test_a_wrong_result_gets_no_number(
     with pytest.raises(SystemExit, match="elements differ from the reference's, no speed"):
         run(name, *SMALL, *options)
     assert not list((tmp_path / "results").iterdir())
+
+
+@pytest.mark.slow
+def test_adapters_beside_the_materialising_way(run: Run) -> None:
+    rows = run("adapters", *SMALL, "--rounds", "1", "--adapters", "3", "--ways", "lean")
+    floor, ours, merged, lean = rows
+    assert [row["way"] for row in rows] == [
+        "cp, sync", "negmerge merge", "negmerge merge, adapters as merged", "lean",
+    ]  # fmt: skip
+    assert ours["times ours"] == 1 and ours["n"] == 3
+    assert floor["disk MB"] is None and 0 < ours["disk MB"] == merged["disk MB"] < lean["disk MB"]
+    assert lean["differing"] < 0.01
