@@ -29,6 +29,9 @@ struct Batch {
   std::int64_t* counts;             // [segments, kCounted], to which is added
   // Of the CPU kernel: out is the mean, in the arithmetic type, or +0 (core/delta.py). Then scale is -1.
   bool consensus = false;
+  // Of the CPU kernel: int64[segments, n], where in this array, in elements, an Expansion stands that takes a model's place, or 0
+  // (low_rank.h). Null: there are none.
+  const std::int64_t* expansions = nullptr;
 
   NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return descriptors + segment * (3 + n); }
 };

@@ -5,6 +5,7 @@
 #include "arithmetic.h"
 #include "batch.h"
 #include "delta.h"
+#include "low_rank.h"
 #include "merge_chunk.h"
 #include "merge_cpu.h"
 #include "prefix.h"
@@ -40,9 +41,9 @@ Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double 
   return batch;
 }
 
-// A batch of a chunk: the arguments of batch_of.
+// A batch of a chunk: the arguments of batch_of, and the address of its expansions, or 0.
 using BatchArguments =
-    std::tuple<int, py::bytes, bool, double, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+    std::tuple<int, py::bytes, bool, double, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 // sources: the address of int64[versions, 4], with the descriptor of a file, an offset, a size, and an address.
 py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::vector<BatchArguments>& arguments,
@@ -55,9 +56,11 @@ py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::
   std::vector<std::string> dtypes;  // the batches point to them
   dtypes.reserve(arguments.size());
   std::vector<Batch> batches;
-  for (const auto& [result, codes, task_vectors, scale, required, segments, descriptors, counts] : arguments)
+  for (const auto& [result, codes, task_vectors, scale, required, segments, descriptors, counts, expansions] : arguments) {
     batches.push_back(
         batch_of(result, dtypes.emplace_back(codes), task_vectors, scale, required, segments, descriptors, counts));
+    batches.back().expansions = reinterpret_cast<const std::int64_t*>(expansions);
+  }
   ChunkResult done;
   {
     const py::gil_scoped_release released;
@@ -123,6 +126,32 @@ void define_deltas(py::module_& m) {
       released);
 }
 
+// Low-rank differences, merged and written. Descriptors as descriptors.py packs them.
+void define_low_rank(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def(
+      "merge_low_rank_cpu",
+      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required, std::int64_t segments,
+         std::uintptr_t descriptors, std::uintptr_t counts, std::uintptr_t expansions, bool consensus, int threads,
+         const std::string& instruction_set) {
+        Batch batch = batch_of(result, dtypes, task_vectors, scale, required, segments, descriptors, counts);
+        batch.expansions = reinterpret_cast<const std::int64_t*>(expansions);
+        if (consensus) batch.consensus = true, batch.scale = -1;
+        merge_cpu(batch, threads, instruction_set);
+      },
+      released);
+  m.def(
+      "expand_cpu",
+      [](int arithmetic, bool adds, int result, std::int64_t segments, std::uintptr_t descriptors, int threads,
+         const std::string& instruction_set) {
+        const Dtype wide = dtype_of(arithmetic, {kF64, kF32});
+        const Dtype stored = wide == kF64 ? dtype_of(result) : dtype_of(result, {kF32, kF16, kBF16});
+        expand_cpu({wide == kF64, adds, stored, segments, reinterpret_cast<const std::int64_t*>(descriptors)}, threads,
+                   instruction_set);
+      },
+      released);
+}
+
 // consensus: only to means.
 template <bool consensus>
 void define_merge(py::module_& m, const char* name) {
@@ -157,6 +186,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<std::mutex>(m, "Turn").def(py::init<>());
   m.def("merge_chunk", merge_chunk_of);
   define_deltas(m);
+  define_low_rank(m);
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
   m.attr("cuda_tile") = kCudaTile;

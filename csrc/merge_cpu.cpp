@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "merge_loop.h"
+#include "low_rank.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -71,12 +71,15 @@ std::string asked_instruction_set() {
   return asked ? asked : loops().front().name;
 }
 
-void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set) {
-  Loop loop = nullptr;
+Loop merge_loop_of(const std::string& instruction_set) {
   for (const NamedLoop& each : loops())
-    if (each.name == instruction_set) loop = each.loop;
-  if (!loop) throw std::invalid_argument("no instruction set " + instruction_set + " here");
+    if (each.name == instruction_set) return each.loop;
+  throw std::invalid_argument("no instruction set " + instruction_set + " here");
+}
 
+void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set) {
+  if (batch.expansions) return merge_low_rank(batch, threads, instruction_set);
+  const Loop loop = merge_loop_of(instruction_set);
   threads = std::clamp(threads, 1, kMaxThreads);
   Partition partition(batch.segments, threads, [&](std::int64_t i) { return batch.row(i)[0]; });
   const std::int64_t bytes = partition.elements() * bytes_per_element(batch);

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "batch.h"
+#include "merge_loop.h"
 
 namespace negmerge {
 
@@ -14,7 +14,10 @@ std::vector<std::string> instruction_sets();
 // The one that the environment asks for by NEGMERGE_CPU, which may be none of these; or the best of them.
 std::string asked_instruction_set();
 
-// Merges a batch on at most `threads` threads. Throws std::invalid_argument for an instruction set that is not one of the above.
+// Its loop. Throws std::invalid_argument for an instruction set that is not one of the above.
+Loop merge_loop_of(const std::string& instruction_set);
+
+// Merges a batch on at most `threads` threads. Throws as merge_loop_of.
 void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set);
 
 }  // namespace negmerge

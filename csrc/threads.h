@@ -36,12 +36,12 @@ constexpr int kMaxThreads = 1024;
 // All elements of a batch, cut into chunks that the threads take one after another. Chunks begin at multiples of 1024.
 class Partition {
  public:
-  // size_of: the elements of a segment.
+  // size_of: the elements of a segment. least: of a chunk.
   template <class SizeOf>
-  Partition(std::int64_t segments, int threads, const SizeOf& size_of) : ends_(segments) {
+  Partition(std::int64_t segments, int threads, const SizeOf& size_of, std::int64_t least = kMinAtOnce) : ends_(segments) {
     std::int64_t end = 0;
     for (std::int64_t i = 0; i < segments; ++i) ends_[i] = end += size_of(i);
-    chunk_ = std::clamp(end / (8 * threads) / 1024 * 1024, kMinAtOnce, kMaxAtOnce);
+    chunk_ = std::clamp(end / (8 * threads) / 1024 * 1024, least, kMaxAtOnce);
   }
 
   std::int64_t elements() const { return ends_.empty() ? 0 : ends_.back(); }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.batch import COUNTED, Batch, Merge, Operand, Segment
+from ..core.descriptors import check_expansion
 from ..core.dtypes import FLOAT_SIZES
 from ..core.low_rank import Expand, ExpandBatch, ExpandSegment, Expansion, LowRank
 from ..core.rule import Rule
@@ -189,14 +190,11 @@ class _Scratch:
             operands = []
             for k, model in enumerate(models):
                 if isinstance(model, Expansion):
-                    place = self._place(k, part)
-                    if not task_vectors and base is None:
-                        raise ValueError(
-                            "base: None, expected one for a low-rank difference that is added to it"
-                        )
+                    scratch = self._destination(k, part)
+                    check_expansion(self._batch.signature, scratch.dtype, base)
                     moved = model._replace(begin=model.begin + part.start)
-                    expanded.append(ExpandSegment(part.size, moved, None if task_vectors else base, place))
-                    operands.append(place)
+                    expanded.append(ExpandSegment(part.size, moved, None if task_vectors else base, scratch))
+                    operands.append(scratch)
                 else:
                     operands.append(
                         model._replace(address=model.address + part.start * FLOAT_SIZES[model.dtype])
@@ -207,7 +205,7 @@ class _Scratch:
             expand(ExpandBatch(self._batch.device, self._arithmetic, result, expanded), threads)
         return dense
 
-    def _place(self, k: int, part: _Part) -> Operand:
+    def _destination(self, k: int, part: _Part) -> Operand:
         dtype, memory = self._batch.signature.models[k], self._memory[k]
         return Operand(memory.data_ptr() + part.offset * FLOAT_SIZES[dtype], dtype, memory)
 

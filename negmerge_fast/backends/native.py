@@ -20,14 +20,18 @@ from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch
 from ..core.descriptors import (
     Act,
     act_of,
+    has_expansions,
     pack_delta_for_device,
     pack_deltas,
     pack_descriptors,
+    pack_expand,
     pack_for_device,
+    pack_low_rank,
     upload,
 )
 from ..core.dtypes import DTYPE_CODES
 from ..core.errors import InputError, first_line
+from ..core.low_rank import ExpandBatch
 from ..core.rule import Rule
 
 if TYPE_CHECKING:
@@ -123,13 +127,51 @@ def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None, consensus: b
         threads or usual_threads(),
         instruction_set(),
     )
+    return _counts(counts, len(batch.segments))
+
+
+def _counts(counts: array[int], segments: int) -> Counts:
     if not counts:  # a buffer of two dimensions cannot be empty
         return counts
-    return memoryview(counts).cast("B").cast("q", (len(batch.segments), len(COUNTED)))
+    return memoryview(counts).cast("B").cast("q", (segments, len(counts) // segments))
 
 
 # The counts of a segment before anything is counted.
 _ZEROS = bytes(len(COUNTED) * 8)
+
+
+def merge_low_rank_cpu(
+    batch: Batch, rule: Rule, threads: int | None = None, consensus: bool = False
+) -> Counts:
+    """Merge a batch as merge_cpu; some of its models may be low-rank differences, which are expanded in the processor's cache."""
+    if not has_expansions(batch):
+        return merge_cpu(batch, rule, threads, consensus)
+    descriptors, expansions = pack_low_rank(batch)
+    counts = array("q", _ZEROS * len(batch.segments))
+    library().merge_low_rank_cpu(
+        *kernel_arguments(batch, rule),
+        descriptors.buffer_info()[0],
+        counts.buffer_info()[0],
+        expansions.buffer_info()[0],
+        consensus,
+        threads or usual_threads(),
+        instruction_set(),
+    )
+    return _counts(counts, len(batch.segments))
+
+
+def expand_cpu(batch: ExpandBatch, threads: int | None = None) -> None:
+    """Write low-rank differences in main memory."""
+    descriptors = pack_expand(batch)
+    library().expand_cpu(
+        DTYPE_CODES[batch.arithmetic],
+        batch.result is not None,
+        DTYPE_CODES[batch.result or batch.arithmetic],
+        len(batch.segments),
+        descriptors.buffer_info()[0],
+        threads or usual_threads(),
+        instruction_set(),
+    )
 
 
 def apply_cpu(batch: DeltaBatch, scale: float | None, threads: int | None = None) -> Counts:
@@ -152,9 +194,7 @@ def _run_deltas(batch: DeltaBatch, act: Act, scale: float, threads: int | None) 
         threads or usual_threads(),
         instruction_set(),
     )
-    if not counts:  # a buffer of two dimensions cannot be empty
-        return counts
-    return memoryview(counts).cast("B").cast("q", (len(batch.segments), len(APPLIED)))
+    return _counts(counts, len(batch.segments))
 
 
 @cache

@@ -197,6 +197,10 @@ def choose_expand(backend: str, device: str) -> tuple[str, Expand]:
 
 def expand_of(name: str) -> Expand:
     """A backend's function that writes low-rank differences."""
+    if name == "cpu":
+        from . import native
+
+        return native.expand_cpu
     from . import low_rank
 
     return low_rank.expand
@@ -210,7 +214,7 @@ def choose_low_rank(
     Signatures have for such a model the arithmetic type if models are task vectors, else the base's type.
     """
     name, merge = choose(backend, device, rule, signatures)
-    return name, _low_rank(name, merge)
+    return name, _low_rank(name, merge, consensus=False)
 
 
 def choose_low_rank_consensus(
@@ -218,10 +222,14 @@ def choose_low_rank_consensus(
 ) -> tuple[str, Merge]:
     """Choose a backend as `choose_low_rank` does, for `consensus`."""
     name, merge = choose_consensus(backend, device, rule, signatures)
-    return name, _low_rank(name, merge)
+    return name, _low_rank(name, merge, consensus=True)
 
 
-def _low_rank(name: str, merge: Merge) -> Merge:
+def _low_rank(name: str, merge: Merge, consensus: bool) -> Merge:
+    if name == "cpu":
+        from . import native
+
+        return partial(native.merge_low_rank_cpu, consensus=consensus)
     from . import low_rank
 
     return partial(low_rank.merge, merge, expand_of(name))

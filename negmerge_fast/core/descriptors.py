@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from .batch import Batch, Operands
+from .batch import Batch, Operand, Operands, Signature
 from .delta import DeltaBatch, DeltaSegment
 from .dtypes import DTYPE_CODES
+from .low_rank import ExpandBatch, Expansion
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,64 @@ def pack_descriptors(batch: Batch) -> array[int]:
     if len(integers) != len(batch.segments) * (3 + len(batch.signature.models)):
         raise ValueError(f"segments of other numbers of models, expected {len(batch.signature.models)}")
     return array("Q", integers)  # unsigned: an address may have its highest bit set
+
+
+def has_expansions(batch: Batch) -> bool:
+    """Whether some models are an Expansion in place of an Operand."""
+    return any(
+        type(models) is not Operands and Expansion in map(type, models) for _, _, models, _ in batch.segments
+    )
+
+
+def pack_low_rank(batch: Batch) -> tuple[array[int], array[int]]:
+    """Pack a batch that has expansions.
+
+    Returns:
+        What pack_descriptors returns, with the address 0 for an Expansion; and int64[segments, n], behind which the expansions
+        stand: for each model where its expansion is in this array, or 0.
+    """
+    integers: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    size = len(batch.segments) * len(batch.signature.models)
+    for numel, base, models, out in batch.segments:
+        integers += (numel, base.address if base else 0, out.address if out else 0)
+        for dtype, model in zip(batch.signature.models, models, strict=True):
+            if isinstance(model, Expansion):
+                check_expansion(batch.signature, dtype, base)
+                integers.append(0)
+                positions.append(size + len(rows))
+                rows += _expansion_row(model, numel)
+            else:
+                integers.append(model.address)
+                positions.append(0)
+    return array("Q", integers), array("Q", positions + rows)
+
+
+def check_expansion(signature: Signature, dtype: str, base: Operand | None) -> None:
+    """Refuse an Expansion as a model of another type, and one that is to be added to no base."""
+    expected = signature.arithmetic if signature.task_vectors else signature.result
+    if dtype != expected or (base is None and not signature.task_vectors):
+        raise ValueError(f"a low-rank model of {dtype} on base {base}, expected {expected} on a base")
+
+
+def pack_expand(batch: ExpandBatch) -> array[int]:
+    """Pack as int64[segments, 11]: elements, the addresses of base, or 0, and out, and the expansion."""
+    integers: list[int] = []
+    for numel, expansion, base, out in batch.segments:
+        if (base is None) != (batch.result is None):
+            raise ValueError(
+                f"base: {base}, expected one exactly if there is a type of the result, {batch.result}"
+            )
+        integers += (numel, base.address if base else 0, out.address, *_expansion_row(expansion, numel))
+    return array("Q", integers)
+
+
+def _expansion_row(expansion: Expansion, numel: int) -> list[int]:
+    (*integers, scale, _), begin = expansion
+    if min(integers[2:]) < 1 or begin < 0 or begin + numel > expansion.factors.numel:
+        raise ValueError(f"elements {begin} … {begin + numel} of {expansion.factors}, expected some of it")
+    return [*integers, *struct.unpack("<Q", struct.pack("<d", scale)), begin]
 
 
 def pack_deltas(batch: DeltaBatch) -> array[int]:

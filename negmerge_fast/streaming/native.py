@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends.native import instruction_set, kernel_arguments, library
 from ..core.batch import COUNTED, Batch, Rows
-from ..core.descriptors import pack_descriptors
+from ..core.descriptors import has_expansions, pack_descriptors, pack_low_rank
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 
@@ -70,8 +70,10 @@ class ChunkMerger:
 
         Args:
             chunk: The chunk.
-            batches: What is to be merged in it, and the slices that the segments are of.
-            descriptors: Of the open files of its sources; IN_MEMORY of one whose bytes are at its address already.
+            batches: What is to be merged in it, and the slices that the segments are of. An Expansion may take the place of an
+                Operand; the version that it is of has nothing to read.
+            descriptors: Of the open files of its sources; IN_MEMORY of one whose bytes are at its address already, or
+                that has none.
             addresses: Of memory for each source; that of the base has the result afterwards.
             output: The descriptor that is written to.
             fetch: Whether the system is told beforehand what will be read.
@@ -84,14 +86,19 @@ class ChunkMerger:
                 (fd, s.offset, 0 if fd == IN_MEMORY else s.nbytes, at) for s, fd, at in versions
             ),
         )
-        packed = [pack_descriptors(batch) for batch, _ in batches]
+        packed = [_packed(batch) for batch, _ in batches]
         counts = [array("q", bytes(8 * len(COUNTED) * len(slices))) for _, slices in batches]
         outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],
             len(chunk.sources),
             [
-                (*kernel_arguments(batch, self._rule), rows.buffer_info()[0], found.buffer_info()[0])
-                for (batch, _), rows, found in zip(batches, packed, counts, strict=True)
+                (
+                    *kernel_arguments(batch, self._rule),
+                    rows.buffer_info()[0],
+                    found.buffer_info()[0],
+                    expansions.buffer_info()[0],
+                )
+                for (batch, _), (rows, expansions), found in zip(batches, packed, counts, strict=True)
             ],
             self._instruction_set,
             output,
@@ -103,6 +110,11 @@ class ChunkMerger:
         )
         counted = [(slices, _rows(found)) for (_, slices), found in zip(batches, counts, strict=True)]
         return Merged(outcome, error, cached, times, counted)
+
+
+def _packed(batch: Batch) -> tuple[array[int], array[int]]:
+    """A batch's descriptors, and its expansions: an array of nothing if it has none, whose address is 0."""
+    return pack_low_rank(batch) if has_expansions(batch) else (pack_descriptors(batch), array("Q"))
 
 
 def _rows(counts: array[int]) -> Rows:

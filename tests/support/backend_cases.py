@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from negmerge_fast.backends import native, registry
+from negmerge_fast.backends import low_rank, native, registry
 from negmerge_fast.core.batch import COUNTED, Batch, Merge
 from negmerge_fast.core.delta import APPLIED, RANK_BLOCK, Apply, DeltaBatch, Save
 from negmerge_fast.core.descriptors import Act, act_of, pack_delta_for_device, pack_for_device
+from negmerge_fast.core.low_rank import Expand
 from negmerge_fast.core.rule import Rule
 
 HERE = Path(__file__).parent
@@ -63,6 +64,16 @@ class BackendCase(NamedTuple):
         if self == ON_HOST:
             return apply_on_host
         return registry.choose_apply(self.backend, self.device)[1]
+
+    def expand(self) -> Expand:
+        """The function of this case that writes low-rank differences; PyTorch's where the kernel's source is compiled for the host."""
+        return registry.expand_of("torch" if self == ON_HOST else self.backend)
+
+    def low_rank(self, rule: Rule) -> Merge:
+        """The function of this case that merges low-rank differences, too."""
+        if self == ON_HOST:
+            return partial(low_rank.merge, merge_on_host, self.expand())
+        return registry.choose_low_rank(self.backend, self.device, rule)[1]
 
     def save(self) -> Save:
         """The function of this case that saves the base's elements."""

@@ -78,5 +78,7 @@ auto with_type(Dtype dtype, const Function& function) {
 // Random deltas, applied, restored and saved; and masks, packed, expanded and counted (delta.cpp).
 bool same_deltas(int round);
 bool same_masks(int round);
+// Random low-rank differences, written and merged (low_rank.cpp).
+bool same_low_rank(int round);
 
 }  // namespace negmerge
