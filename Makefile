@@ -69,13 +69,14 @@ baselines: $(VENV)/.test
 	$(BIN)/python bench/docs.py
 
 # Measures what the constants in the code were or will be chosen by, and appends to bench/results/: those of the reference, of
-# the CPU kernel, of deltas (7 GB of memory), of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.
+# the CPU kernel, of deltas (7 GB of memory), of low-rank models (3 GB), of streaming (3 GB of disk, a tmpfs) and, on a GPU, of the kernels there.
 tune: $(VENV)/.test
 	$(BIN)/python bench/tuning/reference.py
 	$(BIN)/python bench/tuning/loop.py
 	$(BIN)/python bench/tuning/plain_loop.py
 	$(BIN)/python bench/tuning/threads.py
 	$(BIN)/python bench/tuning/delta.py
+	$(BIN)/python bench/tuning/low_rank.py --merged --candidates
 	$(BIN)/python bench/tuning/chunk_sizes.py
 	$(BIN)/python bench/tuning/reads.py
 	$(BIN)/negmerge demo --seeds 3

@@ -47,13 +47,16 @@ EVERY_THREAD = "-DNEGMERGE_BYTES_PER_THREAD=1"
 
 
 def compile_loops(folder: Path) -> list[Path]:
-    """Compile merge_loop.cpp for each instruction set, as csrc/CMakeLists.txt does."""
+    """Compile the loops of merges, of low-rank models, too, for each instruction set, as csrc/CMakeLists.txt does."""
     sets = {"baseline": [], **(X86 if os.uname().machine == "x86_64" else {})}
     commands, objects = [], []
     for name, switches in sets.items():
-        objects.append(folder / f"{name}.o")
-        flags = [*switches, f"-DNEGMERGE_LOOP=merge_loop_{name}"]
-        commands.append([*flags, "-c", str(CSRC / "merge_loop.cpp"), "-o", str(objects[-1])])
+        defined = [f"-DNEGMERGE_LOOP=merge_loop_{name}", f"-DNEGMERGE_LOW_RANK_LOOP=expand_loop_{name}"]
+        for source in ("merge_loop", "low_rank_loop"):
+            objects.append(folder / f"{source}-{name}.o")
+            commands.append(
+                [*switches, *defined, "-w", "-c", str(CSRC / f"{source}.cpp"), "-o", str(objects[-1])]
+            )
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_with, commands))
     return objects
@@ -69,7 +72,8 @@ class Built:
 
     def __init__(self, folder: Path, loops: list[Path], *flags: str) -> None:
         library = folder / f"{'-'.join(flags) or 'as built'}.so"
-        sources = [str(HERE / "threads.cpp"), str(CSRC / "merge_cpu.cpp"), *map(str, loops)]
+        compiled = [CSRC / "merge_cpu.cpp", CSRC / "low_rank_cpu.cpp", *loops]
+        sources = [str(HERE / "threads.cpp"), *map(str, compiled)]
         escape = "-fvisibility=default"  # of merge_times only; the rest stays hidden in the library
         compile_with([escape, *flags, "-shared", "-Wl,-Bsymbolic", *sources, "-o", str(library)])
         self.function = ctypes.CDLL(str(library)).merge_times
