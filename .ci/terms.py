@@ -159,7 +159,7 @@ LEGITIMATE = [
     Legitimate(r"pieces?|lots?|lanes?|strokes?|members?", r"docs/", r"^\s*(- )?members:", "an option of mkdocstrings"),
     Legitimate(r"members?", r"mkdocs\.yml", r"", "an option of mkdocstrings"),
     Legitimate(r"targets?", r"", r"target=|get_current_target", "an argument of threads and of Triton"),
-    Legitimate(r"place", r"negmerge_fast/.*\.py", r"^def place\(|placing\.place\(", "an adapter on its base"),
+    Legitimate(r"place", r"negmerge_fast/.*\.py", r"\bplace\(|import place", "an adapter on its base"),
     Legitimate(r"others", r"", r"needs_input_grad", "torch's other arguments"),
 ]  # fmt: skip
 

@@ -229,7 +229,7 @@ class Job:
         read_ahead = ReadAhead()
         low_rank = self.plan.is_low_rank and not self.options.skips
         is_native = not self.options.skips and (
-            self.merge is merge_cpu or (low_rank and self.backend == "cpu" and False)
+            self.merge is merge_cpu or (low_rank and self.backend == "cpu")
         )
         turn = library().Turn() if is_native and self.options.thread_count == 1 else None  # of two workers
 
