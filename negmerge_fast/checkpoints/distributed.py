@@ -138,6 +138,8 @@ def refuse_training_state(path: Path) -> None:
         raise InputError(f"{path}: {_megatron(path.parent)}")
     if _DEEPSPEED_FILE.fullmatch(path.name):
         raise InputError(f"{path}: {_deepspeed(path.parent)}")
+    if path.suffix == ".distcp":
+        raise InputError(f"{path}: {_distcp(path.parent)}")
 
 
 def _distcp(path: Path) -> str:

@@ -55,8 +55,7 @@ def open_checkpoint(
         return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
     if path.suffix == ".npy":
         return npy.open_file(path)
-    if pytorch.is_named(path):
-        refuse_training_state(path)
+    refuse_training_state(path)
     if pytorch.is_named(path) or (path.is_file() and pytorch.is_pytorch(File.at(path).read_head(16))):
         return replace(pytorch.open_file(path), configs={"": read_config(path.parent)})
     if not path.exists():

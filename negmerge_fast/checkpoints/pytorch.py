@@ -47,8 +47,9 @@ _SMALL_ENTRIES = {
     "version": (re.compile(rb"([1-9]|10)\n?"), "1 to 10"),
     ".storage_alignment": (re.compile(rb"\d{1,9}"), "a number"),
     "byteorder": (re.compile(b"little"), "little"),
+    ".data/serialization_id": (re.compile(rb"[ -~]*"), "a number"),
 }
-_MAX_SMALL_BYTES = 16
+_MAX_SMALL_BYTES = 64
 
 # 200 bytes of a pickle are a tensor's.
 _MAX_PICKLE_BYTES = 64 << 20
@@ -145,7 +146,13 @@ def read_file(path: Path) -> Opened:
         raise InputError(f"{path}: {error}") from None
     state, wrapper, notes = _state_dict(path, loaded)
     found = PyTorchFile(
-        file.path, file.size, file.identity, file.mode, header, file.changed_ns, wrapper=wrapper
+        file.path,
+        file.size,
+        file.identity,
+        file.mode,
+        header=header,
+        changed_ns=file.changed_ns,
+        wrapper=wrapper,
     )
     layout = _Layout(found, held)
     tensors = {name: layout.find(name, tensor) for name, tensor in state.items()}
@@ -278,11 +285,16 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], tuple
             raise InputError(
                 f"{path}: {short_repr(name)} is a dict of tensors beside tensors, expected one dict"
             )
-        if name in state and not isinstance(name, str):
+        if name in state and not _is_text(name):
             raise InputError(f"{path}: a tensor has the name {short_repr(name)}, expected a text")
     if others := [str(n) for n in loaded if n not in state and not is_extra_state(n)]:
         notes.append(f"{path}: {some_names(others)} no tensor: not merged")
     return state, tuple(keys), notes
+
+
+def _is_text(name: Any) -> bool:
+    """Whether a name is a text that UTF-8 can encode, as other formats do."""
+    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _wrapper(path: Path, loaded: Mapping[Any, Any]) -> str | None:
@@ -350,8 +362,10 @@ class _Layout:
         nbytes = spec.numel * itemsize
         if not nbytes:
             return TensorRef(spec, ByteRange(self.file, self.file.size, 0))
-        held = self._held.get(tensor.untyped_storage()._cdata)
-        strides, offset = tuple(map(int, tensor.stride())), int(tensor.storage_offset())
+        # Not tensor.stride(): a pickle may have given the tensor an attribute of that name.
+        held = self._held.get(type(tensor).untyped_storage(tensor)._cdata)
+        strides = tuple(map(int, type(tensor).stride(tensor)))
+        offset = int(type(tensor).storage_offset(tensor))
         last = offset + sum((n - 1) * stride for n, stride in zip(spec.shape, strides, strict=True))
         if held is None or min(offset, *strides, 0) < 0 or (last + 1) * itemsize > held.end - held.begin:
             raise InputError(f"{label}: is not within a storage of the file, expected its numbers there")
@@ -373,7 +387,7 @@ def _spec_of(tensor: torch.Tensor, label: str) -> TensorSpec:
         problem = f"a {type(tensor).__name__}"
     elif tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         problem = f"a {str(tensor.layout).removeprefix('torch.')} tensor"
-    elif tensor.is_conj() or tensor.is_neg():
+    elif torch.Tensor.is_conj(tensor) or torch.Tensor.is_neg(tensor):
         problem = "a view that is conjugated or negated"
     elif (dtype := _DTYPES.get(str(tensor.dtype).removeprefix("torch."))) is None:
         raise InputError(f"{label}: {tensor.dtype}, expected a type that safetensors has")

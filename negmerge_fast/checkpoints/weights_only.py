@@ -24,6 +24,7 @@ _MANY_OPCODES, _BYTES_PER_OPCODE = 250_000, 4
 # Objects in each other, and how many there are if each is counted wherever it is used: hashes and texts go through all of them.
 _MAX_DEPTH, _MAX_VISITED = 100, 10_000_000
 _MAX_EXTENTS = 64
+_KEYS_HELD = 2
 
 # What is called in state dicts: other functions of torch's list are refused here.
 _CALLED = {
@@ -88,7 +89,7 @@ class _Object:
 
     Attributes:
         kind: "tuple", "list", "dict", "set", "storage", "tensor" or "object"; for a tensor that cannot be merged, what it is.
-        items: Of a list or a short tuple; and the number of elements of a storage.
+        items: Of a list or a short tuple; the first keys of a dict; the number of elements of a storage.
         visited: How many objects it has, each counted wherever it is used.
         depth: How many of them are in each other.
         used: Whether it is in another one: then it is complete.
@@ -217,6 +218,8 @@ class _Machine:
             raise PickleError(_MALFORMED)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             self.use(key)
+            if len(container.items) < _KEYS_HELD:
+                container.items.append(key)
             try:
                 container.add(key)
                 container.add(value)
@@ -321,8 +324,8 @@ class _Machine:
     def build(self) -> None:
         state = self.pop()
         container = self.open("dict")
-        if not _is(state, "dict"):
-            raise PickleError("its pickle sets attributes of something else than a dict of tensors")
+        if not _is(state, "dict") or state.items != ["_metadata"]:  # another one might stand for a method
+            raise PickleError("its pickle sets attributes, expected none but the _metadata of a state dict")
         container.add(state)
 
 

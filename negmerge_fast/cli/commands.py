@@ -171,7 +171,9 @@ def inspect(paths: tuple[str, ...]) -> None:
     for checkpoint in checkpoints:
         if not checkpoint.adapter:
             refuse_unmergeable(checkpoint, checkpoint.tensors)
-    if len(checkpoints) > 1:
+    if len(checkpoints) == 1:
+        print_notes(checkpoints[0].notes)
+    else:
         plan = make_plan(translate(checkpoints[0]), checkpoints[1:])
         print_notes(plan.notes)
         print_lines(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_pytorch import CASES, GOOD, file, legacy, safetensors_zip
+from hostile_pytorch import ATTRIBUTES, CASES, GOOD, file, legacy, safetensors_zip, state
 from in_process import Process
 from stored_tensors import check
 
@@ -35,6 +35,12 @@ def test_what_it_is_made_of_is_fine(tmp_path: Path, make: object) -> None:
     assert callable(make)
     (tmp_path / "m.pt").write_bytes(make(GOOD))
     assert torch.load(tmp_path / "m.pt", weights_only=True)["a"].tolist() == [1.5, -2.5]
+    check(open_checkpoint(tmp_path / "m.pt"), {"a": torch.tensor([1.5, -2.5])})
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_attributes_stand_for_no_method(tmp_path: Path, attribute: str) -> None:
+    (tmp_path / "m.pt").write_bytes(file(state(ATTRIBUTES[attribute])))
     check(open_checkpoint(tmp_path / "m.pt"), {"a": torch.tensor([1.5, -2.5])})
 
 

@@ -87,7 +87,9 @@ def shell(code: str) -> str:
     "page",
     [
         pytest.param(
-            page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.libraries] if page.name in OF_LIBRARIES else []
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=[pytest.mark.libraries] if page.name in OF_LIBRARIES else [],
         )
         for page in PAGES
     ],

@@ -174,6 +174,12 @@ RUNS = {
     "a class of its own": named("__main__", "Net") + b")\x81}b", "ctypes": call(named("ctypes", "CDLL"), text("libc.so.6")),
 }  # fmt: skip
 
+# Fine: attributes of the names of methods, which are not called.
+ATTRIBUTES = {
+    "an attribute of a tensor": call(named("torch._tensor", "_rebuild_from_type_v2"), named("torch._utils", "_rebuild_tensor_v2"), named("torch", "Tensor"), tensor()[len(named("torch._utils", "_rebuild_tensor_v2")) : -1], b"}" + text("stride") + b"K\5s"),
+    "an attribute of a parameter": call(named("torch._utils", "_rebuild_parameter_with_state"), tensor(), b"\x89", ORDERED, b"}" + text("untyped_storage") + named("torch", "Size") + b"s"),
+}  # fmt: skip
+
 # Not among the opcodes of torch's unpickler.
 OPCODES = {
     "STACK_GLOBAL": text("os") + text("system") + b"\x93(" + text(COMMAND) + b"tR", "INST": b"(" + text(COMMAND) + b"ios\nsystem\n", "OBJ": b"(" + SYSTEM + text(COMMAND) + b"o", "EXT1": b"\x82\1)R", "EXT2": b"\x83\1\0)R",
@@ -193,7 +199,8 @@ TENSORS = {
     "a tensor with a state": tensor() + b"(" + storage() + b"K\0))tb", "a tensor of no call": named("torch", "Tensor"), "bytes of 1 TB": call(named("builtins", "bytearray"), number(10**12)), "a tensor of 1 TB": call(named("torch", "Tensor"), number(10**12)),
     "a text that takes long": call(named("_codecs", "encode"), text("é" * 100_000), text("punycode")), "a codec": call(named("_codecs", "encode"), text("x"), text("zip")), "a text as a function": call(text("x")), "a list as a function": call(b"]"),
     "an argument that is no tuple": named("collections", "OrderedDict") + b"]R", "a quantized tensor": call(named("torch._utils", "_rebuild_qtensor"), b"N"), "a sparse tensor": call(named("torch._utils", "_rebuild_sparse_tensor"), b"N"), "a meta tensor": call(named("torch._utils", "_rebuild_meta_tensor_no_storage"), b"N"),
-    "attributes of a list": b"]}b", "attributes that are none": ORDERED + b"Nb", "items of a tuple": b")Na", "items of a list": b"]NNs", "an odd number of items": b"}(Nu", "no mark": b"}t", "a mark as a value": b"}(s", "nothing in the memo": b"h\x63", "no text": b"X\1\0\0\0\xff",
+    "an attribute of a dict": ORDERED + b"(" + text("x") + tensor() + b"u}" + text("items") + b"K\5sb", "two attributes of a dict": ORDERED + b"}(" + text("_metadata") + ORDERED + text("items") + b"K\5ub",
+    "half a surrogate in a name": b"}" + text("\ud800") + tensor() + b"s", "attributes of a list": b"]}b", "attributes that are none": ORDERED + b"Nb", "items of a tuple": b")Na", "items of a list": b"]NNs", "an odd number of items": b"}(Nu", "no mark": b"}t", "a mark as a value": b"}(s", "nothing in the memo": b"h\x63", "no text": b"X\1\0\0\0\xff",
 }  # fmt: skip
 
 
@@ -213,7 +220,7 @@ BOMBS: dict[str, Make] = {
     "megabytes of None": lambda: b"\x80\2" + b"N" * 3_000_000 + b".",
     "megabytes of marks": lambda: b"\x80\2" + b"(" * 3_000_000 + b".",
     "lists in lists": lambda: b"\x80\2" + b"]" * 3_000_000 + b"a" * 2_999_999 + b".",
-    "a million tensors of one storage": lambda: b"\x80\2}" + storage() + b"q\0" + b"".join(text(str(k)) + call(named("torch._utils", "_rebuild_tensor_v2"), b"h\0K\0", numbers(2), numbers(1), b"\x89N") + b"s" for k in range(100_000)) + b".",
+    "many tensors of one storage": lambda: b"\x80\2}" + storage() + b"q\0" + b"".join(text(str(k)) + call(named("torch._utils", "_rebuild_tensor_v2"), b"h\0K\0", numbers(2), numbers(1), b"\x89N") + b"s" for k in range(100_000)) + b".",
     "a megabyte as a name": lambda: b"\x80\2c" + b"x" * 1_000_000,
 }  # fmt: skip
 
@@ -259,7 +266,7 @@ ZIPS: dict[str, Make] = {
     "no version": lambda: archive([Entry("m/data.pkl", GOOD), Entry("m/data/0", PAYLOAD)]),
     "an alignment of no sense": lambda: file(GOOD, Entry("m/.storage_alignment", b"x")),
     "a byteorder of no sense": lambda: replaced("m/byteorder", data=b"little\0"),
-    "a long byteorder": lambda: replaced("m/byteorder", data=b"little" * 9),
+    "a long byteorder": lambda: replaced("m/byteorder", data=b"little" * 99),
     "more entries than there are": lambda: file(count=5),
     "fewer entries than there are": lambda: file(count=3),
     "data behind the end": lambda: file(behind=b"x"),
