@@ -18,8 +18,9 @@ from .reader import File, Reader
 if TYPE_CHECKING:
     import numpy as np
 
-# Bytes between the first and the last that are needed which are read at once: all of few; of more, if half of them are needed.
-_MAX_SPAN_BYTES, _MAX_DENSE_SPAN_BYTES = 64 << 10, 1 << 20
+# Bytes between the first and the last that are needed which are read at once: all of few, as a read takes as long as copying these; of
+# more, if one in sixteen is needed, as of a transposed matrix.
+_MAX_SPAN_BYTES, _MAX_DENSE_SPAN_BYTES, _DENSE = 64 << 10, 1 << 20, 16
 
 
 class Box(NamedTuple):
@@ -163,7 +164,7 @@ def _read_box(
         return bool(box.file.read_into(reader, begin, content, release))
     inner = _span(out.shape[1:], strides[1:])
     span = (len(out) - 1) * strides[0] + inner
-    limit = (_MAX_DENSE_SPAN_BYTES if span <= 2 * out.size else _MAX_SPAN_BYTES) // size
+    limit = (_MAX_DENSE_SPAN_BYTES if span <= _DENSE * out.size else _MAX_SPAN_BYTES) // size
     if span <= limit:
         read = bytearray(span * size)
         cached = box.file.read_into(reader, begin, memoryview(read), release)
