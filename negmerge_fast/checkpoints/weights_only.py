@@ -11,7 +11,6 @@ import io
 import re
 import struct
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -439,6 +438,8 @@ def load_entry(pickled: bytes, storages: Sequence[StorageId]) -> tuple[Any, dict
     Returns:
         What was pickled; and the storages by their address (untyped_storage()._cdata), which is theirs while what was pickled lives.
     """
+    import zipfile  # slow to import, for few checkpoints
+
     # In an archive of its own: torch reads none that others wrote, and does not need the storages.
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
