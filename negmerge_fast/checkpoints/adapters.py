@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, as PEFT saves them: adapter_config.json, and adapter_model.safetensors beside it."""
+"""LoRA adapters on disk, as PEFT saves them: adapter_config.json, and adapter_model.safetensors or .bin beside it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.dtypes import FLOAT_SIZES
+from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from ..core.errors import InputError, short_repr, some_names
 from ..core.hashing import hash_of
+from . import pytorch
 from .base import Checkpoint, TensorRef
-from .lora import Product, Shift, has_factors, read_adapter
-from .reader import File
+from .lora import Change, Product, Replacement, Shift, has_factors, read_adapter
+from .reader import File, Reader
 from .safetensors import read_header
 from .side_files import ADAPTER_CONFIG
 from .strict_json import parse_json
 from .weights import is_adapter, is_index
 
+if TYPE_CHECKING:
+    import numpy as np
+
 KIND = "adapter"
 _SINGLE, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 _MAX_CONFIG_BYTES = 1 << 24
+# Elements that are compared at a time.
+_COMPARED = 1 << 18
 
 
 def is_adapter_directory(path: Path) -> bool:
@@ -65,12 +71,10 @@ def open_directory(path: Path) -> Checkpoint:
     folders = _folders(path, names)
     if ADAPTER_CONFIG not in names:
         raise InputError(
-            f"{path}: {len(folders)} adapters in folders, expected one of them: {path / folders[0]}"
+            f"{path}: adapters in folders ({some_names(folders)}), expected one of them: {path / folders[0]}"
         )
-    if _SINGLE in names:
-        opened = _open(path / _SINGLE, path)
-    elif _PICKLE in names:
-        raise _pickled(path / _PICKLE)
+    if weights := next((name for name in (_SINGLE, _PICKLE) if name in names), None):
+        opened = _open(path / weights, path)
     else:
         found = [name for name in names if is_adapter(name)]
         raise InputError(
@@ -85,24 +89,27 @@ def open_directory(path: Path) -> Checkpoint:
     return opened
 
 
-def _pickled(path: Path) -> InputError:
-    return InputError(
-        f"{path}: expected {_SINGLE}: load it with PeftModel.from_pretrained(…) and save it again with save_pretrained"
-    )
-
-
 def is_adapter_file(path: Path) -> bool:
-    """Whether a .safetensors file holds factors as PEFT names them, and its configuration lies beside it."""
-    return os.path.isfile(path.parent / ADAPTER_CONFIG) and has_factors(read_header(path)[0])
+    """Whether a file has an adapter's configuration beside it, and an adapter's name, or factors as PEFT names them."""
+    if not os.path.isfile(path.parent / ADAPTER_CONFIG):
+        return False
+    return is_adapter(path.name) or has_factors(_read(path)[0])
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Open an adapter by its .safetensors file."""
+    """Open an adapter by the file of its weights."""
     return _open(path, path)
 
 
+def _read(weights: Path) -> tuple[dict[str, TensorRef], File, tuple[str, ...]]:
+    """The tensors of a file, the file, and notes of it."""
+    if weights.suffix == ".safetensors":
+        return (*read_header(weights), ())
+    return pytorch.read_file(weights)
+
+
 def _open(weights: Path, path: Path) -> Checkpoint:
-    held, file = read_header(weights)
+    held, file, notes = _read(weights)
     config, config_file = _read_config(weights.parent / ADAPTER_CONFIG)
     adapter = read_adapter(config, held, lambda tensor: tensor.spec.shape, str(path))
     for change in (
@@ -110,20 +117,22 @@ def _open(weights: Path, path: Path) -> Checkpoint:
         *(Product(*level, 1, 1.0) for each in adapter.nested.values() for level in each.levels),
     ):
         _refuse_integers(weights, held, change)
+    # Counters are copied from the base.
+    changes = {name: change for name, change in adapter.changes.items() if not _is_counter(change)}
     return Checkpoint(
         path,
         KIND,
         held,
         {weights.name: file},
         {ADAPTER_CONFIG: config_file},
-        notes=adapter.notes,
+        notes=(*notes, *adapter.notes),
         undecided=(f"{path}: a LoRA adapter, expected a whole model as the base",),
-        adapter=adapter,
+        adapter=replace(adapter, changes=changes),
     )
 
 
 def _refuse_integers(path: Path, held: Mapping[str, TensorRef], change: object) -> None:
-    """Refuse factors that are no floating-point numbers. A whole tensor may be: a counter of BatchNorm is."""
+    """Refuse factors that are no floating-point numbers. A whole tensor may be an integer: a counter of BatchNorm."""
     values = change[:2] if isinstance(change, Product) else change[:1] if isinstance(change, Shift) else ()
     for value in values:
         if value.spec.dtype not in FLOAT_SIZES:
@@ -131,6 +140,10 @@ def _refuse_integers(path: Path, held: Mapping[str, TensorRef], change: object) 
             raise InputError(
                 f"{path}: tensor {short_repr(name)}: dtype {value.spec.dtype}, expected {', '.join(FLOAT_SIZES)}"
             )
+
+
+def _is_counter(change: Change[TensorRef]) -> bool:
+    return isinstance(change, Replacement) and change.value.spec.dtype in INTEGER_DTYPES
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], File]:
@@ -141,3 +154,33 @@ def _read_config(path: Path) -> tuple[dict[str, Any], File]:
         )
     raw = file.read(0, file.size)
     return parse_json(raw, path, "configuration"), replace(file, header=hash_of(raw))
+
+
+def have_equal_numbers(first: TensorRef, second: TensorRef, reader: Reader) -> bool:
+    """Whether two tensors of a shape have the same numbers, whatever their type.
+
+    PEFT saves an embedding beside factors of it, in the type that the model had when it was trained.
+    """
+    if first.spec.dtype not in FLOAT_SIZES or second.spec.dtype not in FLOAT_SIZES:
+        return first.spec.dtype == second.spec.dtype
+    import numpy as np  # which opening a checkpoint does not need
+
+    for begin in range(0, first.numel, _COMPARED):
+        end = min(begin + _COMPARED, first.numel)
+        one, other = (_numbers(reader, each, begin, end) for each in (first, second))
+        if not np.array_equal(one, other, equal_nan=True):
+            return False
+    return True
+
+
+def _numbers(
+    reader: Reader, tensor: TensorRef, begin: int, end: int
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    import numpy as np
+
+    size = FLOAT_SIZES[tensor.spec.dtype]
+    data = bytearray((end - begin) * size)
+    tensor.source.read_into(reader, memoryview(data), begin * size)
+    if tensor.spec.dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    return np.frombuffer(data, f"<f{size}").astype(np.float64)

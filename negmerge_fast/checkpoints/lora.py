@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from ..core.errors import InputError, short_repr
@@ -35,6 +35,7 @@ class Product(NamedTuple, Generic[T]):
         expert: Of one expert only: which. None: of all, one after the other.
         rows: Of some rows of B only: begin and end. None: of all.
         shape: Of the parameter, if not None: it has as many elements, in the same order.
+        columns: Of some columns of A only, of one dimension: begin and end. None: of all.
     """
 
     a: T
@@ -46,6 +47,7 @@ class Product(NamedTuple, Generic[T]):
     expert: int | None = None
     rows: tuple[int, int] | None = None
     shape: tuple[int, ...] | None = None
+    columns: tuple[int, int] | None = None
 
 
 class Shift(NamedTuple, Generic[T]):
@@ -88,11 +90,14 @@ class Nested(NamedTuple, Generic[T]):
         levels: Factors A and B by how deep the key is nested, the deepest first: that parameter is the module's first.
         parameters: Which it may be.
         transposed: fan_in_fan_out, for a weight.
+        swaps: Whether experts are (experts, out, in) for PEFT unless their module says otherwise, which it has held since 0.19; None
+            if its version is not known.
     """
 
     levels: tuple[tuple[T, T], ...]
     parameters: tuple[Parameter, ...]
     transposed: bool = False
+    swaps: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,9 @@ class Adapter(Generic[T]):
         notes: What a user should know of it, a line each.
         nested: By module, what target_parameters names; checkpoints/placing.py makes changes of it.
         copies: By the names of parameters, copies of what the base has: they must be equal.
+        flexible: Parameters whose product is transposed or not by fan_in_fan_out, where their shape does not tell.
         shape_of: The shape of a tensor.
+        model_class: The class of transformers that its base had in memory, if its configuration says so.
     """
 
     name: str
@@ -117,7 +124,30 @@ class Adapter(Generic[T]):
     notes: tuple[str, ...] = ()
     nested: Mapping[str, Nested[T]] = field(default_factory=dict)
     copies: Mapping[str, T] = field(default_factory=dict)
+    flexible: frozenset[str] = frozenset()
     shape_of: Callable[[T], tuple[int, ...]] = field(default=lambda tensor: tensor.shape)
+    model_class: str = ""
+
+    def renamed(self, rename: Callable[[str], str]) -> Adapter[T]:
+        """The adapter with other names of parameters.
+
+        Raises:
+            InputError: If two become one.
+        """
+        changes = {rename(name): change for name, change in self.changes.items()}
+        copies = {rename(name): value for name, value in self.copies.items()}
+        if len(changes) < len(self.changes) or len(copies) < len(self.copies):
+            raise InputError(f"{self.name}: rename makes one name of two, expected different names")
+        nested = {}
+        for module, each in self.nested.items():
+            # Of a module there is no name to rename: that of a parameter in it has one.
+            ending = f".{each.parameters[0].name}"
+            nested[rename(module + ending).removesuffix(ending)] = each
+        owner_of = {rename(name): owner for name, owner in self.owner_of.items()}
+        flexible = frozenset(map(rename, self.flexible))
+        return replace(
+            self, changes=changes, owner_of=owner_of, nested=nested, copies=copies, flexible=flexible
+        )
 
 
 def matrices(product: Product[Any], a: Any, b: Any) -> tuple[Any, Any]:
@@ -138,6 +168,8 @@ def matrices(product: Product[Any], a: Any, b: Any) -> tuple[Any, Any]:
         left, right = (each[product.expert : product.expert + 1] for each in (left, right))
     if product.rows is not None:
         left = left[:, product.rows[0] : product.rows[1]]
+    if product.columns is not None:
+        right = right[:, :, product.columns[0] : product.columns[1]]
     if product.transposed:
         left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
     return left, right
@@ -191,7 +223,7 @@ def read_adapter(
         trainable_token_indices: rows of an embedding that replace the base's.
         Embeddings (lora_embedding_A, lora_embedding_B): (B·A)ᵀ.
         target_parameters: parameters of two dimensions, and experts in one parameter of three.
-        Convolutions whose lora_B is 1 × 1, without groups; torch.nn.MultiheadAttention.
+        Convolutions whose lora_B is 1 × 1, without groups.
         Copies of the base's weights beside an adapted layer (base_layer.weight): they must be equal to the base's.
 
     Refused, by name:
@@ -199,6 +231,7 @@ def read_adapter(
         init_lora_weights that change the base: PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ, unless converted when they were saved.
         layer_replication, and every field that is not known and is set.
         A tensor that is not understood, a factor without the other, and a shape that is not of the rank.
+        torch.nn.MultiheadAttention, whose out_proj PEFT changes twice (at least up to 0.21).
         Regular expressions with lookarounds or references to groups.
 
     Args:
@@ -238,6 +271,10 @@ class _Settings:
         self.modules_to_save = self._texts("modules_to_save")
         self.target_parameters = self._texts("target_parameters")
         self.token_indices = self._token_indices()
+        self.swaps = self._swaps()
+        mapping = config.get("auto_mapping")
+        model_class = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+        self.model_class = model_class if isinstance(model_class, str) else ""
         self.notes = (f"{name}: no lora_alpha, so the scale is that of lora_alpha = r",) * (alpha is None)
 
     def _error(self, key: str, value: object, expected: str) -> InputError:
@@ -318,6 +355,10 @@ class _Settings:
                 raise self._error("trainable_token_indices", value, "lists of different numbers of rows")
         return {module: tuple(rows) for module, rows in found.items()}
 
+    def _swaps(self) -> bool | None:
+        found = re.match(r"(\d{1,4})\.(\d{1,4})", str(self._config.get("peft_version") or ""))
+        return (int(found[1]), int(found[2])) >= (0, 19) if found else None
+
     def scale(self, module: str) -> tuple[int, float]:
         """The rank and the scale of a module."""
         rank = int(self._first_match(self._ranks, module, self._r))
@@ -390,6 +431,7 @@ class _Reading(Generic[T]):
         self.owner_of: dict[str, str] = {}
         self.nested: dict[str, Nested[T]] = {}
         self.copies: dict[str, T] = {}
+        self.flexible: set[str] = set()
         # By module, as its keys name it without the prefix: the keys of its factors by their kind.
         self.factors: dict[str, dict[str, str]] = {}
         self.wholes: list[tuple[str, str]] = []
@@ -412,7 +454,9 @@ class _Reading(Generic[T]):
             self.settings.notes,
             self.nested,
             self.copies,
+            frozenset(self.flexible),
             self.shape_of,
+            self.settings.model_class,
         )
 
     def _error(self, key: str, problem: str) -> InputError:
@@ -422,22 +466,24 @@ class _Reading(Generic[T]):
         """Tell factors from whole tensors."""
         for key in self.tensors:
             name = key.removeprefix(_PREFIX)
-            if match := _KEY.fullmatch(name):
-                self.factors.setdefault(match["module"], {})[match["kind"]] = key
-            elif advice := factor_advice(name):
+            if advice := factor_advice(key):
                 raise self._error(
                     key,
                     f"{advice}, expected lora_A.weight, lora_B.weight and the like, as PEFT saves an adapter",
                 )
+            if match := _KEY.fullmatch(name):
+                self.factors.setdefault(match["module"], {})[match["kind"]] = key
             else:
                 self.wholes.append((key, name))
 
     def _read_factors(self) -> None:
-        attentions = {
-            m.partition(".base_layer.")[0] for m in self.factors if m.endswith(".base_layer.out_proj")
-        }
         levels: dict[str, dict[int, str]] = {}
-        for module in self.factors:
+        for module, kinds in self.factors.items():
+            if ".base_layer." in module:
+                raise self._error(
+                    next(iter(kinds.values())), "of torch.nn.MultiheadAttention, where PEFT adds the difference of out_proj twice, "
+                    "at least up to 0.21: merge it into its model first"
+                )  # fmt: skip
             outer = module
             while outer.endswith(".base_layer"):
                 outer = outer.removesuffix(".base_layer")
@@ -445,10 +491,17 @@ class _Reading(Generic[T]):
         for outer, found in levels.items():
             kinds = self.factors[found[0]] if 0 in found else {}
             parameters = self.settings.parameters(outer)
-            if len(found) > 1 or 0 not in found or (parameters and "lora_A.weight" in kinds):
+            if (
+                len(found) > 1
+                or 0 not in found
+                or (parameters and self._is_matrix(kinds.get("lora_A.weight")))
+            ):
                 self._read_nested(outer, found, parameters)
             else:
-                self._read_module(outer, kinds, is_attention=outer in attentions)
+                self._read_module(outer, kinds)
+
+    def _is_matrix(self, key: str | None) -> bool:
+        return key is not None and len(self.shape_of(self.tensors[key])) == 2
 
     def _pair(self, module: str, kinds: dict[str, str], a: str, b: str) -> tuple[str, str]:
         for has, lacks in ((a, b), (b, a)):
@@ -478,22 +531,21 @@ class _Reading(Generic[T]):
             )
         if len(found) == 1:
             parameters = (*parameters, Parameter("weight", *self.settings.scale(module), is_weight=True))
-        self.nested[module] = Nested(tuple(levels), parameters, self.settings.fan_in_fan_out)
+        settings = self.settings
+        self.nested[module] = Nested(tuple(levels), parameters, settings.fan_in_fan_out, settings.swaps)
 
-    def _read_module(self, keyed: str, kinds: dict[str, str], is_attention: bool) -> None:
+    def _read_module(self, module: str, kinds: dict[str, str]) -> None:
         """The factors of a module of target_modules, or the trained rows of an embedding."""
-        module = keyed.replace(".base_layer.", ".")
-        # The output of MultiheadAttention is a part of the module that has the pattern's rank.
-        rank, scale = self.settings.scale(keyed.partition(".base_layer.")[0])
+        rank, scale = self.settings.scale(module)
         pairs = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
         for a, b in pairs:
             if a in kinds or b in kinds:
-                keys = self._pair(keyed, kinds, a, b)
+                keys = self._pair(module, kinds, a, b)
                 embedding = a == "lora_embedding_A"
                 product = self._product(keys, rank, scale, embedding)
-                self._add(
-                    f"{module}.{'in_proj_weight' if is_attention else 'weight'}", product, module, keys[0]
-                )
+                self._add(f"{module}.weight", product, module, keys[0])
+                if not embedding:
+                    self.flexible.add(f"{module}.weight")
         if key := kinds.get("lora_B.bias"):
             if not self.settings.lora_bias or "lora_B.weight" not in kinds:
                 raise self._error(

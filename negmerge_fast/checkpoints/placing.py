@@ -6,39 +6,23 @@ An adapter names parameters as they are in memory; a file may name them otherwis
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import cached_property
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 from ..core.errors import InputError, short_repr, some_names
 from .lora import Adapter, Change, Nested, Parameter, Product, Replacement, Shift
+from .memory_names import Location, MemoryNames, Part, Shape, Unknown, memory_names
 
 T = TypeVar("T")
-Shape = tuple[int, ...]
 
-
-class Part(NamedTuple):
-    """A tensor of the base that is a parameter, or a part of one.
-
-    Attributes:
-        name: The tensor's name.
-        expert: The index in the parameter's first dimension, if it is of one expert only.
-        rows: The rows that it is of each expert, if it is not all.
-        transposed: Whether rows and columns are exchanged in the tensor.
-    """
-
-    name: str
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-
-class Location(NamedTuple):
-    """Where a parameter is: its shape in memory, and the tensors that hold it."""
-
-    shape: Shape
-    parts: tuple[Part, ...]
+# Types of models whose experts are (experts, in, out), which PEFT asks the module for.
+_TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "openai_privacy_filter")
+# Modules that a model may tie to its embedding, and embeddings.
+_OUTPUTS = ("lm_head", "embed_out", "output_projection", "output_layer", "proj_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 
 
 @dataclass(frozen=True)
@@ -48,7 +32,7 @@ class Placed(Generic[T]):
     Attributes:
         changes: The changes.
         modules: How many modules of the adapter they are of: all.
-        notes: How it was placed, and what a user should know of that, a line each.
+        notes: What a user should know of it, a line each; the last says how many modules were placed, and how.
         copies: What the adapter has of tensors that it does not change, or changes otherwise: it must be equal to the base's.
     """
 
@@ -79,31 +63,29 @@ def place(
 
 
 class _Names:
-    """The base's tensors by how their names end."""
+    """Names, found by how they end."""
 
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        self._shapes = shapes
-        self._ending: dict[str, list[str]] = defaultdict(list)
-        for name in shapes:
-            self._ending[_components(name)[-1] if name else ""].append(name)
-        self.ambiguous: dict[str, list[str]] = {}
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._ending: dict[str, list[list[str]]] = defaultdict(list)
+        self._joined: dict[tuple[str, ...], str] = {}
+        for name in self._names:
+            components = _components(name)
+            self._ending[components[-1]].append(components)
+            self._joined[tuple(components)] = name
 
     def find(self, parameter: str) -> str | None:
-        """The tensor of a parameter's name, or the only one whose name ends with it, or with which it ends."""
-        if parameter in self._shapes:
+        """A parameter's own name, or the only one that ends with it; else the longest with which it ends."""
+        if parameter in self._names:
             return parameter
         wanted = _components(parameter)
-        found = [n for n in self._ending[wanted[-1]] if _is_suffix(wanted, _components(n))]
+        same = self._ending[wanted[-1]]
+        found = [each for each in same if _is_suffix(wanted, each)]
         if not found:
-            shorter = [
-                n
-                for n in self._ending[wanted[-1]]
-                if _is_suffix(_components(n), wanted) and len(_components(n)) > 1
+            found = sorted((each for each in same if len(each) > 1 and _is_suffix(each, wanted)), key=len)[
+                -1:
             ]
-            found = sorted(shorter, key=len)[-1:]
-        if len(found) > 1:
-            self.ambiguous[parameter] = found
-        return found[0] if len(found) == 1 else None
+        return self._joined[tuple(found[0])] if len(found) == 1 else None
 
 
 def _components(name: str) -> list[str]:
@@ -119,38 +101,57 @@ class _Placing(Generic[T]):
         self, adapter: Adapter[T], shapes: Mapping[str, Shape], config: Mapping[str, Any], base: str
     ) -> None:
         self.adapter, self.shapes, self.config, self.base = adapter, shapes, config, base
-        self.names = _Names(shapes)
         self.shape_of = adapter.shape_of
+        self.unknown = ""
         self.changes: dict[str, Change[T]] = {}
         self.sources: dict[str, str] = {}
 
     def placed(self) -> Placed[T]:
-        how = ""
-        locations = self._by_name()
-        if missing := self._missing(locations):
-            raise self._no_place(missing)
-        if any(location.parts[0].name != parameter for parameter, location in locations.items()):
-            how = " by how their names end"
+        locations, how = self._locations()
         changes = dict(self.adapter.changes)
         for module, nested in self.adapter.nested.items():
             changes.update(self._resolved(module, nested, locations))
+        changes.update(self._oriented(changes, locations))
         for parameter, change in changes.items():
             self._add(parameter, change, locations[parameter])
-        copies = {
-            locations[parameter].parts[0].name: value for parameter, value in self.adapter.copies.items()
-        }
-        for name, value in copies.items():
-            self._check_copy(name, value)
+        copies = dict(self._copies(locations))
         count = self.adapter.modules
         note = f"{self.adapter.name}: {count} of {count} adapter modules placed{how}"
-        return Placed(self.changes, count, (note,), copies)
+        return Placed(self.changes, count, (*self._tied(changes), note), copies)
 
-    def _by_name(self) -> dict[str, Location]:
-        found = {}
-        for parameter in self._parameters():
-            if (name := self.names.find(parameter)) is not None:
-                found[parameter] = Location(self.shapes[name], (Part(name),))
-        return found
+    def _error(self, problem: str) -> InputError:
+        return InputError(f"{self.adapter.name}: {problem}")
+
+    def _locations(self) -> tuple[dict[str, Location], str]:
+        """Where all parameters are, and a phrase that says how that was found."""
+        by_name = self._found({name: Location(shape, (Part(name),)) for name, shape in self.shapes.items()})
+        missing = self._missing(by_name)
+        if not missing:
+            same = all(location.parts[0].name == parameter for parameter, location in by_name.items())
+            return by_name, "" if same else " by how their names end"
+        for model_class in dict.fromkeys((self.adapter.model_class, "")):
+            if (memory := self._ask(model_class)) is not None:
+                mapped = self._found(memory.locations)
+                if not self._missing(mapped):
+                    self._memory = memory
+                    return mapped, f" by their names in memory (transformers {memory.version})"
+        raise self._no_place(missing)
+
+    @cached_property
+    def _memory(self) -> MemoryNames | None:
+        return self._ask(self.adapter.model_class) or self._ask("")
+
+    def _ask(self, model_class: str) -> MemoryNames | None:
+        try:
+            return memory_names(self.config, self.shapes, model_class)
+        except Unknown as error:
+            self.unknown = f" ({error})"
+            return None
+
+    def _found(self, named: Mapping[str, Location]) -> dict[str, Location]:
+        names = _Names(named)
+        found = {parameter: names.find(parameter) for parameter in self._parameters()}
+        return {parameter: named[name] for parameter, name in found.items() if name is not None}
 
     def _parameters(self) -> Iterator[str]:
         yield from self.adapter.changes
@@ -170,10 +171,29 @@ class _Placing(Generic[T]):
         return list(dict.fromkeys(missing))
 
     def _no_place(self, missing: list[str]) -> InputError:
-        count = self.adapter.modules
-        return InputError(
-            f"{self.adapter.name}: {len(missing)} of {count} adapter modules have no place in {self.base}: {some_names(missing)}"
+        tied = [module for module in missing if _components(module)[-1] in _OUTPUTS]
+        if tied and self._is_tied():
+            return self._error(
+                f"{short_repr(tied[0])} has no tensor in {self.base}, which ties it to its embedding: expected an adapter without it"
+            )
+        return self._error(
+            f"{len(missing)} of {self.adapter.modules} adapter modules have no place in {self.base}: {some_names(missing)}{self.unknown}"
         )
+
+    def _is_tied(self) -> bool:
+        """Whether the output layer is tied to the embedding, and no tensor of its own."""
+        tied: Any = self.config.get("tie_word_embeddings", True)
+        return bool(tied) and not any(
+            _components(name)[-2:-1] == [each] for name in self.shapes for each in _OUTPUTS
+        )
+
+    def _tied(self, changes: Mapping[str, Change[T]]) -> Iterator[str]:
+        """Say of an embedding that the output layer changes with it."""
+        for parameter, change in changes.items():
+            rows = change.rows if isinstance(change, Replacement) else None
+            module = _components(parameter)[-2:-1]
+            if module and module[0] in _EMBEDDINGS and rows is None and self._is_tied():
+                yield f"{self.adapter.name}: {parameter} is the output layer of {self.base}, too, which changes with it"
 
     def _resolved(
         self, module: str, nested: Nested[T], locations: Mapping[str, Location]
@@ -181,22 +201,19 @@ class _Placing(Generic[T]):
         """The products of a module's parameters, each with the parameter that it fits."""
         present = [each for each in nested.parameters if f"{module}.{each.name}" in locations]
         named = [each for each in present if not each.is_weight] or present
-        fitting = []
-        for chosen in permutations(named, len(nested.levels)):
-            pairs = zip(chosen, nested.levels, strict=True)
-            products = [self._fit(module, each, factors, nested, locations) for each, factors in pairs]
-            if all(product is not None for product in products):
-                fitting.append(
-                    [
-                        (f"{module}.{each.name}", product)
-                        for each, product in zip(chosen, products, strict=True)
-                    ]
-                )
+        fits = [
+            {
+                each: product
+                for each in named
+                if (product := self._fit(module, each, level, nested, locations))
+            }
+            for level in nested.levels
+        ]
+        fitting = list(islice(_assignments(fits), 2))
         if len(fitting) != 1:
             raise self._unclear(module, nested, locations, named, len(fitting))
-        for name, product in fitting[0]:
-            assert product
-            yield name, product
+        for each, product in fitting[0].items():
+            yield f"{module}.{each.name}", product
 
     def _unclear(
         self,
@@ -209,9 +226,8 @@ class _Placing(Generic[T]):
         factors = [tuple(map(self.shape_of, level)) for level in nested.levels]
         parameters = [f"{each.name} {locations[f'{module}.{each.name}'].shape}" for each in named]
         what = "fit more than one of" if count else "do not fit"
-        return InputError(
-            f"{self.adapter.name}: {module}: factors {short_repr(factors)} {what} {', '.join(parameters)} of {self.base}, "
-            "expected one parameter for each"
+        return self._error(
+            f"{module}: factors {short_repr(factors)} {what} {', '.join(parameters)} of {self.base}, expected one parameter for each"
         )
 
     def _fit(
@@ -230,12 +246,61 @@ class _Placing(Generic[T]):
             return None
         rows, columns = shape[-2:]
         plain, transposed = (b[0], a[1]) == (rows, columns), (a[1], b[0]) == (rows, columns)
-        if len(shape) == 2:
-            transposed = transposed and parameter.is_weight and nested.transposed
-            plain = plain and not (parameter.is_weight and nested.transposed)
+        if len(shape) == 2 and not parameter.is_weight:
+            transposed = False
+        elif len(shape) == 2 and plain and transposed:
+            transposed = nested.transposed
+            plain = not transposed
+        elif plain and transposed:
+            transposed = self._has_transposed_experts(module, nested)
+            plain = not transposed
         if not plain and not transposed:
             return None
-        return Product(*factors, parameter.rank, parameter.scale, not plain, experts)
+        # One expert has a dimension of its own, too.
+        own = shape if len(shape) == 3 and experts == 1 else None
+        return Product(*factors, parameter.rank, parameter.scale, not plain, experts, shape=own)
+
+    def _has_transposed_experts(self, module: str, nested: Nested[T]) -> bool:
+        """Whether square experts are (in, out): PEFT took all for it before 0.19, and since then asks the module."""
+        if nested.swaps is None:
+            raise self._error(
+                f"{module}: square experts, and no peft_version in the configuration, which would tell in from out"
+            )
+        if not nested.swaps:
+            return True
+        if self._memory is not None:
+            return module in self._memory.transposed
+        text = self.config.get("text_config")
+        types = [each.get("model_type") for each in (self.config, text) if isinstance(each, Mapping)]
+        return any(str(kind).startswith(_TRANSPOSED_EXPERTS) for kind in types)
+
+    def _oriented(
+        self, changes: Mapping[str, Change[T]], locations: Mapping[str, Location]
+    ) -> Iterator[tuple[str, Product[T]]]:
+        """Products that fit only with fan_in_fan_out set otherwise. PEFT sets it for each module, and saves the last one's."""
+        flexible = {
+            parameter: change
+            for parameter, change in changes.items()
+            if isinstance(change, Product)
+            and parameter in self.adapter.flexible
+            and len(locations[parameter].shape) == 2
+        }
+        square, others = [], []
+        for parameter, product in flexible.items():
+            found, expected = _product_shape(product, self.shape_of), locations[parameter].shape
+            if found == found[::-1] == expected:
+                square.append(parameter)
+            elif found != expected == found[::-1]:
+                others.append(parameter)
+                yield parameter, product._replace(transposed=not product.transposed)
+        for parameter in square if others else ():
+            if self._memory is None:
+                raise self._error(
+                    f"{parameter}: square, and fan_in_fan_out of the configuration is not what {others[0]} has: it may be "
+                    f"transposed or not{self.unknown}"
+                )
+            module = parameter.removesuffix(".weight")
+            yield parameter, flexible[parameter]._replace(transposed=module in self._memory.transposed)
 
     def _add(self, parameter: str, change: Change[T], location: Location) -> None:
         if isinstance(change, Product):
@@ -246,16 +311,30 @@ class _Placing(Generic[T]):
             self._check_rows(parameter, location, change)
         for part in location.parts:
             if part.name in self.changes:
-                raise InputError(
-                    f"{self.adapter.name}: {parameter} and {self.sources[part.name]} are both {short_repr(part.name)} in {self.base}"
+                raise self._error(
+                    f"{parameter} and {self.sources[part.name]} are both {short_repr(part.name)} in {self.base}"
                 )
             self.sources[part.name] = parameter
-            self.changes[part.name] = change
+            self.changes[part.name] = self._part_of(parameter, change, location, part)
+
+    def _part_of(self, parameter: str, change: Change[T], location: Location, part: Part) -> Change[T]:
+        """The change of a tensor that is a part of a parameter, or has rows and columns exchanged."""
+        if location.is_whole:
+            return change
+        if not isinstance(change, Product):
+            raise self._error(
+                f"{parameter}: a whole tensor, but {self.base} has it in parts or transposed ({short_repr(part.name)}), expected factors"
+            )
+        rows, columns = (None, part.rows) if change.transposed else (part.rows, None)
+        expert = part.expert if change.experts > 1 else None
+        return change._replace(
+            expert=expert, rows=rows, columns=columns, transposed=change.transposed != part.transposed
+        )
 
     def _check(self, parameter: str, location: Location, found: Shape) -> None:
         if found != location.shape:
-            raise InputError(
-                f"{self.adapter.name}: {parameter}: shape {found}, expected {location.shape} as {short_repr(location.parts[0].name)} in {self.base}"
+            raise self._error(
+                f"{parameter}: shape {found}, expected {location.shape} as {short_repr(location.parts[0].name)} in {self.base}"
             )
 
     def _check_rows(self, parameter: str, location: Location, change: Replacement[T]) -> None:
@@ -266,20 +345,37 @@ class _Placing(Generic[T]):
             or shape[1:] != location.shape[1:]
             or max(change.rows) >= location.shape[0]
         ):
-            raise InputError(
-                f"{self.adapter.name}: {parameter}: rows up to {max(change.rows)} of {shape[1]} elements, "
+            raise self._error(
+                f"{parameter}: rows up to {max(change.rows)} of {shape[1]} elements, "
                 f"expected rows of {location.shape} as {short_repr(location.parts[0].name)} in {self.base}"
             )
 
-    def _check_copy(self, name: str, value: T) -> None:
-        if (found := self.shape_of(value)) != self.shapes[name]:
-            raise InputError(
-                f"{self.adapter.name}: has its own copy of {short_repr(name)} of shape {found}, expected {self.shapes[name]} "
-                f"as in {self.base}: a resized embedding is not merged"
-            )
+    def _copies(self, locations: Mapping[str, Location]) -> Iterator[tuple[str, T]]:
+        for parameter, value in self.adapter.copies.items():
+            location = locations[parameter]
+            if not location.is_whole or self.shape_of(value) != location.shape:
+                raise self._error(
+                    f"has a copy of {short_repr(parameter)} of shape {self.shape_of(value)}, expected {location.shape} as in "
+                    f"{self.base}: a resized embedding is not merged"
+                )
+            yield location.parts[0].name, value
 
 
-def _product_shape(product: Product[T], shape_of: Any) -> Shape:
+def _assignments(fits: Sequence[Mapping[Parameter, Product[T]]]) -> Iterator[dict[Parameter, Product[T]]]:
+    """The choices of a different parameter for each level."""
+    if not fits:
+        yield {}
+        return
+    for parameter, product in fits[0].items():
+        rest = [{each: other for each, other in fit.items() if each != parameter} for fit in fits[1:]]
+        if all(rest):
+            for chosen in _assignments(rest):
+                yield {parameter: product, **chosen}
+
+
+def _product_shape(product: Product[T], shape_of: Callable[[T], Shape]) -> Shape:
     a, b = shape_of(product.a), shape_of(product.b)
+    if product.shape is not None:
+        return product.shape
     experts = (product.experts,) if product.experts > 1 else ()
     return (*experts, a[1], b[0]) if product.transposed else (*experts, b[0], *a[1:])

@@ -123,7 +123,7 @@ _ADVICE = (
     (re.compile(r"(^|[._])(oft_|boft_|vera_|vblora_)"), "a factor of OFT, VeRA or VB-LoRA: merge it into its model first"),
     (re.compile(r"(^|\.)lora_magnitude_vector"), "the magnitudes of DoRA: merge it into its model first (merge_and_unload)"),
     (re.compile(r"(^|\.)lora_E($|\.)"), "a factor of AdaLoRA: merge it into its model first (merge_and_unload)"),
-    (re.compile(r"(^|_)lora_(unet|te\d?|transformer)_|[._]lora_(up|down|mid)(\.|$)"),
+    (re.compile(r"(^|[._])lora_(unet|te\d?|transformer)_|[._]lora_(up|down|mid)(\.|$)"),
      "a LoRA factor as kohya's scripts name it: merge it into its model first (networks/merge_lora.py, or fuse_lora of diffusers)"),
     (re.compile(r"lora\w*[._](up|down)\.weight$"),
      "a LoRA factor as old diffusers name it: merge it into its model first (fuse_lora)"),

@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..backends import registry
 from ..checkpoints import placing
+from ..checkpoints.adapters import have_equal_numbers
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.computed import Computed, ComputedFile, address_of
-from ..checkpoints.lora import Adapter, Change, Product, Replacement, Shift, matrices
+from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices
 from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 Tensors: TypeAlias = Mapping[str, TensorRef]
-IsEqual: TypeAlias = "Callable[[TensorRef, TensorRef, Reader], bool]"
-_T = TypeVar("_T")
 _Floats: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 # Tensors whose factors an adapter keeps: chunks of neighbours are under way at once.
@@ -60,16 +59,14 @@ class Placed(NamedTuple):
     notes: tuple[str, ...]
 
 
-def place_adapter(
-    base: Checkpoint, model: Checkpoint, renames: Renames | None, reader: Reader, is_equal: IsEqual
-) -> Placed:
-    """Find the places of an adapter's changes in a base. is_equal: whether two tensors have the same bytes.
+def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None, reader: Reader) -> Placed:
+    """Find the places of an adapter's changes in a base.
 
     Raises:
         InputError: If one has none, or another shape.
     """
     assert model.adapter
-    adapter = _renamed(model.adapter, renames) if renames else model.adapter
+    adapter = model.adapter.renamed(renames) if renames else model.adapter
     shapes = {name: tensor.spec.shape for name, tensor in {**base.unindexed, **base.tensors}.items()}
     found = placing.place(adapter, shapes, base.configs.get("", {}), str(base.path))
     for name in found.changes:
@@ -79,7 +76,7 @@ def place_adapter(
                 f"{base.path}: tensor {short_repr(name)}: {dtype}, but {model.path} changes it, expected one of {', '.join(FLOAT_SIZES)}"
             )
     for name, copy in found.copies.items():
-        if not is_equal({**base.unindexed, **base.tensors}[name], copy, reader):
+        if not have_equal_numbers({**base.unindexed, **base.tensors}[name], copy, reader):
             raise InputError(
                 f"{model.path}: has a copy of {short_repr(name)} of its own, expected the numbers of {base.path}: "
                 "it was trained or resized, and is not merged"
@@ -87,24 +84,6 @@ def place_adapter(
     own, prefix = (*adapter.notes, *found.notes), f"{adapter.name}: "
     *notes, placed = (note.removeprefix(prefix) for note in own)
     return Placed(model, found.changes, placed, tuple(notes))
-
-
-def _renamed(adapter: Adapter[TensorRef], renames: Renames) -> Adapter[TensorRef]:
-    """An adapter whose names are those of the base."""
-
-    def rename(named: Mapping[str, _T]) -> dict[str, _T]:
-        new = {renames(name): value for name, value in named.items()}
-        if len(new) < len(named):
-            raise InputError(f"{adapter.name}: rename makes one name of two, expected different names")
-        return new
-
-    return replace(
-        adapter,
-        changes=rename(adapter.changes),
-        owner_of=rename(adapter.owner_of),
-        nested=rename(adapter.nested),
-        copies=rename(adapter.copies),
-    )
 
 
 def notes_of(adapters: Sequence[Placed]) -> list[str]:

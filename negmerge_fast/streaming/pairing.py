@@ -126,7 +126,7 @@ def _locate(base: Checkpoint, models: Sequence[Checkpoint], renames: pairing.Ren
     from .low_rank import place_adapter  # needs NumPy, which most merges do not
 
     with Reader(_MAX_OPEN_FILES) as reader:
-        return [place_adapter(base, model, renames, reader, _equal) for model in models if model.adapter]
+        return [place_adapter(base, model, renames, reader) for model in models if model.adapter]
 
 
 def _with_adapters(paired: Paired, adapters: Sequence[Placed], merge_adapters: bool) -> Paired:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -230,7 +230,8 @@ def place_all(
             if not version.is_adapter:
                 changes.append({})
                 continue
-            found = place(_renamed(version.model, renames), shapes, config, reference)
+            adapter = version.model.renamed(renames) if renames else version.model
+            found = place(adapter, shapes, config, reference)
             made = {name: _in_memory(change, reader) for name, change in found.changes.items()}
             _refuse_own_memory(version.label, made, base, reference)
             copies = {name: _loaded(value, reader) for name, value in found.copies.items()}
@@ -258,25 +259,6 @@ def _loaded(value: Any, reader: Reader) -> torch.Tensor:
     array: Any = bits.numpy()
     source.read_into(reader, memoryview(array))
     return bits.view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
-
-
-def _renamed(adapter: Adapter[Any], renames: Renames | None) -> Adapter[Any]:
-    if renames is None:
-        return adapter
-
-    def by_new_name(named: Mapping[str, Any]) -> dict[str, Any]:
-        made = {renames(name): value for name, value in named.items()}
-        if len(made) < len(named):
-            raise InputError(f"{adapter.name}: rename makes one name of two, expected different names")
-        return made
-
-    return replace(
-        adapter,
-        changes=by_new_name(adapter.changes),
-        owner_of=by_new_name(adapter.owner_of),
-        nested=by_new_name(adapter.nested),
-        copies=by_new_name(adapter.copies),
-    )
 
 
 def _refuse_own_memory(label: str, changes: Changes, base: Mapping[str, Any], reference: str) -> None:
