@@ -49,7 +49,9 @@ def open_checkpoint(
     if extra_files:
         for option, patterns in (("--keep", keep), ("--drop", drop)):
             Globs(option, patterns).refuse_unmatched(path)
-    if path.suffix == ".safetensors" and adapters.is_adapter_file(path):
+    if (path.suffix == ".safetensors" or path.name.startswith("adapter_model.")) and adapters.is_adapter_file(
+        path
+    ):
         return adapters.open_file(path)
     if path.suffix == ".safetensors":
         return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
