@@ -1,9 +1,8 @@
-"""Adapters of PEFT: refused as long as they are factors, merged once they are weights."""
+"""Adapters of PEFT beside and among whole models: what is read of them and refused, and what becomes of merged ones."""
 
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,9 @@ CONFIGS = {
     "lokr": LoKrConfig(r=4, target_modules=["q_proj", "v_proj"]),
 }
 FACTORS = "lora_|hada_|lokr_"
+# What a line says of those that are refused, and which tensors the others change.
+METHODS = {"dora": "use_dora is set (DoRA)", "loha": "peft_type is 'LOHA'", "lokr": "peft_type is 'LOKR'"}
+CHANGED = {"lora": ["q_proj", "v_proj"], "head too": ["q_proj", "norm"], "embedding": ["embed_tokens"]}
 TOKENS = torch.tensor([[5, 6, 7, 2]])
 
 
@@ -83,18 +85,33 @@ def test_factors_in_memory_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_adapters_on_disk_are_refused(kind: str, run: Run, tmp_path: Path) -> None:
-    """The directory, and its file named by itself."""
+def test_adapters_on_disk(kind: str, run: Run, tmp_path: Path) -> None:
+    """The directory, and its file named by itself: none is a base, and those of LoRA are models."""
     paths = [tmp_path / name for name in ("base", "ft-1", "ft-2")]
     for seed, path in enumerate(paths):
         adapted(kind, seed).save_pretrained(path)
-    line = refused(run, *paths)
-    assert "adapter" in line.lower() or "lora" in line.lower()
-    line = refused(run, *(path / "adapter_model.safetensors" for path in paths))
-    assert re.search(FACTORS, line), line
+    files = [path / "adapter_model.safetensors" for path in paths]
     llama().save_pretrained(tmp_path / "whole")
-    line = refused(run, tmp_path / "whole", *paths[1:])
-    assert "ft-1" in line
+    if method := METHODS.get(kind):
+        for base, *models in (paths, files, [tmp_path / "whole", *paths[1:]]):
+            assert method in refused(run, base, *models)
+        return
+    for base, *models in (paths, files):
+        assert "a LoRA adapter, expected a whole model as the base" in refused(run, base, *models)
+    merged = [
+        merge_files(run, tmp_path / "whole", each[1:], tmp_path / f"out-{len(each[1].name)}")
+        for each in (paths, files)
+    ]
+    first, second = (states(each.out) for each in merged)
+    before = states(tmp_path / "whole")
+    assert first.keys() == second.keys() == before.keys()
+    assert all(same_bits(first[name], second[name]) for name in before)
+    changed = {name for name in before if not same_bits(first[name], before[name])}
+    assert changed and all(any(module in name for module in CHANGED[kind]) for name in changed)
+    loaded, info = LlamaForCausalLM.from_pretrained(merged[0].out, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        assert loaded.eval()(TOKENS).logits.isfinite().all()
 
 
 def unloaded(kind: str) -> list[LlamaForCausalLM]:
