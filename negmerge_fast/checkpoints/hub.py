@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 import os
 import re
 import sys
@@ -320,6 +319,8 @@ def _fetch(name: str, revision: str, given: str, cache: Path) -> Path:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Keep huggingface_hub from warnings, as errors are told of in a line, and from progress bars that nobody sees."""
+    import logging  # where something is downloaded, not for every merge
+
     from huggingface_hub import utils
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
