@@ -108,6 +108,7 @@ def pair(
                 )
                 notes.add(model, pairing.notes(paired))
                 tensors = {name: tensors[own] for name, own in paired.names.items()}
+            _refuse_untied(base, chosen, model, tensors, reader)
             held.append(_chosen(tensors, is_chosen))
         refuse_unmergeable(base, chosen)
         for model, tensors in zip(full, held, strict=True):
@@ -216,6 +217,20 @@ def refuse_unmergeable(checkpoint: Checkpoint, tensors: Tensors) -> None:
     specs = _specs(tensors)
     for refuse in (unmergeable.refuse_factors, unmergeable.refuse_packed):
         refuse(specs, lambda name: _label(checkpoint, name, tensors))
+
+
+def _refuse_untied(
+    base: Checkpoint, chosen: Tensors, model: Checkpoint, tensors: Tensors, reader: Reader
+) -> None:
+    """Refuse weights that are tied in the base and differ in a model: an output has one of them."""
+    tied = {n: owner for file in base.weights.values() for n, owner in file.aliases.items()}
+    for name, owner in tied.items():
+        both = name in tensors and owner in tensors and owner in chosen and name not in base.tensors
+        if both and not _equal(tensors[name], tensors[owner], reader):
+            raise InputError(
+                f"{_label(model, name, tensors)}: differs from {short_repr(owner)}, to which it is tied in base, expected equal weights "
+                f"(--exclude '^{re.escape(owner)}$' keeps base's)"
+            )
 
 
 def _refuse_misfits(

@@ -193,6 +193,21 @@ def test_shared_storage_and_strides(tmp_path: Path, wrapped: bool) -> None:
         assert whole[name].is_contiguous()
 
 
+def test_weights_that_are_tied_in_the_base_only(tmp_path: Path) -> None:
+    tensors = tied()
+    tensors[1]["head"] = tensors[1]["embed"].clone()  # of the same numbers
+    paths = made(tmp_path / "models", "pt", tensors)
+    merge(paths, tmp_path / "out.safetensors")
+    tensors[2]["head"] = tensors[2]["embed"] + 1
+    as_pt(paths[2], tensors[2])
+    message = (
+        r"ft-1\.pt: tensor 'head': differs from 'embed', to which it is tied in base, expected equal weights"
+    )
+    with pytest.raises(nm.InputError, match=message):
+        merge(paths, tmp_path / "no.safetensors")
+    merge(paths, tmp_path / "some.safetensors", exclude="^embed$")
+
+
 def test_names_that_save_model_left_out_are_there_again(tmp_path: Path) -> None:
     tensors = [{"a": each["embed"], "norm": each["norm"]} for each in family(n=2)]
     paths = []
