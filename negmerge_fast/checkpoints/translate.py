@@ -312,6 +312,14 @@ def _untie(tensors: Mapping[str, TensorRef], file: File) -> tuple[dict[str, Tens
     return kept, {**aliases, **{n: o for n, o in file.aliases.items() if o in kept and n not in kept}}
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which pickles may have
+        return False
+    return True
+
+
 def lay_out(
     like: File, tensors: Mapping[str, TensorRef], aliases: Mapping[str, str]
 ) -> tuple[ComposedFile, dict[str, TensorRef]]:
@@ -322,12 +330,12 @@ def lay_out(
         tensors: The tensors by name.
         aliases: Further names of some of them, which go into the metadata.
     """
-    if "__metadata__" in tensors:
-        raise InputError(f"{like.path}: a tensor '__metadata__', which a safetensors file cannot hold")
-    ordered = sorted(
-        tensors.items(),
-        key=lambda item: (_ORDER.index(item[1].spec.dtype), item[0].encode("utf-8", "surrogatepass")),
-    )
+    for name in (*tensors, *aliases):
+        if name == "__metadata__" or not _is_text(name):
+            raise InputError(
+                f"{like.path}: a tensor {short_repr(name)}, a name that a safetensors file cannot have"
+            )
+    ordered = sorted(tensors.items(), key=lambda item: (_ORDER.index(item[1].spec.dtype), item[0].encode()))
     header: dict[str, object] = {"__metadata__": {**dict(sorted(aliases.items())), "format": "pt"}}
     at = 0
     for name, (spec, source) in ordered:
@@ -341,7 +349,7 @@ def lay_out(
             "data_offsets": [at, at + source.nbytes],
         }
         at += source.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     file = ComposedFile.of(like, [start, *(tensor.source for _, tensor in ordered)], aliases=dict(aliases))

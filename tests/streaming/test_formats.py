@@ -347,6 +347,17 @@ def test_a_delta_is_applied_to_its_base_in_another_format(tmp_path: Path) -> Non
         )
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "a\ud800"])
+def test_names_that_safetensors_files_cannot_have(tmp_path: Path, name: str) -> None:
+    paths = made(tmp_path / "models", "pt", [{name: each["embed"]} for each in family(n=2)])
+    with pytest.raises(
+        nm.InputError, match=r"base\.pt: a tensor '.*', a name that a safetensors file cannot have"
+    ):
+        merge(paths, tmp_path / "out.safetensors")
+    merge(paths, tmp_path / "out.pt", format="pt")
+    assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == [name]
+
+
 def test_a_vector_has_no_other_format(tmp_path: Path) -> None:
     import numpy as np
 
