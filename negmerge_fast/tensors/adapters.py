@@ -11,7 +11,6 @@ import torch
 
 from ..backends.pytorch import FLOAT_NAMES, TORCH_DTYPES
 from ..checkpoints.base import TensorRef
-from ..checkpoints.formats import open_checkpoint
 from ..checkpoints.lora import Adapter, Change, Product, read_adapter
 from ..checkpoints.placing import place
 from ..checkpoints.reader import Reader
@@ -115,14 +114,19 @@ def _plain(value: Any, where: str) -> torch.Tensor:
 
 
 def _open(path: Any, where: str) -> Adapter[TensorRef]:
-    """Open an adapter on disk."""
-    opened = open_checkpoint(path)
+    """Open an adapter on disk, or of the hub."""
+    from ..checkpoints.formats import open_checkpoint  # all formats, which most merges do without
+    from ..checkpoints.hub import find
+
+    found = find(path)
+    opened = open_checkpoint(found.path)
     if opened.adapter is None:
         raise InputError(
             f"{where}: {os.fspath(path)}: a whole model on disk, expected an adapter: "
             "load it, or merge files with merge_checkpoints"
         )
-    return opened.adapter
+    notes = opened.adapter.notes if found.note is None else (*opened.adapter.notes, found.note)
+    return replace(opened.adapter, notes=notes)
 
 
 def state_of(model: Any, where: str) -> Any:

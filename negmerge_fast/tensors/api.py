@@ -104,7 +104,7 @@ def merge(
         finetuned: One or more models of the same kind, with the same names, shapes and devices. Floating-point dtypes
             may differ. One list, even for one model. A PeftModel, or a module with adapters, is as many models as it has adapters, in
             the order of peft_config, whichever is active. A path is an adapter on disk: PEFT's directory, or its .safetensors file;
-            PEFT need not be installed for it. Adapters may be on any device.
+            or text, the name of one on the hub. PEFT need not be installed for it. Adapters may be on any device.
         scale: λ, any finite number. The paper searches 0 … 1.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign. The paper
             has 1.

@@ -14,7 +14,6 @@ import pytest
 import torch
 from adapter_files import PREFIX, difference
 from bits import same_bits
-from checkpoint_files import load_model
 from library_models import MARKS, SCALE, finetuned
 from peft import (
     IA3Config,
@@ -258,14 +257,10 @@ def test_the_same_as_of_saved_adapters(kind: str, tmp_path: Path) -> None:
     check(nm.merge(base, [paths[0], full.state_dict(), *paths[1:]], scale=SCALE), mixed)
     for name, tensor in base.state_dict().items():
         assert tensor.dtype == merged[name].dtype
-    if kind == "experts":  # whose names and shapes in files are others
-        return
+    # A file may hold experts apart; what is loaded from it is the same.
     base.save_pretrained(tmp_path / "base")
     nm.merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", scale=SCALE)
-    written = load_model(tmp_path / "out")
-    assert written.keys() <= merged.keys()
-    for name, tensor in written.items():
-        assert same_bits(tensor, merged[name]), name
+    check(type(base).from_pretrained(tmp_path / "out").state_dict(), merged)
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -386,11 +381,11 @@ def test_wrapped_again() -> None:
     model = adapted(llama(), 2)
     expected = nm.merge(model, [model], scale=SCALE)
     check(nm.merge(model, [Wrapper(model)], scale=SCALE), expected)
-    with pytest.warns(nm.MergeWarning, match="by how their names end"):
+    with pytest.warns(nm.MergeWarning, match=r"by how (their )?names end"):
         merged = nm.merge(Wrapper(model), [model], scale=SCALE)
     check({name.removeprefix("module."): tensor for name, tensor in merged.items()}, expected)
     compiled: Any = torch.compile(model)
-    with pytest.warns(nm.MergeWarning, match="by how their names end"):
+    with pytest.warns(nm.MergeWarning, match=r"by how (their )?names end"):
         merged = nm.merge(compiled, [compiled], scale=SCALE)
     check({name.removeprefix("_orig_mod."): tensor for name, tensor in merged.items()}, expected)
 

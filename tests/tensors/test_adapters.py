@@ -209,7 +209,7 @@ def test_kinds_of_paths(tmp_path: Path) -> None:
     )
     prefixed = {f"model.{name}": t for name, t in base.items()}
     with pytest.warns(
-        nm.MergeWarning, match=r"^finetuned\[0\]: .*adapter-0 and 2 more: 3 of 3 .* by how their names end"
+        nm.MergeWarning, match=r"^finetuned\[0\]: .*adapter-0 and 2 more: 3 of 3 .* by how (their )?names end"
     ):
         merged = nm.merge(prefixed, adapters.paths, scale=SCALE)
     check({name.removeprefix("model."): t for name, t in merged.items()}, expected)
@@ -218,6 +218,23 @@ def test_kinds_of_paths(tmp_path: Path) -> None:
     check({name.replace("query", "q_proj"): t for name, t in merged.items()}, expected)
     chosen = nm.merge(base, adapters.paths, scale=SCALE, include="q_proj", exclude=r"layers\.0")
     check(chosen, {**base, "layers.1.q_proj.weight": expected["layers.1.q_proj.weight"]})
+
+
+def test_names_of_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
+    base, adapters = make_base(), Adapters(tmp_path)
+    folder = tmp_path / "hub" / "models--me--lora"
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    adapters.paths[0].rename(folder / "snapshots" / ("0" * 40))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    expected = copy(base)
+    for name in [f"{m}.weight" for m in MODULES]:
+        [d, *_] = adapters.differences(name, torch.float32)
+        expected[name] = plain_merge(base[name], [d], SCALE, task_vectors=True)[0]
+    with pytest.warns(nm.MergeWarning, match=r"^finetuned\[0\]: me/lora: .*0000"):
+        check(nm.merge(base, ["me/lora"], scale=SCALE), expected)
 
 
 def test_what_only_some_change(tmp_path: Path) -> None:
@@ -445,6 +462,7 @@ def test_shared_memory(tmp_path: Path, monkeypatch: Any) -> None:
         nm.merge_(base, adapters.paths[:1], scale=SCALE)
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path, monkeypatch: Any) -> None:
     """No model is dense in memory, not even one tensor of each."""
     threads = torch.get_num_threads()
