@@ -26,7 +26,7 @@ from ..checkpoints.computed import Computed, ComputedFile, address_of
 from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices
 from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
-from ..core.dtypes import FLOAT_SIZES
+from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from ..core.errors import InputError, short_repr
 from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, Upload, lacking
 from ..core.pairing import Renames
@@ -69,21 +69,24 @@ def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None, 
     adapter = model.adapter.renamed(renames) if renames else model.adapter
     shapes = {name: tensor.spec.shape for name, tensor in {**base.unindexed, **base.tensors}.items()}
     found = placing.place(adapter, shapes, base.configs.get("", {}), str(base.path))
-    for name in found.changes:
-        if name in base.tensors and base.tensors[name].spec.dtype not in FLOAT_SIZES:
-            dtype = base.tensors[name].spec.dtype
+    held, changes = {**base.unindexed, **base.tensors}, dict(found.changes)
+    for name, change in found.changes.items():
+        dtype = held[name].spec.dtype
+        if dtype in INTEGER_DTYPES and isinstance(change, Replacement):
+            del changes[name]  # a counter of a module that was saved: the base's, as in every merge
+        elif dtype not in FLOAT_SIZES:
             raise InputError(
                 f"{base.path}: tensor {short_repr(name)}: {dtype}, but {model.path} changes it, expected one of {', '.join(FLOAT_SIZES)}"
             )
     for name, copy in found.copies.items():
-        if not have_equal_numbers({**base.unindexed, **base.tensors}[name], copy, reader):
+        if not have_equal_numbers(held[name], copy, reader):
             raise InputError(
                 f"{model.path}: has a copy of {short_repr(name)} of its own, expected the numbers of {base.path}: "
                 "it was trained or resized, and is not merged"
             )
     own, prefix = (*adapter.notes, *found.notes), f"{adapter.name}: "
     *notes, placed = (note.removeprefix(prefix) for note in own)
-    return Placed(model, found.changes, placed, tuple(notes))
+    return Placed(model, changes, placed, tuple(notes))
 
 
 def notes_of(adapters: Sequence[Placed]) -> list[str]:
