@@ -1,4 +1,4 @@
-"""Measures launch parameters of both kernels, and deltas, within a few minutes of a GPU, and prints a table.
+"""Measures launch parameters of both kernels, deltas and low-rank models within a few minutes of a GPU, and prints a table.
 
 Each variant runs in a process of its own with a time limit, so that one that hangs or crashes costs no other its numbers. It is
 timed as it is called, by the host's clock until the device is done, and by the device's events ("kernel"); each round beside a
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_deltas
+import gpu_low_rank
 import torch
 from tune_gpu import CUDA, Built, build, compiler, measure
 
@@ -62,6 +63,7 @@ TRITON: dict[str, dict[str, int]] = {
 VARIANTS = [
     "cuda, as built", "triton, usual",
     *(f"{kernel}, {task}" for task in (gpu_deltas.LIVE, gpu_deltas.APPLIED) for kernel in ("cuda", "triton")),
+    *(f"{kernel}, {task}" for task in gpu_low_rank.TASKS for kernel in ("cuda", "triton")),
     *(f"triton, {name}" for name in list(TRITON)[1:]), *(f"cuda, {name}" for name in list(CUDA)[1:]),
 ]  # fmt: skip
 
@@ -182,8 +184,13 @@ def table(results: dict[str, Result], remaining: list[str]) -> str:
             row["of_merge"] for row in result.rows if "of_merge" in row and row["state"] == "kernel"
         ]:
             mean, most = statistics.geometric_mean(of_merge), max(of_merge)
-            merge = f"a merge of {gpu_deltas.MODELS} models"
-            lines.append(f"{variant}: {mean:.3f} of the time of {merge}, at most {most:.3f}")
+            models = " or ".join(map(str, sorted({row["n"] for row in result.rows})))
+            lines.append(
+                f"{variant}: {mean:.3f} of the time of a merge of {models} models, at most {most:.3f}"
+            )
+        if of_rate := [row["of_arithmetic"] for row in result.rows if row.get("of_arithmetic")]:
+            mean = statistics.geometric_mean(of_rate)
+            lines.append(f"{variant}: {mean:.3f} of the rate of unfused operations of float32")
     lines += [f"{variant}: {result.reason}" for variant, result in results.items() if result.reason]
     return "\n".join([*lines, *(f"{variant}: not measured, the time is up" for variant in remaining)])
 
@@ -236,8 +243,10 @@ def main() -> None:
     if given.variant:
         clocks = {"kernel": None, "as called": wall(given.device)}
         kernel, _, name = given.variant.partition(", ")
-        if name in (gpu_deltas.LIVE, gpu_deltas.APPLIED):
-            gpu_deltas.measure_variant(kernel, name, given.device, given.numel, ROUNDS, clocks)
+        tasks = dict.fromkeys((gpu_deltas.LIVE, gpu_deltas.APPLIED), gpu_deltas.measure_variant)
+        tasks |= dict.fromkeys(gpu_low_rank.TASKS, gpu_low_rank.measure_variant)
+        if name in tasks:
+            tasks[name](kernel, name, given.device, given.numel, ROUNDS, clocks)
             return
         merge = merge_of(given.variant, given.library)
         measure_variant(given.variant, merge, given.device, given.numel, ROUNDS, clocks)

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import TimeoutError as NotReady
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from negmerge_fast.backends import pytorch, pytorch_delta, selftest
+from negmerge_fast.backends import low_rank, pytorch, pytorch_delta, selftest
 from negmerge_fast.benchmark.bandwidth import Roofline
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,7 @@ def printing(*rows: tuple[str, int, str, float], then: str = "") -> list[str]:
 
 
 DELTAS = ["live move of a delta", "delta applied to a copy"]
+LOW_RANK = ["low-rank models merged", "low-rank difference written"]
 
 WHOLE = [
     ("F32", 2, "kernel", 0.5),
@@ -196,6 +198,59 @@ def test_deltas_are_measured_beside_a_copy_and_a_merge(
     assert said == [f"cuda, {task}, F16: no speed, other bits than PyTorch's"]
 
 
+@pytest.mark.parametrize("task", LOW_RANK)
+def test_low_rank_models_are_measured_beside_a_copy_and_a_merge(
+    gpu_session: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    import gpu_low_rank
+
+    now, wrong = [0.0], [False]
+
+    def spending(seconds: float, function: Any) -> Any:
+        def spend(batch: Any = None, *given: Any) -> Any:
+            now[0] += seconds
+            found = function(batch, *given)
+            if wrong[0] and batch:
+                batch.segments[0].out.owner[-1] += 1
+            return found
+
+        return spend
+
+    merge = partial(low_rank.merge, pytorch.merge, low_rank.expand)
+    monkeypatch.setattr(gpu_low_rank, "flush", lambda device: None)
+    monkeypatch.setattr(gpu_low_rank, "COLUMNS", 64)
+    monkeypatch.setattr(
+        gpu_low_rank,
+        "device_copy",
+        lambda device, size: Roofline("device copy", size, spending(2.0, lambda _: None)),
+    )
+    registry = gpu_low_rank.registry
+    monkeypatch.setattr(registry, "choose", lambda *_: ("torch", spending(16.0, pytorch.merge)))
+    monkeypatch.setattr(registry, "choose_low_rank", lambda *_: ("torch", spending(4.0, merge)))
+    monkeypatch.setattr(registry, "choose_expand", lambda *_: ("torch", spending(4.0, low_rank.expand)))
+    clocks = {"kernel": lambda: now[0], "as called": lambda: now[0]}
+    gpu_low_rank.measure_variant("cuda", task, "cpu", 4 * 8192, 2, clocks)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    is_merge = task == gpu_low_rank.MERGED
+    every = [(t, n, s) for n in ((8, 30) if is_merge else (8,)) for t in ("BF16", "F32") for s in clocks]
+    assert [(row["dtype"], row["n"], row["state"]) for row in rows] == every
+    for row in rows:
+        assert (row["way"], row["of_limit"], row["of_merge"]) == (f"cuda, {task}", 0.5, 0.25)
+        size = {"F32": 4, "BF16": 2}[row["dtype"]]
+        factors = 4 * 16 * (128 + 64) * (row["n"] if is_merge else 1)
+        assert row["bytes"] == factors + 8192 * (2 * size if is_merge else 4)
+        row["of_arithmetic"] = 0.5  # no GPU, no rate
+    printed = gpu_session.table({f"cuda, {task}": gpu_session.Result(rows, None)}, []).splitlines()
+    models = "8 or 30" if is_merge else "8"
+    assert f"cuda, {task}: 0.250 of the time of a merge of {models} models, at most 0.250" in printed
+    assert f"cuda, {task}: 0.500 of the rate of unfused operations of float32" in printed
+    wrong[0] = True
+    gpu_low_rank.measure_variant("cuda", task, "cpu", 4 * 8192, 2, clocks)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"cuda, {task}, BF16, n = 8: no speed, other bits than PyTorch's"
+    assert len(said) == len(every) // 2
+
+
 def test_every_variant_of_triton_is_a_launch_of_its_own(
     gpu_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,8 +263,8 @@ def test_every_variant_of_triton_is_a_launch_of_its_own(
     launches = [gpu_session.merge_of(f"triton, {name}", "")(batch, None) for name in gpu_session.TRITON]
     assert len(set(launches)) == len(launches)
     assert set(gpu_session.VARIANTS) == {
-        *(f"triton, {name}" for name in [*gpu_session.TRITON, *DELTAS]),
-        *(f"cuda, {name}" for name in [*gpu_session.CUDA, *DELTAS]),
+        *(f"triton, {name}" for name in [*gpu_session.TRITON, *DELTAS, *LOW_RANK]),
+        *(f"cuda, {name}" for name in [*gpu_session.CUDA, *DELTAS, *LOW_RANK]),
     }  # fmt: skip
 
 
