@@ -11,6 +11,7 @@
 #include "prefix.h"
 #ifdef NEGMERGE_WITH_CUDA
 #include "apply_cuda.h"
+#include "expand_cuda.h"
 #include "merge_cuda.h"
 #endif
 
@@ -208,6 +209,15 @@ PYBIND11_MODULE(_native, m) {
         const DeltaBatch batch{dtype_of(result), dtype_of(means), dtype_of(arithmetic) == kF64, static_cast<Act>(act), scale,
                                segments, nullptr, reinterpret_cast<std::int64_t*>(counts)};
         apply_cuda(batch, reinterpret_cast<const std::int64_t*>(table), words, tiles, max_blocks, device, stream);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.attr("expand_tile") = py::make_tuple(kExpandRows, kExpandColumns);
+  m.def(
+      "expand_cuda",
+      [](int result, int arithmetic, std::int64_t boxes, std::uintptr_t table, std::int64_t words, std::uintptr_t /* counts */,
+         std::int64_t tiles, std::int64_t max_blocks, int device, std::uintptr_t stream) {
+        expand_cuda(dtype_of(result), dtype_of(arithmetic, {kF64, kF32}) == kF64, boxes, reinterpret_cast<const std::int64_t*>(table),
+                    words, tiles, max_blocks, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
 #else

@@ -4,6 +4,7 @@ instruction_sets: list[str]
 cuda: bool
 cuda_tile: int
 cuda_table: int
+expand_tile: tuple[int, int]
 
 def merge_cpu(
     result: int,
@@ -50,6 +51,18 @@ def apply_cuda(
     act: int,
     scale: float,
     segments: int,
+    table: int,
+    words: int,
+    counts: int,
+    tiles: int,
+    max_blocks: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def expand_cuda(
+    result: int,
+    arithmetic: int,
+    boxes: int,
     table: int,
     words: int,
     counts: int,

@@ -28,7 +28,8 @@ from .pytorch import (
     store,
 )
 
-# Bytes of expanded elements between expanding and merging, of all models.
+# Bytes of expanded elements between expanding and merging, of all models. On a GPU more than its second-level cache holds: two launches
+# take the host about 0.2 ms for 30 models, in which a GPU writes and reads 256 MiB. Computed, not measured.
 CPU_SCRATCH_BYTES = 4 * CPU_BLOCK_BYTES
 DEVICE_SCRATCH_BYTES = 4 * DEVICE_BLOCK_BYTES
 
@@ -116,7 +117,8 @@ def _write(segment: ExpandSegment, start: int, d: torch.Tensor, result: str | No
 def merge(merge: Merge, expand: Expand, batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Merge a batch in which some models are an Expansion, by a backend's merge function and its Expand.
 
-    As many elements as fit some scratch memory are expanded at a time.
+    As many elements as fit some scratch memory are expanded at a time: two launches and one to add counts, which wait for nothing. The
+    memory is the allocator's of the current stream, in whose order it is used.
 
     Returns:
         int64[segments, len(COUNTED)] on the batch's device.
@@ -130,9 +132,17 @@ def merge(merge: Merge, expand: Expand, batch: Batch, rule: Rule, threads: int |
         counted = merge(Batch(batch.device, batch.signature, dense), rule, threads)
         if not isinstance(counted, torch.Tensor):
             counted = torch.tensor(counted.tolist(), device=device)
-        for part, found in zip(parts, counted, strict=True):
-            counts[part.row] += found
+        _add(counts, [part.row for part in parts], counted)
     return counts
+
+
+def _add(counts: torch.Tensor, rows: list[int], counted: torch.Tensor) -> None:
+    """Add to ascending rows of counts. On a device each addition is a launch, and most rows follow each other."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        counts[rows[0] : rows[-1] + 1] += counted
+        return
+    for row, found in zip(rows, counted, strict=True):
+        counts[row] += found
 
 
 class _Part(NamedTuple):

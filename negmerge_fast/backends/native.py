@@ -25,6 +25,7 @@ from ..core.descriptors import (
     pack_deltas,
     pack_descriptors,
     pack_expand,
+    pack_expand_for_device,
     pack_for_device,
     pack_low_rank,
     upload,
@@ -259,6 +260,24 @@ def _launch_deltas(
     table, tiles = pack_delta_for_device(batch, RANK_BLOCK)
     size, arguments = (len(batch.segments), len(APPLIED)), delta_arguments(batch, act, scale)
     return _launch(_native.apply_cuda, arguments, batch.device, table, tiles, size, max_blocks, uploaded)
+
+
+def expand_cuda(batch: ExpandBatch, threads: int | None = None) -> None:
+    """Launch the writing of low-rank differences on the current stream of their device, without waiting."""
+    _launch_expand(batch, MAX_BLOCKS)
+
+
+def expand_cuda_in_few_blocks(batch: ExpandBatch, uploaded: bool) -> None:
+    """expand_cuda as for large batches, however small this one is: for the self-test. As merge_cuda_in_few_blocks."""
+    _launch_expand(batch, 3, uploaded)
+
+
+def _launch_expand(batch: ExpandBatch, max_blocks: int, uploaded: bool = False) -> None:
+    from .. import _native
+
+    table, boxes, tiles = pack_expand_for_device(batch, *_native.expand_tile)
+    dtypes = DTYPE_CODES[batch.result or batch.arithmetic], DTYPE_CODES[batch.arithmetic]
+    _launch(_native.expand_cuda, (*dtypes, boxes), batch.device, table, tiles, (0, 0), max_blocks, uploaded)
 
 
 def _launch(

@@ -5,14 +5,14 @@ A backend is one function, merge(batch, rule) -> counts. core/rule.py says what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from ..core.batch import Batch, Merge, Signature
 from ..core.delta import Apply, DeltaSignature, Save, differences_of
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, first_line
-from ..core.low_rank import Expand
+from ..core.low_rank import Expand, ExpandSignature, expand_signature
 from ..core.rule import Rule
 
 # In the order of preference of "auto".
@@ -62,7 +62,11 @@ def details(name: str) -> str:
 
 
 def choose(
-    backend: str, device: str, rule: Rule | None = None, signatures: Iterable[Signature] = ()
+    backend: str,
+    device: str,
+    rule: Rule | None = None,
+    signatures: Iterable[Signature] = (),
+    expanded: Iterable[ExpandSignature] = (),
 ) -> tuple[str, Merge]:
     """Choose a backend for a device.
 
@@ -71,6 +75,7 @@ def choose(
         device: As torch writes it: "cpu", "cuda:0".
         rule: What will be computed; None skips the self-test.
         signatures: What will be merged. A backend that needs a self-test has one for each signature, once a process.
+        expanded: What the backend will write of low-rank differences before it merges them.
 
     Returns:
         The name of the backend, and its merge function.
@@ -78,6 +83,21 @@ def choose(
     Raises:
         InputError: If no such backend can run there; the message has the reasons.
     """
+
+    def failure(name: str) -> str | None:
+        nonlocal signatures, expanded
+        if rule is None or name not in _NEED_SELFTEST:
+            return None
+        # Not iterators, of which the next backend would see only the rest.
+        signatures, expanded = dict.fromkeys(signatures), dict.fromkeys(expanded)
+        return _selftest_failure(name, device, rule, signatures) or _expand_failure(name, device, expanded)
+
+    name = _choose(backend, device, failure)
+    return name, _merge_of(name)
+
+
+def _choose(backend: str, device: str, failure: Callable[[str], str | None]) -> str:
+    """The first backend that can run on a device and passes its self-test. failure tells why one does not."""
     if backend not in ("auto", *NAMES):
         raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
     reasons = []
@@ -85,13 +105,9 @@ def choose(
         # On the CPU Triton is an interpreter, for tests.
         if (backend, name, device) == ("auto", "triton", "cpu"):
             continue
-        reason = why_not(name, device)
-        if reason is None and rule and name in _NEED_SELFTEST:
-            # Not an iterator, of which the next backend would see only the rest.
-            signatures = dict.fromkeys(signatures)
-            reason = _selftest_failure(name, device, rule, signatures)
+        reason = why_not(name, device) or failure(name)
         if reason is None:
-            return name, _merge_of(name)
+            return name
         reasons.append(f"{name}: {reason}")
     raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
@@ -107,18 +123,9 @@ def choose_apply(backend: str, device: str, signatures: Iterable[DeltaSignature]
     Raises:
         InputError: If no such backend can run there; the message has the reasons.
     """
-    if backend not in ("auto", *NAMES):
-        raise InputError(f"backend: {backend!r}, expected one of auto, {', '.join(NAMES)}")
     signatures = dict.fromkeys(signatures)
-    reasons = []
-    for name in NAMES if backend == "auto" else (backend,):
-        if (backend, name, device) == ("auto", "triton", "cpu"):
-            continue
-        reason = why_not(name, device) or _apply_failure(name, device, signatures)
-        if reason is None:
-            return name, _apply_of(name)
-        reasons.append(f"{name}: {reason}")
-    raise InputError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+    name = _choose(backend, device, lambda name: _apply_failure(name, device, signatures))
+    return name, _apply_of(name)
 
 
 def _apply_failure(name: str, device: str, signatures: Iterable[DeltaSignature]) -> str | None:
@@ -167,10 +174,14 @@ def save_of(name: str) -> Save:
 
 
 def choose_consensus(
-    backend: str, device: str, rule: Rule, signatures: Iterable[Signature] = ()
+    backend: str,
+    device: str,
+    rule: Rule,
+    signatures: Iterable[Signature] = (),
+    expanded: Iterable[ExpandSignature] = (),
 ) -> tuple[str, Merge]:
     """Choose a backend as `choose` does, for `consensus`; returns its name and that function."""
-    name, _ = choose(backend, device, rule, map(differences_of, signatures))
+    name, _ = choose(backend, device, rule, map(differences_of, signatures), expanded)
     return name, consensus(name)
 
 
@@ -189,18 +200,49 @@ def consensus(name: str) -> Merge:
     return partial(pytorch_delta.consensus, _merge_of(name))
 
 
-def choose_expand(backend: str, device: str) -> tuple[str, Expand]:
-    """Choose a backend that writes low-rank differences (core/low_rank.py) on a device, as `choose` does one that merges."""
-    name, _ = choose(backend, device)
+def choose_expand(
+    backend: str, device: str, signatures: Iterable[ExpandSignature] = ()
+) -> tuple[str, Expand]:
+    """Choose a backend that writes low-rank differences (core/low_rank.py) on a device, as `choose` does one that merges.
+
+    Args:
+        backend: The name of one, or "auto" for the first that can run there.
+        device: As torch writes it.
+        signatures: What will be written. A backend that needs a self-test has one for each signature, once a process.
+
+    Raises:
+        InputError: If no such backend can run there; the message has the reasons.
+    """
+    signatures = dict.fromkeys(signatures)
+    name = _choose(backend, device, lambda name: _expand_failure(name, device, signatures))
     return name, expand_of(name)
+
+
+def _expand_failure(name: str, device: str, signatures: Iterable[ExpandSignature]) -> str | None:
+    """Tell why a backend must not write low-rank differences of one of the signatures; None if it may."""
+    if name not in _NEED_SELFTEST:
+        return None
+    from . import selftest_low_rank
+
+    if name == "triton":
+        from ..kernels.expand import in_few_programs as launch
+    else:
+        from .native import expand_cuda_in_few_blocks as launch
+    failures = (selftest_low_rank.failure(name, launch, device, each) for each in dict.fromkeys(signatures))
+    return next(filter(None, failures), None)
 
 
 def expand_of(name: str) -> Expand:
     """A backend's function that writes low-rank differences."""
-    if name == "cpu":
+    if name == "triton":
+        from ..kernels import expand
+
+        found: Expand = expand.expand
+        return found
+    if name in ("cuda", "cpu"):
         from . import native
 
-        return native.expand_cpu
+        return native.expand_cuda if name == "cuda" else native.expand_cpu
     from . import low_rank
 
     return low_rank.expand
@@ -213,7 +255,8 @@ def choose_low_rank(
 
     Signatures have for such a model the arithmetic type if models are task vectors, else the base's type.
     """
-    name, merge = choose(backend, device, rule, signatures)
+    signatures = dict.fromkeys(signatures)
+    name, merge = choose(backend, device, rule, signatures, map(expand_signature, signatures))
     return name, _low_rank(name, merge, consensus=False)
 
 
@@ -221,7 +264,8 @@ def choose_low_rank_consensus(
     backend: str, device: str, rule: Rule, signatures: Iterable[Signature] = ()
 ) -> tuple[str, Merge]:
     """Choose a backend as `choose_low_rank` does, for `consensus`."""
-    name, merge = choose_consensus(backend, device, rule, signatures)
+    signatures = dict.fromkeys(signatures)
+    name, merge = choose_consensus(backend, device, rule, signatures, map(expand_signature, signatures))
     return name, _low_rank(name, merge, consensus=True)
 
 
@@ -260,7 +304,12 @@ def selftest(name: str, device: str) -> str | None:
     signatures.append(Signature("F32", ("BF16", "F16"), False))  # the base is rounded to both
     wide = {dtype: "F64" if dtype == "F64" else "F32" for dtype in FLOAT_SIZES}
     deltas = [DeltaSignature(dtype, wide[dtype], wide[dtype]) for dtype in FLOAT_SIZES]
-    return _selftest_failure(name, device, Rule(1.0), signatures) or _apply_failure(name, device, deltas)
+    expanded = [ExpandSignature(wide[dtype], dtype) for dtype in FLOAT_SIZES] + [ExpandSignature("F32", None)]
+    return (
+        _selftest_failure(name, device, Rule(1.0), signatures)
+        or _apply_failure(name, device, deltas)
+        or _expand_failure(name, device, expanded)
+    )
 
 
 def _merge_of(name: str) -> Merge:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from .batch import Batch, Operand, Operands, Signature
 from .delta import DeltaBatch, DeltaSegment
-from .dtypes import DTYPE_CODES
-from .low_rank import ExpandBatch, Expansion
+from .dtypes import DTYPE_CODES, FLOAT_SIZES
+from .low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,12 +75,16 @@ def pack_expand(batch: ExpandBatch) -> array[int]:
     """Pack as int64[segments, 11]: elements, the addresses of base, or 0, and out, and the expansion."""
     integers: list[int] = []
     for numel, expansion, base, out in batch.segments:
-        if (base is None) != (batch.result is None):
-            raise ValueError(
-                f"base: {base}, expected one exactly if there is a type of the result, {batch.result}"
-            )
+        _check_base(batch, base)
         integers += (numel, base.address if base else 0, out.address, *_expansion_row(expansion, numel))
     return array("Q", integers)
+
+
+def _check_base(batch: ExpandBatch, base: Operand | None) -> None:
+    if (base is None) != (batch.result is None):
+        raise ValueError(
+            f"base: {base}, expected one exactly if there is a type of the result, {batch.result}"
+        )
 
 
 def _expansion_row(expansion: Expansion, numel: int) -> list[int]:
@@ -141,6 +146,75 @@ def pack_delta_for_device(batch: DeltaBatch, tile: int) -> tuple[np.ndarray[Any,
     columns = [DeltaSegment._fields.index(name) for name in ("base", "out")]
     tiles = _tiling(descriptors[:, 0], descriptors[:, columns], tile)
     return np.concatenate([tiles.ravel(), descriptors.ravel()]), int(tiles[-1, 0])
+
+
+def pack_expand_for_device(
+    batch: ExpandBatch, tile_rows: int, tile_columns: int
+) -> tuple[np.ndarray[Any, Any], int, int]:
+    """Pack low-rank differences for a kernel on a device. Segments are cut into boxes, and these into tiles.
+
+    Returns:
+        One array of int64, the number of boxes, and that of tiles. In the array come int64[boxes + 1], the number of tiles before each
+        box; then int64[boxes, 9]: the addresses of its first row of the left factor, its first column of the right one, its first
+        element in base and out; how many rows and columns it has; how many columns the matrix has; the rank; the bits of s as float64.
+    """
+    import numpy as np
+
+    size = FLOAT_SIZES[batch.arithmetic]
+    stored = FLOAT_SIZES[batch.result or batch.arithmetic]
+    tiles, descriptors = array("q", [0]), array("Q")  # unsigned: an address may have its highest bit set
+    cut: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # the models of a tensor are cut alike
+    for segment in batch.segments:
+        _check_base(batch, segment.base)
+        left, right, *shape, scale, begin = _expansion_row(segment.expansion, segment.numel)
+        base, out = segment.base.address if segment.base else 0, segment.out.address
+        key = segment.numel, begin, *shape
+        if key not in cut:
+            cut[key] = [_offsets(segment, box, tile_rows, tile_columns) for box in boxes(segment)]
+        for of_left, of_right, of_out, rows, columns, count in cut[key]:
+            moved = of_out * stored
+            descriptors.extend((
+                left + of_left * size, right + of_right * size, base and base + moved, out + moved,
+                rows, columns, shape[2], shape[3], scale,
+            ))  # fmt: skip
+            tiles.append(tiles[-1] + count)
+    packed = np.concatenate([np.asarray(tiles), np.asarray(descriptors).view(np.int64)])
+    return packed, len(tiles) - 1, tiles[-1]
+
+
+def _offsets(
+    segment: ExpandSegment, box: tuple[int, int, int, int], tile_rows: int, tile_columns: int
+) -> tuple[int, ...]:
+    """The elements before a box in left factor, right factor and output, its rows and columns, and its number of tiles."""
+    (factors, begin), (at, matrices, rows, columns) = segment.expansion, box
+    row, column = divmod(at, factors.columns)
+    right = row // factors.rows * factors.rank * factors.columns + column
+    tiles = matrices * -(rows // -tile_rows) * -(columns // -tile_columns)
+    return row * factors.rank, right, at - begin, rows, columns, tiles
+
+
+def boxes(segment: ExpandSegment) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a segment into whole matrices, whole rows of one matrix and parts of one row: seven at most.
+
+    Yields:
+        The first element of a box, and how many matrices, rows and columns it has.
+    """
+    (factors, at), end = segment.expansion, segment.expansion.begin + segment.numel
+    while at < end:
+        matrices, rows, columns = _box(factors, at, end - at)
+        yield at, matrices, rows, columns
+        at += matrices * rows * columns
+
+
+def _box(factors: LowRank, at: int, numel: int) -> tuple[int, int, int]:
+    """The largest box that begins at an element and has at most so many."""
+    row, column = divmod(at, factors.columns)
+    row %= factors.rows
+    if column or numel < factors.columns:
+        return 1, 1, min(factors.columns - column, numel)
+    if row or numel < factors.rows * factors.columns:
+        return 1, min(factors.rows - row, numel // factors.columns), factors.columns
+    return numel // (factors.rows * factors.columns), factors.rows, factors.columns
 
 
 def _tiling(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from .batch import Operand
+from .batch import Operand, Signature
 
 # What adapters are: task vectors, or models that they are merged into.
 AdaptersAs: TypeAlias = Literal["difference", "merged"]
@@ -88,6 +88,13 @@ class ExpandSegment(NamedTuple):
     out: Operand
 
 
+class ExpandSignature(NamedTuple):
+    """What a kernel is specialised on: the types of an ExpandBatch."""
+
+    arithmetic: str
+    result: str | None
+
+
 @dataclass(frozen=True)
 class ExpandBatch:
     """Segments of one device.
@@ -103,6 +110,11 @@ class ExpandBatch:
     arithmetic: str
     result: str | None
     segments: Sequence[ExpandSegment]
+
+
+def expand_signature(signature: Signature) -> ExpandSignature:
+    """What is written of low-rank models where a batch of this signature is merged."""
+    return ExpandSignature(signature.arithmetic, None if signature.task_vectors else signature.result)
 
 
 class Expand(Protocol):

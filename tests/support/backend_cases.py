@@ -21,8 +21,15 @@ import torch
 from negmerge_fast.backends import low_rank, native, registry
 from negmerge_fast.core.batch import COUNTED, Batch, Merge
 from negmerge_fast.core.delta import APPLIED, RANK_BLOCK, Apply, DeltaBatch, Save
-from negmerge_fast.core.descriptors import Act, act_of, pack_delta_for_device, pack_for_device
-from negmerge_fast.core.low_rank import Expand
+from negmerge_fast.core.descriptors import (
+    Act,
+    act_of,
+    pack_delta_for_device,
+    pack_expand_for_device,
+    pack_for_device,
+)
+from negmerge_fast.core.dtypes import DTYPE_CODES
+from negmerge_fast.core.low_rank import Expand, ExpandBatch
 from negmerge_fast.core.rule import Rule
 
 HERE = Path(__file__).parent
@@ -66,8 +73,8 @@ class BackendCase(NamedTuple):
         return registry.choose_apply(self.backend, self.device)[1]
 
     def expand(self) -> Expand:
-        """The function of this case that writes low-rank differences; PyTorch's where the kernel's source is compiled for the host."""
-        return registry.expand_of("torch" if self == ON_HOST else self.backend)
+        """The function of this case that writes low-rank differences. The self-test is not asked."""
+        return expand_on_host if self == ON_HOST else registry.expand_of(self.backend)
 
     def low_rank(self, rule: Rule) -> Merge:
         """The function of this case that merges low-rank differences, too."""
@@ -135,7 +142,7 @@ def quicken_interpreter() -> None:
 
 @cache
 def _library(kernel: str, wrong: tuple[str, str] | None = None) -> Any:
-    """A CUDA kernel compiled for the host: "merge" or "apply". wrong: text of a file in csrc/, and what replaces it."""
+    """A CUDA kernel compiled for the host: "merge", "apply" or "expand". wrong: text of a file in csrc/, and what replaces it."""
     source = HERE / "cuda_on_host" / f"{kernel}.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
@@ -193,6 +200,20 @@ def deltas_on_host(
         ctypes.c_int64(len(table)), ctypes.c_void_p(counts.ctypes.data), ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
     )  # fmt: skip
     return counts
+
+
+def expand_on_host(
+    batch: ExpandBatch,
+    threads: int | None = None,
+    max_blocks: int = native.MAX_BLOCKS,
+    wrong: tuple[str, str] | None = None,
+) -> None:
+    library = _library("expand", wrong)
+    table, boxes, tiles = pack_expand_for_device(batch, library.tile_rows(), library.tile_columns())
+    library.expand_on_host(
+        DTYPE_CODES[batch.result or batch.arithmetic], batch.arithmetic == "F64", ctypes.c_int64(boxes),
+        ctypes.c_void_p(table.ctypes.data), ctypes.c_int64(len(table)), ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
+    )  # fmt: skip
 
 
 def to_device(tensor: torch.Tensor, case: BackendCase) -> torch.Tensor:

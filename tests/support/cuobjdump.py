@@ -25,11 +25,8 @@ def tools() -> str | None:
 
 
 @cache
-def kernel_functions(what: str, function: str) -> dict[tuple[str, str], str]:
-    """The code of each function of this name in the library, by architecture and name.
-
-    what: "sass", "ptx" or "res-usage", for which the code is what the function uses.
-    """
+def _dumped(what: str) -> str:
+    """What cuobjdump prints of the library."""
     if (reason := build_info()["cuda"]) is not None:
         pytest.skip(f"no CUDA kernel: {reason}")
     if (folder := tools()) is None:
@@ -41,8 +38,17 @@ def kernel_functions(what: str, function: str) -> dict[tuple[str, str], str]:
         [f"{folder}/cuobjdump", f"-{what}", _native.__file__],
         capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
     )  # fmt: skip
+    return done.stdout
+
+
+@cache
+def kernel_functions(what: str, function: str) -> dict[tuple[str, str], str]:
+    """The code of each function of this name in the library, by architecture and name.
+
+    what: "sass", "ptx" or "res-usage", for which the code is what the function uses.
+    """
     found = {}
-    for part in re.split(r"^Fatbin .* code:$", done.stdout, flags=re.MULTILINE):
+    for part in re.split(r"^Fatbin .* code:$", _dumped(what), flags=re.MULTILINE):
         for text in re.split(r"Function :? ?|^\.(?:entry|func) ", part, flags=re.MULTILINE)[1:]:
             arch = re.search(r"^arch = (\w+)$", part, re.MULTILINE)
             name = re.search(rf"{function}[fd].*", text.partition("\n")[0])

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from cuobjdump import tools
 
-SM_80, SM_90, SM_100, GFX942 = ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)
+SM_80, SM_90, SM_100, SM_120 = (("cuda", capability, 32) for capability in (80, 90, 100, 120))
+GFX942 = ("hip", "gfx942", 64)
 
 
 def compile_kernel(
     kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """Compile a kernel of which memory, counts and numbers are addresses, and all other arguments integers."""
+    """Compile a kernel of whose arguments memory, counts and numbers are addresses, and all other arguments integers."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -24,10 +25,11 @@ def compile_kernel(
     from negmerge_fast.kernels import merge
 
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    types |= {"memory": "*i64", "counts": "*i64", "numbers": "*fp64"}
+    addresses = {"memory": "*i64", "counts": "*i64", "numbers": "*fp64"}
+    types |= {name: kind for name, kind in addresses.items() if name in types}
     source = ASTSource(kernel, types, constants)  # the last has another name in Triton 3.2
-    if target == SM_100 and merge.VERSION < (3, 3):
-        pytest.skip("Triton 3.2 knows no sm_100")
+    if target in (SM_100, SM_120) and merge.VERSION < (3, 3):
+        pytest.skip("Triton 3.2 knows no sm_100 and no sm_120")
     try:
         return triton.compile(source, target=GPUTarget(*target), options=options)
     except Exception as error:

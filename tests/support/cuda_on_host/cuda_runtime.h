@@ -33,6 +33,8 @@ struct alignas(8) uint2 {
 };
 template <class V>
 V __ldcs(const V* from) { return *from; }
+template <class V>
+V __ldg(const V* from) { return *from; }
 
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
