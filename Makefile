@@ -34,7 +34,7 @@ slow: $(VENV)/.test
 
 # Models of transformers, sentence-transformers, diffusers, PEFT, timm and open_clip, saved, merged and loaded by these. One of their packages has a model of 83 MB.
 libraries: $(VENV)/.libraries
-	$(BIN)/python -m pytest -m libraries --disable-warnings tests/libraries
+	$(BIN)/python -m pytest -m libraries --disable-warnings tests/libraries tests/docs
 
 # Ten minutes of models with a few things wrong; SECONDS=60 for one. What fails is saved in fuzz-found/.
 fuzz: $(VENV)/.fuzz

@@ -1,4 +1,4 @@
-"""Measures merges of LoRA adapters beside the materialising way: whole commands, seconds, memory and disk.
+"""Measures merges of LoRA adapters beside the materialising method: whole commands, seconds, memory and disk.
 
 A Llama and 30 adapters of rank 16 for all of its linear layers, in warm files. `negmerge merge BASE ADAPTERS` takes turns with
 
@@ -6,8 +6,8 @@ A Llama and 30 adapters of rank 16 for all of its linear layers, in warm files. 
 - `peft`: the same with merge_and_unload and save_pretrained;
 - `cp` and `sync` of the base, which reads it once and writes as many bytes.
 
-Before anything is timed, `--adapters-as merged` is compared with the lean way: both merge the same models, up to the order of the additions in
-a matrix product. Seconds are those of all commands of a way, memory is that of the largest process, and disk is what has to be there beside the
+Before anything is timed, `--adapters-as merged` is compared with the lean method: both merge the same models, up to the order of the additions in
+a matrix product. Seconds are those of all commands of a method, memory is that of the largest process, and disk is what has to be there beside the
 base and the output. Rows are printed; with --results FILE.jsonl they are appended to it, too.
 """
 
@@ -40,7 +40,7 @@ LAYOUTS = {
 }
 THREADS, SCALE, RANK, ADAPTERS = 2, 0.9, 16, 30
 OURS, MERGED, FLOOR = "negmerge merge", "negmerge merge, adapters as merged", "cp, sync"
-WAYS = {"lean": (), "peft": ("--peft",)}
+METHODS = {"lean": (), "peft": ("--peft",)}
 MATERIALISE = Path(__file__).with_name("methods") / "materialise.py"
 # A step is about so much of a weight, whose deviation is 1, and so much of what an adapter has is its own.
 _STEP, _OWN = 1 / 64, 0.3
@@ -107,14 +107,14 @@ class Case:
         )
         return process.done((sys.executable, "-m", "negmerge_fast", "merge", *given, *options))
 
-    def materialised(self, way: str) -> Ended:
+    def materialised(self, method: str) -> Ended:
         """Both commands of a way together."""
         models = self.outs / "models"
         models.mkdir()
-        command = (sys.executable, MATERIALISE, models, self.base, *self.adapters, *WAYS[way])
+        command = (sys.executable, MATERIALISE, models, self.base, *self.adapters, *METHODS[method])
         first = process.done(command)
         paths = [models / path.name for path in self.adapters]
-        self.disk[way] = _size([*self.adapters, *paths])
+        self.disk[method] = _size([*self.adapters, *paths])
         second = self.merge(paths)
         return Ended(0, first.seconds + second.seconds, max(first.peak, second.peak), second.said)
 
@@ -122,47 +122,49 @@ class Case:
         command = 'cp -r --reflink=never "$0" "$1" && sync "$1"/*'
         return process.done(("sh", "-c", command, self.base, self.outs / "copy"))
 
-    def candidates(self, ways: list[str]) -> dict[str, Callable[[], Ended]]:
+    def candidates(self, methods: list[str]) -> dict[str, Callable[[], Ended]]:
         return {
             FLOOR: self.copy,
             OURS: partial(self.merge, self.adapters),
             MERGED: partial(self.merge, self.adapters, "--adapters-as", "merged"),
-            **{way: partial(self.materialised, way) for way in ways},
+            **{method: partial(self.materialised, method) for method in methods},
         }
 
-    def check(self, ways: list[str]) -> dict[str, float]:
+    def check(self, methods: list[str]) -> dict[str, float]:
         """The fraction of the elements in which each way's output differs from ours of merged models."""
         self.prepare()
         self.merge(self.adapters, "--adapters-as", "merged")
         expected = _tensors(self.outs / "out")
         found = {}
-        for way in ways:
+        for method in methods:
             self.prepare()
-            self.materialised(way)
+            self.materialised(method)
             other = _tensors(self.outs / "out")
             if other.keys() != expected.keys():
-                raise process.Failed(f"{way}: other tensors than ours, no speed")
+                raise process.Failed(f"{method}: other tensors than ours, no speed")
             differing = sum(int((other[name] != tensor).count_nonzero()) for name, tensor in expected.items())
-            found[way] = differing / sum(tensor.numel() for tensor in expected.values())
-            if found[way] > 0.01:
-                raise process.Failed(f"{way}: {found[way]:.1%} of the elements differ from ours, no speed")
+            found[method] = differing / sum(tensor.numel() for tensor in expected.values())
+            if found[method] > 0.01:
+                raise process.Failed(
+                    f"{method}: {found[method]:.1%} of the elements differ from ours, no speed"
+                )
         return found
 
-    def rows(self, layout: str, model: llamas.Llama, ways: list[str], rounds: int) -> list[dict[str, Any]]:
-        differing = self.check(ways)
-        found = process.alternate(self.candidates(ways), rounds, self.prepare)
+    def rows(self, layout: str, model: llamas.Llama, methods: list[str], rounds: int) -> list[dict[str, Any]]:
+        differing = self.check(methods)
+        found = process.alternate(self.candidates(methods), rounds, self.prepare)
         ours = found[OURS]
         return [
             {
-                "suite": "adapters", "layout": f"Llama {layout} in files", "way": way, "dtype": model.dtype, "n": len(self.adapters),
+                "suite": "adapters", "layout": f"Llama {layout} in files", "way": method, "dtype": model.dtype, "n": len(self.adapters),
                 "numel": model.numel, "bytes": None, "state": "warm", "rounds": rounds,
                 **percentiles([done.seconds for done in taken]),
                 "times ours": statistics.median(a.seconds / b.seconds for a, b in zip(taken, ours, strict=True)),
                 "peak MB": max(done.peak for done in taken) / 1e6,
-                "disk MB": self.disk[way] / 1e6 if way in self.disk else None,
-                "differing": differing.get(way),
+                "disk MB": self.disk[method] / 1e6 if method in self.disk else None,
+                "differing": differing.get(method),
             }
-            for way, taken in found.items()
+            for method, taken in found.items()
         ]  # fmt: skip
 
 
@@ -186,7 +188,9 @@ def main() -> None:
     )
     options.add_argument("--adapters", type=int, default=ADAPTERS)
     options.add_argument("--rank", type=int, default=RANK)
-    options.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="of materialising")
+    options.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=list(METHODS), help="of materialising"
+    )
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on the disk to measure")
     options.add_argument("--results", type=Path, default=Path(os.devnull), metavar="FILE.jsonl")
@@ -198,12 +202,14 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             folder = Path(name)
-            needed = (given.adapters + 3) * model.bytes if given.ways else 3 * model.bytes
+            needed = (given.adapters + 3) * model.bytes if given.methods else 3 * model.bytes
             if needed > (free := shutil.disk_usage(folder).free):
                 raise OSError(f"{folder}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free")
             base, *_ = llamas.make(folder, model, 0, 1 << 40)
             adapters = make_adapters(folder, model, given.adapters, given.rank)
-            rows = Case(base, adapters, folder / "outs").rows(given.layout, model, given.ways, given.rounds)
+            rows = Case(base, adapters, folder / "outs").rows(
+                given.layout, model, given.methods, given.rounds
+            )
     except (OSError, process.Failed) as error:
         sys.exit(f"adapters: {error}")
     record(given.results, rows, also=("times ours", "peak MB", "disk MB", "differing"))

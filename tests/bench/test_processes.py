@@ -179,7 +179,7 @@ def test_a_wrong_result_gets_no_number(
 
 @pytest.mark.slow
 def test_adapters_beside_the_materialising_way(run: Run) -> None:
-    rows = run("adapters", *SMALL, "--rounds", "1", "--adapters", "3", "--ways", "lean")
+    rows = run("adapters", *SMALL, "--rounds", "1", "--adapters", "3", "--methods", "lean")
     floor, ours, merged, lean = rows
     assert [row["way"] for row in rows] == [
         "cp, sync", "negmerge merge", "negmerge merge, adapters as merged", "lean",
