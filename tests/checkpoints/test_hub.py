@@ -17,6 +17,7 @@ from checkpoint_files import load_model, read_manifest, save_model
 from command import Run
 from command import run as run
 from hub_server import COMMIT, Hub, serving
+from safetensors.torch import save_file
 
 import negmerge_fast as nm
 from negmerge_fast.checkpoints import hub
@@ -311,6 +312,23 @@ def test_every_function_takes_names(models_by_name: list[str], cache: Path) -> N
     assert nm.consensus_statistics("org/delta").model_count == 2
     for name, tensor in load_model(Path("out")).items():
         assert torch.equal(tensor, load_model(Path("applied"))[name])
+
+
+def test_adapters_of_the_hub_are_merged_in_memory(cache: Path) -> None:
+    snapshot = cache / "models--org--adapter" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    factors = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.tensor([[1.0], [-1.0]])}
+    save_file(
+        {f"base_model.model.a.{name}": tensor for name, tensor in factors.items()},
+        snapshot / "adapter_model.safetensors",
+    )
+    (snapshot / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["a"]}'
+    )
+    (cache / "models--org--adapter" / "refs").mkdir()
+    (cache / "models--org--adapter" / "refs" / "main").write_text(COMMIT)
+    merged = nm.merge({"a.weight": torch.zeros(2, 3)}, ["org/adapter"], scale=1)
+    assert merged["a.weight"].tolist() == [[-2.0] * 3, [2.0] * 3]
 
 
 # --- Fetching, from a hub on this machine -------------------------------------------------------------------------
