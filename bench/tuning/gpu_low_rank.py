@@ -94,9 +94,9 @@ class LowRankWorkload:
 def float32_rate(device: str) -> float | None:
     """Unfused operations of float32 a second at the highest clock; None if torch does not know the clock."""
     found = torch.cuda.get_device_properties(device)
-    lanes = 64 if (found.major, found.minor) == (8, 0) else 128  # of a processor
+    units = 64 if (found.major, found.minor) == (8, 0) else 128  # of a processor
     kilohertz = getattr(found, "clock_rate", None)
-    return kilohertz and 1000.0 * kilohertz * lanes * found.multi_processor_count
+    return kilohertz and 1000.0 * kilohertz * units * found.multi_processor_count
 
 
 def measure(backend: str, task: str, workload: Workload, rounds: int, now: Clock, rate: float | None) -> Row:
