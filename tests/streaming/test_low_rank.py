@@ -15,11 +15,13 @@ from bits import same_bits
 from checkpoint_files import load_model, save_model
 from command import Run, run  # noqa: F401
 from interrupted import contents, finish, start
+from late_stream import DEVICE, gpu  # noqa: F401
 from safetensors.torch import save_file
 from small_chunks import record_every_chunk, set_chunk_bytes
 
 import negmerge_fast as nm
 from negmerge_fast.core.reference import plain_consensus, plain_merge
+from negmerge_fast.runtime.device import DeviceBuffers
 
 MODULES = {
     "model.layers.0.q_proj": (24, 16),
@@ -186,6 +188,26 @@ def test_chunks_in_the_middle_of_rows(case: Case, monkeypatch: pytest.MonkeyPatc
     set_chunk_bytes(monkeypatch, chunk_bytes)
     merge(case)
     case.check(case.folder / "out", case.differences)
+
+
+@pytest.mark.parametrize("adapters_as", ["difference", "merged"])
+def test_on_a_device_only_factors_are_uploaded(
+    case: Case,
+    gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    adapters_as: str,
+) -> None:
+    monkeypatch.setattr("negmerge_fast.streaming.budget.MAX_DEVICE_CHUNK_BYTES", 512)
+    sizes: list[int] = []
+    launch = DeviceBuffers.launch
+    monkeypatch.setattr(DeviceBuffers, "launch", lambda self: sizes.append(self.starts[-1]) or launch(self))
+    report = merge(case, device=DEVICE, adapters_as=adapters_as)
+    assert report.device == DEVICE and sizes
+    (case.folder / "out").rename(case.folder / "on-device")
+    merge(case, device="cpu", adapters_as=adapters_as)
+    assert contents(case.folder / "out") == contents(case.folder / "on-device")
+    # Of two adapters nothing but factors; the third has no k_proj.
+    assert max(sizes) <= 2 * 512
 
 
 def test_only_what_is_changed_is_read(case: Case) -> None:

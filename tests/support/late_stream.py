@@ -6,12 +6,13 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from negmerge_fast.backends import pytorch, registry
+from negmerge_fast.backends import low_rank, pytorch, registry
 from negmerge_fast.core.batch import Batch
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.runtime import device as device_module
@@ -76,24 +77,37 @@ class LateCounts:
 
 def merge_on_device(batch: Batch, rule: Rule, threads: int | None = None) -> LateCounts:
     """The kernel of the fake device, launched on the current stream."""
+    return _launch(pytorch.merge, batch, rule)
+
+
+def merge_low_rank_on_device(batch: Batch, rule: Rule, threads: int | None = None) -> LateCounts:
+    """The same for models that are known by factors, which have to be on the device by now."""
+    return _launch(partial(low_rank.merge, pytorch.merge, low_rank.expand), batch, rule)
+
+
+def _launch(merge: Callable[..., Any], batch: Batch, rule: Rule) -> LateCounts:
     assert batch.device == DEVICE
     late = LateCounts()
 
-    def merge() -> None:
-        late.counts = pytorch.merge(dataclasses.replace(batch, device="cpu"), rule, 1)
+    def run() -> None:
+        late.counts = merge(dataclasses.replace(batch, device="cpu"), rule, 1)
 
-    LateStream.current.stream.launch(merge)
+    LateStream.current.stream.launch(run)
     return late
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    real = registry.choose
+    real, real_low_rank = registry.choose, registry.choose_low_rank
     monkeypatch.setattr(LateStream, "locked", set())
     monkeypatch.setattr(device_module, "CudaStream", LateStream)
     monkeypatch.setattr(device_module, "available_bytes", lambda device: 1 << 30)
     monkeypatch.setattr(
         registry, "choose", lambda b, device, *a: ("cuda", merge_on_device) if device == DEVICE else real(b, device, *a)
+    )  # fmt: skip
+    monkeypatch.setattr(
+        registry, "choose_low_rank",
+        lambda b, device, *a: ("cuda", merge_low_rank_on_device) if device == DEVICE else real_low_rank(b, device, *a),
     )  # fmt: skip
     forget = probes.h2d_bandwidth.cache_clear
     forget()
