@@ -10,14 +10,15 @@
 
 namespace negmerge {
 
-// A difference of a whole tensor, and the first element that is asked for: the fields of LowRank without its owner, then begin.
+// A difference of a whole tensor, and the first element that is asked for: the fields of LowRank but the owner, then begin.
 struct Expansion {
   const char *left, *right;
   std::int64_t matrices, rows, columns, rank;
-  double scale;  // 64 bits, too
+  double scale;        // 64 bits, too
+  const char* panels;  // right factors of all matrices in panels, or null
   std::int64_t begin;
 };
-static_assert(sizeof(Expansion) == 64, "eight 64-bit integers of a descriptor");
+static_assert(sizeof(Expansion) == 72, "nine 64-bit integers of a descriptor");
 
 // Model k of a segment; null if it is an ordinary operand.
 NEGMERGE_INLINE const Expansion* expansion_of(const Batch& batch, std::int64_t segment, std::int64_t k) {
@@ -31,7 +32,7 @@ struct ExpandBatch {
   bool adds;       // b + d is written, in the type `result`; else d in the arithmetic type
   Dtype result;
   std::int64_t segments;
-  const std::int64_t* descriptors;  // [segments, 11]
+  const std::int64_t* descriptors;  // [segments, 12]
 };
 
 // Elements of a tensor's rows, those of all matrices one after the other.
@@ -56,6 +57,11 @@ struct Panels {
   char* memory;    // aligned to 64, of one panel at least
   bool are_there;  // or not, and the memory may be used
 };
+
+// Whether right factors from a column on can be read from the panels that the tensor has.
+NEGMERGE_INLINE bool are_in_panels(const Expansion& e, std::int64_t size, std::int64_t column) {
+  return e.panels && column * size % kPanel == 0;
+}
 
 // Copies right factors of a matrix from a column on to panels. size: of an element.
 void pack_panels(const Expansion& expansion, std::int64_t size, std::int64_t matrix, std::int64_t column, std::int64_t columns,

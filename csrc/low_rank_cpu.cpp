@@ -21,7 +21,7 @@ void expand_loop_avx512(const Expansion&, bool, Dtype, const Rectangle&, const T
 
 namespace {
 
-// bench/tuning/low_rank.py compiles others; these won, bench/results/low_rank.jsonl.
+// Chosen by what has to stay in a cache; bench/tuning/low_rank.py --candidates compares them with others.
 #ifndef NEGMERGE_EXPANDED_BYTES
 #define NEGMERGE_EXPANDED_BYTES (1 << 19)
 #endif
@@ -150,6 +150,7 @@ void copy_rows(const char* from, std::int64_t from_stride, char* to, std::int64_
 // Right factors of a tile. Those of its whole block are packed when its first tile comes. If the block has a few rows, or those of several
 // matrices, each tile packs what it needs to `one`.
 Panels panels_of(const Expansion& e, std::int64_t size, const Rectangle& tile, const Rectangle& block, char* one, char* packed) {
+  if (are_in_panels(e, size, tile.column)) return {nullptr, false};
   const std::int64_t matrix = block.row / e.rows, before = (tile.column - block.column) * size;
   if (block.rows < 8 || (block.row + block.rows - 1) / e.rows != matrix) return {one, false};
   if (!before && tile.row == block.row) pack_panels(e, size, matrix, block.column, block.columns, packed);
@@ -310,7 +311,7 @@ void expand_cpu(const ExpandBatch& batch, int threads, const std::string& instru
   merge_loop_of(instruction_set);  // which throws if there is none
   const ExpandLoop expand = expand_loop(instruction_set);
   threads = std::clamp(threads, 1, kMaxThreads);
-  const auto row_of = [&](std::int64_t i) { return batch.descriptors + 11 * i; };
+  const auto row_of = [&](std::int64_t i) { return batch.descriptors + 12 * i; };
   const auto expansion = [&](std::int64_t i) -> const Expansion& { return *reinterpret_cast<const Expansion*>(row_of(i) + 3); };
   const std::int64_t wide = batch.is_double ? 8 : 4, size = batch.adds ? kSizes[batch.result] : wide;
   std::int64_t rank = 0, packed = 0, cost = 0;

@@ -155,6 +155,7 @@ template <class T, class S>
 void expand_rectangle(const Expansion& e, const Rectangle& rectangle, const Target& target, const Panels& panels) {
   constexpr std::int64_t size = sizeof(T), most = kPanel / size;
   const T scale = static_cast<T>(e.scale);
+  const bool in_panels = are_in_panels(e, size, rectangle.column);
   // Rows of one matrix at a time.
   for (std::int64_t i = 0, rows; i < rectangle.rows; i += rows) {
     const std::int64_t row = rectangle.row + i, matrix = row / e.rows;
@@ -164,7 +165,10 @@ void expand_rectangle(const Expansion& e, const Rectangle& rectangle, const Targ
       const std::int64_t columns = std::min(rectangle.columns - m, most);
       const char* right = e.right + (matrix * e.rank * e.columns + rectangle.column + m) * size;
       std::int64_t stride = e.columns * size;
-      if (panels.are_there || rows > kRows || columns < most) {
+      if (in_panels) {
+        right = e.panels + (matrix * ((e.columns + most - 1) / most) + (rectangle.column + m) / most) * e.rank * kPanel;
+        stride = kPanel;
+      } else if (panels.are_there || rows > kRows || columns < most) {
         right = panels.memory + (panels.are_there ? m / most * e.rank * kPanel : 0);
         stride = kPanel;
         if (!panels.are_there) pack_panels(e, size, matrix, rectangle.column + m, columns, panels.memory);

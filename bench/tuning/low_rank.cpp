@@ -1,9 +1,10 @@
 // The CPU kernels of low-rank differences beside their floor, on one thread. low_rank.py builds and runs it.
-// Arguments: models, rank, rows, columns, storage type of the base (1 F32, 2 F16, 3 BF16), 1 for merged models, instruction set, rounds.
+// Arguments: models, rank, rows, columns, elements of a chunk, 1 if right factors are in panels, storage type of the base (1 F32, 2 F16,
+// 3 BF16), 1 for merged models, instruction set, rounds.
 // Prints whether the bits are those of merging dense differences, then a line for each round: seconds of
 // - as many multiplications and additions in registers, and nothing else;
 // - expanding one model, a tile again and again;
-// - merging all, tile by tile;
+// - merging all, tile by tile, chunk after chunk;
 // - merging them dense, from memory;
 // - merging so many tiles dense, from the cache;
 // - reading and writing the base.
@@ -72,10 +73,11 @@ std::vector<float> random_numbers(std::int64_t count, std::mt19937& generator) {
 
 int main(int, char** argv) {
   const std::int64_t n = std::atoll(argv[1]), rank = std::atoll(argv[2]), rows = std::atoll(argv[3]), columns = std::atoll(argv[4]);
-  const auto type = static_cast<Dtype>(std::atoi(argv[5]));
-  const bool merged = std::atoi(argv[6]);
-  const std::string instruction_set = argv[7];
-  const int rounds = std::atoi(argv[8]);
+  const std::int64_t chunk = std::atoll(argv[5]);
+  const bool in_panels = std::atoi(argv[6]), merged = std::atoi(argv[8]);
+  const auto type = static_cast<Dtype>(std::atoi(argv[7]));
+  const std::string instruction_set = argv[9];
+  const int rounds = std::atoi(argv[10]);
   const std::int64_t numel = rows * columns, size = kSizes[type], model_size = merged ? size : 4;
   std::mt19937 generator(0);
 
@@ -88,6 +90,7 @@ int main(int, char** argv) {
     memcpy(base.data() + i * size, size == 4 ? static_cast<const void*>(&bits) : &half, size);
   }
   std::vector<std::vector<float>> factors;
+  std::vector<std::vector<char>> panels;
   std::vector<std::int64_t> expansions(n), descriptors{numel, reinterpret_cast<std::int64_t>(base.data()),
                                                        reinterpret_cast<std::int64_t>(out.data())};
   for (std::int64_t k = 0; k < n; ++k) {
@@ -97,10 +100,16 @@ int main(int, char** argv) {
       if (k)
         for (std::int64_t i = 0; i < count; ++i) factors.back()[i] = 0.2f * factors.back()[i] + factors[count == rows * rank ? 0 : 1][i];
     }
-    const Expansion e{reinterpret_cast<const char*>(factors[2 * k].data()), reinterpret_cast<const char*>(factors[2 * k + 1].data()),
-                      1, rows, columns, rank, 2, 0};
+    Expansion e{reinterpret_cast<const char*>(factors[2 * k].data()), reinterpret_cast<const char*>(factors[2 * k + 1].data()),
+                1, rows, columns, rank, 2, nullptr, 0};
+    if (in_panels) {
+      panels.emplace_back((columns + 63) / 64 * rank * kPanel + 64);
+      char* at = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(panels.back().data()) + 63) / 64 * 64);
+      pack_panels(e, 4, 0, 0, columns, at);
+      e.panels = at;
+    }
     expansions[k] = expansions.size();
-    expansions.resize(expansions.size() + 8);
+    expansions.resize(expansions.size() + sizeof e / 8);
     memcpy(&expansions[expansions[k]], &e, sizeof e);
     descriptors.push_back(0);
   }
@@ -125,7 +134,7 @@ int main(int, char** argv) {
   for (std::int64_t k = 0; k < n; ++k) {
     dense_descriptors[3 + k] = reinterpret_cast<std::int64_t>(dense.data() + k * numel * model_size);
     std::vector<std::int64_t> row{numel, merged ? descriptors[1] : 0, dense_descriptors[3 + k]};
-    row.insert(row.end(), &expansions[expansions[k]], &expansions[expansions[k]] + 8);
+    row.insert(row.end(), &expansions[expansions[k]], &expansions[expansions[k]] + sizeof(Expansion) / 8);
     expand_cpu({false, merged, type, 1, row.data()}, 1, instruction_set);
   }
   Batch dense_batch = batch;
@@ -138,10 +147,18 @@ int main(int, char** argv) {
   const std::int64_t tile = tile_rows * tile_columns, tiles = std::max<std::int64_t>(1, numel / tile);
   std::vector<char> tile_out(tile * 4);
   std::vector<std::int64_t> tile_row{tile, merged ? descriptors[1] : 0, reinterpret_cast<std::int64_t>(tile_out.data())};
-  tile_row.insert(tile_row.end(), &expansions[expansions[0]], &expansions[expansions[0]] + 8);
+  tile_row.insert(tile_row.end(), &expansions[expansions[0]], &expansions[expansions[0]] + sizeof(Expansion) / 8);
   auto* of_tile = reinterpret_cast<Expansion*>(&tile_row[3]);
   of_tile->rows = tile_rows;
   of_tile->columns = tile_columns;
+  std::vector<std::vector<std::int64_t>> chunk_rows, chunk_expansions;
+  for (std::int64_t begin = 0; begin < numel; begin += chunk) {
+    chunk_rows.push_back(descriptors);
+    chunk_rows.back()[0] = std::min(numel - begin, chunk);
+    for (int i : {1, 2}) chunk_rows.back()[i] += begin * size;
+    chunk_expansions.push_back(expansions);
+    for (std::int64_t k = 0; k < n; ++k) reinterpret_cast<Expansion*>(&chunk_expansions.back()[expansions[k]])->begin = begin;
+  }
   const std::int64_t part = std::min<std::int64_t>(numel, (1 << 18) / (n * model_size));
   auto part_descriptors = dense_descriptors;
   part_descriptors[0] = part;
@@ -155,7 +172,14 @@ int main(int, char** argv) {
     const double expanded = seconds_of([&] {
       for (std::int64_t i = 0; i < tiles; ++i) expand_cpu({false, merged, type, 1, tile_row.data()}, 1, instruction_set);
     });
-    const double in_tiles = seconds_of([&] { merge_cpu(batch, 1, instruction_set); });
+    const double in_tiles = seconds_of([&] {
+      for (std::size_t i = 0; i < chunk_rows.size(); ++i) {
+        Batch each = batch;
+        each.descriptors = chunk_rows[i].data();
+        each.expansions = chunk_expansions[i].data();
+        merge_cpu(each, 1, instruction_set);
+      }
+    });
     const double in_memory = seconds_of([&] { merge_cpu(dense_batch, 1, instruction_set); });
     same = same && counts == counts_dense && out == out_dense;
     const double in_cache = seconds_of([&] {

@@ -18,16 +18,26 @@ from threads import CSRC, HERE, X86, compile_loops, compile_with
 
 from negmerge_fast import _native
 from negmerge_fast.benchmark.records import percentiles, record
+from negmerge_fast.core.low_rank import PANEL
 
 RESULTS = HERE.parent / "results" / "low_rank.jsonl"
 DTYPES = {"F32": (1, 4), "F16": (2, 2), "BF16": (3, 2)}
 TIMED = ("arithmetic", "expanding", "low-rank", "dense, in memory", "dense, in cache", "copying")
 
-# Models, rank, rows, columns.
-SHAPES = [
+# Models, rank, rows, columns, and how many elements are merged at once: chunks, of factors in panels, as files are merged; or all, of
+# factors as they are, as tensors in memory are.
+MATRICES = [
     *((n, rank, 4096, 4096) for n in (8, 30) for rank in (8, 16, 64)),
     (8, 16, 1031, 5003), (8, 256, 1024, 4096), (8, 16, 1 << 22, 1), (8, 16, 1 << 18, 9), (8, 16, 1, 1 << 22),
 ]  # fmt: skip
+SHAPES = [
+    *((*shape, shape[2] * shape[3]) for shape in MATRICES),
+    *(
+        (n, rank, 4096, 4096, chunk)
+        for n, rank in ((8, 16), (30, 16), (8, 64))
+        for chunk in (1 << 18, 1 << 20)
+    ),
+]
 
 # Bytes a second that the disk of the comparison reads or writes.
 DISK = 2e9
@@ -54,7 +64,10 @@ def seconds_of(
 ) -> list[list[float]]:
     """The seconds of all that is timed, a list for each round."""
     code, _ = DTYPES[dtype]
-    command = [str(program), *map(str, (*shape, code, int(merged))), _native.instruction_sets[0], str(rounds)]
+    columns, in_chunk = shape[3:]
+    in_panels = columns * 4 >= 4 * PANEL and in_chunk < shape[2] * columns
+    numbers = (*shape, int(in_panels), code, int(merged))
+    command = [str(program), *map(str, numbers), _native.instruction_sets[0], str(rounds)]
     check, *lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     if check != "same":
         raise SystemExit(f"{shape}, {dtype}: {check}")
@@ -68,7 +81,7 @@ def rows_of(
     for _ in range(3):
         for name, program in programs.items():
             turns[name] += seconds_of(program, shape, dtype, merged, rounds)
-    n, rank, rows, columns = shape
+    n, rank, rows, columns, in_chunk = shape
     numel, size = rows * columns, DTYPES[dtype][1]
     found = []
     for name, lines in turns.items():
@@ -83,14 +96,14 @@ def rows_of(
         limits = {place: max(0, round((limit - fastest["dense, in cache"]) / per_rank)) for place, limit in (("warm", warm), ("disk", disk))}  # fmt: skip
         models = "merged models" if merged else "differences"
         found.append({
-            "suite": "tune", "layout": f"{rows} x {columns}", "way": f"{models}, {name}", "dtype": dtype, "n": n, "rank": rank,
+            "suite": "tune", "layout": f"{rows} x {columns}, {in_chunk:,} at once", "way": f"{models}, {name}", "dtype": dtype, "n": n, "rank": rank,
             "numel": numel, "bytes": 2 * numel * size, "state": "in memory", "rounds": len(lines), **times["low-rank"],
             "GB/s": 2 * numel * size / times["low-rank"]["p20"] / 1e9, "ns": {what: round(ns, 4) for what, ns in fastest.items()},
             "limit": "arithmetic in registers, and a merge in cache", "of_limit": arithmetic / fastest["low-rank"],
             "n_rank_of_warm": limits["warm"], "n_rank_of_disk": limits["disk"],
         })  # fmt: skip
         print(
-            f"{dtype} {models}, {name}, n = {n}, rank {rank}, {rows} x {columns}: {fastest['low-rank']:.2f} ns an element, "
+            f"{dtype} {models}, {name}, n = {n}, rank {rank}, {rows} x {columns}, {in_chunk:,} at once: {fastest['low-rank']:.2f} ns an element, "
             f"{fastest['low-rank'] / arithmetic:.2f} of arithmetic ({arithmetic:.2f}), {fastest['low-rank'] / fastest['dense, in memory']:.2f} of "
             f"dense in memory; expanding {fastest['expanding'] * n / fastest['arithmetic']:.2f} of its arithmetic; "
             f"more than reading and writing from n · rank = {limits['warm']} (warm), {limits['disk']} (disk of 2 GB/s)"
@@ -109,7 +122,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="small matrices: for tests")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
     given = options.parse_args()
-    shapes = [(2, 3, 70, 130)] if given.quick else SHAPES
+    shapes = [(2, 3, 70, 130, 9100), (2, 3, 70, 300, 1000)] if given.quick else SHAPES
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         loops, driver = compile_loops(folder), folder / "driver.o"

@@ -72,7 +72,7 @@ def check_expansion(signature: Signature, dtype: str, base: Operand | None) -> N
 
 
 def pack_expand(batch: ExpandBatch) -> array[int]:
-    """Pack as int64[segments, 11]: elements, the addresses of base, or 0, and out, and the expansion."""
+    """Pack as int64[segments, 12]: elements, the addresses of base, or 0, and out, and the expansion."""
     integers: list[int] = []
     for numel, expansion, base, out in batch.segments:
         _check_base(batch, base)
@@ -88,10 +88,10 @@ def _check_base(batch: ExpandBatch, base: Operand | None) -> None:
 
 
 def _expansion_row(expansion: Expansion, numel: int) -> list[int]:
-    (*integers, scale, _), begin = expansion
+    (*integers, scale, _, panels), begin = expansion
     if min(integers[2:]) < 1 or begin < 0 or begin + numel > expansion.factors.numel:
         raise ValueError(f"elements {begin} … {begin + numel} of {expansion.factors}, expected some of it")
-    return [*integers, *struct.unpack("<Q", struct.pack("<d", scale)), begin]
+    return [*integers, *struct.unpack("<Q", struct.pack("<d", scale)), panels, begin]
 
 
 def pack_deltas(batch: DeltaBatch) -> array[int]:
@@ -166,7 +166,7 @@ def pack_expand_for_device(
     cut: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # the models of a tensor are cut alike
     for segment in batch.segments:
         _check_base(batch, segment.base)
-        left, right, *shape, scale, begin = _expansion_row(segment.expansion, segment.numel)
+        left, right, *shape, scale, _, begin = _expansion_row(segment.expansion, segment.numel)
         base, out = segment.base.address if segment.base else 0, segment.out.address
         key = segment.numel, begin, *shape
         if key not in cut:

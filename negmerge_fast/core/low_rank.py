@@ -13,6 +13,7 @@ then to the base's: then d_k is x - b.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -22,6 +23,9 @@ from .batch import Operand, Signature
 # What adapters are: task vectors, or models that they are merged into.
 AdaptersAs: TypeAlias = Literal["difference", "merged"]
 
+
+# Bytes of a row of right factors that a kernel multiplies at once.
+PANEL = 256
 
 # What copies an array to a device: it returns the address there, and the owner of the memory.
 Upload: TypeAlias = Callable[[Any], tuple[int, Any]]
@@ -41,6 +45,9 @@ class LowRank(NamedTuple):
         rank: The number of products that are added.
         scale: s, rounded to the arithmetic type.
         owner: What keeps the addresses valid: on a device contiguous torch tensors that cover them, or a sequence that has these.
+        panels: The address of right once more, in panels, or 0. The CPU kernel would pack them for each chunk: from row to row of
+            a large matrix it is too far for a cache. In (matrices, columns, rank) are PANEL bytes each, zeros behind the last
+            column; aligned to 64.
     """
 
     left: int
@@ -51,10 +58,27 @@ class LowRank(NamedTuple):
     rank: int
     scale: float
     owner: Any
+    panels: int = 0
 
     @property
     def numel(self) -> int:
         return self.matrices * self.rows * self.columns
+
+
+def in_panels(right: Any) -> Any:
+    """An array (matrices, rank, columns) of NumPy as LowRank.panels has it."""
+    import numpy as np
+
+    (matrices, rank, columns), width = right.shape, PANEL // right.itemsize
+    whole, rest = divmod(columns, width)
+    shape = matrices, whole + (rest > 0), rank, width
+    memory = np.zeros(math.prod(shape) * right.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    panels = memory[start : start + memory.size - 64].view(right.dtype).reshape(shape)
+    panels[:, :whole] = right[:, :, : whole * width].reshape(matrices, rank, whole, width).swapaxes(1, 2)
+    if rest:
+        panels[:, whole, :, :rest] = right[:, :, whole * width :]
+    return panels
 
 
 class Expansion(NamedTuple):

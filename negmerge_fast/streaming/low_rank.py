@@ -28,7 +28,7 @@ from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from ..core.errors import InputError, short_repr
-from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, Upload, lacking
+from ..core.low_rank import PANEL, ExpandBatch, ExpandSegment, Expansion, LowRank, Upload, in_panels, lacking
 from ..core.pairing import Renames
 from ..core.rule import Rule
 from ..core.schema import TensorSpec
@@ -41,6 +41,8 @@ _Floats: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 # Tensors whose factors an adapter keeps: chunks of neighbours are under way at once.
 _KEPT = 2
+# Right factors of fewer panels are packed when they are needed: zeros behind them would take more than a quarter.
+_MIN_PANELS = 4
 
 
 class Placed(NamedTuple):
@@ -290,7 +292,9 @@ class _Expanded(_Dense):
         size, e = FLOAT_SIZES[self.arithmetic], self.change.expert
         left = found.left + e * found.rows * found.rank * size
         right = found.right + e * found.rank * found.columns * size
-        return found._replace(left=left, right=right, matrices=1)
+        panels_size = -(found.columns * size // -PANEL) * found.rank * PANEL
+        panels = found.panels and found.panels + e * panels_size
+        return found._replace(left=left, right=right, matrices=1, panels=panels)
 
 
 @dataclass(frozen=True)
@@ -426,7 +430,11 @@ def _load(
     scale = float(np.float32(change.scale)) if arithmetic == "F32" else change.scale
     (count, rows, rank), columns = left.shape, right.shape[2]
     (at_left, of_left), (at_right, of_right) = map(upload or _in_main_memory, (left, right))
-    return LowRank(at_left, at_right, count, rows, columns, rank, scale, (of_left, of_right))
+    factors = LowRank(at_left, at_right, count, rows, columns, rank, scale, (of_left, of_right))
+    if upload or rows == 1 or columns * right.itemsize < _MIN_PANELS * PANEL:
+        return factors
+    panels = in_panels(right)
+    return factors._replace(panels=panels.ctypes.data, owner=(of_left, of_right, panels))
 
 
 def _in_main_memory(array: _Floats) -> tuple[int, _Floats]:
@@ -453,11 +461,12 @@ def _stored_bytes(change: Change[TensorRef]) -> int:
 
 
 def _factor_bytes(change: Change[TensorRef], arithmetic: str) -> int:
-    """The bytes of a change's factors in memory."""
+    """The most bytes of a change's factors in memory, of which either may be there in panels, too."""
     if isinstance(change, Replacement):
         return 0
     refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
-    return sum(ref.numel for ref in refs) * FLOAT_SIZES[arithmetic]
+    sizes = [ref.numel * FLOAT_SIZES[arithmetic] for ref in refs]
+    return sum(sizes) + max(sizes) * 5 // 4
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from hostile import HOSTILE
 from negmerge_fast.backends import low_rank, pytorch, registry
 from negmerge_fast.core.batch import Batch, Merge, Operand, Segment, Signature
 from negmerge_fast.core.descriptors import pack_expand, pack_low_rank
-from negmerge_fast.core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank
+from negmerge_fast.core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, in_panels
 from negmerge_fast.core.reference import plain_consensus, plain_merge
 from negmerge_fast.core.rule import Rule
 
@@ -61,12 +61,16 @@ class Factors:
         self.left, self.right = self.left.to(dtype), self.right.to(dtype)
         self.scale = float(torch.tensor(0.37 + seed, dtype=torch.float64).to(dtype))
 
-    def on(self, case: BackendCase) -> LowRank:
+    def on(self, case: BackendCase, panels: bool = False) -> LowRank:
         owner = to_device(self.left, case), to_device(self.right, case)
         matrices, rows, columns, rank = self.shape
-        return LowRank(
+        factors = LowRank(
             owner[0].data_ptr(), owner[1].data_ptr(), matrices, rows, columns, rank, self.scale, owner
         )
+        if not panels or not case.instruction_set:
+            return factors
+        packed = in_panels(self.right.numpy())
+        return factors._replace(panels=packed.ctypes.data, owner=(*owner, packed))
 
     def difference(self) -> torch.Tensor:
         """All elements of d, each product and each sum of a row at once."""
@@ -115,11 +119,11 @@ def test_every_backend_writes_the_products_written_out(
     case: BackendCase, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     factors = Factors(shape, dtype)
-    d, on_device = factors.difference(), factors.on(case)
-    name = NAMES[dtype]
+    d, name = factors.difference(), NAMES[dtype]
     spans = {(0, len(d)), (len(d) // 3, len(d) - len(d) // 3), (len(d) // 2, 1), (len(d) // 5, len(d) // 2)}
     for odd, (begin, numel) in enumerate(sorted(spans)):
         memory, address = unaligned(torch.full((numel,), 7.0, dtype=dtype), case, odd)
+        on_device = factors.on(case, panels=odd < 2)
         segment = ExpandSegment(numel, Expansion(on_device, begin), None, Operand(address, name, memory))
         case.expand()(ExpandBatch(on(case), name, None, [segment]), 2)
         check_written(memory, odd, d[begin : begin + numel])
@@ -194,7 +198,7 @@ class Merged:
                 self.models.append(
                     d if signature.task_vectors else rounded(self.base.to(wide) + d, STORAGE[dtype])
                 )
-                operands.append(Expansion(factors.on(case), begin))
+                operands.append(Expansion(factors.on(case, panels=k % 2 == 0), begin))
             else:
                 x = lean + 0.01 * torch.randn(numel, generator=generator, dtype=wide)
                 x = x if signature.task_vectors else x + self.base.to(wide)

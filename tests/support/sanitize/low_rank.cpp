@@ -12,7 +12,7 @@ namespace {
 
 // A difference of some elements of a tensor, at any address that its numbers may have.
 struct Factors {
-  std::vector<char> left, right;
+  std::vector<char> left, right, panels;
   Expansion expansion;
 
   Factors(bool is_double, std::int64_t matrices, std::int64_t rows, std::int64_t columns, std::int64_t begin) {
@@ -28,7 +28,16 @@ struct Factors {
     };
     fill(left, matrices * rows * rank);
     fill(right, matrices * rank * columns);
-    expansion = {left.data(), right.data(), matrices, rows, columns, rank, 0.5 * (1 + random_below(3)), begin};
+    expansion = {left.data(), right.data(), matrices, rows, columns, rank, 0.5 * (1 + random_below(3)), nullptr, begin};
+    if (random_below(2)) pack(size);
+  }
+
+  // Right factors in panels, as a caller may have them.
+  void pack(std::int64_t size) {
+    const std::int64_t of_matrix = (expansion.columns * size + kPanel - 1) / kPanel * expansion.rank * kPanel;
+    panels.resize(expansion.matrices * of_matrix);
+    for (std::int64_t i = 0; i < expansion.matrices; ++i) pack_panels(expansion, size, i, 0, expansion.columns, &panels[i * of_matrix]);
+    expansion.panels = panels.data();
   }
 };
 
@@ -105,7 +114,7 @@ bool same_expanded(int round) {
     expand_plainly(is_double, factors.back().expansion, result, base, expected.back().at, shape.numel);
     rows.insert(rows.end(), {shape.numel, reinterpret_cast<std::int64_t>(base), outs.back().address()});
     const auto* fields = reinterpret_cast<const std::int64_t*>(&factors.back().expansion);
-    rows.insert(rows.end(), fields, fields + 8);
+    rows.insert(rows.end(), fields, fields + sizeof(Expansion) / 8);
   }
   for (const std::string& instruction_set : instruction_sets())
     for (const int threads : {1, 4}) {
@@ -164,7 +173,7 @@ bool same_merged(int round) {
       expand_plainly(is_double, e, batch.result, batch.task_vectors ? nullptr : bases.back().at, models.back().at, shape.numel);
       expansions[i * n + k] = expansions.size();
       const auto* fields = reinterpret_cast<const std::int64_t*>(&e);
-      expansions.insert(expansions.end(), fields, fields + 8);
+      expansions.insert(expansions.end(), fields, fields + sizeof e / 8);
       rows.push_back(0);
     }
   }
