@@ -23,6 +23,8 @@ _SERIAL_WORKERS, _MIN_WORKERS = 3, 2
 _WAITING_WORKERS = 2
 # Temporaries of backends/pytorch.py, SCRATCH_BYTES an element, each at most as long as a block; each worker has its own.
 _SCRATCH, _BLOCK, _BLOCK_ON_DEVICE = 14, 1 << 20, 64 << 20
+# Of low-rank models csrc/low_rank_cpu.cpp holds a tile of all versions, and right factors of a few columns in panels, bytes a rank.
+_TILES, _ROWS_OF_TILE, _PACKED = 3 << 18, 2048, 5 * 256
 # On the CPU the best of 256 KiB … 8 MiB for 2 and 8 models, bench/results/chunk_sizes.jsonl: what was read is still in the cache
 # when it is merged. With a GPU the cache does not matter, and fewer chunks are fewer launches: reasoned, not measured yet.
 MAX_CHUNK_BYTES, MAX_DEVICE_CHUNK_BYTES = 1 << 20, 4 << 20
@@ -76,7 +78,20 @@ def allocate(
         max_chunk_bytes=MAX_CHUNK_BYTES if on_cpu else MAX_DEVICE_CHUNK_BYTES,
         scratch=_SCRATCH if "torch" in backends else 0,
         block=_BLOCK if on_cpu else _BLOCK_ON_DEVICE,
+        tiles=_tiles(plan) if on_cpu and plan.is_low_rank else 0,
+        expanded=plan.is_low_rank and next(iter(backends)) != "cpu",
     )
+
+
+def _tiles(plan: Plan) -> int:
+    """What the native kernel takes on a thread to expand low-rank models."""
+    ranks = 0
+    for adapter in filter(None, (model.adapter for model in plan.models)):
+        nested = (parameter for each in adapter.nested.values() for parameter in each.parameters)
+        ranks += max(
+            (getattr(change, "rank", 1) for change in (*adapter.changes.values(), *nested)), default=1
+        )
+    return _TILES + (len(plan.models) + 2) * _ROWS_OF_TILE + ranks * _PACKED
 
 
 def _known(plan: Plan) -> list[Checkpoint]:
@@ -98,6 +113,8 @@ def fit(
     block: int,
     extra_buffers: int = 0,
     held: int = 0,
+    tiles: int = 0,
+    expanded: bool = False,
 ) -> Allocation:
     """Choose the most workers and the largest chunks that fit; chunks shrink to an eighth before workers become fewer.
 
@@ -113,10 +130,13 @@ def fit(
         block: The most bytes of a temporary.
         extra_buffers: Buffers of a worker beside those for the versions.
         held: What the inputs take beside that: Checkpoint.held_bytes.
+        tiles: What a worker takes beside all that.
+        expanded: Whether low-rank models are expanded before they are merged (backends/low_rank.py): 4 blocks of them at a time.
     """
 
     def required() -> int:
         per_worker = (models + 1 + extra_buffers) * chunk_bytes + scratch * min(4 * chunk_bytes, block)
+        per_worker += tiles + expanded * min(models * chunk_bytes, 4 * block)
         fixed = held + _OBJECTS + tensors * _BYTES_PER_TENSOR
         return workers * per_worker + fixed + checksums.memory(sizes, workers)
 

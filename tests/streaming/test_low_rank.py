@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from small_chunks import record_every_chunk, set_chunk_bytes
 import negmerge_fast as nm
 from negmerge_fast.core.reference import plain_consensus, plain_merge
 from negmerge_fast.runtime.device import DeviceBuffers
+from negmerge_fast.streaming import api, low_rank
+from negmerge_fast.streaming.options import MergeOptions
 
 MODULES = {
     "model.layers.0.q_proj": (24, 16),
@@ -186,6 +189,7 @@ def test_adapters_beside_a_full_model(tmp_path: Path, dtype: torch.dtype, full_d
 @pytest.mark.parametrize("chunk_bytes", [256, 1024, 4096])
 def test_chunks_in_the_middle_of_rows(case: Case, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     set_chunk_bytes(monkeypatch, chunk_bytes)
+    monkeypatch.setattr(low_rank, "_MIN_PANELS", 0)  # as if the matrices were large
     merge(case)
     case.check(case.folder / "out", case.differences)
 
@@ -208,6 +212,22 @@ def test_on_a_device_only_factors_are_uploaded(
     assert contents(case.folder / "out") == contents(case.folder / "on-device")
     # Of two adapters nothing but factors; the third has no k_proj.
     assert max(sizes) <= 2 * 512
+
+
+def test_memory_of_tiles_and_of_expanded_models_is_in_the_budget(case: Case, tmp_path: Path) -> None:
+    def memory(backend: str, paths: list[Path]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", nm.MergeWarning)
+            options = MergeOptions(SCALE, backend=backend, threads=2)
+            return api.prepare(case.folder / "base", paths, tmp_path / "out", options).memory
+
+    full = [case.folder / "full", *(tmp_path / f"full-{k}" for k in range(2))]
+    for path in full[1:]:
+        save_model(path, case.full)
+    native, expanded = (memory(backend, case.paths) - memory(backend, full) for backend in ("cpu", "torch"))
+    # Two workers have tiles of the first; of the second three have three models of a megabyte.
+    assert native >= 2 * (3 << 18)
+    assert expanded >= 3 * (3 << 20)
 
 
 def test_only_what_is_changed_is_read(case: Case) -> None:
