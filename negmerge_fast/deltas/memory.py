@@ -261,7 +261,7 @@ def consensus_delta(
             info, packed, None if held is None else box_of(held, call.where(None, name))
         )
     unchosen = frozenset(name for name in call.kept)
-    models = len(call.versions)
+    models = call.models
     return Delta(Parts(tensors, call.tied, unchosen), DeltaInfo(models, rule.min_agreement, inputs, {}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -22,6 +23,7 @@ from .aliasing import memory, same_bits
 from .flatten import plain
 
 Changes: TypeAlias = "Mapping[str, Change[torch.Tensor]]"
+_NO_ADAPTERS = frozenset([torch.Tensor, torch.nn.Parameter, dict, OrderedDict])
 # What holds a whole model in another one: DDP, torch.compile, FSDP 1.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
 
@@ -40,6 +42,11 @@ class Version(NamedTuple):
     @property
     def is_adapter(self) -> bool:
         return isinstance(self.model, Adapter)
+
+
+def may_be_adapters(model: object) -> bool:
+    """Whether a model is a path, or a module with adapters. A merge of small tensors takes little longer than to ask all its models."""
+    return type(model) not in _NO_ADAPTERS and (is_path(model) or wrapped_part(model) is not None)
 
 
 def is_path(model: object) -> bool:

@@ -205,6 +205,8 @@ class Call:
 
     Attributes:
         items: The tensors to merge, tied ones once: the base's, and those of the models that are no adapters.
+        models: How many models there are: each adapter is one.
+        merged: Whether adapters are models that they are merged into, and not task vectors.
         untouched: All else that was chosen of the base: integers, and extra state.
         kept: What was not chosen of the base, and what no model changes if all are adapters.
         dtensors: The base's DTensors, by name.
@@ -232,11 +234,15 @@ class Call:
         self._has_base = base is not None
         base = passed[0] if base is None else base
         where = label_of(label, reference)
-        self.versions = adapters.versions_of(passed, lambda k: where(k, SINGLE))
-        self._refuse_odd_adapters(label, inputs, adapters_as)
-        listed = [version.model for version in self.versions if not version.is_adapter]
-        labels = [version.label for version in self.versions if not version.is_adapter]
-        self.where, self.is_single = named_label(labels, reference), is_single(base)
+        listed, self.where, self.models, self.merged = passed, where, len(passed), adapters_as == "merged"
+        self._versions: list[adapters.Version] = []
+        if any(map(adapters.may_be_adapters, passed)):
+            self._versions = adapters.versions_of(passed, lambda k: where(k, SINGLE))
+            self._refuse_odd_adapters(label, inputs)
+            listed = [version.model for version in self._versions if not version.is_adapter]
+            labels = [version.label for version in self._versions if not version.is_adapter]
+            self.where, self.models = named_label(labels, reference), len(self._versions)
+        self.is_single = is_single(base)
         self.task_vectors, self.nonfinite, self.backend = inputs == "task_vectors", nonfinite, backend
         self._notes: list[str] = []
         self._arrays: dict[str, np.dtype[Any]] = {}
@@ -269,12 +275,9 @@ class Call:
         for note in self._notes:
             warnings.warn(note, MergeWarning, stacklevel())
 
-    def _refuse_odd_adapters(self, label: str, inputs: str, adapters_as: str) -> None:
+    def _refuse_odd_adapters(self, label: str, inputs: str) -> None:
         """Raise InputError for adapters where they mean nothing."""
-        found = [version for version in self.versions if version.is_adapter]
-        self.merged = adapters_as == "merged"
-        if not found:
-            return
+        found = [version for version in self._versions if version.is_adapter]
         if not self._has_base:
             raise InputError(
                 f"{found[0].label}: an adapter, expected a task vector: nm.merge takes adapters, and their base"
@@ -288,14 +291,14 @@ class Call:
         self, base: Any, named: Mapping[str, Any], names: Names, reference: str
     ) -> adapters.Placed | None:
         """The adapters on the base's tensors; None if there are none."""
-        if not any(version.is_adapter for version in self.versions):
+        if not self._versions:
             return None
         if self.is_single:
-            first = next(version for version in self.versions if version.is_adapter)
+            first = next(version for version in self._versions if version.is_adapter)
             raise TypeError(f"{first.label}: an adapter, but {reference} is {type(base).__name__}")
-        placed = adapters.place_all(self.versions, named, adapters.config_of(base), names.renames, reference)
+        placed = adapters.place_all(self._versions, named, adapters.config_of(base), names.renames, reference)
         adapters.refuse_other_types(placed, named, lambda name: self.where(None, name))
-        self._note([version.label for version in self.versions], placed.notes)
+        self._note([version.label for version in self._versions], placed.notes)
         return placed
 
     def _note(self, labels: Sequence[str], notes: Mapping[str, Sequence[int]]) -> None:
@@ -317,19 +320,19 @@ class Call:
         for name, owner in self.tied.items():
             twins.setdefault(owner, []).append(name)
         self._sources, found = {}, {}
-        labels = [version.label for version in self.versions]
+        labels = [version.label for version in self._versions]
         for name, item in items.items():
             if name in self.tied:
                 found[name] = item
                 continue
             full = iter(item.versions[1:])
             tied_names = [name, *twins.get(name, ())]
-            changes = placed.of(tied_names, self.versions)
+            changes = placed.of(tied_names, self._versions)
             for phrase, models in placed.half_of_ties(tied_names, reference).items():
                 self._note(labels, {phrase: models})
             self._sources[name] = [
                 change if version.is_adapter else next(full)
-                for version, change in zip(self.versions, changes, strict=True)
+                for version, change in zip(self._versions, changes, strict=True)
             ]
             if len(item.versions) > 1 or any(change is not None for change in changes):
                 found[name] = item
@@ -340,7 +343,7 @@ class Call:
             )
         touched = [
             [name for name in self._sources if self._sources[name][k] is not None]
-            for k, version in enumerate(self.versions)
+            for k, version in enumerate(self._versions)
             if version.is_adapter
         ]
         self._notes += [f"{phrase}: zeros, which agree with no sign" for phrase in lacking(touched)]
@@ -364,7 +367,7 @@ class Call:
         return {
             f"{version.label}: {item.name!r}{part}": tensor
             for item in items
-            for version, source in zip(self.versions, self._sources[item.name], strict=True)
+            for version, source in zip(self._versions, self._sources[item.name], strict=True)
             if version.is_adapter
             for part, tensor in adapters.parts_of(source)
             if tensor.device == item.versions[0].device
@@ -569,7 +572,7 @@ class Call:
                 index, version, value = found
                 where = self.where(None, item.name)
                 if not isinstance(version, str):
-                    where = f"{self.versions[version].label}[{item.name!r}]"
+                    where = f"{self._versions[version].label}[{item.name!r}]"
                 raise self._nonfinite_at(where, item.name, index, version, value)
 
     def _nonfinite_at(self, where: str, name: str, index: int, version: int | str, value: str) -> InputError:
