@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
+from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from ..core.errors import InputError, short_repr
 from ..core.regex import LinearPattern
 from ..core.unmergeable import factor_advice
@@ -65,6 +66,42 @@ class Replacement(NamedTuple, Generic[T]):
 
 
 Change: TypeAlias = "Product[T] | Shift[T] | Replacement[T]"
+
+
+def parts_of(change: Change[T] | None) -> tuple[T, ...]:
+    """What a change is made of: factors A and B, or one tensor; nothing of None."""
+    if change is None:
+        return ()
+    return (change.a, change.b) if isinstance(change, Product) else (change.value,)
+
+
+def refuse_types(
+    changes: Mapping[str, Change[T]],
+    dtype_of: Callable[[T], str],
+    base: Mapping[str, str],
+    name: str,
+    label: Callable[[str], str],
+) -> None:
+    """Raise InputError if an adapter changes what is not of a type that is merged, or with what is not.
+
+    Args:
+        changes: What it changes, by the base's names.
+        dtype_of: The type of a tensor of it.
+        base: The types of the base's tensors.
+        name: What errors call the adapter.
+        label: What errors call a tensor of the base.
+    """
+    for tensor, change in changes.items():
+        types = sorted({dtype_of(part) for part in parts_of(change)} - FLOAT_SIZES.keys())
+        if INTEGER_DTYPES.issuperset({*types, base[tensor]}) and types:
+            continue  # a counter of a module that was saved: the base's, as in every merge
+        if base[tensor] not in FLOAT_SIZES or types:
+            found = (
+                f"{base[tensor]}, but {name} changes it"
+                if base[tensor] not in FLOAT_SIZES
+                else f"{name} has {types[0]}"
+            )
+            raise InputError(f"{label(tensor)}: {found}, expected one of {', '.join(FLOAT_SIZES)}")
 
 
 class Parameter(NamedTuple):
@@ -251,12 +288,43 @@ def has_factors(names: Iterable[str]) -> bool:
     return any(_KEY.fullmatch(name) for name in names)
 
 
+def refuse_others(config: Mapping[str, Any], name: str) -> None:
+    """Raise InputError for a configuration of anything but a LoRA adapter that can be merged. name is what errors call it."""
+    if (kind := _plain(config.get("peft_type"))) != "LORA":
+        raise _config_error(name, "peft_type", kind, "LORA: merge this adapter into its model first")
+    for key, what in _REFUSED.items():
+        if config.get(key):
+            raise InputError(
+                f"{name}: {key} is set ({what}), expected plain LoRA: merge it into its model first"
+            )
+    for key, value in config.items():
+        if value and key not in _HARMLESS and key not in _READ:
+            raise _config_error(
+                name,
+                short_repr(key),
+                value,
+                "only fields of LoraConfig that are known here: merge it into its model first",
+            )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+        raise _config_error(name,
+            "init_lora_weights", init, "an adapter of the unchanged base, as "
+            "save_pretrained(path_initial_model_for_weight_conversion=…) makes of it: this one changed its base when training began"
+        )  # fmt: skip
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _INITS)):
+        raise _config_error(name, "init_lora_weights", init, f"true, false, {', '.join(_INITS)}")
+
+
+def _config_error(name: str, key: str, value: object, expected: str) -> InputError:
+    return InputError(f"{name}: {key} is {short_repr(value)}, expected {expected}")
+
+
 class _Settings:
     """A configuration, checked: it may be anybody's."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self._config, self._name = config, name
-        self._refuse_others()
+        refuse_others(config, name)
         self._r = self._number("r", config.get("r", 8), integer=True)
         alpha = config.get("lora_alpha")
         self._alpha = None if alpha is None else self._number("lora_alpha", alpha)
@@ -278,32 +346,7 @@ class _Settings:
         self.notes = (f"{name}: no lora_alpha, so the scale is that of lora_alpha = r",) * (alpha is None)
 
     def _error(self, key: str, value: object, expected: str) -> InputError:
-        return InputError(f"{self._name}: {key} is {short_repr(value)}, expected {expected}")
-
-    def _refuse_others(self) -> None:
-        config = self._config
-        if (kind := _plain(config.get("peft_type"))) != "LORA":
-            raise self._error("peft_type", kind, "LORA: merge this adapter into its model first")
-        for key, what in _REFUSED.items():
-            if config.get(key):
-                raise InputError(
-                    f"{self._name}: {key} is set ({what}), expected plain LoRA: merge it into its model first"
-                )
-        for key, value in config.items():
-            if value and key not in _HARMLESS and key not in _READ:
-                raise self._error(
-                    short_repr(key),
-                    value,
-                    "only fields of LoraConfig that are known here: merge it into its model first",
-                )
-        init = config.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
-            raise self._error(
-                "init_lora_weights", init, "an adapter of the unchanged base, as "
-                "save_pretrained(path_initial_model_for_weight_conversion=…) makes of it: this one changed its base when training began"
-            )  # fmt: skip
-        if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _INITS)):
-            raise self._error("init_lora_weights", init, f"true, false, {', '.join(_INITS)}")
+        return _config_error(self._name, key, value, expected)
 
     def _number(self, key: str, value: Any, integer: bool = False) -> float:
         if integer and type(value) is int and 1 <= value < 1 << 31:

@@ -5,7 +5,8 @@ For element (i, m) of a matrix with the factors B (rows, rank) and A (rank, colu
     d[i, m] = s · Σ_r B[i, r] · A[r, m]
 
 All is in the arithmetic type. The sum starts at +0 and r ascends; each product and each sum is rounded (no fused multiply-add); one
-multiplication by s follows. s is alpha / r, or alpha / √r, computed in float64 and rounded once.
+multiplication by s follows. s is alpha / r, or alpha / √r, computed in float64 and rounded once. A NaN has no fixed sign and payload:
+where d or b + d is one, which NaN is written differs between processors and backends. A merge keeps the base's bits there.
 
 An adapter is a task vector: d is d_k of rule.py. Merged, as other tools do it, the model is x = b + d, rounded to the arithmetic type and
 then to the base's: then d_k is x - b.
@@ -147,6 +148,13 @@ class Expand(Protocol):
     def __call__(self, batch: ExpandBatch, threads: int | None = None) -> None: ...
 
 
+def rounded_scale(scale: float, arithmetic: str) -> float:
+    """s, rounded to the arithmetic type."""
+    import numpy as np
+
+    return float(np.float32(scale)) if arithmetic == "F32" else scale
+
+
 def lacking(touched: Sequence[Collection[str]]) -> list[str]:
     """Say what only some adapters change: there the others have a difference of zero, which agrees with no sign.
 
@@ -154,7 +162,7 @@ def lacking(touched: Sequence[Collection[str]]) -> list[str]:
         touched: The base's names of the tensors that each adapter changes.
 
     Returns:
-        A phrase for each kind of module: `3 of 8 adapters have no k_proj`, and in how many of its tensors if not in all.
+        A line for each kind of module: `3 of 8 adapters have no k_proj: zeros, …`, and in how many of its tensors if not in all.
     """
     kinds: dict[str, list[str]] = {}
     for name in sorted(set().union(*touched)):
@@ -168,7 +176,9 @@ def lacking(touched: Sequence[Collection[str]]) -> list[str]:
     for (kind, count), tensors in found.items():
         have = "has" if count == 1 else "have"
         where = f" in {tensors} of {len(kinds[kind])} places" if tensors < len(kinds[kind]) else ""
-        phrases.append(f"{count} of {len(touched)} adapters {have} no {kind}{where}")
+        phrases.append(
+            f"{count} of {len(touched)} adapters {have} no {kind}{where}: zeros, which agree with no sign"
+        )
     return phrases
 
 

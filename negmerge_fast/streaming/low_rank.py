@@ -23,12 +23,22 @@ from ..checkpoints import placing
 from ..checkpoints.adapters import have_equal_numbers
 from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.computed import Computed, ComputedFile, address_of
-from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices
+from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices, parts_of, refuse_types
 from ..checkpoints.reader import File, Reader
 from ..core.batch import Batch, Operand, Segment, Signature
-from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
+from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, short_repr
-from ..core.low_rank import PANEL, ExpandBatch, ExpandSegment, Expansion, LowRank, Upload, in_panels, lacking
+from ..core.low_rank import (
+    PANEL,
+    ExpandBatch,
+    ExpandSegment,
+    Expansion,
+    LowRank,
+    Upload,
+    in_panels,
+    lacking,
+    rounded_scale,
+)
 from ..core.pairing import Renames
 from ..core.rule import Rule
 from ..core.schema import TensorSpec
@@ -69,17 +79,16 @@ def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None, 
     """
     assert model.adapter
     adapter = model.adapter.renamed(renames) if renames else model.adapter
-    shapes = {name: tensor.spec.shape for name, tensor in {**base.unindexed, **base.tensors}.items()}
+    held = {**base.unindexed, **base.tensors}
+    shapes = {name: tensor.spec.shape for name, tensor in held.items()}
     found = placing.place(adapter, shapes, base.configs.get("", {}), str(base.path))
-    held, changes = {**base.unindexed, **base.tensors}, dict(found.changes)
-    for name, change in found.changes.items():
-        dtype = held[name].spec.dtype
-        if dtype in INTEGER_DTYPES and isinstance(change, Replacement):
-            del changes[name]  # a counter of a module that was saved: the base's, as in every merge
-        elif dtype not in FLOAT_SIZES:
-            raise InputError(
-                f"{base.path}: tensor {short_repr(name)}: {dtype}, but {model.path} changes it, expected one of {', '.join(FLOAT_SIZES)}"
-            )
+    refuse_types(
+        found.changes,
+        lambda ref: ref.spec.dtype,
+        {name: tensor.spec.dtype for name, tensor in held.items()},
+        str(model.path),
+        lambda name: f"{base.path}: tensor {short_repr(name)}",
+    )
     for name, copy in found.copies.items():
         if not have_equal_numbers(held[name], copy, reader):
             raise InputError(
@@ -88,13 +97,12 @@ def place_adapter(base: Checkpoint, model: Checkpoint, renames: Renames | None, 
             )
     own, prefix = (*adapter.notes, *found.notes), f"{adapter.name}: "
     *notes, placed = (note.removeprefix(prefix) for note in own)
-    return Placed(model, changes, placed, tuple(notes))
+    return Placed(model, found.changes, placed, tuple(notes))
 
 
 def notes_of(adapters: Sequence[Placed]) -> list[str]:
     """What only some of the adapters change, a line each."""
-    phrases = lacking([each.changes for each in adapters])
-    return [f"{phrase}: zeros, which agree with no sign" for phrase in phrases]
+    return lacking([each.changes for each in adapters])
 
 
 class Layout(NamedTuple):
@@ -126,10 +134,7 @@ def lay_out(base: Tensors, adapters: Sequence[Placed], full: Sequence[Tensors], 
 
 def _dtypes(change: Change[TensorRef] | None) -> set[str]:
     """The storage types of what a change is made of."""
-    if change is None:
-        return set()
-    refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
-    return {ref.spec.dtype for ref in refs}
+    return {ref.spec.dtype for ref in parts_of(change)}
 
 
 def expand_adapter(layout: Layout, placed: Placed) -> Checkpoint:
@@ -280,8 +285,7 @@ class _Expanded(_Dense):
         if isinstance(change, Product):
             change = change._replace(expert=None, shape=None)
         # Hashed for each chunk: a file is told by its identity, and all else by where it begins.
-        refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
-        sources = [number for ref in refs for number in (id(ref.source.file), ref.source.offset)]
+        sources = [number for ref in parts_of(change) for number in (id(ref.source.file), ref.source.offset)]
         return _Whole((*sources, change[2:], self.arithmetic), change, self.arithmetic)
 
     def factors(self, reader: Reader, upload: Upload | None = None) -> LowRank:
@@ -427,7 +431,7 @@ def _load(
     else:
         a, b = (_read(reader, ref, wide) for ref in (change.a, change.b))
         left, right = map(np.ascontiguousarray, matrices(change, a, b))
-    scale = float(np.float32(change.scale)) if arithmetic == "F32" else change.scale
+    scale = rounded_scale(change.scale, arithmetic)
     (count, rows, rank), columns = left.shape, right.shape[2]
     (at_left, of_left), (at_right, of_right) = map(upload or _in_main_memory, (left, right))
     factors = LowRank(at_left, at_right, count, rows, columns, rank, scale, (of_left, of_right))
@@ -464,8 +468,7 @@ def _factor_bytes(change: Change[TensorRef], arithmetic: str) -> int:
     """The most bytes of a change's factors in memory, of which either may be there in panels, too."""
     if isinstance(change, Replacement):
         return 0
-    refs = (change.a, change.b) if isinstance(change, Product) else (change.value,)
-    sizes = [ref.numel * FLOAT_SIZES[arithmetic] for ref in refs]
+    sizes = [ref.numel * FLOAT_SIZES[arithmetic] for ref in parts_of(change)]
     return sum(sizes) + max(sizes) * 5 // 4
 
 

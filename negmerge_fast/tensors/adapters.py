@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ..backends.pytorch import FLOAT_NAMES, TORCH_DTYPES
+from ..backends.pytorch import DTYPE_NAMES, TORCH_DTYPES
 from ..checkpoints.base import TensorRef
-from ..checkpoints.lora import Adapter, Change, Product, read_adapter
+from ..checkpoints.lora import Adapter, Change, Product, parts_of, read_adapter, refuse_others, refuse_types
 from ..checkpoints.placing import place
 from ..checkpoints.reader import Reader
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
-from ..core.pairing import Renames
+from ..core.pairing import Renames, is_extra_state
 from . import dtensor, peft
 from .aliasing import memory, same_bits
+from .arrays import as_tensor, is_array
 from .flatten import plain
+from .names import specs_of, viewed
 
 Changes: TypeAlias = "Mapping[str, Change[torch.Tensor]]"
 _NO_ADAPTERS = frozenset([torch.Tensor, torch.nn.Parameter, dict, OrderedDict])
@@ -90,22 +92,39 @@ def wrapped_part(model: object) -> torch.nn.Module | None:
 
 def _live(module: torch.nn.Module, where: str) -> Iterator[Adapter[torch.Tensor]]:
     """Yield the adapters of a wrapped module."""
-    for adapter, config, tensors in peft.adapters_of(module):
+    found = []
+    for adapter, config, tensors in peft.adapters_of(module, where):
         label = f"{where}: adapter {adapter!r}"
+        refuse_others(config, label)
+        found.append((adapter, config, tensors, label))
+    for adapter, config, tensors, label in found:
         held = {name: _plain(tensor, f"{label}: {name!r}") for name, tensor in tensors.items()}
-        found = read_adapter(config, held, _shape, label)
-        _refuse_other_scales(found, peft.scales_of(module, adapter))
-        yield found
+        read = read_adapter(config, held, _shape, label)
+        _refuse_other_scales(read, peft.scales_of(module, adapter))
+        yield read
 
 
-def _refuse_other_scales(adapter: Adapter[torch.Tensor], scales: Mapping[str, Any]) -> None:
+def _refuse_other_scales(
+    adapter: Adapter[torch.Tensor], scales: Iterable[tuple[str, str | None, float]]
+) -> None:
     """Raise InputError if a layer has another scale than its configuration: which of them is meant, only its user knows."""
-    for module, scale in scales.items():
-        change = adapter.changes.get(f"{module}.weight")
-        if isinstance(change, Product) and float(scale) != change.scale:
-            raise InputError(
-                f"{adapter.name}: {module!r}: scale {float(scale)} (set_scale), expected {change.scale} as its configuration has"
-            )
+    for module, parameter, scale in scales:
+        for expected in _scales(adapter, module, parameter):
+            if scale != expected:
+                raise InputError(
+                    f"{adapter.name}: {module!r}: scale {scale} (set_scale), expected {expected} as its configuration has"
+                )
+
+
+def _scales(adapter: Adapter[torch.Tensor], module: str, parameter: str | None) -> Iterator[float]:
+    """Yield the scale that a parameter of a module has by the configuration."""
+    change = adapter.changes.get(f"{module}.{parameter or 'weight'}")
+    if isinstance(change, Product):
+        yield change.scale
+    if (nested := adapter.nested.get(module)) is not None:
+        for each in nested.parameters:
+            if each.is_weight if parameter is None else each.name == parameter:
+                yield each.scale
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -206,12 +225,10 @@ def _same(left: Change[torch.Tensor], right: Change[torch.Tensor]) -> bool:
     return all(same_bits(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-def parts_of(change: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def labelled_parts(change: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a change, and what to call each."""
-    if isinstance(change, Product):
-        yield from ((" (lora_A)", change.a), (" (lora_B)", change.b))
-    elif change is not None:
-        yield "", change.value
+    labels = (" (lora_A)", " (lora_B)") if isinstance(change, Product) else ("",)
+    yield from zip(labels, parts_of(change), strict=False)
 
 
 def place_all(
@@ -233,7 +250,13 @@ def place_all(
     Raises:
         InputError: If a change has no place, or another shape.
     """
-    shapes = {name: tuple(value.shape) for name, value in base.items() if hasattr(value, "shape")}
+    specs = {
+        name: spec
+        for name, spec in specs_of(base).items()
+        if isinstance(name, str) and not is_extra_state(name)
+    }
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    types = {name: spec.dtype for name, spec in specs.items()}
     changes: list[Changes] = []
     notes: dict[str, list[int]] = {}
     with Reader(max_open=8) as reader:
@@ -243,6 +266,7 @@ def place_all(
                 continue
             adapter = version.model.renamed(renames) if renames else version.model
             found = place(adapter, shapes, config, reference)
+            refuse_types(found.changes, _type_of, types, version.label, lambda name: f"{reference}[{name!r}]")
             made = {name: _in_memory(change, reader) for name, change in found.changes.items()}
             _refuse_own_memory(version.label, made, base, reference)
             copies = {name: _loaded(value, reader) for name, value in found.copies.items()}
@@ -252,6 +276,14 @@ def place_all(
                 if not note.endswith(" placed"):
                     notes.setdefault(note.removeprefix(f"{version.model.name}: "), []).append(k)
     return Placed(changes, notes)
+
+
+def _type_of(value: torch.Tensor | TensorRef) -> str:
+    return (
+        DTYPE_NAMES.get(value.dtype, str(value.dtype))
+        if isinstance(value, torch.Tensor)
+        else value.spec.dtype
+    )
 
 
 def _in_memory(change: Any, reader: Reader) -> Change[torch.Tensor]:
@@ -266,6 +298,8 @@ def _loaded(value: Any, reader: Reader) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     spec, source = value
+    if spec.dtype not in TORCH_DTYPES:
+        raise InputError(f"{source.file.path}: {spec.dtype}, expected one of {', '.join(FLOAT_SIZES)}")
     bits = torch.empty(source.nbytes, dtype=torch.uint8, device="cpu")
     array: Any = bits.numpy()
     source.read_into(reader, memoryview(array))
@@ -275,14 +309,10 @@ def _loaded(value: Any, reader: Reader) -> torch.Tensor:
 def _refuse_own_memory(label: str, changes: Changes, base: Mapping[str, Any], reference: str) -> None:
     """Raise InputError for a change that is the base's own tensor: biases are trained where they are."""
     for name, change in changes.items():
-        value, tensor = getattr(change, "value", None), base.get(name)
-        if (
-            not isinstance(value, torch.Tensor)
-            or not isinstance(tensor, torch.Tensor)
-            or dtensor.is_dtensor(tensor)
-        ):
+        value = getattr(change, "value", None)
+        if value is None or not value.numel() or (held := viewed(base[name])) is None:
             continue
-        if value.numel() and memory(value) == memory(tensor.detach()):
+        if memory(value) == memory(held):
             raise InputError(
                 f"{label}: {name!r}: trained in the memory of {reference} itself (bias), "
                 "expected a base from before the training"
@@ -294,26 +324,13 @@ def _refuse_other_copies(
 ) -> None:
     """Raise InputError if an adapter was saved with weights of its base that are not this base's."""
     for name, value in copies.items():
-        tensor = base[name]
-        if dtensor.is_dtensor(tensor) or not isinstance(tensor, torch.Tensor):
-            continue
+        tensor, where = base[name], f"{reference}[{name!r}]"
+        if is_array(tensor):
+            tensor = as_tensor(tensor, where, written=False)
+        elif dtensor.is_dtensor(tensor):
+            box = dtensor.box_of(tensor, where)
+            tensor, value = tensor.to_local(), value if box is None else value[box.slices()]
         if not same_bits(tensor.detach().to("cpu", value.dtype), value.to("cpu")):
             raise InputError(
                 f"{label}: has a copy of its base's {name!r}, which differs from {reference}[{name!r}], expected its base"
             )
-
-
-def refuse_other_types(placed: Placed, base: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """Raise InputError if an adapter changes what is not of a type that is merged; a counter that it has is not taken."""
-    for changes in placed.changes:
-        for name, change in changes.items():
-            types = {tensor.dtype for _, tensor in parts_of(change)}
-            dtype = base[name].dtype if isinstance(base[name], torch.Tensor) else None
-            if dtype is not None and dtype not in FLOAT_NAMES and not types.isdisjoint(FLOAT_NAMES):
-                raise InputError(
-                    f"{where(name)}: {dtype}, but an adapter changes it, expected one of {', '.join(FLOAT_SIZES)}"
-                )
-            if dtype in FLOAT_NAMES and not types.issubset(FLOAT_NAMES):
-                raise InputError(
-                    f"{where(name)}: an adapter has {', '.join(map(str, types))}, expected one of {', '.join(FLOAT_SIZES)}"
-                )

@@ -167,8 +167,8 @@ def merge_(
     """Merge fine-tuned versions into a base model, in place.
 
     The rule and the arguments are those of merge. Everything is checked before the first write. Ctrl-C and other signals
-    that Python handles come when all is written; only memory that is missing for the flat copy of a scattered tensor can stop the call on the way. In a
-    graph of torch.compile, tied weights and shared memory are not looked for.
+    that Python handles come when all is written; only memory that is missing, for the flat copy of a scattered tensor or for the factors
+    of adapters, can stop the call on the way. In a graph of torch.compile, tied weights and shared memory are not looked for.
 
     Args:
         base: As of merge; it is written. Tied weights are updated once. Arrays are written where they are; read-only

@@ -297,7 +297,6 @@ class Call:
             first = next(version for version in self._versions if version.is_adapter)
             raise TypeError(f"{first.label}: an adapter, but {reference} is {type(base).__name__}")
         placed = adapters.place_all(self._versions, named, adapters.config_of(base), names.renames, reference)
-        adapters.refuse_other_types(placed, named, lambda name: self.where(None, name))
         self._note([version.label for version in self._versions], placed.notes)
         return placed
 
@@ -346,7 +345,7 @@ class Call:
             for k, version in enumerate(self._versions)
             if version.is_adapter
         ]
-        self._notes += [f"{phrase}: zeros, which agree with no sign" for phrase in lacking(touched)]
+        self._notes += lacking(touched)
         self.kept |= {name: base[name] for name in items if name not in found}
         self.tied = {name: owner for name, owner in self.tied.items() if name in found}
         return found
@@ -369,7 +368,7 @@ class Call:
             for item in items
             for version, source in zip(self._versions, self._sources[item.name], strict=True)
             if version.is_adapter
-            for part, tensor in adapters.parts_of(source)
+            for part, tensor in adapters.labelled_parts(source)
             if tensor.device == item.versions[0].device
         }
 

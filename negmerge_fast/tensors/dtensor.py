@@ -68,6 +68,11 @@ class Box(NamedTuple):
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def slices(self, first: int = 0) -> tuple[slice, ...]:
+        """Its indices, from a dimension on."""
+        spans = zip(self.offset[first:], self.shape[first:], strict=True)
+        return tuple(slice(offset, offset + extent) for offset, extent in spans)
+
 
 def box_of(tensor: Any, where: str) -> Box | None:
     """The part of a DTensor that this rank holds; None if that is all of it. Raises InputError if torch cannot tell."""

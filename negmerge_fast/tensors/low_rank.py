@@ -5,6 +5,7 @@ core/low_rank.py has the rule. What is not low-rank, such as a full model's diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,11 +13,11 @@ import torch
 
 from ..backends import low_rank, registry
 from ..backends.pytorch import FLOAT_NAMES, TORCH_DTYPES, compute_alone_if_flushing, plain_arithmetic, rounded
-from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices
+from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices, parts_of
 from ..core.batch import Batch, Merge, Operand, Rows, Segment, Signature
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
-from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank
+from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, rounded_scale
 from ..core.rule import Rule
 from .counts import Results
 from .dtensor import Box
@@ -96,10 +97,10 @@ class Prepared:
         if box is None:
             return value, rows
         if rows is None:
-            return value[_slices(box, 0)], None
+            return value[box.slices()], None
         first, end = box.offset[0], box.offset[0] + box.shape[0]
         held = [k for k, row in enumerate(rows) if first <= row < end]
-        return value[held][(slice(None), *_slices(box, 1))], tuple(rows[k] - first for k in held)
+        return value[held][(slice(None), *box.slices(1))], tuple(rows[k] - first for k in held)
 
     def _factors(
         self, change: Product[torch.Tensor] | Shift[torch.Tensor] | None, arithmetic: str
@@ -116,33 +117,13 @@ class Prepared:
             left = torch.ones(1, 1, 1, dtype=dtype, device=self.device)
         else:
             left, right = matrices(change, change.a, change.b)
-        left, right, begin = self._of_shard(left, right)
+        left, right, begin = _of_shard(self._mixed, left, right)
         left, right = (t.to(self.device, dtype).contiguous() for t in (left, right))
-        scale = float(torch.tensor(change.scale, dtype=torch.float64, device="cpu").to(dtype))
+        scale = rounded_scale(change.scale, arithmetic)
         (count, rows, rank), columns = left.shape, right.shape[2]
         return LowRank(
             left.data_ptr(), right.data_ptr(), count, rows, columns, rank, scale, [left, right]
         ), begin
-
-    def _of_shard(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The factors of this rank's shard, and the number of its first element."""
-        box, shape = self._mixed.box, self._mixed.shape
-        if box is None:
-            return left, right, 0
-        if box.shape[1:] == shape[1:]:  # consecutive elements
-            return left, right, box.offset[0] * (left.shape[0] * left.shape[1] * right.shape[2] // shape[0])
-        sizes = (left.shape[0], left.shape[1], right.shape[2])
-        if shape != sizes[-len(shape) :] or (len(shape) < 3 and left.shape[0] > 1):
-            raise InputError(
-                f"{self._mixed.where}: a shard from {box.offset} of shape {box.shape}, "
-                "expected one of the first dimension alone for an adapter"
-            )
-        *matrix, rows, columns = _slices(box, 0)
-        return (
-            left[tuple(matrix) or slice(None)][:, rows],
-            right[tuple(matrix) or slice(None)][..., columns],
-            0,
-        )
 
     def block(self, longest: int) -> int:
         """Elements of the longest segment, at most so many: all of them unless something has to be computed."""
@@ -179,17 +160,39 @@ class Prepared:
         return Operand(memory.data_ptr(), model.dtype, memory)
 
 
+def require_expandable(mixed: Mixed) -> None:
+    """Raise InputError if what an adapter changes of this rank's shard is not consecutive, and is no product of its own."""
+    for source in mixed.sources if mixed.box else ():
+        if isinstance(source, Product):
+            _of_shard(mixed, *matrices(source, source.a, source.b))
+
+
+def _of_shard(
+    mixed: Mixed, left: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The factors of this rank's shard, and the number of its first element."""
+    box, shape = mixed.box, mixed.shape
+    if box is None:
+        return left, right, 0
+    sizes = (left.shape[0], left.shape[1], right.shape[2])
+    if box.shape[1:] == shape[1:]:  # consecutive elements
+        return left, right, box.offset[0] * (math.prod(sizes) // shape[0])
+    if shape != sizes[-len(shape) :] or (len(shape) < 3 and left.shape[0] > 1):
+        raise InputError(
+            f"{mixed.where}: a shard from {box.offset} of shape {box.shape}, "
+            "expected one of the first dimension alone for an adapter"
+        )
+    *matrix, rows, columns = box.slices()
+    held = tuple(matrix) or slice(None)
+    return left[held][:, rows], right[held][..., columns], 0
+
+
 def _threads(size: int) -> int | None:
     """The number of threads that compute so many elements: one if others flush subnormals."""
     with plain_arithmetic():
         usual = torch.get_num_threads()
         compute_alone_if_flushing(torch.empty(size, dtype=torch.float32, device="cpu"))
         return None if torch.get_num_threads() == usual else 1
-
-
-def _slices(box: Box, first: int) -> tuple[slice, ...]:
-    spans = zip(box.offset[first:], box.shape[first:], strict=True)
-    return tuple(slice(offset, offset + extent) for offset, extent in spans)
 
 
 def at(contiguous: torch.Tensor, start: int) -> Operand:
@@ -310,11 +313,7 @@ def _own_arithmetic(base: torch.Tensor, change: Change[torch.Tensor] | None) -> 
 
 def _dtypes(source: Content) -> set[torch.dtype]:
     """The types of what a model is stored as."""
-    if source is None:
-        return set()
-    if isinstance(source, torch.Tensor):
-        return {source.dtype}
-    return {source.a.dtype, source.b.dtype} if isinstance(source, Product) else {source.value.dtype}
+    return {source.dtype} if isinstance(source, torch.Tensor) else {part.dtype for part in parts_of(source)}
 
 
 def signature_of(mixed: Mixed, merged: bool, task_vectors: bool) -> Signature:
@@ -335,6 +334,8 @@ def signature_of(mixed: Mixed, merged: bool, task_vectors: bool) -> Signature:
 
 def run(tensors: Sequence[Mixed], rule: Rule, merged: bool, task_vectors: bool, backend: str) -> Results:
     """Merge tensors into their outputs, one after the other. Returns counts, as run_batches does."""
+    for mixed in tensors:
+        require_expandable(mixed)  # before anything is written
     merges = choose(registry.choose_low_rank, tensors, rule, merged, task_vectors, backend)
     results: list[Any] = []
     for mixed in tensors:

@@ -26,7 +26,6 @@ _WRAPPED = {
     "TrainableTokensWrapper": "token_adapter",
 }
 _LAYERS = frozenset({"BaseTunerLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper"})
-_MODELS = frozenset({"PeftModel", "PeftMixedModel"})
 # Before all keys of an adapter's file.
 _PREFIX = "base_model.model."
 # What holds the adapters' parts in a layer. All else that such a layer has beside the base's is no weight.
@@ -52,6 +51,10 @@ def _wrapped(module: torch.nn.Module) -> str | None:
     return child if child in module._modules else None
 
 
+def _is_layer(module: object) -> bool:
+    return not _LAYERS.isdisjoint(_classes(module))
+
+
 def wrapped(module: torch.nn.Module) -> list[str]:
     """The names of the children that a module of PEFT wraps: one, or none."""
     return [] if (child := _wrapped(module)) is None else [child]
@@ -59,9 +62,9 @@ def wrapped(module: torch.nn.Module) -> list[str]:
 
 def is_wrapped(module: torch.nn.Module) -> bool:
     """Whether PEFT has put layers into a module. A model whose adapters were merged into it for good has none."""
-    if "peft" not in sys.modules or not _configurations(module):
+    if "peft" not in sys.modules or next(_configurations(module), None) is None:
         return False
-    return any(not _LAYERS.isdisjoint(_classes(part)) for part in module.modules())
+    return any(map(_is_layer, module.modules()))
 
 
 def is_weight(module: torch.nn.Module, name: str) -> bool:
@@ -71,13 +74,24 @@ def is_weight(module: torch.nn.Module, name: str) -> bool:
     )
 
 
-def _configurations(module: torch.nn.Module) -> dict[str, Any]:
-    """The configurations of adapters, by their names. PEFT puts them at the model and at what wraps it."""
+def _configurations(module: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield configurations of adapters, by their names. PEFT puts the same at a model and at what wraps it."""
     for part in module.modules():
         found = part.__dict__.get("peft_config")
         if isinstance(found, dict) and found:
-            return found
-    return {}
+            yield found
+
+
+def _configuration(module: torch.nn.Module, where: str) -> dict[str, Any]:
+    """The configurations of a module's adapters, by their names. Raises InputError if parts of it have different ones."""
+    first, *others = _configurations(module)
+    for other in others:
+        if other.keys() != first.keys() or any(other[name] is not first[name] for name in first):
+            raise InputError(
+                f"{where}: {type(module).__name__} with adapters in several parts ({some_names(sorted({*first, *other}))}), "
+                "expected one model of PEFT: merge the parts one by one"
+            )
+    return first
 
 
 def _entry(module: torch.nn.Module, name: str) -> _Entry | None:
@@ -92,7 +106,8 @@ def _entry(module: torch.nn.Module, name: str) -> _Entry | None:
             return _of_adapter(part, own, rest)
         if child is None and rest[0] not in part._modules:
             return _Entry(".".join(plain + rest))
-        own.append(rest[0])
+        if child is None or _is_layer(part):
+            own.append(rest[0])
         if child is None:
             plain.append(rest[0])
         part = part._modules[rest.pop(0)]
@@ -132,31 +147,37 @@ def _module_name(module: torch.nn.Module, name: str) -> str | None:
     return None if entry is None or entry.plain is None else entry.plain.removesuffix(end).removesuffix(".")
 
 
-def adapters_of(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], dict[str, torch.Tensor]]]:
+def adapters_of(
+    module: torch.nn.Module, where: str = "model"
+) -> Iterator[tuple[str, dict[str, Any], dict[str, torch.Tensor]]]:
     """Yield each adapter's name, its configuration and its tensors, as PEFT writes them, in the order of the configurations.
 
     PEFT's own function is not called: it would lose the layers that have a number if another adapter has that for a name, and may
     ask a hub whether the vocabulary grew.
 
     Args:
-        module: A model of PEFT, or one that has layers of it; nothing that wraps these.
+        module: A model of PEFT, or one that has layers of it, or has these within.
+        where: What errors call it.
     """
-    prefix = "" if is_model(module) else _PREFIX
     state = module.state_dict()
     entries = {name: entry for name in state if (entry := _entry(module, name))}
-    for adapter, config in _configurations(module).items():
+    for adapter, config in _configuration(module, where).items():
         fields = _fields(config)
         tensors = {
-            prefix + entry.key: state[name]
+            _PREFIX + entry.key: state[name]
             for name, entry in entries.items()
             if entry.plain is None and entry.adapter == adapter
         }
-        tensors.update({prefix + name: state[name] for name in _biases(module, entries, fields.get("bias"))})
+        tensors.update(
+            {_PREFIX + plain: state[name] for name, plain in _biases(module, entries, fields.get("bias"))}
+        )
         yield adapter, fields, tensors
 
 
-def _biases(module: torch.nn.Module, entries: Mapping[str, _Entry], bias: object) -> Iterator[str]:
-    """Yield the names of the base's biases that an adapter trains in entry and has in its file."""
+def _biases(
+    module: torch.nn.Module, entries: Mapping[str, _Entry], bias: object
+) -> Iterator[tuple[str, str]]:
+    """Yield the names, and the plain names, of the base's biases that an adapter trains where they are, and has in its file."""
     if bias in (None, "none"):
         return
     tuned = {
@@ -167,19 +188,20 @@ def _biases(module: torch.nn.Module, entries: Mapping[str, _Entry], bias: object
     for name, entry in entries.items():
         is_bias = name.rpartition(".")[2] == "bias" and ".original_module." not in f".{name}"
         if entry.plain is not None and is_bias and (bias == "all" or name in tuned):
-            yield name
+            yield name, entry.plain
 
 
-def scales_of(module: torch.nn.Module, adapter: str) -> dict[str, Any]:
-    """The scale that each layer has for an adapter, by the plain name of the module in it. One inside another layer is skipped."""
-    found = {}
+def scales_of(module: torch.nn.Module, adapter: str) -> Iterator[tuple[str, str | None, float]]:
+    """Yield the scale that each layer has for an adapter, with the plain names of its module and of the parameter that it is of.
+
+    The parameter is None of a layer that wraps a module, whose weight it is.
+    """
     for name, part in module.named_modules():
         scaling = part.__dict__.get("scaling")
-        if not isinstance(scaling, dict) or adapter not in scaling or name.endswith(".base_layer"):
+        if not isinstance(scaling, dict) or adapter not in scaling:
             continue
-        if (plain := _module_name(module, f"{name}.base_layer")) is not None:
-            found[plain] = scaling[adapter]
-    return found
+        if (plain := _module_name(module, f"{name}.base_layer" if name else "base_layer")) is not None:
+            yield plain, getattr(part, "parameter_name", None), float(scaling[adapter])
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -213,8 +235,3 @@ def refuse_merged(module: torch.nn.Module, where: str) -> None:
             f"{where}: {some_names(sorted(names))}: merged into the base's weights at the moment, "
             "expected them apart: call unmerge_adapter() first"
         )
-
-
-def is_model(module: torch.nn.Module) -> bool:
-    """Whether a module is PEFT's own model, with layers or without, such as of prompts."""
-    return bool(_MODELS & _classes(module))

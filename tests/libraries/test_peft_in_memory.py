@@ -298,6 +298,52 @@ def test_live_scale() -> None:
         nm.InputError, match=r"^finetuned\[0\]: adapter '1': 'model.layers.1.self_attn.k_proj': scale 0.75"
     ):
         nm.merge(llama(), [model], scale=SCALE)
+    make, fields = SAVED["experts"]
+    model = adapted(make(), 1, **fields)
+    model.get_submodule("base_model.model.model.layers.0.mlp.experts.base_layer").scaling["0"] = 0.5
+    with pytest.raises(
+        nm.InputError, match=r"adapter '0': 'model.layers.0.mlp.experts': scale 0.5 \(set_scale\), .* 1.5 "
+    ):
+        nm.merge(make(), [model], scale=SCALE)
+
+
+class Parts(torch.nn.Module):
+    def __init__(self, text: torch.nn.Module, other: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.text, self.other = text, other
+
+
+def test_a_part_with_adapters() -> None:
+    """A module one part of which is a model of PEFT: the names of that are its plain ones. With two such parts it is refused."""
+    plain = nm.merge(llama(), [adapted(llama(), 2)], scale=SCALE)
+    model = Parts(adapted(llama(), 2))
+    check(nm.merge(model, [model], scale=SCALE), {f"text.{name}": t for name, t in plain.items()})
+    nm.merge_(whole := Parts(llama()), [model], scale=SCALE)
+    check(whole.text.state_dict(), plain)
+    both = Parts(adapted(llama(), 1), adapted(llama(), 2))
+    for base, models, where in ((both, [both], r"finetuned\[0\]"), (both, [Parts(llama(), llama())], "base")):
+        with pytest.raises(
+            nm.InputError, match=rf"^{where}: Parts with adapters in several parts \('0', '1'\)"
+        ):
+            nm.merge(base, models, scale=SCALE)
+
+
+def test_a_mixed_model() -> None:
+    """Of LoRA alone it is as any other; another kind is refused by its name."""
+    model = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]), "0", mixed=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += 0.1 * ("lora_B" in name)
+    base = state(llama())
+    check(
+        nm.merge(model, [model], scale=SCALE),
+        merged_plainly(base, differences(model, base, lambda name, r: 6 / r)),
+    )
+    model.add_adapter("other", LoHaConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        nm.InputError, match=r"^finetuned\[0\]: adapter 'other': peft_type is 'LOHA', expected LORA"
+    ):
+        nm.merge(llama(), [model], scale=SCALE)
 
 
 def test_biases_trained_in_place() -> None:

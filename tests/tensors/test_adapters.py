@@ -19,8 +19,11 @@ import negmerge_fast as nm
 from negmerge_fast.backends import low_rank as backend
 from negmerge_fast.checkpoints.lora import Replacement
 from negmerge_fast.core.reference import plain_consensus, plain_merge
+from negmerge_fast.core.rule import Rule
 from negmerge_fast.tensors import adapters as tensors_adapters
 from negmerge_fast.tensors import low_rank
+from negmerge_fast.tensors.dtensor import Box
+from negmerge_fast.tensors.flatten import Item
 from negmerge_fast.tensors.graph import merge_in_graph
 
 pytestmark = pytest.mark.filterwarnings("error::negmerge_fast.MergeWarning")
@@ -423,7 +426,7 @@ def test_refused(tmp_path: Path) -> None:
         (base["norm.weight"], [path], TypeError, r"^finetuned\[0\]: .*: an adapter, but base is Tensor"),
         (missing, [path], nm.InputError, "1 of 3 adapter modules have no place in base: 'layers.1.k_proj'"),
         (narrow, [path], nm.InputError, r"shape \(24, 16\), expected \(24, 8\)"),
-        (integers, [path], nm.InputError, r"^base\['layers.0.q_proj.weight'\]: torch.int32, but an adapter changes it"),
+        (integers, [path], nm.InputError, r"^base\['layers.0.q_proj.weight'\]: I32, but finetuned.* changes it"),
     ]  # fmt: skip
     for versions, models, kind, message in cases:
         for function in (nm.merge, nm.merge_):
@@ -441,6 +444,87 @@ def test_refused(tmp_path: Path) -> None:
     for held, where in ((factors, "base"), (base, r"finetuned\[0\]")):
         with pytest.raises(nm.InputError, match=rf"^{where}: an adapter, expected none in a graph"):
             merge_in_graph(held, [factors], SCALE, 1.0, "finetuned", "keep-base", "auto")
+
+
+def test_types_of_what_is_replaced(tmp_path: Path) -> None:
+    """A counter that an adapter has is not taken; other types than the base's kind are refused, in memory as on disk."""
+    adapters = Adapters(tmp_path)
+    base = {**make_base(), "seen.num_batches_tracked": torch.ones(4, 2, dtype=torch.int64)}
+    save_model(tmp_path / "base", base)
+    floats, path = torch.rand(4, 2), adapters.paths[0]
+    changed(
+        adapters,
+        0,
+        {"modules_to_save": ["seen"]},
+        {"seen.num_batches_tracked": torch.zeros(4, 2, dtype=torch.int64)},
+    )
+    assert same_bits(
+        nm.merge(base, [path], scale=SCALE)["seen.num_batches_tracked"], base["seen.num_batches_tracked"]
+    )
+    for name, value, message in (
+        ("seen.num_batches_tracked", floats, r"I64, but .*adapter-0 changes it"),
+        ("seen.num_batches_tracked", floats.to(torch.float8_e5m2), r"I64, but .*adapter-0 changes it"),
+        ("norm.weight", torch.ones(16).to(torch.float8_e5m2), r".*adapter-0 has F8_E5M2"),
+    ):
+        save_adapter(path, adapters.factors[0], RANK, ALPHA)  # type: ignore[arg-type]
+        changed(adapters, 0, {"modules_to_save": ["seen", "norm"]}, {name: value})
+        expected = rf": {message}, expected one of F64, F32, F16, BF16$"
+        with pytest.raises(nm.InputError, match=r"^base\['" + name + r"'\]" + expected):
+            nm.merge(base, [path], scale=SCALE)
+        with pytest.raises(nm.InputError, match=rf"base: tensor '{name}'" + expected):
+            nm.merge_checkpoints(tmp_path / "base", [path], tmp_path / "out", scale=SCALE)
+
+
+def test_copies_of_the_base(tmp_path: Path) -> None:
+    """What an adapter has of its base must be this base's, whatever holds that."""
+    base, adapters = make_base(), Adapters(tmp_path)
+    path, name = adapters.paths[0], "layers.0.q_proj.weight"
+    expected = nm.merge(base, [path], scale=SCALE)
+    changed(adapters, 0, {}, {name.replace(".weight", ".base_layer.weight"): base[name].bfloat16()})
+    arrays = {name: t.numpy() for name, t in base.items()}
+    check(nm.merge(base, [path], scale=SCALE), expected)
+    check({n: torch.from_numpy(a) for n, a in nm.merge(arrays, [path], scale=SCALE).items()}, expected)
+    base[name][1, 1] += 1
+    for of in (base, arrays):  # they share memory
+        with pytest.raises(
+            nm.InputError, match=rf"has a copy of its base's '{name}', which differs from base\['{name}'\]"
+        ):
+            nm.merge(of, [path], scale=SCALE)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """They have no adapters."""
+    base, adapters = make_base(), Adapters(tmp_path)
+    expected = nm.merge(base, adapters.paths, scale=SCALE)
+    more: Any = {**base, 1: torch.ones(2)}
+    merged: Any = nm.merge(more, adapters.paths, scale=SCALE)
+    assert same_bits(merged.pop(1), torch.ones(2))
+    check(merged, expected)
+
+
+def test_shards_that_cannot_be_expanded(monkeypatch: Any) -> None:
+    """They are found before the first tensor is written."""
+    a, b = torch.ones(2, 6), torch.ones(8, 2)
+    whole = torch.zeros(2, 4)
+    tensors = [
+        low_rank.Mixed(
+            Item("w", [base], None, base),
+            [low_rank.Product(a, b, 2, 1.0, shape=shape)],
+            box,
+            shape,
+            "base['w']",
+        )
+        for base, box, shape in (
+            (torch.zeros(8, 6), None, (8, 6)),
+            (whole, Box((0, 0, 2), (2, 2, 1)), (2, 4, 6)),
+        )
+    ]
+    with pytest.raises(
+        nm.InputError,
+        match=r"^base\['w'\]: a shard from \(0, 0, 2\) of shape \(2, 2, 1\), expected one of the first",
+    ):
+        low_rank.run(tensors, Rule(1.0), False, False, "auto")
+    assert not tensors[0].item.versions[0].any()
 
 
 def test_shared_memory(tmp_path: Path, monkeypatch: Any) -> None:
