@@ -90,17 +90,19 @@ def wrapped_part(model: object) -> torch.nn.Module | None:
     return part
 
 
-def _live(module: torch.nn.Module, where: str) -> Iterator[Adapter[torch.Tensor]]:
-    """Yield the adapters of a wrapped module."""
+def _live(module: torch.nn.Module, where: str, is_base: bool = False) -> Iterator[Adapter[torch.Tensor]]:
+    """Yield the adapters of a wrapped module. Of a base their tensors and scales may be any."""
     found = []
     for adapter, config, tensors in peft.adapters_of(module, where):
         label = f"{where}: adapter {adapter!r}"
         refuse_others(config, label)
         found.append((adapter, config, tensors, label))
     for adapter, config, tensors, label in found:
-        held = {name: _plain(tensor, f"{label}: {name!r}") for name, tensor in tensors.items()}
-        read = read_adapter(config, held, _shape, label)
-        _refuse_other_scales(read, peft.scales_of(module, adapter))
+        if not is_base:
+            tensors = {name: _plain(tensor, f"{label}: {name!r}") for name, tensor in tensors.items()}
+        read = read_adapter(config, tensors, _shape, label)
+        if not is_base:
+            _refuse_other_scales(read, peft.scales_of(module, adapter))
         yield read
 
 
@@ -160,7 +162,7 @@ def state_of(model: Any, where: str) -> Any:
     if (wrapped := wrapped_part(model)) is None:
         return model.state_dict() if isinstance(model, torch.nn.Module) else model
     peft.refuse_merged(wrapped, where)
-    for _ in _live(wrapped, where):  # each is refused if its kind changes the base's weights
+    for _ in _live(wrapped, where, is_base=True):  # each is refused if its kind changes the base's weights
         pass
     return peft.plain_state(model)
 

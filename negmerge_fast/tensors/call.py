@@ -346,7 +346,7 @@ class Call:
             if version.is_adapter
         ]
         self._notes += lacking(touched)
-        self.kept |= {name: base[name] for name in items if name not in found}
+        self.kept |= {name: self.dtensors.get(name, base[name]) for name in items if name not in found}
         self.tied = {name: owner for name, owner in self.tied.items() if name in found}
         return found
 
@@ -522,8 +522,9 @@ class Call:
 
     def increment_versions(self) -> None:
         """Let autograd notice writes through addresses. It has a version each for a DTensor and for its shard."""
-        dtensor_floats = [t for name, t in self.dtensors.items() if name not in self.untouched]
-        written = [item.versions[0] for item in self.items] + dtensor_floats
+        written = [item.versions[0] for item in self.items]
+        names = {item.name for item in self.items} | self.tied.keys() if self.dtensors else ()
+        written += [tensor for name, tensor in self.dtensors.items() if name in names]
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
     def _warn_of_variances(self, items: list[Item]) -> None:

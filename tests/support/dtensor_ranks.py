@@ -545,7 +545,7 @@ def fully_sharded_and_live(world: int) -> None:
 @case
 def adapters(world: int) -> None:
     """Factors, whole tensors and rows of them are cut to the shard; with a full model beside them, too."""
-    shapes = {"a": (8, 12), "b": (7, 5), "c": (3, 16), "embed": (9, 4), "norm": (6, 5)}
+    shapes = {"a": (8, 12), "b": (7, 5), "c": (3, 16), "embed": (9, 4), "norm": (6, 5), "unchanged": (4, 4)}
     random = torch.Generator().manual_seed(0)
     full = {f"{name}.weight": torch.randn(shape, generator=random) for name, shape in shapes.items()}
     other = {name: t + 0.05 * torch.randn(t.shape, generator=random) for name, t in full.items()}
