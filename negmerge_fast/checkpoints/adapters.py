@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.dtypes import FLOAT_SIZES, INTEGER_DTYPES
 from ..core.errors import InputError, short_repr, some_names
 from ..core.hashing import hash_of
-from . import pytorch
 from .base import Checkpoint, TensorRef
-from .lora import Change, Product, Replacement, Shift, has_factors, read_adapter
 from .reader import File, Reader
 from .safetensors import read_header
 from .side_files import ADAPTER_CONFIG
@@ -22,6 +20,8 @@ from .weights import is_adapter, is_index
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from .lora import Change
 
 KIND = "adapter"
 _SINGLE, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -93,6 +93,8 @@ def is_adapter_file(path: Path) -> bool:
     """Whether a file has an adapter's configuration beside it, and an adapter's name, or factors as PEFT names them."""
     if not os.path.isfile(path.parent / ADAPTER_CONFIG):
         return False
+    from .lora import has_factors
+
     return is_adapter(path.name) or has_factors(_read(path)[0])
 
 
@@ -105,10 +107,14 @@ def _read(weights: Path) -> tuple[dict[str, TensorRef], File, tuple[str, ...]]:
     """The tensors of a file, the file, and notes of it."""
     if weights.suffix == ".safetensors":
         return (*read_header(weights), ())
-    return pytorch.read_file(weights)
+    from .pytorch import read_file
+
+    return read_file(weights)
 
 
 def _open(weights: Path, path: Path) -> Checkpoint:
+    from .lora import Product, read_adapter  # slow to import, for few checkpoints
+
     held, file, notes = _read(weights)
     config, config_file = _read_config(weights.parent / ADAPTER_CONFIG)
     adapter = read_adapter(config, held, lambda tensor: tensor.spec.shape, str(path))
@@ -133,6 +139,8 @@ def _open(weights: Path, path: Path) -> Checkpoint:
 
 def _refuse_integers(path: Path, held: Mapping[str, TensorRef], change: object) -> None:
     """Refuse factors that are no floating-point numbers. A whole tensor may be an integer: a counter of BatchNorm."""
+    from .lora import Product, Shift
+
     values = change[:2] if isinstance(change, Product) else change[:1] if isinstance(change, Shift) else ()
     for value in values:
         if value.spec.dtype not in FLOAT_SIZES:
@@ -143,6 +151,8 @@ def _refuse_integers(path: Path, held: Mapping[str, TensorRef], change: object) 
 
 
 def _is_counter(change: Change[TensorRef]) -> bool:
+    from .lora import Replacement
+
     return isinstance(change, Replacement) and change.value.spec.dtype in INTEGER_DTYPES
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ..core.schema import TensorSpec
-from .lora import Adapter
 from .reader import File, Reader
+
+if TYPE_CHECKING:
+    from .lora import Adapter
 
 # What the weights of an output can be written in, if it does not mirror the base.
 Format: TypeAlias = Literal["safetensors", "pt"]
+# What a user asks for: one of these; or the format of the base, unless that is one which only PyTorch reads.
+OutputFormat: TypeAlias = Literal["auto", "safetensors", "pt"]
+FORMATS = ("auto", "safetensors", "pt")
 
 
 # There are as many of both as tensors times models: tuples are small, and quickly made.

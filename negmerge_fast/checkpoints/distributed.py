@@ -19,8 +19,8 @@ from .gathered import Box, gathered
 from .reader import File
 from .safetensors import read_all_of_header
 from .strict_json import are_sizes, parse_json
+from .weights import SHARD_OF_RANK
 
-SHARD_NAME = re.compile(r"shard-(?P<rank>\d{1,9})-model-\d{1,9}-of-\d{1,9}\.safetensors")
 _SHARDING = "DCP_SHARDING_INFO"
 
 _MEGATRON_FILE = re.compile(r"model_optim_rng\.pt|model_rng\.pt")
@@ -57,7 +57,7 @@ def read_shards(
             strides = tuple(prod(spec.shape[k + 1 :]) for k in range(len(spec.shape)))
             box = Box(files[name], source.offset, tuple(origin), spec.shape, strides)
             parts.setdefault(key, []).append((spec, box))
-    ranks = {int(match["rank"]) for match in map(SHARD_NAME.fullmatch, names) if match}
+    ranks = {int(match["rank"]) for match in map(SHARD_OF_RANK.fullmatch, names) if match}
     if missing := sorted({*range(1, max(ranks) + 1)} - ranks):
         raise InputError(
             f"{folder}: shards of {len(ranks)} ranks ({names[0]}, …), but none of rank {missing[0]}"

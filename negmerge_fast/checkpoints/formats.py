@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import InputError
-from . import adapters, huggingface, npy, pytorch, safetensors
-from .base import Checkpoint
-from .distributed import refuse_training_state
+from . import adapters, huggingface, npy, safetensors
+from .base import Checkpoint, OutputFormat
 from .parts import read_config
 from .reader import File
 from .side_files import Globs
@@ -57,9 +56,40 @@ def open_checkpoint(
         return replace(safetensors.open_file(path), configs={"": read_config(path.parent)})
     if path.suffix == ".npy":
         return npy.open_file(path)
+    from . import pytorch  # slower to import than most checkpoints take
+    from .distributed import refuse_training_state
+
     refuse_training_state(path)
     if pytorch.is_named(path) or (path.is_file() and pytorch.is_pytorch(File.at(path).read_head(16))):
         return replace(pytorch.open_file(path), configs={"": read_config(path.parent)})
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     raise InputError(f"{path}: expected a directory, a .safetensors file, a PyTorch file or a .npy file")
+
+
+def translate(checkpoint: Checkpoint, wanted: OutputFormat = "auto") -> Checkpoint:
+    """A checkpoint as the base of an output in a format; the same one, if the output mirrors it.
+
+    Args:
+        checkpoint: What was opened.
+        wanted: The format; "auto" keeps .safetensors and .npy files, and makes .safetensors files of all others.
+
+    Raises:
+        InputError: If it cannot be written so.
+    """
+    suffixes = {Path(name).suffix for name in checkpoint.weights}
+    if suffixes == {".npy"}:
+        if wanted == "auto":
+            return checkpoint
+        raise InputError(f"{checkpoint.path}: a vector without names, expected --format auto")
+    if wanted != "pt" and suffixes == {".safetensors"} and _is_mirrored(checkpoint):
+        return checkpoint
+    from .translate import translation  # most bases are mirrored
+
+    return translation(checkpoint, "pt" if wanted == "pt" else "safetensors")
+
+
+def _is_mirrored(checkpoint: Checkpoint) -> bool:
+    """Whether all tensors lie in the files of the weights, as they are."""
+    own = {*checkpoint.weights.values()}
+    return all(tensor.source.file in own for tensor in checkpoint.tensors.values())

@@ -6,7 +6,6 @@ A path that exists always wins.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -19,16 +18,16 @@ from typing import NamedTuple
 from ..core.errors import InputError
 from .contents import may_be_weights
 
-# A file that is not there is none of the hub.
-_NAME = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(@(?P<revision>[\w.+-]+(/[\w.+-]+)*))?",
-    re.ASCII,
+# Compiled when they are used: most paths are neither.
+_NAME = (
+    r"(?a:(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(@(?P<revision>[\w.+-]+(/[\w.+-]+)*))?)"
 )
+# A file that is not there is none of the hub.
 _FILES = (".safetensors", ".npy", ".json", ".jsonl", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".git")
 MAIN = "main"
 
-_SNAPSHOT = re.compile(r"(?:.*/)?models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<tail>\.[a-z]+)")
+_SNAPSHOT = r"(?:.*/)?models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)"
+_SHARD = r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<tail>\.[a-z]+)"
 _MAX_INDEX_BYTES = 100_000_000
 
 # Of a folder, the first of these that is there is loaded: a file, or an index and its shards.
@@ -78,7 +77,7 @@ def find(path: str | os.PathLike[str]) -> Found:
             if snapshot
             else Found(Path(path))
         )
-    match = _NAME.fullmatch(path) if isinstance(path, str) and not path.endswith(_FILES) else None
+    match = re.fullmatch(_NAME, path) if isinstance(path, str) and not path.endswith(_FILES) else None
     if match is None or "--" in match["name"] or ".." in match[0]:
         return Found(Path(path))
     return _named(match["name"], match["revision"] or MAIN, str(path))
@@ -86,7 +85,7 @@ def find(path: str | os.PathLike[str]) -> Found:
 
 def name_of(path: Path) -> str | None:
     """What the hub calls the snapshot at a path: `org/name@revision`. None if it is no snapshot of the hub's cache."""
-    match = _SNAPSHOT.fullmatch(str(path))
+    match = re.fullmatch(_SNAPSHOT, str(path)) if "models--" in str(path) else None
     return f"{match['org']}/{match['name']}@{match['revision']}" if match else None
 
 
@@ -228,7 +227,7 @@ def _read_json(path: Path) -> dict[str, dict[str, str]]:
 
 def _shards(snapshot: Path, name: str) -> list[str]:
     """The names of the shards that an index or another shard says there are."""
-    if match := _SHARD.fullmatch(name):
+    if match := re.fullmatch(_SHARD, name):
         count = min(int(match["count"]), 10_000)
         return [f"{match['stem']}-{k + 1:05}-of-{match['count']}{match['tail']}" for k in range(count)]
     if not name.endswith(".index.json"):
@@ -274,7 +273,7 @@ def _weights(names: Sequence[str]) -> set[str]:
         for name in usual:
             if name in names:
                 stem = name.removesuffix(".index.json").rpartition(".")[0]
-                shards = [n for n in names if (m := _SHARD.fullmatch(n)) and m["stem"] == stem]
+                shards = [n for n in names if (m := re.fullmatch(_SHARD, n)) and m["stem"] == stem]
                 return {name, *(shards if name.endswith(".json") else ()), *adapters}
         # Other names, and variants such as model.fp16.safetensors.
         if others := [n for n in names if n.endswith((*tails, ".index.json")) and n not in _ADAPTERS]:
@@ -294,6 +293,8 @@ def _fetch(name: str, revision: str, given: str, cache: Path) -> Path:
         raise InputError(
             f"{problem} is not asked, as HF_HUB_OFFLINE is set: fetch it with `hf download {name}`"
         )
+    import glob
+
     try:
         import huggingface_hub
     except ImportError:

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 from ..core.errors import InputError, short_repr
 from .base import Checkpoint, TensorRef
 from .contents import ModelSizes, is_weights, may_be_weights
-from .distributed import conversion_of
 from .parts import CONFIG, find_parts, read_config
-from .pytorch import is_named
 from .reader import File
 from .side_files import ADAPTER_CONFIG, Globs, SideFiles
 from .weights import INDEX, SINGLE, Weights, is_adapter, read_weights
@@ -163,6 +161,9 @@ def _only_adapter(folder: Path) -> InputError:
 
 def _no_weights(path: Path, names: Sequence[str]) -> InputError:
     """The error of a directory in which no part has weights."""
+    from .distributed import conversion_of
+    from .pytorch import is_named
+
     if ADAPTER_CONFIG in names or any(map(is_adapter, names)):
         return _only_adapter(path)
     if not names:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from ..core.dtypes import DTYPE_BITS
 from ..core.errors import InputError, short_repr
@@ -19,14 +19,10 @@ from ..core.hashing import hash_of
 from . import zip_layout
 from .base import PT_SUFFIXES, ByteRange, Checkpoint, Format, TensorRef
 from .composed import ComposedFile
-from .distributed import SHARD_NAME
 from .pytorch import PyTorchFile
 from .reader import File
 from .strict_json import parse_json
-
-# What an output is written in: the format of the base, unless that is one which only PyTorch reads; or one of these.
-OutputFormat: TypeAlias = Literal["auto", "safetensors", "pt"]
-FORMATS = ("auto", "safetensors", "pt")
+from .weights import SHARD_OF_RANK
 
 _SAFETENSORS = ".safetensors"
 # As the library orders tensors: wider types first, so that all are aligned; then by name.
@@ -43,30 +39,9 @@ _MAX_NAMED = 3
 _MAX_SHARD_BYTES = 5 * 10**9
 
 
-def translate(checkpoint: Checkpoint, wanted: OutputFormat = "auto") -> Checkpoint:
-    """A checkpoint as a base of an output in a format; the same one, if the output mirrors it.
-
-    Args:
-        checkpoint: What was opened.
-        wanted: The format; "auto" keeps .safetensors and .npy files, and makes .safetensors files of all others.
-
-    Raises:
-        InputError: If it cannot be written so.
-    """
-    suffixes = {PurePosixPath(name).suffix for name in checkpoint.weights}
-    if suffixes == {".npy"}:
-        if wanted == "auto":
-            return checkpoint
-        raise InputError(f"{checkpoint.path}: a vector without names, expected --format auto")
-    if wanted != "pt" and suffixes == {_SAFETENSORS} and _is_mirrored(checkpoint):
-        return checkpoint
-    return _Translation(checkpoint, "pt" if wanted == "pt" else "safetensors").checkpoint()
-
-
-def _is_mirrored(checkpoint: Checkpoint) -> bool:
-    """Whether all tensors lie in the files of the weights, as they are."""
-    own = {*checkpoint.weights.values()}
-    return all(tensor.source.file in own for tensor in checkpoint.tensors.values())
+def translation(checkpoint: Checkpoint, wanted: Format) -> Checkpoint:
+    """A checkpoint as a base of an output in another format (formats.translate)."""
+    return _Translation(checkpoint, wanted).checkpoint()
 
 
 class _Output(NamedTuple):
@@ -237,7 +212,7 @@ class _Translation:
 
 
 def _is_of_rank(name: str) -> bool:
-    return bool(SHARD_NAME.fullmatch(PurePosixPath(name).name))
+    return bool(SHARD_OF_RANK.fullmatch(PurePosixPath(name).name))
 
 
 def _json_file(like: File, value: object) -> File:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
-from . import distributed, pytorch, safetensors
+from . import safetensors
 from .base import MANIFEST, TensorRef
 from .reader import File
 from .strict_json import parse_json
@@ -41,6 +41,8 @@ _INDEX_NAME = re.compile(r"(?P<stem>.+)\.(safetensors|bin)\.index(\.(?P<variant>
 _SHARD_NAME = re.compile(
     r"(?P<stem>.+)[-_](?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<tail>\.[^.]+)?\.(?P<format>safetensors|bin)"
 )
+# Of torch.distributed.checkpoint (distributed.py).
+SHARD_OF_RANK = re.compile(r"shard-(?P<rank>\d{1,9})-model-\d{1,9}-of-\d{1,9}\.safetensors")
 # Of a file with another name than the usual ones.
 _VARIANT = re.compile(r".+\.(fp16|fp32|bf16|fp8|float16|float32|bfloat16|ema|non_ema)")
 
@@ -134,7 +136,9 @@ def read_weights(folder: Path, names: Sequence[str], config: Mapping[str, Any]) 
     if choice is None:
         return None
     if choice.is_distributed:
-        tensors, files, notes = distributed.read_shards(folder, choice.shards)
+        from .distributed import read_shards
+
+        tensors, files, notes = read_shards(folder, choice.shards)
         return Weights(tensors, files, notes=notes)
     if choice.shards:
         return _read_shards(folder, choice)
@@ -153,7 +157,9 @@ def read_weights(folder: Path, names: Sequence[str], config: Mapping[str, Any]) 
 def _read_file(folder: Path, name: str, found: Weights) -> dict[str, TensorRef]:
     """Open a file, add it to the weights of its folder, and return its tensors."""
     if name.endswith(_BIN):
-        tensors, found.files[name], notes = pytorch.read_file(folder / name)
+        from .pytorch import read_file
+
+        tensors, found.files[name], notes = read_file(folder / name)
         found.notes += notes
     else:
         tensors, found.files[name] = safetensors.read_header(folder / name)
@@ -197,7 +203,7 @@ def _choices(names: Sequence[str]) -> tuple[list[_Choice], list[_Choice]]:
     indexes: list[_Choice] = []
     others: list[_Choice] = []
     shards: dict[tuple[str, str, str, str], dict[int, str]] = {}
-    of_ranks = [name for name in names if distributed.SHARD_NAME.fullmatch(name)]
+    of_ranks = [name for name in names if SHARD_OF_RANK.fullmatch(name)]
     if of_ranks:
         others.append(_Choice(of_ranks[0], False, tuple(of_ranks), is_distributed=True))
     for name in names:

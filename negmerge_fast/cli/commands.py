@@ -146,9 +146,8 @@ def inspect(paths: tuple[str, ...]) -> None:
     Of a consensus delta, what is set in each tensor; of a model and a delta, whether the delta is of that model.
     """
     from ..checkpoints.delta import is_delta, open_delta
-    from ..checkpoints.formats import open_checkpoint
+    from ..checkpoints.formats import open_checkpoint, translate
     from ..checkpoints.hub import resolve
-    from ..checkpoints.translate import translate
     from ..streaming.pairing import refuse_unmergeable
     from ..streaming.plan import make_plan
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from ..backends.registry import NAMES
-from ..checkpoints.translate import FORMATS
+from ..checkpoints.base import FORMATS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

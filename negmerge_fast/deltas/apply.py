@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
-from ..checkpoints.base import Checkpoint
+from ..checkpoints.base import Checkpoint, OutputFormat
 from ..checkpoints.delta import DeltaCheckpoint, open_delta
-from ..checkpoints.formats import open_checkpoint
-from ..checkpoints.translate import OutputFormat, translate
+from ..checkpoints.formats import open_checkpoint, translate
 from ..core.errors import InputError, MergeWarning
 from ..core.rule import NonFinite
 from ..core.stats import Stats, TensorStats

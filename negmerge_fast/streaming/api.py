@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..backends import registry
-from ..checkpoints.base import Checkpoint
-from ..checkpoints.formats import open_checkpoint
+from ..checkpoints.base import Checkpoint, OutputFormat
+from ..checkpoints.formats import open_checkpoint, translate
 from ..checkpoints.reader import File
-from ..checkpoints.translate import OutputFormat, format_notes, translate
 from ..core.errors import InputError, MergeWarning
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, rename_pairs
@@ -167,7 +166,7 @@ def prepare_outputs(
         recipe = recipe_of(plan, own)
         destination, finished = _check_destination(path, plan, recipe, own)
         notes = [] if finished else try_out(plan.base.inputs.values(), destination)
-        checked.append((recipe, destination, finished, [*plan.notes, *format_notes(plan.base), *notes]))
+        checked.append((recipe, destination, finished, [*plan.notes, *_format_notes(plan.base), *notes]))
     refuse_full_disk_for([destination for _, destination, finished, _ in checked if not finished])
     placement = choose_placement(plan, options)
     choose = registry.choose_low_rank if plan.is_low_rank and not options.skips else registry.choose
@@ -225,6 +224,14 @@ def _open(
         if (other := seen.setdefault(files, model.path)) is not model.path:
             raise InputError(f"{model.path}: the same files as {other}, expected another fine-tuned version")
     return opened, models
+
+
+def _format_notes(base: Checkpoint) -> list[str]:
+    if base.origin is None:
+        return []
+    from ..checkpoints.translate import format_notes
+
+    return format_notes(base)
 
 
 def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:

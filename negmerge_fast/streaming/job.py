@@ -46,7 +46,6 @@ from ..runtime.executor import MakeWorker
 from ..runtime.interrupts import without_interrupts
 from . import probes, variances
 from .budget import max_open_files
-from .crcs import write_crcs
 from .native import ChunkMerger
 from .options import MergeOptions
 from .partition import slice_plan
@@ -327,7 +326,10 @@ class Job:
 
     def _finish(self, manifest: Mapping[str, object], stats: Stats, on_progress: Callable[[], None]) -> None:
         """Complete what is staged, with this manifest. stats: of the whole output."""
-        write_crcs(self.writer, self.options.thread_count, on_progress)
+        if self.plan.base.format == "pt":
+            from .crcs import write_crcs
+
+            write_crcs(self.writer, self.options.thread_count, on_progress)
         self.writer.finish(manifest, on_progress)
 
     def _note_variances(self, open_file: Callable[[str], BinaryIO]) -> None:

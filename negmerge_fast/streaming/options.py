@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from ..backends import registry
 from ..checkpoints import hub
-from ..checkpoints.translate import FORMATS, OutputFormat
+from ..checkpoints.base import FORMATS, OutputFormat
 from ..core.errors import InputError, require_choice, short_repr
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, choice, compile_renames, rename_pairs

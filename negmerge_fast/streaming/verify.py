@@ -21,9 +21,8 @@ from ..backends import masks, registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.composed import ComposedFile
 from ..checkpoints.delta import DeltaCheckpoint, is_delta, open_delta
-from ..checkpoints.formats import open_checkpoint
+from ..checkpoints.formats import open_checkpoint, translate
 from ..checkpoints.reader import File, Reader
-from ..checkpoints.translate import translate
 from ..core.batch import Batch, Operand, segment_at
 from ..core.delta import mask_bytes
 from ..core.dtypes import FLOAT_SIZES

@@ -20,9 +20,9 @@ import negmerge_fast as nm
 from negmerge_fast.checkpoints import zip_layout
 from negmerge_fast.checkpoints.base import ByteRange, Checkpoint, TensorRef
 from negmerge_fast.checkpoints.composed import ComposedFile
-from negmerge_fast.checkpoints.formats import open_checkpoint
+from negmerge_fast.checkpoints.formats import open_checkpoint, translate
 from negmerge_fast.checkpoints.reader import File, Reader
-from negmerge_fast.checkpoints.translate import format_notes, lay_out, translate
+from negmerge_fast.checkpoints.translate import format_notes, lay_out
 from negmerge_fast.core.schema import TensorSpec
 
 TYPES = [
