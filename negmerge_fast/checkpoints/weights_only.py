@@ -18,8 +18,8 @@ from ..core.errors import first_line, short_repr
 
 # Bytes that the objects of a pickle may take, by a rough estimate; of 100,000 tensors some 340 MB.
 _MAX_OBJECT_BYTES = 384 << 20
-# Opcodes of a long pickle have at least so many bytes: names and numbers of tensors are 6 on average.
-_MANY_OPCODES, _BYTES_PER_OPCODE = 250_000, 4
+# Opcodes of a long pickle have at least so many bytes: 2.5 on average in states of optimizers, 2 in lists of small numbers.
+_MANY_OPCODES, _BYTES_PER_OPCODE = 250_000, 1.5
 # Objects in each other, and how many there are if each is counted wherever it is used: hashes and texts go through all of them.
 _MAX_DEPTH, _MAX_VISITED = 100, 10_000_000
 _MAX_EXTENTS = 64
@@ -27,7 +27,7 @@ _KEYS_HELD = 2
 
 # What is called in state dicts: other functions of torch's list are refused here.
 _CALLED = {
-    "collections.OrderedDict", "collections.Counter", "builtins.set", "torch.Size", "torch.device", "_codecs.encode",
+    "collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.complex", "builtins.bytearray", "torch.Size", "torch.device", "_codecs.encode",
     "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
     "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2",
     "torch.serialization._get_layout",
@@ -87,8 +87,8 @@ class _Object:
     """Something that has a size.
 
     Attributes:
-        kind: "tuple", "list", "dict", "set", "storage", "tensor" or "object"; for a tensor that cannot be merged, what it is.
-        items: Of a list or a short tuple; the first keys of a dict; the number of elements of a storage.
+        kind: "tuple", "list", "dict", "set", "storage", "tensor", "bytes" or "object"; for a tensor that cannot be merged, what it is.
+        items: Of a list or a short tuple; the first keys of a dict; the number of elements of a storage, or of bytes.
         visited: How many objects it has, each counted wherever it is used.
         depth: How many of them are in each other.
         used: Whether it is in another one: then it is complete.
@@ -307,18 +307,35 @@ class _Machine:
         if name.startswith("_rebuild_tensor"):
             _refuse_misfit(items, name == "_rebuild_tensor_v3")
             return _Object("tensor")
-        if name == "encode" and (
-            len(items) != 2 or not isinstance(items[0], str) or items[1] not in ("latin1", "utf-8")
-        ):
-            raise PickleError("its pickle calls _codecs.encode, but not for plain bytes")
+        if name in ("encode", "bytearray"):
+            return self.bytes_of(name, items)
+        if name == "complex" and not (len(items) == 2 and all(type(item) is float for item in items)):
+            raise PickleError("its pickle calls builtins.complex, but not for two numbers")
         if name in ("Size", "device", "_get_layout") and any(
             isinstance(i, _Object) and i.depth for i in items
         ):
             raise PickleError(_MALFORMED)
+        if name in ("set", "Counter", "OrderedDict", "Size"):  # each call copies what it is given
+            self.bytes += 64 * sum(item.visited for item in items if isinstance(item, _Object))
         made = _Object("dict" if name in ("OrderedDict", "Counter") else "object")
         for item in items:
             made.add(item)
         return made
+
+    def bytes_of(self, name: str, items: list[Any]) -> _Object:
+        """The bytes of a text, or a bytearray of them. Each call makes others."""
+        if name == "bytearray" and not items:
+            return _Object("object")
+        if name == "bytearray" and len(items) == 1 and _is(items[0], "bytes"):
+            size = items[0].items[0]
+        elif (
+            name == "encode" and len(items) == 2 and type(items[0]) is str and items[1] in ("latin1", "utf-8")
+        ):
+            size = 2 * len(items[0])
+        else:
+            raise PickleError(f"its pickle calls {name}, but not for plain bytes")
+        self.bytes += size
+        return _Object("bytes", [size])
 
     def build(self) -> None:
         state = self.pop()
@@ -396,7 +413,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
 
 
 def _refuse_protocol(protocol: int) -> None:
-    if protocol != 2:
+    if protocol not in (2, 3):  # with tensors alone, 3 differs in this number
         raise PickleError(
             f"pickled with protocol {protocol}, expected 2, the one that torch.save uses by default"
         )

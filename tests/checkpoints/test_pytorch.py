@@ -123,6 +123,20 @@ def test_where_the_weights_are(tmp_path: Path, held: dict[str, Any], taken: str 
     assert taken is None or len(held) == 1 or f"its '{taken}' is taken" in opened.notes[0]
 
 
+def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
+    plain = {
+        "bytes": b"a\xff",
+        "array": bytearray(b"a\xff"),
+        "empty": bytearray(),
+        "complex": 1 + 2j,
+        "big": 2**70,
+    }
+    torch.save({**plain, "labels": [1] * 300_000, "state_dict": WEIGHTS}, tmp_path / "m.pt")
+    check(open_checkpoint(tmp_path / "m.pt"), WEIGHTS)
+    torch.save(WEIGHTS, tmp_path / "three.pt", pickle_protocol=3)
+    check(open_checkpoint(tmp_path / "three.pt"), WEIGHTS)
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [

@@ -215,6 +215,9 @@ BOMBS: dict[str, Make] = {
     "a list in itself": lambda: b"\x80\2]q\0h\0a.",
     "a set of what doubles": lambda: state(call(named("builtins", "set"), b"]" + DOUBLED + b"a")),
     "a counter of what doubles": lambda: state(call(named("collections", "Counter"), b"]" + DOUBLED + b"a")),
+    "bytes of a text, again and again": lambda: state(tensor(), b"](" + text("x" * 1_000_000) + b"q\0" + text("latin1") + b"q\1" + call(named("_codecs", "encode"), b"h\0", b"h\1") * 500 + b"e"),
+    "bytearrays of a text, again and again": lambda: state(tensor(), b"](" + call(named("_codecs", "encode"), text("x" * 1_000_000), text("latin1")) + b"q\0" + call(named("builtins", "bytearray"), b"h\0") * 500 + b"e"),
+    "sets of a list, again and again": lambda: state(tensor(), b"](](" + b"".join(b"J" + struct.pack("<i", k) for k in range(10_000)) + b"eq\0" + call(named("builtins", "set"), b"h\0") * 700 + b"e"),
     "megabytes of lists": lambda: b"\x80\2" + b"]" * 3_000_000 + b".",
     "megabytes of sets": lambda: b"\x80\2" + b"\x8f" * 3_000_000 + b".",
     "megabytes of None": lambda: b"\x80\2" + b"N" * 3_000_000 + b".",
@@ -226,7 +229,7 @@ BOMBS: dict[str, Make] = {
 
 PICKLES = {
     "nothing": b"", "only a protocol": b"\x80\2", "no end": GOOD[:-1], "an end too early": b".", "more behind it": GOOD + b"N.", "no protocol": GOOD[2:5] + b".", "a number": b"\x80\2K\1.", "a list": b"\x80\2].", "a tensor": b"\x80\2" + tensor() + b".",
-    "no tensors": b"\x80\2}.", "a key that is no text": b"\x80\2}K\1" + tensor() + b"s.", "a key that cannot be one": b"\x80\2}]Ns.", "protocol 5": state(tensor(), protocol=b"\x80\5"), "protocol 0": b"(dp0\n.", "a text of 4 GB": b"\x80\2X\xff\xff\xff\xff" + b"x" * 9,
+    "no tensors": b"\x80\2}.", "a key that is no text": b"\x80\2}K\1" + tensor() + b"s.", "a key that cannot be one": b"\x80\2}]Ns.", "protocol 4": state(tensor(), protocol=b"\x80\4"), "protocol 5": state(tensor(), protocol=b"\x80\5"), "a complex set": state(tensor(), call(named("builtins", "complex"), call(named("builtins", "set")))), "a complex of a text": state(tensor(), call(named("builtins", "complex"), text("1"))), "protocol 0": b"(dp0\n.", "a text of 4 GB": b"\x80\2X\xff\xff\xff\xff" + b"x" * 9,
     "another pickle": b"\x80\4\x95\x05\0\0\0\0\0\0\0}\x94.",
 }  # fmt: skip
 
