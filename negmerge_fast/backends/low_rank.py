@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.batch import COUNTED, Batch, Merge, Operand, Segment
+from ..core.batch import COUNTED, Batch, Merge, Operand, Segment, Signature
 from ..core.descriptors import check_expansion
 from ..core.dtypes import FLOAT_SIZES
 from ..core.low_rank import Expand, ExpandBatch, ExpandSegment, Expansion, LowRank
@@ -18,6 +18,7 @@ from ..core.rule import Rule
 from .pytorch import (
     CPU_BLOCK_BYTES,
     DEVICE_BLOCK_BYTES,
+    FLOAT_NAMES,
     TORCH_DTYPES,
     aligned,
     compute_alone_if_flushing,
@@ -112,6 +113,14 @@ def _write(segment: ExpandSegment, start: int, d: torch.Tensor, result: str | No
         return
     d.add_(load(segment.base, start, len(d)))
     store(segment.out, start, rounded(d, TORCH_DTYPES[result]))
+
+
+def subtract(x: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Write d = x - b of the rule, in the type of out: b is rounded to the type of x where that cannot hold it."""
+    dtypes = FLOAT_NAMES[b.dtype], FLOAT_NAMES[x.dtype]
+    if Signature(dtypes[0], dtypes[1:], False).rounds_base(dtypes[1]):
+        b = rounded(b, x.dtype)
+    torch.sub(x.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def merge(merge: Merge, expand: Expand, batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:

@@ -341,12 +341,10 @@ class _Replaced(_Dense):
             self.value.source.read_into(reader, memoryview(x), stored * FLOAT_SIZES[x_type], release)
         )
         if self.into:
-            from ..backends.pytorch import TORCH_DTYPES, rounded
+            from ..backends.pytorch import rounded
 
-            values = _torch(x, x_type).to(TORCH_DTYPES[self.arithmetic])
-            _torch(buffer, self.dtype).copy_(
-                rounded(values, TORCH_DTYPES[self.dtype]).view(TORCH_DTYPES[self.dtype])
-            )
+            written = _torch(buffer, self.dtype)
+            written.copy_(rounded(_torch(x, x_type), written.dtype))
             return cached
         self.base.source.read_into(reader, memoryview(b), begin * FLOAT_SIZES[b_type])
         _subtract(x, x_type, b, b_type, self.arithmetic, buffer)
@@ -369,13 +367,9 @@ def _subtract(
         [(_, nonfinite, _)] = consensus(Batch("cpu", signature, [segment]), Rule(-1.0), 1).tolist()
         if not nonfinite:
             return
-    from ..backends.pytorch import TORCH_DTYPES
+    from ..backends.low_rank import subtract
 
-    wide = TORCH_DTYPES[arithmetic]
-    narrowed = _torch(b, b_type)
-    if signature.rounds_base(x_type):
-        narrowed = narrowed.float().to(TORCH_DTYPES[x_type])  # from float64 to 16 bits by way of float32
-    _torch(buffer, arithmetic).copy_(_torch(x, x_type).to(wide) - narrowed.to(wide))
+    subtract(_torch(x, x_type), _torch(b, b_type), _torch(buffer, arithmetic))
 
 
 def _torch(data: bytearray | memoryview, dtype: str) -> torch.Tensor:

@@ -279,8 +279,6 @@ class _Replaced(_Model):
         # A view where the value is on the device and flat.
         self._value = value.to(tensor.device).resolve_neg().contiguous().view(-1)
         self._columns = len(self._base) // max(tensor.base.shape[0], 1) if rows is not None else 0
-        signature = Signature(FLOAT_NAMES[self._base.dtype], (FLOAT_NAMES[value.dtype],), False)
-        self._rounds = signature.rounds_base(FLOAT_NAMES[value.dtype])
 
     def compute(self, start: int, out: torch.Tensor) -> None:
         if self._rows is None:
@@ -303,7 +301,7 @@ class _Replaced(_Model):
         if self._into is not None:
             out.copy_(rounded(x, out.dtype))
         else:
-            torch.sub(x.to(out.dtype), (rounded(b, x.dtype) if self._rounds else b).to(out.dtype), out=out)
+            low_rank.subtract(x, b, out)
 
 
 def _own_arithmetic(base: torch.Tensor, change: Change[torch.Tensor] | None) -> str:

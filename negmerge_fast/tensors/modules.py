@@ -78,7 +78,8 @@ def _has_adapters(module: torch.nn.Module) -> bool:
 def quantized_parameter(module: torch.nn.Module, names: Container[str]) -> tuple[str, str] | None:
     """The name and the type of the first of a module's parameters or buffers whose type is of quantized weights."""
     named = chain(module.named_parameters(), module.named_buffers())
-    return next(((n, kind) for n, t in named if n in names and (kind := quantized_type(t))), None)
+    quantized = ((peft.plain_name(module, name), kind) for name, t in named if (kind := quantized_type(t)))
+    return next(((name, kind) for name, kind in quantized if name is not None and name in names), None)
 
 
 def refuse_copies(
@@ -127,7 +128,7 @@ def refuse_copies(
         and t.numel()
         and name not in others
         and not spans.contain(t)
-        and peft.is_weight(module, name)
+        and peft.plain_name(module, name) is not None
     ]
 
 

@@ -67,11 +67,11 @@ def is_wrapped(module: torch.nn.Module) -> bool:
     return any(map(_is_layer, module.modules()))
 
 
-def is_weight(module: torch.nn.Module, name: str) -> bool:
-    """Whether a name of a module's parameter is not that of an adapter's."""
-    return "peft" not in sys.modules or (
-        (entry := _entry(module, name)) is not None and entry.plain is not None
-    )
+def plain_name(module: torch.nn.Module, name: str) -> str | None:
+    """The name that a parameter has without PEFT's layers; None of an adapter's."""
+    if "peft" not in sys.modules:
+        return name
+    return None if (entry := _entry(module, name)) is None else entry.plain
 
 
 def _configurations(module: torch.nn.Module) -> Iterator[dict[str, Any]]:

@@ -328,6 +328,26 @@ def test_a_part_with_adapters() -> None:
             nm.merge(base, models, scale=SCALE)
 
 
+class Int8Params(torch.nn.Parameter):
+    """As bitsandbytes has them: a state dict does not show the type."""
+
+
+class Coded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = torch.nn.Linear(4, 4), Int8Params(torch.ones(4, 4).to(torch.int8), False)
+
+
+def test_a_base_with_quantized_weights() -> None:
+    """It is refused, though its adapters may be merged into another one."""
+    model = adapted(Coded(), 1, target_modules=["linear"])
+    for base in (Coded(), model):
+        with pytest.raises(nm.InputError, match=r"^base\['table'\]: Int8Params: quantized weights"):
+            nm.merge(base, [model], scale=SCALE)
+    plain = {"linear.weight": torch.ones(4, 4), "linear.bias": torch.ones(4)}
+    assert not same_bits(nm.merge(plain, [model], scale=SCALE)["linear.weight"], plain["linear.weight"])
+
+
 def test_a_mixed_model() -> None:
     """Of LoRA alone it is as any other; another kind is refused by its name."""
     model = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]), "0", mixed=True)
