@@ -120,7 +120,7 @@ def _named(name: str, revision: str, given: str) -> Found:
 
 
 def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - _MAX_TOLD} others" if len(names) > _MAX_TOLD else ""
+    rest = f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else ""
     return ", ".join(names[:_MAX_TOLD]) + rest
 
 
@@ -290,8 +290,9 @@ def _fetch(name: str, revision: str, given: str, cache: Path) -> Path:
     """Fetch what is needed of a model. Raises InputError if that cannot be done."""
     problem = f"{given}: no such file or directory, and the hub"
     if _is_offline():
+        option = "" if revision == MAIN else f" --revision {revision}"
         raise InputError(
-            f"{problem} is not asked, as HF_HUB_OFFLINE is set: fetch it with `hf download {name}`"
+            f"{problem} is not asked, as HF_HUB_OFFLINE is set: fetch it with `hf download {name}{option}`"
         )
     import glob
 

@@ -289,6 +289,10 @@ def _state_dict(path: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], tuple
             raise InputError(f"{path}: a tensor has the name {short_repr(name)}, expected a text")
     if others := [str(n) for n in loaded if n not in state and not is_extra_state(n)]:
         notes.append(f"{path}: {some_names(others)} no tensor: not merged")
+    if lost := [
+        str(n) for n, value in loaded.items() if value is not None and n not in state and is_extra_state(n)
+    ]:
+        notes.append(f"{path}: {some_names(lost)} no tensor: an output does not have it")
     return state, tuple(keys), notes
 
 

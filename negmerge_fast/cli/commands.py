@@ -63,8 +63,8 @@ def merge(
 ) -> None:
     """Subtract from BASE what all FINETUNED models agree on.
 
-    BASE and FINETUNED are Hugging Face model directories, .safetensors files or .npy vectors, or names of the hub: org/name@revision. FINETUNED
-    may be LoRA adapters, too.
+    BASE and FINETUNED are Hugging Face model directories, .safetensors files, PyTorch files (.pt, .pth, .bin, .ckpt) or .npy vectors, or names
+    of the hub: org/name@revision. FINETUNED may be LoRA adapters, too.
     """
     from ..streaming.api import prepare
     from ..streaming.options import MergeOptions

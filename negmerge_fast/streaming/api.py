@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..backends import registry
-from ..checkpoints.base import Checkpoint, OutputFormat
+from ..checkpoints.base import PT_SUFFIXES, Checkpoint, OutputFormat
 from ..checkpoints.formats import open_checkpoint, translate
 from ..checkpoints.reader import File
 from ..core.errors import InputError, MergeWarning
@@ -66,7 +66,8 @@ def merge_checkpoints(
     every backend and device.
 
     Args:
-        base: A Hugging Face directory, a .safetensors file or a .npy vector, in fp64, fp32, fp16 or bf16.
+        base: A Hugging Face directory, a .safetensors file, a PyTorch file or a .npy vector, in fp64, fp32, fp16 or bf16; or the name of a
+            model of the hub.
         finetuned: One or more of the same kind, with the same tensor names and shapes, each sharded in its own way; or LoRA adapters:
             directories that PEFT wrote, or their .safetensors files with the configuration beside them.
         output: The path of the result. It mirrors base: the same files and tensor layout, config and tokenizer copied. Only PyTorch
@@ -260,6 +261,8 @@ def _check_destination(
     base, checkpoints = plan.base, (plan.base, *plan.models)
     if not base.is_directory and path.suffix not in base.suffixes:
         like = ", as --format says" if base.format else ", like base"
+        if path.suffix in PT_SUFFIXES and ".npy" not in base.suffixes:
+            like += ", or --format pt"
         raise InputError(f"{path}: expected a file name that ends in {base.suffixes[0]}{like}")
     destination = destination_of(path, plan, options, base.is_directory)
     copied_files = {name: file for name, file in plan.files.items() if name not in base.weights}

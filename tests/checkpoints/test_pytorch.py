@@ -137,6 +137,14 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     check(open_checkpoint(tmp_path / "three.pt"), WEIGHTS)
 
 
+def test_extra_state_that_is_no_tensor_is_told_of(tmp_path: Path) -> None:
+    extra = {"a._extra_state": {"scale": 1.0}, "b._extra_state": torch.ones(2), "c._extra_state": None}
+    torch.save({**WEIGHTS, **extra}, tmp_path / "m.pt")
+    opened = open_checkpoint(tmp_path / "m.pt")
+    check(opened, {**WEIGHTS, "b._extra_state": torch.ones(2)})
+    assert opened.notes == (f"{tmp_path / 'm.pt'}: 'a._extra_state' no tensor: an output does not have it",)
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [

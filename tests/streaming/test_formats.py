@@ -276,14 +276,17 @@ def test_unfinished_output_of_another_format_is_refused(
 def test_a_name_of_a_file_must_end_as_its_format_says(tmp_path: Path) -> None:
     paths = made(tmp_path / "models", "pt")
     with pytest.raises(
-        nm.InputError, match=r"out\.pt: expected a file name that ends in \.safetensors, as --format says$"
+        nm.InputError,
+        match=r"out\.pt: expected a file name that ends in \.safetensors, as --format says, or --format pt$",
     ):
         merge(paths, tmp_path / "out.pt")
     with pytest.raises(
         nm.InputError, match=r"out\.bin\.x: expected a file name that ends in \.pt, as --format says$"
     ):
         merge(paths, tmp_path / "out.bin.x", format="pt")
-    with pytest.raises(nm.InputError, match=r"expected a file name that ends in \.safetensors, like base$"):
+    with pytest.raises(
+        nm.InputError, match=r"expected a file name that ends in \.safetensors, like base, or --format pt$"
+    ):
         merge(made(tmp_path / "other", "file"), tmp_path / "out.pt")
 
 
