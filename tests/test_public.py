@@ -251,6 +251,7 @@ COMMANDS = {
         "DELTA",
         "--eval CMD text, required",
         "--output -o OUT text, required",
+        "--format auto|safetensors|pt = auto",
         "--scale float = ()",
         "--search grid|bracket = grid",
         "--retain-floor float = 0.95",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import backend, device, nonfinite, other_files, output, quiet, resources
+from .options import backend, device, nonfinite, other_files, output, output_format, quiet, resources
 from .signals import Signals
 from .text import print_lines, print_notes
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     help="Shell command that evaluates the model at {model} and prints JSON with forget and retain at last.",
 )
 @output
+@output_format
 @click.option(
     "--scale",
     "scales",

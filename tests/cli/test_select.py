@@ -91,6 +91,23 @@ def test_a_bracket_and_its_models(run: Run, folder: Path, models: list[dict[str,
     check(folder / "out", models, 0.5)
 
 
+def test_models_that_torch_loads(run: Run, folder: Path) -> None:
+    tensors = [{"w": torch.randn(3, 4)} for _ in range(3)]
+    torch.save(tensors[0], folder / "b.pt")
+    nm.consensus_delta(tensors[0], tensors[1:]).save(folder / "pt")
+    (folder / "load.py").write_text(
+        "import sys, torch; torch.load(sys.argv[1], weights_only=True)['w']; print('{\"forget\": -%s, \"retain\": 1}' % sys.argv[2])"
+    )
+    command = f"{sys.executable} load.py {{model}} {{scale}}"
+    arguments = ("select", "b.pt", "pt", "--eval", command, "--scale", "0.5", "--output", "out.pt")
+    assert run(*arguments)[0] == 2  # a safetensors file has another suffix
+    status, _, err = run(*arguments, "--format", "pt")
+    assert status == 0, err
+    merged = nm.merge(tensors[0], tensors[1:], scale=0.5)
+    loaded = torch.load(folder / "out.pt", weights_only=True)
+    assert same_bits(loaded["w"], merged["w"])
+
+
 def test_scales(run: Run, folder: Path) -> None:
     scales = ("--scale", "0.25", "--scale", "0.5")
     status, out, _ = run("select", "base", "D", *EVAL, "-o", "out", *scales)
