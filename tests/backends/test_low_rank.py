@@ -30,6 +30,12 @@ SHAPES = [
     (2, 7, 131, 16), (5, 3, 65, 33), (1, 4, 31, 256),
 ]  # fmt: skip
 
+# What is not marked slow: one of each kind.
+QUICK = [
+    (SHAPES[0], torch.float32), (SHAPES[1], torch.float32), (SHAPES[2], torch.float64), (SHAPES[5], torch.float32),
+    (SHAPES[7], torch.float64),
+]  # fmt: skip
+
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
@@ -113,8 +119,16 @@ def test_the_rows_of_these_tests_are_the_rule_of_single_elements() -> None:
             assert same(d[g, i, m : m + 1], torch.from_numpy(np.array([total * np.float32(factors.scale)])))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        pytest.param(
+            shape, dtype, id=f"{shape}-{dtype}", marks=() if (shape, dtype) in QUICK else pytest.mark.slow
+        )
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.float64)
+    ],
+)
 def test_every_backend_writes_the_products_written_out(
     case: BackendCase, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -237,8 +251,21 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("min_agreement", [1.0, 0.6])
-@pytest.mark.parametrize("signature", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize(
+    ("signature", "min_agreement"),
+    [
+        pytest.param(
+            signature,
+            agreement,
+            id=f"{name}-{agreement}",
+            marks=()
+            if (name, agreement) in {("differences", 1.0), ("merged, mixed", 0.6)}
+            else pytest.mark.slow,
+        )
+        for name, signature in MIXES.items()
+        for agreement in (1.0, 0.6)
+    ],
+)
 def test_merging_them_has_the_bits_of_merging_them_dense(
     case: BackendCase, signature: Signature, min_agreement: float
 ) -> None:
@@ -275,7 +302,12 @@ def test_merging_them_has_the_bits_of_merging_them_dense(
 
 
 @pytest.mark.parametrize(
-    "signature", [MIXES["differences"], MIXES["merged"], MIXES["differences F64"]], ids=str
+    "signature",
+    [
+        MIXES["differences"],
+        *(pytest.param(MIXES[name], marks=pytest.mark.slow) for name in ("merged", "differences F64")),
+    ],
+    ids=str,
 )
 def test_their_consensus_is_that_of_dense_models(case: BackendCase, signature: Signature) -> None:
     if case.backend != "cpu":
@@ -310,8 +342,8 @@ def test_a_large_tensor_is_cut_between_threads(case: BackendCase) -> None:
     if case.backend == INTERPRETED.backend:
         pytest.skip("the interpreter has no threads, and would take minutes")
     signature = Signature("BF16", ("F32",) * 3, True)
-    part = Merged(case, signature, (3, 333, 700, 4), [True] * 3, 8, (1001, 690_123), hostile=False)
-    for threads in (1, 2, 7):
+    part = Merged(case, signature, (3, 133, 500, 4), [True] * 3, 8, (1001, 199_123), hostile=False)
+    for threads in (1, 7):
         counts = merge_of(case)(Batch(on(case), signature, [part.segment]), Rule(0.9), threads).tolist()
         part.check(list(counts[0]), Rule(0.9))
 

@@ -33,6 +33,11 @@ MODULES = {
 }
 RANK, ALPHA, SCALE = 3, 5, 0.75
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# One of them, and the others where there is time.
+DTYPES_AT_LENGTH = [
+    torch.bfloat16,
+    *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES if d != torch.bfloat16),
+]
 
 
 class Case:
@@ -115,8 +120,10 @@ def merge(case: Case, models: Any = None, **options: Any) -> nm.Report:
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES_AT_LENGTH, ids=str)
+@pytest.mark.parametrize(
+    "stored", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])]
+)
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_adapters_are_task_vectors(
     tmp_path: Path, dtype: torch.dtype, stored: torch.dtype, backend: str
@@ -133,7 +140,7 @@ def test_adapters_are_task_vectors(
     assert nm.verify_checkpoint(tmp_path / "out", [tmp_path / "base", *case.paths], blocks=10**6).blocks
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES_AT_LENGTH, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_adapters_as_merged_models(tmp_path: Path, dtype: torch.dtype, backend: str) -> None:
     """The same as models that were merged one by one."""
@@ -158,8 +165,11 @@ def test_adapters_as_merged_models(tmp_path: Path, dtype: torch.dtype, backend: 
     assert nm.verify_checkpoint(tmp_path / "out", [tmp_path / "base", *case.paths]).blocks
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("full_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES_AT_LENGTH, ids=str)
+@pytest.mark.parametrize(
+    "full_dtype",
+    [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float64))],
+)
 def test_adapters_beside_a_full_model(tmp_path: Path, dtype: torch.dtype, full_dtype: torch.dtype) -> None:
     """The full model is a difference, too: to the base rounded to its type, where that cannot hold the base's."""
     case = Case(tmp_path, dtype)
@@ -186,7 +196,9 @@ def test_adapters_beside_a_full_model(tmp_path: Path, dtype: torch.dtype, full_d
     case.check(tmp_path / "out", models, changed_only=False)
 
 
-@pytest.mark.parametrize("chunk_bytes", [256, 1024, 4096])
+@pytest.mark.parametrize(
+    "chunk_bytes", [256, *(pytest.param(c, marks=pytest.mark.slow) for c in (1024, 4096))]
+)
 def test_chunks_in_the_middle_of_rows(case: Case, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     set_chunk_bytes(monkeypatch, chunk_bytes)
     monkeypatch.setattr(low_rank, "_MIN_PANELS", 0)  # as if the matrices were large
