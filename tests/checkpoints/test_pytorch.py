@@ -56,7 +56,7 @@ def views() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [1 << 30, 4096, 1001])
+@pytest.mark.parametrize("step", [1 << 30, pytest.param(4096, marks=pytest.mark.slow), 1001])
 def test_views(tmp_path: Path, step: int) -> None:
     tensors = {name: view for name, view in views().items() if step > 1 << 20 or view.numel() < 10_000}
     torch.save(tensors, tmp_path / "m.pt")

@@ -227,8 +227,18 @@ def bytes_of(out: Path) -> dict[str, bytes]:
     return contents(out) if out.is_dir() else {"": out.read_bytes()}
 
 
-@pytest.mark.parametrize("at", [0.3, 0.7, 1.0])
-@pytest.mark.parametrize(("kind", "out"), [("pt", "out.safetensors"), ("pt", "out.pt"), ("shards", "out")])
+@pytest.mark.parametrize(
+    ("kind", "out", "at"),
+    [
+        pytest.param(kind, out, at, marks=() if at == usual else pytest.mark.slow)
+        for kind, out, usual in (
+            ("pt", "out.safetensors", 1.0),
+            ("pt", "out.pt", 0.3),
+            ("shards", "out", 0.7),
+        )
+        for at in (0.3, 0.7, 1.0)
+    ],
+)
 def test_a_merge_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, out: str, at: float
 ) -> None:
@@ -308,7 +318,11 @@ def test_an_older_output_is_replaced_by_one_of_another_format(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("kind", "wanted", "out"),
-    [("pt", "auto", "out.safetensors"), ("pt", "pt", "out.pth"), ("shards", "pt", "out")],
+    [
+        ("pt", "auto", "out.safetensors"),
+        pytest.param("pt", "pt", "out.pth", marks=pytest.mark.slow),
+        ("shards", "pt", "out"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::negmerge_fast.MergeWarning")
 def test_a_delta_of_any_format_and_several_scales(tmp_path: Path, kind: str, wanted: Any, out: str) -> None:

@@ -90,8 +90,21 @@ def copy(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("adapters_as", AS)
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        pytest.param(
+            dtype,
+            stored,
+            id=f"{dtype}-{stored}",
+            marks=()
+            if (dtype, stored) in {(torch.bfloat16, torch.float32), (torch.float32, torch.float64)}
+            else pytest.mark.slow,
+        )
+        for dtype in DTYPES
+        for stored in (torch.float32, torch.bfloat16, torch.float64)
+    ],
+)
 def test_bits(dtype: torch.dtype, stored: torch.dtype, adapters_as: Any, tmp_path: Path) -> None:
     """As the product written out; with every function, in every arithmetic type, at any agreement."""
     base, adapters = make_base(dtype), Adapters(tmp_path, stored)
@@ -120,7 +133,9 @@ def test_bits(dtype: torch.dtype, stored: torch.dtype, adapters_as: Any, tmp_pat
 
 
 @pytest.mark.parametrize("adapters_as", AS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 def test_the_same_as_of_files(dtype: torch.dtype, adapters_as: Any, tmp_path: Path) -> None:
     base, adapters = make_base(dtype), Adapters(tmp_path)
     full = {name: (t.float() + 0.1).to(torch.bfloat16) for name, t in base.items()}
@@ -145,8 +160,21 @@ def test_the_same_as_of_files(dtype: torch.dtype, adapters_as: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("adapters_as", AS)
-@pytest.mark.parametrize("of_full", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_full"),
+    [
+        pytest.param(
+            dtype,
+            of_full,
+            id=f"{dtype}-{of_full}",
+            marks=()
+            if (dtype, of_full) in {(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)}
+            else pytest.mark.slow,
+        )
+        for dtype in DTYPES
+        for of_full in DTYPES
+    ],
+)
 def test_beside_a_full_model(
     dtype: torch.dtype, of_full: torch.dtype, adapters_as: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
