@@ -153,7 +153,7 @@ class Worker:
         if located.sources[0].file.is_computed:  # the call writes what it has read
             return None
         for k, source in enumerate(located.sources):
-            if source.file.is_computed:
+            if source.file.is_computed and buffers[k].nbytes:  # and not all known by factors
                 with self.timeline.span("read"):
                     self.read_source(chunk, k, buffers[k], known)
         # Only now: what was computed was read from files, which the reader may have opened in place of others.
@@ -189,14 +189,15 @@ class Worker:
         if not self.low_rank or not chunk.slices:
             return ()
         known: list[Expansions | None] = []
+        wanted = [(name, start, signature.arithmetic) for name, start, _, signature in chunk.slices]
         with self.timeline.span("read"):
             for source in chunk.sources:
                 found: Expansions = ()
                 if source.file.is_low_rank:
                     upload = self.buffers.upload
                     found = [
-                        source.file.expansion(self.reader, name, start, signature.arithmetic, upload)
-                        for name, start, _, signature in chunk.slices
+                        source.file.expansion(self.reader, name, start, arithmetic, upload)
+                        for name, start, arithmetic in wanted
                     ]
                 known.append(found if any(found) else None)
         return known
