@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from adapter_files import difference, save_adapter
@@ -21,6 +24,8 @@ from safetensors.torch import save_file
 from small_chunks import record_every_chunk, set_chunk_bytes
 
 import negmerge_fast as nm
+from negmerge_fast.checkpoints.lora import Product
+from negmerge_fast.core.low_rank import LowRank, in_panels
 from negmerge_fast.core.reference import plain_consensus, plain_merge
 from negmerge_fast.runtime.device import DeviceBuffers
 from negmerge_fast.streaming import api, low_rank
@@ -409,3 +414,19 @@ def test_two_ranks_make_the_same(case: Case) -> None:
     said = finish(start(case.folder, ranks=2, arguments=arguments))
     assert [status for status, _, _ in said] == [0, 0], said
     assert contents(case.folder / "two") == expected
+
+
+def test_factors_of_one_expert_are_where_those_of_all_have_them() -> None:
+    right = np.random.default_rng(0).standard_normal((3, 5, 130), np.float32)
+    panels = in_panels(right)
+    held = LowRank(0, right.ctypes.data, 3, 7, 130, 5, 1.0, (right, panels), panels.ctypes.data)
+    cache: Any = SimpleNamespace(get=lambda *_: held)
+    ref: Any = SimpleNamespace(source=SimpleNamespace(file=None, offset=0))
+    for expert in range(3):
+        change = Product(ref, ref, 5, 1.0, experts=3, expert=expert)
+        nothing: Any = None
+        found = low_rank._Expanded("w", nothing, "F32", 0, None, change, cache).factors(nothing)
+        own = in_panels(right[expert : expert + 1])
+        assert ctypes.string_at(found.right, right[expert].nbytes) == right[expert].tobytes()
+        assert ctypes.string_at(found.panels, own.nbytes) == own.tobytes()
+        assert (found.panels - panels.ctypes.data) % 64 == 0 and found.matrices == 1
