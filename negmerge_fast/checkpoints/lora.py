@@ -642,8 +642,10 @@ class _Reading(Generic[T]):
             p for p in parts if p not in ("base_layer", "original_module", "modules_to_save", "token_adapter")
         )
         module, _, last = parameter.rpartition(".")
-        is_copy = not {"base_layer", "original_module"}.isdisjoint(parts[:-1])
-        if is_copy and not ("bias" in last and settings.bias != "none"):
+        if "modules_to_save" in parts[:-1] and key[: -len(name)] + parameter in self.tensors:
+            return  # with bias "all" PEFT saves it twice, and loads the other one
+        is_trained = "bias" in last and settings.bias != "none" and "original_module" not in parts
+        if not {"base_layer", "original_module"}.isdisjoint(parts[:-1]) and not is_trained:
             if parameter in self.copies:
                 raise self._error(key, f"{short_repr(parameter)} is there twice")
             self.copies[parameter] = value

@@ -15,6 +15,7 @@ then to the base's: then d_k is x - b.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -155,29 +156,38 @@ def rounded_scale(scale: float, arithmetic: str) -> float:
     return float(np.float32(scale)) if arithmetic == "F32" else scale
 
 
-def lacking(touched: Sequence[Collection[str]]) -> list[str]:
-    """Say what only some adapters change: there the others have a difference of zero, which agrees with no sign.
+# Kinds of modules that a phrase names.
+_MAX_KINDS = 12
+
+
+def lacking(touched: Sequence[Collection[str]], merged: Collection[str]) -> list[str]:
+    """Say what is merged and only some adapters change: the others have a difference of zero, which agrees with no sign.
 
     Args:
         touched: The base's names of the tensors that each adapter changes.
+        merged: The names of the tensors that are merged: what any adapter changes, or a full model beside them has.
 
     Returns:
-        A line for each kind of module: `3 of 8 adapters have no k_proj: zeros, …`, and in how many of its tensors if not in all.
+        A line for each number of adapters: `3 of 8 adapters have no k_proj, v_proj: zeros, …`. Kinds of modules that they lack in some
+        places only have lines of their own, which say in how many.
     """
     kinds: dict[str, list[str]] = {}
-    for name in sorted(set().union(*touched)):
+    for name in sorted(merged):
         kinds.setdefault(_kind(name), []).append(name)
-    found: dict[tuple[str, int], int] = {}
+    found: dict[tuple[int, str], list[str]] = {}
     for kind, names in kinds.items():
-        for name in names:
-            if count := sum(name not in each for each in touched):
-                found[kind, count] = found.get((kind, count), 0) + 1
+        counts = Counter(sum(name not in each for each in touched) for name in names)
+        del counts[0]
+        for count, tensors in counts.items():
+            where = f" in {tensors} of {len(names)} places" if tensors < len(names) else ""
+            found.setdefault((count, where), []).append(kind)
     phrases = []
-    for (kind, count), tensors in found.items():
+    for (count, where), lacked in found.items():
         have = "has" if count == 1 else "have"
-        where = f" in {tensors} of {len(kinds[kind])} places" if tensors < len(kinds[kind]) else ""
+        named, more = ", ".join(lacked[:_MAX_KINDS]), len(lacked) - _MAX_KINDS
+        named += f" and {more} more" if more > 0 else ""
         phrases.append(
-            f"{count} of {len(touched)} adapters {have} no {kind}{where}: zeros, which agree with no sign"
+            f"{count} of {len(touched)} adapters {have} no {named}{where}: zeros, which agree with no sign"
         )
     return phrases
 

@@ -84,13 +84,15 @@ def pair(
     is_chosen = _choice(matches, {*base.unindexed, *base.aliases}, has_extra_state)
     renames, notes = patterns.compile_renames(rename), _Notes()
     adapters = _locate(base, models, renames) if len(full) < len(models) else []
+    _refuse_unindexed(base, adapters, matches)
     chosen = _chosen(base.tensors, is_chosen)
     if adapters and not full:
         changed = set().union(*(each.changes for each in adapters))
         chosen = {name: tensor for name, tensor in chosen.items() if name in changed}
     if (matches or adapters) and not chosen:
         given = f"include {short_repr(include)}, exclude {short_repr(exclude)}"
-        raise InputError(f"{base.path}: no tensor is chosen by {given}")
+        what = "no tensor that an adapter changes" if adapters and not full else "no tensor"
+        raise InputError(f"{base.path}: {what} is chosen by {given}")
     all_of_base = _all(base)
     with Reader(_MAX_OPEN_FILES) as reader:
         held = []
@@ -130,6 +132,17 @@ def _locate(base: Checkpoint, models: Sequence[Checkpoint], renames: pairing.Ren
         return [place_adapter(base, model, renames, reader) for model in models if model.adapter]
 
 
+def _refuse_unindexed(base: Checkpoint, adapters: Sequence[Placed], matches: pairing.Chosen | None) -> None:
+    """Refuse changes of tensors that the base's index omits: they are copied, whatever an adapter adds to them."""
+    for adapter in adapters:
+        for name in adapter.changes:
+            if name in base.unindexed and (matches is None or matches(name)):
+                raise InputError(
+                    f"{base.path}: tensor {short_repr(name)}: its index omits it, so it is not merged, but {adapter.model.path} "
+                    f"changes it, expected it in the index (--exclude '^{re.escape(name)}$' keeps base's)"
+                )
+
+
 def _with_adapters(paired: Paired, adapters: Sequence[Placed], merge_adapters: bool) -> Paired:
     """Put adapters, expanded, among the full models that were paired."""
     from .low_rank import expand_adapter, lay_out, notes_of, subtract_base
@@ -155,7 +168,7 @@ def _with_adapters(paired: Paired, adapters: Sequence[Placed], merge_adapters: b
                 expanded, tensors = subtract_base(layout, model, tensors)
         checkpoints.append(expanded)
         models.append(tensors)
-    said = [*paired.notes, *notes, *notes_of(adapters)]
+    said = [*paired.notes, *notes, *notes_of(adapters, layout.base)]
     return Paired(layout.base, models, said, not merge_adapters, checkpoints, list(placed))
 
 

@@ -345,7 +345,7 @@ class Call:
             for k, version in enumerate(self._versions)
             if version.is_adapter
         ]
-        self._notes += lacking(touched)
+        self._notes += lacking(touched, found.keys() & self._sources.keys())
         self.kept |= {name: self.dtensors.get(name, base[name]) for name in items if name not in found}
         self.tied = {name: owner for name, owner in self.tied.items() if name in found}
         return found

@@ -159,6 +159,23 @@ def test_saved_modules() -> None:
         read(tensors, modules_to_save=["score", "bn"])
 
 
+def test_biases_of_saved_modules() -> None:
+    """With bias "all" PEFT saves them twice, beside the base's."""
+    tensors = {
+        **factors(Q),
+        "score.weight": array(3, 4),
+        "score.bias": array(3),
+        "score.modules_to_save.bias": array(3),
+        "score.original_module.bias": array(3),
+    }
+    adapter = read(tensors, modules_to_save=["score"], bias="all")
+    assert adapter.changes["score.bias"] == Replacement(tensors["score.bias"]) and adapter.modules == 2
+    assert adapter.copies == {"score.bias": tensors["score.original_module.bias"]}
+    del tensors["score.bias"]
+    adapter = read(tensors, modules_to_save=["score"], bias="all")
+    assert adapter.changes["score.bias"] == Replacement(tensors["score.modules_to_save.bias"])
+
+
 def test_embeddings_that_were_saved_whole() -> None:
     """save_embedding_layers: an untouched embedding, or the copy of the base's beside factors of it."""
     adapter = read({**factors(Q), "embed.weight": array(9, 3)})

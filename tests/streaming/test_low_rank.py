@@ -25,6 +25,7 @@ from small_chunks import record_every_chunk, set_chunk_bytes
 
 import negmerge_fast as nm
 from negmerge_fast.checkpoints.lora import Product
+from negmerge_fast.checkpoints.reader import Reader
 from negmerge_fast.core.low_rank import LowRank, in_panels
 from negmerge_fast.core.reference import plain_consensus, plain_merge
 from negmerge_fast.runtime.device import DeviceBuffers
@@ -286,7 +287,7 @@ def test_include_exclude_and_rename(case: Case, tmp_path: Path) -> None:
     merged = load_model(tmp_path / "some")
     assert same_bits(merged["model.layers.1.q_proj.weight"], case.base["model.layers.1.q_proj.weight"])
     assert not same_bits(merged["model.layers.0.q_proj.weight"], case.base["model.layers.0.q_proj.weight"])
-    with pytest.raises(nm.InputError, match="no tensor is chosen"):
+    with pytest.raises(nm.InputError, match="no tensor that an adapter changes is chosen by include 'embed'"):
         nm.merge_checkpoints(tmp_path / "base", case.paths, tmp_path / "none", scale=SCALE, include="embed")
     for k, factors in enumerate(case.adapters):
         renamed = {name.replace("model.layers", "blocks"): pair for name, pair in factors.items()}
@@ -295,6 +296,69 @@ def test_include_exclude_and_rename(case: Case, tmp_path: Path) -> None:
         nm.merge_checkpoints(tmp_path / "base", case.paths, tmp_path / "other", scale=SCALE)
     merge(case, overwrite=True, rename={"^blocks": "model.layers"})
     case.check(tmp_path / "out", case.differences)
+
+
+def test_what_an_adapter_lacks_is_told_of_what_is_merged(
+    case: Case, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Not of what is excluded; and of a full model's tensors, too."""
+
+    def notes(models: list[Path], **options: Any) -> tuple[str, ...]:
+        return tuple(
+            nm.merge_checkpoints(
+                tmp_path / "base", models, tmp_path / "out", scale=SCALE, overwrite=True, **options
+            ).notes
+        )
+
+    zeros = ": zeros, which agree with no sign"
+    assert notes(case.paths, exclude="k_proj") == ()
+    assert notes([tmp_path / "full", case.paths[2]]) == (
+        f"1 of 1 adapters has no embed, k_proj, norm{zeros}",
+    )
+    assert notes([tmp_path / "full", *case.paths]) == (
+        f"3 of 3 adapters have no embed, norm{zeros}",
+        f"1 of 3 adapters has no k_proj{zeros}",
+    )
+
+
+def test_a_change_of_what_the_index_omits_is_refused(case: Case, tmp_path: Path) -> None:
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.layers.1.k_proj.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(
+        nm.InputError, match=r"'model\.layers\.1\.k_proj\.weight': its index omits it, .*adapter-0"
+    ):
+        nm.merge_checkpoints(tmp_path / "base", case.paths, tmp_path / "out", scale=SCALE)
+    with pytest.warns(nm.MergeWarning, match="without being named"):
+        nm.merge_checkpoints(
+            tmp_path / "base", case.paths, tmp_path / "out", scale=SCALE, exclude=r"^model\.layers\.1\.k_proj"
+        )
+
+
+@pytest.mark.parametrize("rank", [1, 40])
+def test_factors_that_are_larger_than_a_tensor_are_held_of_one_at_a_time(tmp_path: Path, rank: int) -> None:
+    """All factors of a chunk are held together, in place of as many bytes of its buffers."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"m.{k}.proj.weight": torch.randn(8, 8, generator=generator) for k in range(40)}
+    save_model(tmp_path / "base", base)
+    factors = {
+        name.removesuffix(".weight"): (
+            torch.randn(rank, 8, generator=generator),
+            torch.randn(8, rank, generator=generator),
+        )
+        for name in base
+    }
+    adapter = save_adapter(tmp_path / "adapter", factors, rank, 1)
+    plan = api.open_and_plan(tmp_path / "base", [adapter], MergeOptions(SCALE))
+    [(source, name)] = [(e.sources[1], e.slices[0].name) for e in plan.extents if e.slices]
+    with Reader(4) as reader:
+        known = source.file.expansion(reader, name, 0, "F32", None)
+    assert (known is None) == (rank == 40)
+    nm.merge_checkpoints(tmp_path / "base", [adapter], tmp_path / "out", scale=SCALE)
+    for name, tensor in load_model(tmp_path / "out").items():
+        d = difference(*factors[name.removesuffix(".weight")], 1 / rank, torch.float32)
+        assert same_bits(tensor, plain_merge(base[name], [d], SCALE, task_vectors=True)[0])
 
 
 def test_a_delta_of_adapters(case: Case, tmp_path: Path) -> None:

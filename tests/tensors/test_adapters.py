@@ -26,7 +26,10 @@ from negmerge_fast.tensors.dtensor import Box
 from negmerge_fast.tensors.flatten import Item
 from negmerge_fast.tensors.graph import merge_in_graph
 
-pytestmark = pytest.mark.filterwarnings("error::negmerge_fast.MergeWarning")
+# What adapters lack, beside a full model all but a few modules, is held by test_what_only_some_change.
+pytestmark = pytest.mark.filterwarnings(
+    "error::negmerge_fast.MergeWarning", "ignore:.*zeros, which agree with no sign"
+)
 
 Tensors = dict[str, torch.Tensor]
 MODULES = {"layers.0.q_proj": (24, 16), "layers.1.q_proj": (24, 16), "layers.1.k_proj": (9, 16)}
@@ -282,7 +285,15 @@ def test_what_only_some_change(tmp_path: Path) -> None:
     with pytest.warns(nm.MergeWarning, match="^1 of 3 adapters has no k_proj: zeros") as told:
         check(nm.merge(base, adapters.paths, scale=SCALE, min_agreement=0.6), expected)
     assert len(told) == 1
-    nm.merge(base, adapters.paths, scale=SCALE, exclude="k_proj")  # nothing to say of that
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nm.merge(base, adapters.paths, scale=SCALE, exclude="k_proj")  # nothing to say of that
+    full = {name: tensor + 0.1 for name, tensor in base.items()}
+    with pytest.warns(nm.MergeWarning) as told:
+        nm.merge(base, [full, *adapters.paths], scale=SCALE, exclude="norm")
+    assert [str(each.message).partition(":")[0] for each in told] == [
+        "3 of 3 adapters have no embed", "1 of 3 adapters has no k_proj",
+    ]  # fmt: skip
 
 
 def changed(adapters: Adapters, k: int, fields: dict[str, Any], tensors: Tensors) -> None:
