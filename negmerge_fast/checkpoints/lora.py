@@ -377,11 +377,11 @@ class _Settings:
             return []
         if not isinstance(value, Mapping):
             raise self._error(key, value, "an object of regular expressions and numbers")
-        found = []
+        found, steps = [], [0]
         for pattern, number in value.items():
             checked = self._number(f"{key}[{short_repr(pattern)}]", number, integer)
             try:
-                found.append((_matcher(pattern), checked))
+                found.append((_matcher(pattern, steps), checked))
             except InputError as error:
                 raise InputError(f"{self._name}: {key}: {error}") from None
         return found
@@ -447,7 +447,7 @@ def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
 
 
-def _matcher(pattern: Any) -> Callable[[str], bool]:
+def _matcher(pattern: Any, steps: list[int]) -> Callable[[str], bool]:
     """PEFT's re.match((.*\\.)?(PATTERN)$), for patterns of anybody."""
     if not isinstance(pattern, str):
         raise InputError(f"{short_repr(pattern)}, expected a regular expression")
@@ -456,7 +456,7 @@ def _matcher(pattern: Any) -> Callable[[str], bool]:
     ):  # all that most adapters have: plain names, whose dots are any character
         found = re.compile(rf"(?:.*\.)?{pattern}$")
         return lambda name: len(name) < 1 << 12 and found.match(name) is not None
-    return LinearPattern(rf"(.*\.)?({pattern})$").match
+    return LinearPattern(rf"(.*\.)?({pattern})$", steps).match
 
 
 class _Reading(Generic[T]):

@@ -18,8 +18,8 @@ parser: Any = re._parser if hasattr(re, "_parser") else importlib.import_module(
 
 # Of one expression, whose parts are repeated as often as it says, and of a text.
 _MAX_STATES, _MAX_TEXT = 2000, 4096
-# Of all texts together; a second or two.
-_MAX_STEPS = 5_000_000
+# Of all texts and patterns together; some seconds. Ten patterns for 3,000 experts take a third of it.
+_MAX_STEPS = 20_000_000
 
 _CATEGORIES = {
     "CATEGORY_DIGIT": r"\d",
@@ -48,17 +48,19 @@ class LinearPattern:
 
     Args:
         pattern: The regular expression.
+        steps: Takes the steps of all texts; expressions that share it share their bound.
 
     Raises:
         InputError: If it is none, or one of those that are not supported.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, steps: list[int] | None = None) -> None:
         self._pattern = pattern
         # Of each state, the test of the next character or the condition, or None, and where it leads.
         self._tests: list[tuple[_Test | None, _Condition | None]] = []
         self._next: list[list[int]] = []
-        self._steps = 0
+        self._steps = [] if steps is None else steps
+        self._steps[:] = self._steps or [0]
         try:
             parsed = parser.parse(pattern)
         except (re.error, RecursionError, OverflowError) as error:
@@ -97,8 +99,8 @@ class LinearPattern:
             test, condition = self._tests[state]
             if test is None and (condition is None or condition(text, at)):
                 pending += self._next[state]
-        self._steps += len(found) + 1
-        if self._steps > _MAX_STEPS:
+        self._steps[0] += len(found) + 1
+        if self._steps[0] > _MAX_STEPS:
             raise InputError(f"{short_repr(self._pattern)}: takes too long for so many names")
         return found
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from negmerge_fast.checkpoints.lora import Adapter, Product, Replacement, Shift, matrices, read_adapter
 from negmerge_fast.checkpoints.placing import place
+from negmerge_fast.core import regex
 from negmerge_fast.core.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -92,6 +93,14 @@ def test_hostile_patterns_end() -> None:
     ):
         with pytest.raises(InputError, match=rf"^a: rank_pattern: .*{problem}"):
             read(factors(Q), rank_pattern={pattern: 9})
+
+
+def test_many_patterns_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is of all patterns together."""
+    monkeypatch.setattr(regex, "_MAX_STEPS", 50_000)
+    modules = {key: t for k in range(100) for key, t in factors(f"layers.{k}.self_attn.q_proj").items()}
+    with pytest.raises(InputError, match=r"rank_pattern or alpha_pattern: .* takes too long"):
+        read(modules, rank_pattern={f"x{k}.*y.*z": 2 for k in range(50)})
 
 
 def test_transposed() -> None:
