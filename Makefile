@@ -23,7 +23,7 @@ suite: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'not slow and not libraries and not processes'
 
 beside: $(VENV)/.test
-	(TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py && \
+	(TRITON_INTERPRET=1 $(BIN)/python -m pytest -k BF16 tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py && \
 	  $(BIN)/python -m pytest -m 'processes and not slow' $$(grep -rl --include='test_*.py' pytest.mark.processes tests)) \
 	  >$(VENV)/$@.log 2>&1; status=$$?; cat $(VENV)/$@.log; exit $$status
 
@@ -31,6 +31,8 @@ beside: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k 'not 32_bits' tests/backends/test_same_bits.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k 'not BF16' tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k written_out tests/backends/test_low_rank.py
 
 # Models of transformers, sentence-transformers, diffusers, PEFT, timm and open_clip, saved, merged and loaded by these. One of their packages has a model of 83 MB.
 libraries: $(VENV)/.libraries

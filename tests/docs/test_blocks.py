@@ -89,7 +89,8 @@ def shell(code: str) -> str:
         pytest.param(
             page,
             id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.libraries] if page.name in OF_LIBRARIES else [],
+            # Most blocks are commands: beside the other tests they fill the time of both cores.
+            marks=[pytest.mark.libraries if page.name in OF_LIBRARIES else pytest.mark.processes],
         )
         for page in PAGES
     ],
