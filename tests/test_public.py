@@ -333,6 +333,10 @@ _OLD = {
 _TUNED = {*MACHINE, *WORKLOAD, "rounds", "p20", "p50", "p80", "GB/s"}
 _LIMITED = {"limit", "limit GB/s", "of_limit"}
 COMMITTED: dict[str, tuple[set[str], set[str]]] = {
+    "adapters": (
+        _TUNED - {"GB/s"} | {"times ours", "peak MB", "disk MB", "differing"},
+        set(),
+    ),
     "checkpoints": (_OLD, {"GB/s", "of_limit", "seconds"}),
     "chunk_sizes": (_TUNED | _LIMITED, set()),
     "delta": (_TUNED | {"of_merge"}, {"limit", "of_limit"}),
@@ -341,6 +345,10 @@ COMMITTED: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "loop": (_OLD | {"GB/s", "of_limit"}, set()),
+    "low_rank": (
+        _TUNED | {"limit", "of_limit", "rank", "ns", "n_rank_of_warm", "n_rank_of_disk"},
+        set(),
+    ),
     "memory": (
         _OLD | {"GB/s"},
         {"instruction_set", "of_limit", "of_one_tensor", "us_per_tensor_and_model"},
