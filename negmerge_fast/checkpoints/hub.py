@@ -326,17 +326,17 @@ def _silent() -> Iterator[None]:
     from huggingface_hub import utils
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
-    hidden = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    hidden = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
     level = get_verbosity()
     set_verbosity(logging.ERROR)
     if hidden:
-        utils.disable_progress_bars()  # type: ignore[attr-defined]
+        utils.disable_progress_bars()
     try:
         yield
     finally:
         set_verbosity(level)
         if hidden:
-            utils.enable_progress_bars()  # type: ignore[attr-defined]
+            utils.enable_progress_bars()
 
 
 def _is_offline() -> bool:

@@ -156,10 +156,11 @@ def _ask(architecture: str, config: dict[str, Any], shapes: Mapping[str, Shape],
         rename_source_key,
     )
 
-    kind = getattr(transformers, architecture, None)
+    kind: Any = getattr(transformers, architecture, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise Unknown(f"transformers {version} has no {short_repr(architecture)}")
-    config_class: Any = kind.config_class
+    found: Any = kind
+    config_class = found.config_class
     inner = config.get(getattr(config_class, "base_config_key", ""))
     if isinstance(inner, dict) and config.get("model_type") != config_class.model_type:
         config = inner  # a tower's own
