@@ -179,7 +179,14 @@ def test_a_part_that_is_missing_in_a_version_is_refused(run: Run, tmp_path: Path
     assert "vae" in refused(run, *paths)
 
 
-def test_a_part_in_another_format_is_refused(run: Run, tmp_path: Path) -> None:
-    """It would be left out, and model_index.json names it."""
-    _, paths = saved(tmp_path, ddpm, safe_serialization=False)
-    assert "unet" in refused(run, *paths)
+def test_a_part_in_a_pytorch_file(run: Run, tmp_path: Path) -> None:
+    """It is merged, and becomes a safetensors file."""
+    outs = []
+    for name, safe in (("bin", False), ("safetensors", True)):
+        (tmp_path / name).mkdir()
+        _, paths = saved(tmp_path / name, ddpm, safe_serialization=safe)
+        merged = merge_files(run, paths[0], paths[1:], tmp_path / name / "out")
+        assert safe or "unet/diffusion_pytorch_model.bin becomes" in "".join(merged.notes)
+        outs.append(states(merged.out))
+    assert outs[0].keys() == outs[1].keys()
+    assert all(same_bits(tensor, outs[1][name]) for name, tensor in outs[0].items())

@@ -253,8 +253,11 @@ def test_the_same_as_of_saved_adapters(kind: str, tmp_path: Path) -> None:
     check(nm.merge(base, paths, scale=SCALE), merged)
     check(nm.merge(models[1], [models[0], paths[1], models[2]], scale=SCALE), merged)
     full = finetuned(base, 5)
-    mixed = nm.merge(base, [models[0], full, *models[1:]], scale=SCALE)
-    check(nm.merge(base, [paths[0], full.state_dict(), *paths[1:]], scale=SCALE), mixed)
+    with warnings.catch_warnings():
+        # What only the full model changes.
+        warnings.filterwarnings("ignore", "3 of 3 adapters have no", nm.MergeWarning)
+        mixed = nm.merge(base, [models[0], full, *models[1:]], scale=SCALE)
+        check(nm.merge(base, [paths[0], full.state_dict(), *paths[1:]], scale=SCALE), mixed)
     for name, tensor in base.state_dict().items():
         assert tensor.dtype == merged[name].dtype
     # A file may hold experts apart; what is loaded from it is the same.

@@ -146,12 +146,18 @@ def test_a_module_that_is_missing_in_a_version_is_refused(run: Run, tmp_path: Pa
     assert "2_Dense" in refused(run, *paths)
 
 
-def test_a_module_in_another_format_is_refused(run: Run, tmp_path: Path) -> None:
-    """It would be left out, and modules.json names it."""
+def test_a_module_in_a_pytorch_file(run: Run, tmp_path: Path) -> None:
+    """It is merged, and becomes a safetensors file."""
     models, paths = saved(tmp_path, with_dense)
     models[0].save_pretrained(str(tmp_path / "bin"), safe_serialization=False)
     assert (tmp_path / "bin" / "2_Dense" / "pytorch_model.bin").exists()
-    assert "2_Dense" in refused(run, tmp_path / "bin", *paths[1:])
+    outs = []
+    for base in (tmp_path / "bin", paths[0]):
+        merged = merge_files(run, base, paths[1:], tmp_path / f"of-{base.name}")
+        assert base == paths[0] or "2_Dense/pytorch_model.bin becomes" in "".join(merged.notes)
+        outs.append(states(merged.out))
+    assert outs[0].keys() == outs[1].keys()
+    assert all(same_bits(tensor, outs[1][name]) for name, tensor in outs[0].items())
 
 
 @pytest.fixture(scope="module")
