@@ -86,7 +86,9 @@ FAULTS = {
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
 @pytest.mark.parametrize("task_vectors", [False, True])
-@pytest.mark.parametrize("dtype", FLOAT_SIZES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=pytest.mark.slow if d == "F64" else ()) for d in FLOAT_SIZES]
+)
 @pytest.mark.parametrize(
     "fault",
     ["none", next(iter(FAULTS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(FAULTS)[1:])],
@@ -138,7 +140,8 @@ def test_selftest_of_cuda_gives_a_block_several_tiles(fault: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("base", "models"),
     [
-        pytest.param("F64", "F32", marks=pytest.mark.slow), ("F64", "F16"), pytest.param("F64", "BF16", marks=pytest.mark.slow),
+        pytest.param("F64", "F32", marks=pytest.mark.slow), pytest.param("F64", "F16", marks=pytest.mark.slow),
+        pytest.param("F64", "BF16", marks=pytest.mark.slow),
         ("F32", "F16"), ("F32", "BF16"), ("BF16", "F16"), ("F16", "BF16"),
         ("F32", "F32 BF16"), ("F16", "F32 BF16 F16"),
     ],

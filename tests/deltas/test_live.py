@@ -206,6 +206,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c() -> None:
     process = subprocess.Popen([sys.executable, "-c", CTRL_C], stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "ready\n"

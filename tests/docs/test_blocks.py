@@ -28,6 +28,8 @@ NOT_RUN = {
 
 # Pages whose blocks need transformers and PEFT.
 OF_LIBRARIES = {"adapters.md"}
+# Of so many commands that make slow runs them.
+LONG = {"formats.md", "merge-checkpoints.md"}
 
 # `make` says only what it would do: its targets take minutes, and this is one of them.
 PRELUDE = f'make() {{ command make --dry-run --directory "{ROOT}" "$@"; }}\n'
@@ -83,14 +85,20 @@ def shell(code: str) -> str:
     return done.stdout
 
 
+def _marks(page: Path) -> list[pytest.MarkDecorator]:
+    if page.name in OF_LIBRARIES:
+        return [pytest.mark.libraries]
+    # Most blocks are commands: beside the other tests they fill the time of both cores.
+    return [pytest.mark.processes, *([pytest.mark.slow] if page.name in LONG else [])]
+
+
 @pytest.mark.parametrize(
     "page",
     [
         pytest.param(
             page,
             id=str(page.relative_to(ROOT)),
-            # Most blocks are commands: beside the other tests they fill the time of both cores.
-            marks=[pytest.mark.libraries if page.name in OF_LIBRARIES else pytest.mark.processes],
+            marks=_marks(page),
         )
         for page in PAGES
     ],
