@@ -60,11 +60,14 @@ class Stats:
             self._counted[name] = before + counted if before else counted
 
     def _count(self) -> None:
+        if not self._pending:
+            return
+        total = dict(self._counted)
         for segments, counts in self._pending:
             for (name, numel), counted in zip(segments, counts.tolist(), strict=True):
-                before = self._counted.get(name, TensorStats())
-                self._counted[name] = before + TensorStats(numel, *counted)
-        self._pending.clear()
+                total[name] = total.get(name, TensorStats()) + TensorStats(numel, *counted)
+        # In one step: an interrupt before it leaves all pending, and nothing is counted twice.
+        self._counted, self._pending = total, []
 
     def __getstate__(self) -> dict[str, Any]:
         self._count()  # what is pending may belong to a device
