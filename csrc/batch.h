@@ -15,6 +15,27 @@ constexpr int kCounted = 3;
 
 constexpr std::int64_t kSizes[] = {8, 4, 2, 2};
 
+// What another method does, or one with a weight for each element: negmerge_fast/core/choices.py, whose enumerations these are.
+enum Gate : int { kNoGate, kMagnitude, kRandom };
+enum Election : int { kAll, kAgreement, kConflict, kSignOfSum, kVotesCounted, kMasks };
+enum Reduction : int { kSum, kMean, kLargest };
+
+// What is counted of a segment then: also elements that only a weight of zero keeps from being changed.
+constexpr int kFamilyCounted = 4;
+
+// Storage types of weights are those of models, and bytes.
+constexpr int kWeightU8 = 4;
+
+struct Family {
+  Gate gate;
+  Election election;
+  Reduction reduction;
+  std::uint64_t seed;
+  double mask_scale;
+  const double* numbers;      // [3, n]: factors, votes, and how many of 2^32 numbers of the generator keep d_k
+  const std::int64_t* terms;  // [segments, 4 + 2n]: begin, key, the weights' address or 0, their type; low and high as double
+};
+
 // Segments of one signature. The descriptors of a segment are its number of elements, then the addresses of base (0: zeros),
 // out (0: count only) and x_1 … x_n: negmerge_fast/core/batch.py and descriptors.py.
 struct Batch {
@@ -32,6 +53,8 @@ struct Batch {
   // Of the CPU kernel: int64[segments, n], where in this array, in elements, an Expansion stands that takes a model's place, or 0
   // (low_rank.h). Null: there are none.
   const std::int64_t* expansions = nullptr;
+  // Null: the rule of merge_rule.h. Else counts is [segments, kFamilyCounted].
+  const Family* family = nullptr;
 
   NEGMERGE_INLINE const std::int64_t* row(std::int64_t segment) const { return descriptors + segment * (3 + n); }
 };

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, overload
 
+from .choices import FAMILY_COUNTED, Terms
 from .dtypes import holds
 from .rule import Rule
 
@@ -107,19 +108,28 @@ def segment_at(numel: int, signature: Signature, addresses: Sequence[int], owner
 
 @dataclass(frozen=True)
 class Batch:
-    """Segments of one device and one signature, merged by one call of a backend."""
+    """Segments of one device and one signature, merged by one call of a backend.
+
+    terms: of each segment, where the rule has choices (choices.py).
+    """
 
     device: str
     signature: Signature
     segments: Sequence[Segment]
+    terms: Sequence[Terms] | None = None
 
 
 # What is counted of a segment, in this order. rule.py defines it.
 COUNTED = ("agreed", "nonfinite", "vetoed_by_zero")
 
 
+def counted_by(rule: Rule) -> tuple[str, ...]:
+    """The columns of the counts of a merge by a rule."""
+    return COUNTED if rule.choices is None else FAMILY_COUNTED
+
+
 class Counts(Protocol):
-    """int64[segments, len(COUNTED)]: a buffer of two dimensions in main memory, or a tensor on the batch's device."""
+    """int64[segments, len(counted_by(rule))]: a buffer of two dimensions in main memory, or a tensor on the batch's device."""
 
     def tolist(self) -> Any: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from array import array
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from .batch import Batch, Operand, Operands, Signature
+from .choices import KEEP_ALL, WEIGHT_CODES, Choices
 from .delta import DeltaBatch, DeltaSegment
 from .dtypes import DTYPE_CODES, FLOAT_SIZES
 from .low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank
@@ -30,6 +32,27 @@ def pack_descriptors(batch: Batch) -> array[int]:
     if len(integers) != len(batch.segments) * (3 + len(batch.signature.models)):
         raise ValueError(f"segments of other numbers of models, expected {len(batch.signature.models)}")
     return array("Q", integers)  # unsigned: an address may have its highest bit set
+
+
+def pack_terms(batch: Batch) -> array[int]:
+    """Pack a batch's terms as int64[segments, 4 + 2n]: begin, key, the weights' address, or 0, and their code; low and high, as float64."""
+    if batch.terms is None or len(batch.terms) != len(batch.segments):
+        raise ValueError(f"terms: {batch.terms}, expected those of each segment")
+    n = len(batch.signature.models)
+    integers = array("Q")  # unsigned: an address may have its highest bit set
+    for begin, key, weight, low, high in batch.terms:
+        address, code = (weight.address, WEIGHT_CODES[weight.dtype]) if weight else (0, 0)
+        integers.extend((begin, key, address, code))
+        bounds = array("d", (*(low or (0.0,) * n), *(high or (math.inf,) * n)))
+        if len(bounds) != 2 * n:
+            raise ValueError(f"bounds of other numbers of models, expected {n}")
+        integers.frombytes(bounds.tobytes())
+    return integers
+
+
+def pack_numbers(choices: Choices) -> array[float]:
+    """Pack what choices have for each model as float64[3, n]: factors, votes, and what keep has, or 2^32."""
+    return array("d", (*choices.factors, *choices.votes, *(choices.keep or (KEEP_ALL,) * len(choices.votes))))
 
 
 def has_expansions(batch: Batch) -> bool:

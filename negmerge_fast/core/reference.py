@@ -12,6 +12,7 @@ needs no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,6 +46,47 @@ def plain_merge(
     out = base.clone()
     out[agree] = result[agree]
     return out, int(agree.sum()), int(nonfinite.sum()), int(vetoed.sum())
+
+
+def plain_family(
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    scale: float,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    factors: Sequence[float] = (),
+    weight: torch.Tensor | None = None,
+    task_vectors: bool = False,
+) -> tuple[torch.Tensor, int, int, int]:
+    """Merge tensors by another method: the rule of choices.py, of which `reduce` computes r.
+
+    Args:
+        base: As of plain_merge.
+        models: As of plain_merge.
+        scale: λ.
+        reduce: Computes r of d_1 … d_n, shape [n, elements]: a method's naive version.
+        factors: f_k, which tell with b and w · r what is not finite; () if all are 1.
+        weight: w, of the base's shape and any dtype.
+        task_vectors: Whether the models are task vectors.
+
+    Returns:
+        The merged tensor; then the numbers of elements that were changed, that were not finite, and that only a weight of zero kept.
+    """
+    b, d = _differences(base, models, task_vectors)
+    r = reduce(d.flatten(1)).view(b.shape)
+    w = torch.ones_like(b) if weight is None else _widened(weight, b.dtype)
+    products = (
+        d * torch.stack([_scalar(f, b.dtype) for f in factors]).view(-1, *[1] * b.dim()) if factors else d
+    )
+    t = _scalar(scale, b.dtype) * -(w * r)
+    result = _rounded(b + t, base.dtype)
+    chosen = (r != 0) & (w != 0)
+    nonfinite = ~(
+        b.isfinite() & products.isfinite().all(0) & (w * r).isfinite() & (result.isfinite() | ~chosen)
+    )
+    agree, masked = chosen & ~nonfinite, (r != 0) & (w == 0) & ~nonfinite
+    out = base.clone()
+    out[agree] = result[agree]
+    return out, int(agree.sum()), int(nonfinite.sum()), int(masked.sum())
 
 
 def plain_consensus(
@@ -88,22 +130,31 @@ def _agreement(
     base: torch.Tensor, models: list[torch.Tensor], min_agreement: float, task_vectors: bool
 ) -> tuple[torch.Tensor, ...]:
     """b, every d_k, whether an element agrees, its mean, and whether it would agree if zeros had the sign of the majority."""
-    wide = torch.float64 if torch.float64 in [base.dtype, *(m.dtype for m in models)] else torch.float32
-    b = base.to(wide)
-    d = torch.stack(
-        [m.to(wide) if task_vectors else m.to(wide) - _rounded(base, m.dtype).to(wide) for m in models]
-    )
+    b, d = _differences(base, models, task_vectors)
     required = max(math.ceil(min_agreement * len(models) - 1e-9), len(models) // 2 + 1)
     positive, negative = (d > 0).sum(0), (d < 0).sum(0)
     agree = torch.maximum(positive, negative) >= required
-    sign = torch.where(positive >= required, 1.0, -1.0).to(wide)
+    sign = torch.where(positive >= required, 1.0, -1.0).to(b.dtype)
     total, number = torch.zeros_like(b), torch.zeros_like(b)
     for k in range(len(models)):
         has_sign = d[k] * sign > 0
         total = torch.where(has_sign, total + d[k], total)
-        number = number + has_sign.to(wide)
+        number = number + has_sign.to(b.dtype)
     possible = torch.maximum(positive, negative) + (d == 0).sum(0) >= required
     return b, d, agree, total / number, possible
+
+
+def _differences(
+    base: torch.Tensor, models: list[torch.Tensor], task_vectors: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """b, and every d_k, in the arithmetic type."""
+    wide = torch.float64 if torch.float64 in [base.dtype, *(m.dtype for m in models)] else torch.float32
+    d = [m.to(wide) if task_vectors else m.to(wide) - _rounded(base, m.dtype).to(wide) for m in models]
+    return base.to(wide), torch.stack(d)
+
+
+def _widened(weight: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    return weight.to(torch.float64).to(wide)
 
 
 def _scalar(scale: float, wide: torch.dtype) -> torch.Tensor:

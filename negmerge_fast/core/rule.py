@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
+from .choices import Choices
 from .errors import InputError
 
 Inputs = Literal["finetuned", "task_vectors"]
@@ -46,6 +47,7 @@ class Rule:
         scale: λ, any finite number (the paper searches 0 … 1). One that overflows the arithmetic type makes every element
             that agrees non-finite.
         min_agreement: The fraction of the models, in (0.5, 1], that must agree on the sign. 1.0 is the paper's unanimity.
+        choices: What another method, or one with weights, does instead: the rule of choices.py. None is the rule above.
 
     Raises:
         InputError: If a number is out of range.
@@ -54,11 +56,12 @@ class Rule:
 
     scale: float
     min_agreement: float = 1.0
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         # Floats from here on: -scale of an unsigned integer is another number, and of the integer 0 another zero.
         for name in ("scale", "min_agreement"):
-            object.__setattr__(self, name, _as_float(name, getattr(self, name)))
+            object.__setattr__(self, name, as_float(name, getattr(self, name)))
         if not math.isfinite(self.scale):
             raise InputError(f"scale: {self.scale}, expected a finite number")
         if not 0.5 < self.min_agreement <= 1.0:
@@ -70,7 +73,8 @@ class Rule:
         return max(math.ceil(self.min_agreement * models - 1e-9), models // 2 + 1)
 
 
-def _as_float(name: str, value: object) -> float:
+def as_float(name: str, value: object) -> float:
+    """A number as a float. Raises TypeError or InputError if it is none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: {value!r}, expected a number")
     try:

@@ -19,12 +19,14 @@ class TensorStats:
         nonfinite: Elements that kept the base's bits because something was not finite.
         vetoed_by_zero: Finite elements that did not agree, but would have if each difference of exactly zero had the sign of
             the majority. In the rest of the elements differences of both signs conflict.
+        masked: Finite elements that kept the base's bits only because their weight is zero.
     """
 
     elements: int = 0
     agreed: int = 0
     nonfinite: int = 0
     vetoed_by_zero: int = 0
+    masked: int = 0
 
     def __add__(self, other: TensorStats) -> TensorStats:
         return TensorStats(
@@ -32,6 +34,7 @@ class TensorStats:
             self.agreed + other.agreed,
             self.nonfinite + other.nonfinite,
             self.vetoed_by_zero + other.vetoed_by_zero,
+            self.masked + other.masked,
         )
 
 
@@ -98,6 +101,11 @@ class Stats:
     def vetoed_by_zero(self) -> int:
         """Elements that only differences of exactly zero kept from agreeing. Models trained in bf16 have many."""
         return sum(t.vetoed_by_zero for t in self.tensors.values())
+
+    @property
+    def masked(self) -> int:
+        """Elements that only a weight of zero kept from being changed."""
+        return sum(t.masked for t in self.tensors.values())
 
     @property
     def consensus_ratio(self) -> float:
