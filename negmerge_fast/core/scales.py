@@ -46,7 +46,9 @@ class Scales:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError, TypeError) as error:
-                raise InputError(f"scale: {short_repr(pattern)} is not a regular expression ({error})") from None
+                raise InputError(
+                    f"scale: {short_repr(pattern)} is not a regular expression ({error})"
+                ) from None
             value = as_float(f"scale of {short_repr(pattern)}", number)
             if not math.isfinite(value):
                 raise InputError(f"scale of {short_repr(pattern)}: {value}, expected a finite number")
@@ -78,7 +80,9 @@ class Scales:
                     unused.discard(k)
                     break
             else:
-                raise InputError(f"scale: no pattern matches {short_repr(name)}, expected one, or a number for all others")
+                raise InputError(
+                    f"scale: no pattern matches {short_repr(name)}, expected one, or a number for all others"
+                )
         for k in sorted(unused):
             if self.pairs[k][0]:  # a number for all others may be for none
                 raise InputError(

@@ -255,7 +255,7 @@ class Job:
                     release=release,
                     reader=reader,
                     read_ahead=read_ahead,
-                    native=ChunkMerger(self.rule, release, self.recipe.nonfinite == "error", turn)
+                    native=ChunkMerger(release, self.recipe.nonfinite == "error", turn)
                     if is_native
                     else None,
                     buffers=buffers,

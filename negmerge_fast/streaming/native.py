@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends.native import instruction_set, kernel_arguments, library
-from ..core.batch import COUNTED, Batch, Rows
+from ..core.batch import Batch, Rows, counted_by
 from ..core.descriptors import has_expansions, pack_descriptors, pack_low_rank
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
@@ -45,21 +45,20 @@ class ChunkMerger:
     """Merges chunks one at a time, with one thread.
 
     Args:
-        rule: The rule of the merge.
         release: Whether pages of what was read are given back to the system.
         refuse_nonfinite: Whether a chunk with a non-finite element is not written.
         turn: One for several mergers, of which one may merge at a time while others read and write; None if all may.
     """
 
-    def __init__(self, rule: Rule, release: bool, refuse_nonfinite: bool, turn: Turn | None) -> None:
+    def __init__(self, release: bool, refuse_nonfinite: bool, turn: Turn | None) -> None:
         self._turn = turn
         self._instruction_set = instruction_set()
-        self._rule, self._release, self._refuse_nonfinite = rule, release, refuse_nonfinite
+        self._release, self._refuse_nonfinite = release, refuse_nonfinite
 
     def merge(
         self,
         chunk: Extent,
-        batches: Sequence[tuple[Batch, list[TensorSlice]]],
+        batches: Sequence[tuple[Batch, list[TensorSlice], Rule]],
         descriptors: Sequence[int],
         addresses: Sequence[int],
         output: int,
@@ -70,8 +69,8 @@ class ChunkMerger:
 
         Args:
             chunk: The chunk.
-            batches: What is to be merged in it, and the slices that the segments are of. An Expansion may take the place of an
-                Operand; the version that it is of has nothing to read.
+            batches: What is to be merged in it, the slices that the segments are of, and the rule. An Expansion may take the place of
+                an Operand; the version that it is of has nothing to read.
             descriptors: Of the open files of its sources; IN_MEMORY of one whose bytes are at its address already, or
                 that has none.
             addresses: Of memory for each source; that of the base has the result afterwards.
@@ -86,19 +85,19 @@ class ChunkMerger:
                 (fd, s.offset, 0 if fd == IN_MEMORY else s.nbytes, at) for s, fd, at in versions
             ),
         )
-        packed = [_packed(batch) for batch, _ in batches]
-        counts = [array("q", bytes(8 * len(COUNTED) * len(slices))) for _, slices in batches]
+        packed = [_packed(batch) for batch, _, _ in batches]
+        counts = [array("q", bytes(8 * len(counted_by(rule) * len(slices)))) for _, slices, rule in batches]
         outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],
             len(chunk.sources),
             [
                 (
-                    *kernel_arguments(batch, self._rule),
+                    *kernel_arguments(batch, rule),
                     rows.buffer_info()[0],
                     found.buffer_info()[0],
                     expansions.buffer_info()[0],
                 )
-                for (batch, _), (rows, expansions), found in zip(batches, packed, counts, strict=True)
+                for (batch, _, rule), (rows, expansions), found in zip(batches, packed, counts, strict=True)
             ],
             self._instruction_set,
             output,
@@ -108,7 +107,10 @@ class ChunkMerger:
             self._refuse_nonfinite,
             self._turn,
         )
-        counted = [(slices, _rows(found)) for (_, slices), found in zip(batches, counts, strict=True)]
+        counted = [
+            (slices, _rows(found, len(counted_by(rule))))
+            for (_, slices, rule), found in zip(batches, counts, strict=True)
+        ]
         return Merged(outcome, error, cached, times, counted)
 
 
@@ -117,5 +119,5 @@ def _packed(batch: Batch) -> tuple[array[int], array[int]]:
     return pack_low_rank(batch) if has_expansions(batch) else (pack_descriptors(batch), array("Q"))
 
 
-def _rows(counts: array[int]) -> Rows:
-    return Rows(counts[at : at + len(COUNTED)].tolist() for at in range(0, len(counts), len(COUNTED)))
+def _rows(counts: array[int], columns: int) -> Rows:
+    return Rows(counts[at : at + columns].tolist() for at in range(0, len(counts), columns))

@@ -163,7 +163,10 @@ class Worker:
         ]
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
-        merged = list(batches(chunk, "cpu", addresses, owner, known=known))
+        merged = [
+            (batch, slices, self.rule)
+            for batch, slices in batches(chunk, "cpu", addresses, owner, known=known)
+        ]
         done = native.merge(located, merged, descriptors, addresses, output, requested, base.offset)
         if done.outcome == NOT_READ:
             return None
