@@ -86,7 +86,7 @@ class ChunkMerger:
             ),
         )
         packed = [_packed(batch) for batch, _, _ in batches]
-        counts = [array("q", bytes(8 * len(counted_by(rule) * len(slices)))) for _, slices, rule in batches]
+        counts = [array("q", bytes(8 * len(counted_by(rule)) * len(slices))) for _, slices, rule in batches]
         outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],
             len(chunk.sources),
