@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Python compiles what is imported when it is imported: for all of what is installed that would take longer.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test suite beside slow libraries fuzz sanitize lint format docs bench baselines tune ci clean
+.PHONY: demo test suite beside slow libraries fuzz sanitize lint format docs hub-kernel bench baselines tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
@@ -59,6 +59,10 @@ format: $(VENV)/.lint
 # The site, in build/docs/.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The Triton kernel as Hugging Face's package `kernels` loads it, in build/hub-kernel/.
+hub-kernel:
+	$(PYTHON) hub/build.py
 
 # Prints tables, appends to bench/results/, draws, and writes the tables of docs/benchmarks.md, of what was measured where cases fail; needs 12 GB of memory for all of the usual cases, 3 GB of disk.
 bench: $(VENV)/.test
