@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.batch import COUNTED, Batch, Merge, Operand, Segment, Signature
+from ..core.batch import Batch, Merge, Operand, Segment, Signature, counted_by
 from ..core.descriptors import check_expansion
 from ..core.dtypes import FLOAT_SIZES
 from ..core.low_rank import Expand, ExpandBatch, ExpandSegment, Expansion, LowRank
@@ -130,15 +130,16 @@ def merge(merge: Merge, expand: Expand, batch: Batch, rule: Rule, threads: int |
     memory is the allocator's of the current stream, in whose order it is used.
 
     Returns:
-        int64[segments, len(COUNTED)] on the batch's device.
+        int64[segments, len(counted_by(rule))] on the batch's device.
     """
     device = torch.device(batch.device)
-    counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=device)
+    counts = torch.zeros(len(batch.segments), len(counted_by(rule)), dtype=torch.int64, device=device)
     longest = max((segment.numel for segment in batch.segments), default=0)
     scratch = _Scratch(batch, device, longest)
     for parts in scratch.fill():
         dense = scratch.expand(parts, expand, threads)
-        counted = merge(Batch(batch.device, batch.signature, dense), rule, threads)
+        terms = batch.terms and [batch.terms[part.row].at(part.start) for part in parts]
+        counted = merge(Batch(batch.device, batch.signature, dense, terms), rule, threads)
         if not isinstance(counted, torch.Tensor):
             counted = torch.tensor(counted.tolist(), device=device)
         _add(counts, [part.row for part in parts], counted)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..core.batch import COUNTED, Batch, Operand, Segment, Signature
+from ..core.batch import Batch, Operand, Segment, Signature, counted_by
+from ..core.choices import Terms
 from ..core.dtypes import FLOAT_SIZES, TORCH_NAMES
 from ..core.rule import Rule
 
@@ -40,38 +41,46 @@ SCRATCH_BYTES = 14 * CPU_BLOCK_BYTES
 
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Merge a batch; returns int64[segments, len(COUNTED)] on the batch's device."""
-    counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=batch.device)
+    """Merge a batch; returns int64[segments, len(counted_by(rule))] on the batch's device."""
+    counts = torch.zeros(len(batch.segments), len(counted_by(rule)), dtype=torch.int64, device=batch.device)
     with _computing(batch, rule, threads) as workspace:
-        for row, segment in enumerate(batch.segments):
+        for row, (segment, terms) in enumerate(zip(batch.segments, terms_of(batch), strict=True)):
             for start in range(0, segment.numel, workspace.block):
-                counts[row] += workspace.merge_block(
-                    segment, start, min(workspace.block, segment.numel - start)
-                )
+                size = min(workspace.block, segment.numel - start)
+                counts[row] += workspace.merge_block(segment, start, size, terms)
     return counts
+
+
+def terms_of(batch: Batch) -> Sequence[Terms | None]:
+    """The terms of each segment, or None for each."""
+    return [None] * len(batch.segments) if batch.terms is None else batch.terms
 
 
 def first_nonfinite(batch: Batch, rule: Rule) -> tuple[int, int, int | str, str] | None:
     """Find the first non-finite element of a batch, for an error message. Writes nothing.
 
     Returns:
-        The segment's number, the element's index in it, the version it is in ("base", a model's number from 0, or
+        The segment's number, the element's index in it, the version it is in ("base", a model's number from 0, "weights" or
         "result") and the value found there, as text; None if everything is finite.
     """
     with _computing(batch, rule) as workspace:
-        for row, segment in enumerate(batch.segments):
+        for row, (segment, terms) in enumerate(zip(batch.segments, terms_of(batch), strict=True)):
             for start in range(0, segment.numel, workspace.block):
                 size = min(workspace.block, segment.numel - start)
-                if workspace.merge_block(segment._replace(out=None), start, size)[1]:
+                if workspace.merge_block(segment._replace(out=None), start, size, terms)[1]:
                     index = start + int(workspace.nonfinite[:size].nonzero()[0])
-                    return row, index, *_culprit(segment, batch.signature, index)
+                    return row, index, *_culprit(segment, terms, batch.signature, index)
     return None
 
 
-def _culprit(segment: Segment, signature: Signature, index: int) -> tuple[int | str, str]:
+def _culprit(
+    segment: Segment, terms: Terms | None, signature: Signature, index: int
+) -> tuple[int | str, str]:
     versions: list[tuple[int | str, Operand]] = list(enumerate(segment.models))
     if segment.base is not None:
         versions.insert(0, ("base", segment.base))
+    if terms is not None and terms.weight is not None:
+        versions.append(("weights", terms.weight))
     for which, operand in versions:
         value = float(load(operand, index, 1))
         if value - value != 0:
@@ -82,6 +91,23 @@ def _culprit(segment: Segment, signature: Signature, index: int) -> tuple[int | 
             if not rounded(b, TORCH_DTYPES[dtype]).isfinite():
                 return "base", f"{float(b)} (infinite in a model's {dtype})"
     return "result", f"{float('inf')}"
+
+
+class Workspace(Protocol):
+    """What merges blocks of a batch.
+
+    Attributes:
+        block: The most elements of a block.
+        d: A temporary of so many numbers of the arithmetic type.
+        nonfinite: The flags of the block that was merged last.
+    """
+
+    block: int
+    d: torch.Tensor
+    nonfinite: torch.Tensor
+
+    def merge_block(self, segment: Segment, start: int, size: int, terms: Terms | None) -> torch.Tensor:
+        """Merge elements start … start + size; returns the counts."""
 
 
 class _Workspace:
@@ -115,7 +141,7 @@ class _Workspace:
             torch.tensor(-rule.scale, dtype=torch.float64, device="cpu").to(self.dtype).to(device)
         )
 
-    def merge_block(self, segment: Segment, start: int, size: int) -> torch.Tensor:
+    def merge_block(self, segment: Segment, start: int, size: int, _: Terms | None = None) -> torch.Tensor:
         """Merge elements start … start + size; their non-finite flags are in self.nonfinite then."""
         stored = None if segment.base is None else load(segment.base, start, size)
         b = self.b[:size]
@@ -248,9 +274,9 @@ def _bytes(operand: Operand, start: int, size: int) -> torch.Tensor:
     owner = operand.owner
     if not isinstance(owner, torch.Tensor):
         owner = torch.frombuffer(owner, dtype=torch.uint8)
-    memory = bytes_of(owner)
-    first = operand.address - memory.data_ptr() + start * FLOAT_SIZES[operand.dtype]
-    return memory[first : first + size * FLOAT_SIZES[operand.dtype]]
+    memory, itemsize = bytes_of(owner), TORCH_DTYPES[operand.dtype].itemsize
+    first = operand.address - memory.data_ptr() + start * itemsize
+    return memory[first : first + size * itemsize]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -280,7 +306,8 @@ def aligned(memory: torch.Tensor, itemsize: int) -> torch.Tensor:
 
 def load(operand: Operand, start: int, size: int) -> torch.Tensor:
     """Elements of an operand in their dtype: a view, or a copy if they are not aligned."""
-    return aligned(_bytes(operand, start, size), FLOAT_SIZES[operand.dtype]).view(TORCH_DTYPES[operand.dtype])
+    dtype = TORCH_DTYPES[operand.dtype]
+    return aligned(_bytes(operand, start, size), dtype.itemsize).view(dtype)
 
 
 def store(operand: Operand, start: int, bits: torch.Tensor) -> None:
@@ -289,10 +316,16 @@ def store(operand: Operand, start: int, bits: torch.Tensor) -> None:
 
 
 @contextmanager
-def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[_Workspace]:
+def _computing(batch: Batch, rule: Rule, threads: int | None = None) -> Iterator[Workspace]:
     """Give the temporaries of a batch, and keep subnormals while they are in use."""
     with plain_arithmetic(threads):
-        workspace = _Workspace(batch, rule)
+        workspace: Workspace
+        if rule.choices is None:
+            workspace = _Workspace(batch, rule)
+        else:
+            from .pytorch_family import FamilyWorkspace
+
+            workspace = FamilyWorkspace(batch, rule, rule.choices)
         compute_alone_if_flushing(workspace.d)
         yield workspace
 

@@ -6,11 +6,11 @@ core/delta.py says what is computed, to the bit. It is done block by block, as i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.batch import COUNTED, Batch, Merge, Operand, Segment, Signature
+from ..core.batch import Batch, Merge, Operand, Segment, Signature, counted_by
 from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch, DeltaSegment, differences_of
 from ..core.descriptors import Act, act_of
 from ..core.dtypes import FLOAT_SIZES
@@ -26,6 +26,7 @@ from .pytorch import (
     memory_at,
     plain_arithmetic,
     rounded,
+    terms_of,
 )
 
 
@@ -38,22 +39,23 @@ def consensus(merge: Merge, batch: Batch, rule: Rule, threads: int | None = None
     arithmetic, n = signature.arithmetic, len(signature.models)
     dtype = TORCH_DTYPES[arithmetic]
     merged = differences_of(signature)
-    counts = torch.zeros(len(batch.segments), len(COUNTED), dtype=torch.int64, device=device)
+    counts = torch.zeros(len(batch.segments), len(counted_by(rule)), dtype=torch.int64, device=device)
     longest = max((segment.numel for segment in batch.segments), default=0)
     block = min(longest, max(_block_bytes(device) // dtype.itemsize // n, RANK_BLOCK)) or 1
     with plain_arithmetic():  # torch's number of threads is the process's, and other workers may be here, too
         memory = torch.empty(n, block, dtype=dtype, device=device)
         compute_alone_if_flushing(memory.view(-1))
         models = [Operand(row.data_ptr(), arithmetic, memory) for row in memory]
-        for row, segment in enumerate(batch.segments):
+        for row, (segment, terms) in enumerate(zip(batch.segments, terms_of(batch), strict=True)):
             for start in range(0, segment.numel, block):
                 size = min(block, segment.numel - start)
                 _subtract(segment, signature, start, memory[:, :size])
                 out = segment.out and segment.out._replace(
                     address=segment.out.address + start * FLOAT_SIZES[arithmetic]
                 )
-                part = Batch(batch.device, merged, [Segment(size, None, models, out)])
-                counted = merge(part, Rule(-1.0, rule.min_agreement), threads)
+                of_block = None if terms is None else [terms.at(start)]
+                part = Batch(batch.device, merged, [Segment(size, None, models, out)], of_block)
+                counted = merge(part, replace(rule, scale=-1.0), threads)
                 if isinstance(counted, torch.Tensor):
                     counts[row] += counted[0]
                 else:

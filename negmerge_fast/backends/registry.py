@@ -189,7 +189,8 @@ def consensus(name: str) -> Merge:
     """A backend's function that merges to the means of core/delta.py.
 
     The outputs of its segments are of the signature's arithmetic type. Where the element agrees and all is finite the mean is
-    written, +0 elsewhere. The counts are those of a merge. Of the rule only min_agreement is used.
+    written, +0 elsewhere; of a rule with choices w · r where the element is chosen. The counts are those of a merge. Of the rule
+    the scale is not used.
     """
     if name == "cpu":
         from . import native
@@ -257,7 +258,7 @@ def choose_low_rank(
     """
     signatures = dict.fromkeys(signatures)
     name, merge = choose(backend, device, rule, signatures, map(expand_signature, signatures))
-    return name, _low_rank(name, merge, consensus=False)
+    return name, _low_rank(name, merge, rule, consensus=False)
 
 
 def choose_low_rank_consensus(
@@ -266,11 +267,11 @@ def choose_low_rank_consensus(
     """Choose a backend as `choose_low_rank` does, for `consensus`."""
     signatures = dict.fromkeys(signatures)
     name, merge = choose_consensus(backend, device, rule, signatures, map(expand_signature, signatures))
-    return name, _low_rank(name, merge, consensus=True)
+    return name, _low_rank(name, merge, rule, consensus=True)
 
 
-def _low_rank(name: str, merge: Merge, consensus: bool) -> Merge:
-    if name == "cpu":
+def _low_rank(name: str, merge: Merge, rule: Rule, consensus: bool) -> Merge:
+    if name == "cpu" and rule.choices is None:  # its one pass knows no other rule
         from . import native
 
         return partial(native.merge_low_rank_cpu, consensus=consensus)

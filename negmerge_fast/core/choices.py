@@ -19,12 +19,13 @@ To the bit, so that every backend gives the same bits:
 - Reductions. SUM of the elected e_k. MEAN: that, divided by a sum of votes: of the elected models' with AGREEMENT and SIGN_OF_SUM, of
   all models' with the others. LARGEST: the elected e_k of the largest magnitude; of equal ones the last. Of none elected, and where the
   votes are zero, r = +0.
-- An element is chosen if models agree (AGREEMENT) or r is not zero (the others), and, where there are weights, w is not zero.
-- w · r is rounded; without weights it is r. Then t = λ · (-(w · r)) and b + t, rounded to storage, as in rule.py.
+- w · r is rounded; without weights it is r. An element is chosen if that is not zero: a product that underflows changes nothing, and
+  a delta (delta.py), whose mask has the means that are not zero, has the elements that are counted.
+- Then t = λ · (-(w · r)) and b + t, rounded to storage, as in rule.py.
 - An element is non-finite when b, any p_k, w · r, or (if it is chosen) the result after rounding to storage is not finite. It keeps
   the base's bits and is counted as non-finite only. An element that is not chosen keeps the base's bits, too.
-- Counted are agreed (chosen and finite), non-finite, vetoed by zero (rule.py; with AGREEMENT only, else 0), and masked: finite elements
-  that would be chosen, but for a weight of zero.
+- Counted are agreed (chosen and finite), non-finite, vetoed by zero (rule.py, of e_k in place of d_k and whatever the weight is; with
+  AGREEMENT only, else 0), and masked: finite elements where r is not zero and w is.
 
 The generator is Philox4x32-10 (Salmon et al., SC 2011). The key is the seed's low and high 32 bits; the counter is the low and the high
 32 bits of i // 4, the CRC-32 of the tensor's name, and k, for element i of the whole tensor in row-major order and model k from 0. Its

@@ -79,7 +79,7 @@ def plain_family(
     )
     t = _scalar(scale, b.dtype) * -(w * r)
     result = _rounded(b + t, base.dtype)
-    chosen = (r != 0) & (w != 0)
+    chosen = w * r != 0
     nonfinite = ~(
         b.isfinite() & products.isfinite().all(0) & (w * r).isfinite() & (result.isfinite() | ~chosen)
     )

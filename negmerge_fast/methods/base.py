@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.choices import KEEP_ALL, Choices, Election, Gate, Reduction
 from ..core.errors import InputError, require_choice, short_repr
+
+if TYPE_CHECKING:
+    import torch
 
 Over = Literal["tensor", "model"]
 
@@ -61,7 +64,7 @@ class Method:
             )
             object.__setattr__(self, name, checked)
             for each in checked if isinstance(checked, tuple) else (checked,):
-                # Of a density, 0 leaves nothing and 1 everything; of what is left out it is the other end.
+                # Of a density, 0 leaves nothing and 1 everything; of what is dropped it is the other end.
                 inside = low < each <= high if name == "density" else low <= each < high
                 if not inside:
                     bounds = (
@@ -104,7 +107,9 @@ class Method:
         Raises:
             InputError: If there are numbers for each of other than so many models.
         """
-        weights = self._each("model_weights", self.model_weights or 1.0, models)
+        weights = self._each(
+            "model_weights", 1.0 if self.model_weights is None else self.model_weights, models
+        )
         if self.is_negmerge and not weighted:
             return None
         drops = self._each("drop", self.drop, models)
@@ -160,7 +165,9 @@ class Method:
             InputError, TypeError, KeyError, ValueError: If it listed none such.
         """
         known = {name: kind[listed[name].upper()] for name, kind in _CHOICES.items()}
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items() if k not in known}
+        rest: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in listed.items() if k not in known
+        }
         return cls(**rest, **known)
 
     def __str__(self) -> str:
@@ -184,8 +191,8 @@ def _number(name: str) -> Any:
     return checked
 
 
-def in_order(differences: Sequence[Any]) -> Any:
-    """The sum of tensors in their order, from +0 on: as all naive versions add."""
+def in_order(differences: torch.Tensor) -> torch.Tensor:
+    """The sum of differences in their order, from +0 on: as all naive versions add."""
     total = differences[0] * 0 + 0.0
     for each in differences:
         total = total + each

@@ -9,6 +9,7 @@ Differences as large as the smallest or the largest that is kept are kept, too.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..core.choices import Election, Gate, Reduction
@@ -30,6 +31,7 @@ def naive(d: torch.Tensor, density: float = 0.9, gamma: float = 0.01) -> torch.T
     bottom = numel - max(int(density * numel), 1) - top
     if bottom < 0:
         bottom, top = 0, max(top + bottom, 0)
-    magnitudes = d.abs().sort(1).values
-    low, high = magnitudes[:, bottom, None], magnitudes[:, numel - 1 - top, None]
-    return in_order(d.where((d.abs() >= low) & (d.abs() <= high), 0.0))
+    magnitudes = d.abs().nan_to_num(math.inf)
+    ascending = magnitudes.sort(1).values
+    low, high = ascending[:, bottom, None], ascending[:, numel - 1 - top, None]
+    return in_order(d.where((magnitudes >= low) & (magnitudes <= high), 0.0))

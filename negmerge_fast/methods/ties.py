@@ -10,6 +10,7 @@ the smallest that is kept are kept, too.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..core.choices import Election, Gate, Reduction
@@ -26,7 +27,8 @@ def ties(density: float = 0.2, over: Over = "model") -> Method:
 def naive(d: torch.Tensor, density: float = 0.2) -> torch.Tensor:
     """d: of one tensor, or of all of a model's."""
     bottom = d.shape[1] - max(int(density * d.shape[1]), 1)
-    e = d.where(d.abs() >= d.abs().sort(1).values[:, bottom : bottom + 1], 0.0)
+    magnitudes = d.abs().nan_to_num(math.inf)
+    e = d.where(magnitudes >= magnitudes.sort(1).values[:, bottom : bottom + 1], 0.0)
     sign = (in_order(e) >= 0) * 2.0 - 1.0
     elected = e * sign > 0
     number = elected.sum(0).clamp(min=1).to(d.dtype)
