@@ -434,11 +434,19 @@ def why_not(device: str) -> str | None:
 
 def merge(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """Launch a merge on the current stream of the batch's device; returns int64[segments, len(COUNTED)] there without waiting."""
+    if rule.choices is not None:
+        from . import family
+
+        return family.merge(batch, rule, rule.choices)
     return launch_merge(batch, rule, _launch(batch, rule))
 
 
 def merge_in_few_programs(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
     """merge with several tiles for each program however small the batch is, as in large batches: for the self-test."""
+    if rule.choices is not None:
+        from . import family
+
+        return family.merge_in_few_programs(batch, rule, rule.choices)
     return launch_merge(batch, rule, _launch(batch, rule)._replace(programs=3))
 
 

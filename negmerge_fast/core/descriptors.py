@@ -143,6 +143,21 @@ def pack_for_device(batch: Batch, tile: int) -> tuple[np.ndarray[Any, Any], int]
     return np.concatenate([tiles.ravel(), descriptors.ravel(), padded]), int(tiles[-1, 0])
 
 
+def pack_family_for_device(batch: Batch, choices: Choices, tile: int) -> tuple[np.ndarray[Any, Any], int]:
+    """Pack a batch with terms, as pack_for_device does, and behind that what pack_numbers and pack_terms pack.
+
+    A segment is aligned if the address of its weights is a multiple of 16, too.
+    """
+    import numpy as np
+
+    table, tiles = pack_for_device(batch, tile)
+    segments = len(batch.segments)
+    terms = np.asarray(pack_terms(batch)).view(np.int64)
+    table[1 : 2 * segments : 2] &= terms.reshape(segments, -1)[:, 2] % 16 == 0
+    numbers = np.asarray(pack_numbers(choices)).view(np.int64)
+    return np.concatenate([table, numbers, terms]), tiles
+
+
 class Act(IntEnum):
     """What a kernel does with a batch of deltas: Act of csrc/delta.h."""
 
