@@ -115,5 +115,6 @@ class Stats:
     def __repr__(self) -> str:
         return (
             f"Stats(elements={self.elements}, agreed={self.agreed}, nonfinite={self.nonfinite}, "
-            f"vetoed_by_zero={self.vetoed_by_zero}, consensus_ratio={self.consensus_ratio:.4f})"
+            f"vetoed_by_zero={self.vetoed_by_zero}, {f'masked={self.masked}, ' if self.masked else ''}"
+            f"consensus_ratio={self.consensus_ratio:.4f})"
         )

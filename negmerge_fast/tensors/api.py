@@ -20,11 +20,15 @@ from ..core.stats import Stats
 from .arrays import SupportsDLPack
 from .call import Call
 from .flatten import Item
-from .graph import merge_in_graph, merge_in_graph_, require_no_names
+from .graph import merge_in_graph, merge_in_graph_, require_plain
 from .names import Array, Model, Names
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack  # of typing since Python 3.11
+
+    from ..core.scales import Scale
+    from ..methods.base import Method
+    from .family import Asked
 
 # Types that are returned as they were passed; a Parameter is returned as a Tensor.
 _Same = TypeVar("_Same", torch.Tensor, np.ndarray[Any, Any])
@@ -39,14 +43,27 @@ class _Options(TypedDict, total=False):
     exclude: str | None
     rename: Rename
     backend: str
+    method: str | Method
 
 
 class _Scaled(_Options, total=False):
     """Keywords of merge, for type checkers."""
 
-    scale: Required[float]
+    scale: Required[Scale]
     inputs: Inputs
     adapters_as: AdaptersAs
+    weights: Model | None
+
+
+def _rule(
+    scale: Scale, min_agreement: float, method: str | Method, weights: Model | None
+) -> tuple[Rule, Asked | None]:
+    """The rule of a call, and what is asked for beside NegMerge with one λ."""
+    if isinstance(scale, (float, int)) and method == "negmerge" and weights is None:
+        return Rule(scale, min_agreement), None
+    from .family import ask  # not before: a small merge takes less time than importing it
+
+    return ask(scale, min_agreement, method, weights)
 
 
 @overload
@@ -69,7 +86,7 @@ def merge(
     base: Model,
     finetuned: Sequence[Model],
     *,
-    scale: float,
+    scale: Scale,
     min_agreement: float = 1.0,
     inputs: Inputs = "finetuned",
     nonfinite: NonFinite = "keep-base",
@@ -78,6 +95,8 @@ def merge(
     rename: Rename = (),
     backend: str = "auto",
     adapters_as: AdaptersAs = "difference",
+    method: str | Method = "negmerge",
+    weights: Model | None = None,
 ) -> Any:
     """Merge fine-tuned versions into a base model by negation of their consensus (NegMerge).
 
@@ -105,7 +124,8 @@ def merge(
             may differ. One list, even for one model. A PeftModel, or a module with adapters, is as many models as it has adapters, in
             the order of peft_config, whichever is active. A path is an adapter on disk: PEFT's directory, or its .safetensors file;
             or text, the name of one on the hub. PEFT need not be installed for it. Adapters may be on any device.
-        scale: λ, any finite number. The paper searches 0 … 1.
+        scale: λ, any finite number. The paper searches 0 … 1. Or λ by the names of tensors: a mapping of regular expressions to numbers,
+            or pairs of these. The first that is found in a name counts; "" is found in all. A number below zero merges in.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign. The paper
             has 1.
         inputs: Whether finetuned holds "finetuned" weights x_k or "task_vectors" d_k.
@@ -120,6 +140,9 @@ def merge(
             else Triton on a GPU, else plain PyTorch. All give the same bits.
         adapters_as: What adapters are: task vectors d = s · BA in the arithmetic type ("difference"); or models, b + d rounded to the
             type of b, as merging them one by one would make them ("merged"). Then full models are merged as without adapters.
+        method: What is taken off the base: the name of a method, or one with numbers of its own, made by negmerge_fast.method.
+        weights: A weight w for each element: out = b - λ · w · mean. What base is, with its names and shapes, on its devices: of a
+            floating-point type, or a mask of bool or uint8. Tensors that it lacks have weight 1. Names are paired as those of models.
 
     Returns:
         What base is, in memory of its own: a tensor or array, or a dict of them. For a module, its state dict as plain
@@ -129,22 +152,32 @@ def merge(
     Warns:
         MergeWarning: If elements are non-finite with nonfinite="keep-base" (on a GPU, where the call does not wait, a later
             call warns, or the end of the process), names were taken for others, integers are in some versions only, only some of the
-            adapters change a tensor, or variances of a BatchNorm are below zero after the merge.
+            adapters change a tensor, weights lack a tensor, or variances of a BatchNorm are below zero after the merge.
 
     Raises:
         InputError: If versions differ in names, shapes or devices, or in integers that are no counters; there is nothing to
             merge; weights are quantized; a part of an adapter has no place in the base, or is no plain LoRA; memory cannot be viewed;
-            an option is out of range;
+            an option is out of range; weights have a name that the base lacks, another shape or an integer type;
             a named backend cannot run here; or an element is non-finite with nonfinite="error". It is a ValueError,
             and names the model and the tensor.
         TypeError: If an argument is of the wrong kind, or a tensor is not a dense one with memory of its own.
         RuntimeError: If the device fails.
     """
     if torch.compiler.is_compiling():
-        require_no_names(include, exclude, rename)
+        require_plain(include, exclude, rename, scale, method, weights)
         return merge_in_graph(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
-    rule, names = Rule(scale, min_agreement), Names(include, exclude, rename)
-    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names, adapters_as=adapters_as)
+    (rule, asked), names = _rule(scale, min_agreement, method, weights), Names(include, exclude, rename)
+    call = Call(
+        base,
+        finetuned,
+        "finetuned",
+        inputs,
+        nonfinite,
+        backend,
+        names,
+        adapters_as=adapters_as,
+        asked=asked,
+    )
     items = [item._replace(out=call.empty_like(item.name, item.versions[0])) for item in call.items]
     merged = call.run(items, rule)
     return call.like_base({**merged, **call.unmerged()})
@@ -154,7 +187,7 @@ def merge_(
     base: Model,
     finetuned: Sequence[Model],
     *,
-    scale: float,
+    scale: Scale,
     min_agreement: float = 1.0,
     inputs: Inputs = "finetuned",
     nonfinite: NonFinite = "keep-base",
@@ -163,6 +196,8 @@ def merge_(
     rename: Rename = (),
     backend: str = "auto",
     adapters_as: AdaptersAs = "difference",
+    method: str | Method = "negmerge",
+    weights: Model | None = None,
 ) -> Stats:
     """Merge fine-tuned versions into a base model, in place.
 
@@ -175,7 +210,7 @@ def merge_(
             ones, which DLPack before 1.0 cannot tell from others, are refused. Of a module with adapters the base's layers are
             written; the adapters in it stay, and now add to the merged weights.
         finetuned: As of merge. Versions that share memory with base are refused. The adapters of base itself may be among them.
-        scale: λ, any finite number.
+        scale: λ, any finite number, or patterns, as of merge.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
         inputs: Whether finetuned holds "finetuned" weights or "task_vectors".
         nonfinite: "keep-base", or "error". With "error" nothing is written if any element is non-finite, which costs
@@ -185,9 +220,11 @@ def merge_(
         rename: As of merge.
         backend: As of merge.
         adapters_as: As of merge.
+        method: As of merge.
+        weights: As of merge. They must not share memory with base.
 
     Returns:
-        Counts for each tensor and in all: elements, agreed, nonfinite, consensus_ratio. They stay on the device until
+        Counts for each tensor and in all: elements, agreed, nonfinite, masked, consensus_ratio. They stay on the device until
             one is read, on any stream: reading waits for the merge. Only counts of a CUDA graph or of a graph of
             torch.compile have to be waited for by the caller. Of DTensors they are what this rank holds; where each element is on one rank, as in FSDP, the
             sums over the ranks are the model's.
@@ -201,9 +238,9 @@ def merge_(
         TypeError: If an argument is of the wrong kind.
     """
     if torch.compiler.is_compiling():
-        require_no_names(include, exclude, rename)
+        require_plain(include, exclude, rename, scale, method, weights)
         return merge_in_graph_(base, finetuned, scale, min_agreement, inputs, nonfinite, backend)
-    rule, names = Rule(scale, min_agreement), Names(include, exclude, rename)
+    (rule, asked), names = _rule(scale, min_agreement, method, weights), Names(include, exclude, rename)
     call = Call(
         base,
         finetuned,
@@ -214,6 +251,7 @@ def merge_(
         names,
         in_place=True,
         adapters_as=adapters_as,
+        asked=asked,
     )
     return call.run_in_place(rule)
 
@@ -222,12 +260,13 @@ def negate_(
     base: Model,
     tau: Model,
     *,
-    scale: float,
+    scale: Scale,
     nonfinite: NonFinite = "keep-base",
     include: str | None = None,
     exclude: str | None = None,
     rename: Rename = (),
     backend: str = "auto",
+    weights: Model | None = None,
 ) -> Stats:
     """Subtract a scaled task vector from a model, in place: base -= scale · tau.
 
@@ -237,12 +276,13 @@ def negate_(
     Args:
         base: A tensor, mapping or module, as of merge_; it is written.
         tau: One task vector of the same kind. Its integer and bool tensors may be missing. Or one LoRA adapter, as of merge.
-        scale: λ, any finite number.
+        scale: λ, any finite number, or patterns, as of merge.
         nonfinite: As of merge_.
         include: As of merge_.
         exclude: As of merge_.
         rename: As of merge, in the names of tau.
         backend: As of merge.
+        weights: As of merge.
 
     Returns:
         Counts as of merge_; agreed counts the elements where tau is not zero.
@@ -254,8 +294,8 @@ def negate_(
         InputError: As merge_.
         TypeError: If an argument is of the wrong kind.
     """
-    rule, names = Rule(scale), Names(include, exclude, rename)
-    call = Call(base, [tau], "tau", "task_vectors", nonfinite, backend, names, in_place=True)
+    (rule, asked), names = _rule(scale, 1.0, "negmerge", weights), Names(include, exclude, rename)
+    call = Call(base, [tau], "tau", "task_vectors", nonfinite, backend, names, in_place=True, asked=asked)
     return call.run_in_place(rule)
 
 
@@ -280,10 +320,12 @@ def merge_task_vectors(
     exclude: str | None = None,
     rename: Rename = (),
     backend: str = "auto",
+    method: str | Method = "negmerge",
 ) -> Any:
     """Compute the consensus mean of task vectors, dense (arXiv 2410.05583, equation 3).
 
-    An element is the mean of the task vectors where all their signs agree, and 0 elsewhere.
+    An element is the mean of the task vectors where all their signs agree, and 0 elsewhere. With another method it is what that method
+    reduces the task vectors to.
 
     Args:
         task_vectors: One or more tensors, mappings or modules with the same names, shapes and devices. Arrays are
@@ -294,6 +336,7 @@ def merge_task_vectors(
         exclude: A regular expression. Tensors whose name matches are not.
         rename: As of merge, in the names of all but the first.
         backend: As of merge.
+        method: As of merge.
 
     Returns:
         What task_vectors[0] is: a tensor, an array or a dict, with the widest dtype of each tensor's versions. It has
@@ -306,8 +349,8 @@ def merge_task_vectors(
         InputError: As merge; also for a single tensor that is not of a floating-point type.
         TypeError: If an argument is of the wrong kind.
     """
-    rule, names = Rule(-1.0, min_agreement), Names(include, exclude, rename)
-    call = Call(None, task_vectors, "task_vectors", "task_vectors", nonfinite, backend, names)
+    (rule, asked), names = _rule(-1.0, min_agreement, method, None), Names(include, exclude, rename)
+    call = Call(None, task_vectors, "task_vectors", "task_vectors", nonfinite, backend, names, asked=asked)
     items = []
     for item in call.items:
         vectors = item.versions[1:]

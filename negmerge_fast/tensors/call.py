@@ -6,16 +6,17 @@ api.py, ops.py and graph.py all build on these functions, so that a mistake has 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..backends import registry
 from ..backends.pytorch import FLOAT_NAMES
+from ..core.batch import Batch
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, MergeWarning, require_choice, some_names, stacklevel
 from ..core.low_rank import AdaptersAs, lacking
@@ -53,6 +54,9 @@ from .names import (
     specs_of,
     viewed,
 )
+
+if TYPE_CHECKING:
+    from .family import Asked, Family
 
 
 class ExtraState(NamedTuple):
@@ -182,20 +186,40 @@ def _uses(
         yield tensor, False, where(None, name)
 
 
-def run_batches(items: list[Item], rule: Rule, task_vectors: bool, backend: str) -> Results:
+def grouped(items: list[Item], rule: Rule, family: Family | None) -> Iterable[tuple[Rule, list[Item]]]:
+    """Items of one λ, and their rule."""
+    return [(rule, items)] if family is None else family.groups(rule, items)
+
+
+def run_batches(
+    items: list[Item], rule: Rule, task_vectors: bool, backend: str, family: Family | None = None
+) -> Results:
     """Merge items in batches. Returns the counts of each batch with the names and lengths of its segments."""
+    if family is not None:
+        rule = family.rule(rule)
     # Backends are chosen for all devices first: nothing is written if one of the devices has none.
     merges = {
         str(device): registry.choose(backend, str(device), rule, signatures(items, device, task_vectors))[1]
         for device in {item.versions[1].device for item in items}
     }
     results = []
-    for batch, names, finish in batches(items, task_vectors):
-        counts = merges[batch.device](batch, rule)
-        results.append(([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts))
-        finish()
-        del batch, finish  # frees the copies of a scattered tensor before the next are made
+    for of_group, group in grouped(items, rule, family):
+        for batch, names, finish in batches(group, task_vectors, family):
+            counts = merges[batch.device](batch, of_group)
+            results.append(([(n, s.numel) for n, s in zip(names, batch.segments, strict=True)], counts))
+            finish()
+            del batch, finish  # frees the copies of a scattered tensor before the next are made
     return results
+
+
+class _Unwritten:
+    """Batches of a call that may be read several times; what is computed or copied of one lives until the next."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
+        return self._call.unwritten()
 
 
 class Call:
@@ -211,6 +235,7 @@ class Call:
         kept: What was not chosen of the base, and what no model changes if all are adapters.
         dtensors: The base's DTensors, by name.
         task_vectors: Whether models are merged as task vectors: with adapters all of them are, unless adapters are merged.
+        family: The rules and terms of another method, of weights and of λ by names; None for NegMerge with one λ.
     """
 
     def __init__(
@@ -225,6 +250,7 @@ class Call:
         in_place: bool = False,
         reference: str = "base",
         adapters_as: AdaptersAs = "difference",
+        asked: Asked | None = None,
     ) -> None:
         require_options(inputs, nonfinite)
         require_choice("adapters_as", adapters_as, ("difference", "merged"))
@@ -272,8 +298,38 @@ class Call:
         self._refuse_ties_across_placements(named[0])
         self._refuse_half_of_a_tie(items)
         self.items = [item for name, item in items.items() if name not in self.tied]
+        self.family = None if asked is None else self._family(asked, named[0], names)
         for note in self._notes:
             warnings.warn(note, MergeWarning, stacklevel())
+
+    @torch.no_grad()
+    def _family(self, asked: Asked, base: Mapping[str, Any], names: Names) -> Family:
+        """The rules and terms of the items."""
+        from .family import Family, weights_of
+
+        weights: dict[str, torch.Tensor] = {}
+        if asked.weights is not None:
+            known = {**base, **self.kept}
+            weights, notes = weights_of(
+                asked.weights, known, self.items, self.tied, names, self.dtensors, self.where
+            )
+            self._notes += notes
+        family = Family(asked, self.items, self.models, weights, self.dtensors, self.where)
+        if family.method.needs_bounds:
+            from ..backends.magnitudes import bounds_in_memory
+
+            family.bounds = bounds_in_memory(_Unwritten(self), family.method)
+        return family
+
+    def unwritten(self) -> Iterator[tuple[Batch, list[str]]]:
+        """Batches of all items, without outputs, and the names of their segments."""
+        items = [item for item in self.items if item.versions[0].numel()]
+        if self._sources is None:
+            yield from ((batch, names) for batch, names, _ in batches(items, self.task_vectors))
+            return
+        for mixed in map(self.mixed, items):
+            assert mixed
+            yield from low_rank.unwritten(mixed, self.merged, self.task_vectors)
 
     def _refuse_odd_adapters(self, label: str, inputs: str) -> None:
         """Raise InputError for adapters where they mean nothing."""
@@ -374,9 +430,9 @@ class Call:
 
     def _merge_items(self, items: list[Item], rule: Rule) -> Results:
         if self._sources is None:
-            return run_batches(items, rule, self.task_vectors, self.backend)
+            return run_batches(items, rule, self.task_vectors, self.backend, self.family)
         tensors = [mixed for item in items if (mixed := self.mixed(item))]
-        return low_rank.run(tensors, rule, self.merged, self.task_vectors, self.backend)
+        return low_rank.run(tensors, rule, self.merged, self.task_vectors, self.backend, self.family)
 
     def _paired(
         self, everything: list[dict[str, Any]], names: Names, reference: str, in_place: bool
@@ -513,7 +569,10 @@ class Call:
         rest = {n: t if isinstance(t, torch.Tensor) else None for n, t in self.untouched.items()}
         rest |= {name: viewed(value) for name, value in self.kept.items()}
         read = {n: t for n, t in rest.items() if t is not None}
-        refuse_aliasing(items, read, self.where, self._adapter_tensors(items))
+        others = self._adapter_tensors(items)
+        if self.family is not None:
+            others |= {f"the weights of {self.where(None, n)}": t for n, t in self.family.weights.items()}
+        refuse_aliasing(items, read, self.where, others)
         module = self._modules[0]
         if module is not None and (unshown := modules.refuse_copies(module, items, rest, self.where)):
             what = "parameters that the module's state dict does not have, which are not merged"
@@ -553,11 +612,12 @@ class Call:
             return
         if stats.nonfinite and self._sources is not None:
             self._refuse_nonfinite_mixed(items, rule, stats)
-        for batch, names, _ in batches(items, self.task_vectors) if stats.nonfinite else ():
-            if found := registry.first_nonfinite(batch, rule):
-                row, index, version, value = found
-                where = self.where(None if isinstance(version, str) else version, names[row])
-                raise self._nonfinite_at(where, names[row], index, version, value)
+        for of_group, group in grouped(items, rule, self.family) if stats.nonfinite else ():
+            for batch, names, _ in batches(group, self.task_vectors, self.family):
+                if found := registry.first_nonfinite(batch, of_group):
+                    row, index, version, value = found
+                    where = self.where(None if isinstance(version, str) else version, names[row])
+                    raise self._nonfinite_at(where, names[row], index, version, value)
         raise InputError(
             "an element on another rank is not finite (the error there names it), expected finite numbers"
         )
@@ -568,7 +628,7 @@ class Call:
             mixed = self.mixed(item)
             if mixed is None or not stats.tensors[item.name].nonfinite:
                 continue
-            if found := low_rank.first_nonfinite(mixed, rule, self.merged, self.task_vectors):
+            if found := low_rank.first_nonfinite(mixed, rule, self.merged, self.task_vectors, self.family):
                 index, version, value = found
                 where = self.where(None, item.name)
                 if not isinstance(version, str):
@@ -576,6 +636,8 @@ class Call:
                 raise self._nonfinite_at(where, item.name, index, version, value)
 
     def _nonfinite_at(self, where: str, name: str, index: int, version: int | str, value: str) -> InputError:
+        if version == "weights":
+            where = label_of(version)(0, name)
         what = "the result is not finite" if version == "result" else value
         order = "memory order of this rank's shard" if name in self.dtensors else "memory order"
         return InputError(f"{where}: element {index} in {order}: {what}, expected finite numbers")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import add, attrgetter, ge, mul
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..backends.pytorch import DTYPE_NAMES, FLOAT_NAMES
 from ..core.batch import Batch, Operand, Operands, Segment, Signature
+from ..core.choices import Terms
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.pairing import is_extra_state
@@ -47,6 +48,18 @@ class Item(NamedTuple):
     versions: list[Any]
     segment: Segment | None = None
     out: torch.Tensor | None = None
+
+
+class TermsOf(Protocol):
+    """What makes the terms of segments (core/choices.py): Family of family.py.
+
+    row_major: whether segments must have the order of the tensors' elements, and not that of their memory.
+    """
+
+    @property
+    def row_major(self) -> bool: ...
+
+    def terms(self, names: Sequence[str]) -> list[Terms] | None: ...
 
 
 @without_gc()
@@ -260,12 +273,15 @@ def signatures(items: list[Item], device: torch.device, task_vectors: bool) -> I
             )
 
 
-def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
+def batches(
+    items: list[Item], task_vectors: bool, family: TermsOf | None = None
+) -> Iterator[tuple[Batch, list[str], Callable[[], None]]]:
     """Batches, the names of their segments, and a function to call once the batch is merged."""
+    row_major = family is not None and family.row_major
     groups: dict[tuple[torch.device, str, tuple[str, ...]], tuple[list[str], list[Segment]]] = {}
     scattered = []
     for item in items:
-        if (segment := _segment_in_place(item)) is None:
+        if (segment := _segment_in_place(item, row_major)) is None:
             scattered.append(item)
             continue
         key = (item.versions[1].device, _result(segment), _dtypes(segment))
@@ -275,7 +291,7 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
         group[1].append(segment)
     # Scattered tensors come first and one at a time: memory for their flat copies may be missing.
     for item in scattered:
-        *versions, out = _in_memory_order([*item.versions, item.out])
+        *versions, out = _in_order([*item.versions, item.out], row_major)
         copies = [None if t is None else t.resolve_neg().contiguous() for t in versions]
         merged = None if out is None else torch.empty_like(out, memory_format=torch.contiguous_format)
 
@@ -286,20 +302,26 @@ def batches(items: list[Item], task_vectors: bool) -> Iterator[tuple[Batch, list
 
         segment = _segment([*copies, merged])
         signature = Signature(_result(segment), _dtypes(segment), task_vectors)
-        batch = Batch(str(item.versions[1].device), signature, [segment])
+        terms = None if family is None else family.terms([item.name])
+        batch = Batch(str(item.versions[1].device), signature, [segment], terms)
         del copies, versions, segment
         yield batch, [item.name], finish
         del batch, finish, merged
     for (device, result, dtypes), (names, segments) in groups.items():
-        yield Batch(str(device), Signature(result, dtypes, task_vectors), segments), names, lambda: None
+        terms = None if family is None else family.terms(names)
+        yield (
+            Batch(str(device), Signature(result, dtypes, task_vectors), segments, terms),
+            names,
+            lambda: None,
+        )
 
 
-def _segment_in_place(item: Item) -> Segment | None:
-    """A segment on the tensors' own memory, if they are flat in the order of the first one's strides."""
+def _segment_in_place(item: Item, row_major: bool) -> Segment | None:
+    """A segment on the tensors' own memory, if they are flat in the order of the first one's strides, or in row-major order."""
     if item.segment:
         numel, base, models, _ = item.segment
         return Segment(numel, base, models, base if item.out is item.versions[0] else _operand(item.out))
-    tensors = _in_memory_order([*item.versions, item.out])
+    tensors = _in_order([*item.versions, item.out], row_major)
     if all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors):
         return _segment(tensors)
     return None
@@ -321,11 +343,18 @@ def _segment(contiguous: list[Any]) -> Segment:
     return Segment(contiguous[1].numel(), base, [m for m in models if m], out)
 
 
-def _in_memory_order(tensors: list[Any]) -> list[Any]:
-    """The tensors with their dimensions in the order of the first one's strides, which makes dense ones flat."""
-    first = next(t for t in tensors if t is not None)
-    order = sorted(range(first.dim()), key=lambda i: -first.stride(i))
+def _in_order(tensors: list[Any], row_major: bool) -> list[Any]:
+    """The tensors with their dimensions in the order of the first one's strides, which makes dense ones flat; or as they are."""
+    if row_major:
+        return tensors
+    order = memory_order(next(t for t in tensors if t is not None))
     return [None if t is None else t.permute(order) for t in tensors]
+
+
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor in the order of its strides."""
+    strides = tensor.stride()
+    return sorted(range(len(strides)), key=lambda i: -strides[i])
 
 
 def _operand(contiguous: torch.Tensor | None) -> Operand | None:

@@ -23,17 +23,23 @@ from .flatten import specs
 from .names import SINGLE, Label, label_of, list_models, name_tensors, require_one_kind
 
 
-def require_no_names(include: Any, exclude: Any, rename: Any) -> None:
-    """Raise InputError for options that choose or change names."""
+def require_plain(include: Any, exclude: Any, rename: Any, scale: Any, method: Any, weights: Any) -> None:
+    """Raise InputError for options that choose or change names, and for all but NegMerge with one λ."""
     for name, value in (("include", include), ("exclude", exclude), ("rename", rename)):
         if value:
             raise InputError(f"{name}: {value!r}, expected none in a graph: pass what is to be merged")
+    if isinstance(scale, (dict, list, tuple)):
+        raise InputError(f"scale: {scale!r}, expected a number in a graph")
+    if not isinstance(method, str) or method != "negmerge":
+        raise InputError(f"method: {method}, expected negmerge in a graph")
+    if weights is not None:
+        raise InputError("weights: expected none in a graph")
 
 
 def merge_in_graph(
     base: Any,
     finetuned: Sequence[Any],
-    scale: float,
+    scale: Any,
     min_agreement: float,
     inputs: str,
     nonfinite: str,
@@ -59,7 +65,7 @@ def merge_in_graph(
 def merge_in_graph_(
     base: Any,
     finetuned: Sequence[Any],
-    scale: float,
+    scale: Any,
     min_agreement: float,
     inputs: str,
     nonfinite: str,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -15,6 +15,7 @@ from ..backends import low_rank, registry
 from ..backends.pytorch import FLOAT_NAMES, TORCH_DTYPES, compute_alone_if_flushing, plain_arithmetic, rounded
 from ..checkpoints.lora import Change, Product, Replacement, Shift, matrices, parts_of
 from ..core.batch import Batch, Merge, Operand, Rows, Segment, Signature
+from ..core.choices import Terms
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank, rounded_scale
@@ -22,6 +23,9 @@ from ..core.rule import Rule
 from .counts import Results
 from .dtensor import Box
 from .flatten import Item
+
+if TYPE_CHECKING:
+    from .family import Family
 
 # Bytes of blocks that are computed, of all models of a tensor.
 _CPU_SCRATCH, _DEVICE_SCRATCH = 16 << 20, 256 << 20
@@ -330,10 +334,19 @@ def signature_of(mixed: Mixed, merged: bool, task_vectors: bool) -> Signature:
     return Signature(FLOAT_NAMES[base.dtype], tuple(map(dtype_of, mixed.sources)), not merged)
 
 
-def run(tensors: Sequence[Mixed], rule: Rule, merged: bool, task_vectors: bool, backend: str) -> Results:
+def run(
+    tensors: Sequence[Mixed],
+    rule: Rule,
+    merged: bool,
+    task_vectors: bool,
+    backend: str,
+    family: Family | None = None,
+) -> Results:
     """Merge tensors into their outputs, one after the other. Returns counts, as run_batches does."""
     for mixed in tensors:
         require_expandable(mixed)  # before anything is written
+    if family is not None:
+        rule = family.rule(rule)
     merges = choose(registry.choose_low_rank, tensors, rule, merged, task_vectors, backend)
     results: list[Any] = []
     for mixed in tensors:
@@ -341,7 +354,7 @@ def run(tensors: Sequence[Mixed], rule: Rule, merged: bool, task_vectors: bool, 
             results.append(([(mixed.item.name, 0)], Rows([[0, 0, 0]])))
             continue
         prepared = Prepared(mixed, merged, task_vectors)
-        results += _merge(prepared, mixed.item, merges[str(prepared.device)], rule)
+        results += _merge(prepared, mixed.item, merges[str(prepared.device)], rule, family)
     return results
 
 
@@ -361,8 +374,11 @@ def choose(
     return {device: chooser(backend, device, rule, signatures)[1] for device, signatures in found.items()}
 
 
-def _merge(prepared: Prepared, item: Item, merge: Merge, rule: Rule) -> Iterator[Any]:
+def _merge(prepared: Prepared, item: Item, merge: Merge, rule: Rule, family: Family | None) -> Iterator[Any]:
     """Merge a tensor, and yield the counts of its blocks."""
+    terms = None
+    if family is not None:
+        rule, terms = family.rule(rule, item.name), family.row_terms(item.name)
     written, out = item.out, None
     if written is not None:
         flat = written.is_contiguous() and not written.is_neg()
@@ -371,24 +387,42 @@ def _merge(prepared: Prepared, item: Item, merge: Merge, rule: Rule) -> Iterator
     for start in range(0, prepared.numel, block):
         size = min(block, prepared.numel - start)
         segment = prepared.segment(start, size, None if out is None else at(out, start))
-        batch = Batch(str(prepared.device), prepared.signature, [segment])
+        batch = Batch(str(prepared.device), prepared.signature, [segment], at_start(terms, start))
         yield [(item.name, size)], merge(batch, rule)
     if written is not None and out is not None and out is not written:
         with torch.inference_mode():
             written.copy_(out)
 
 
+def unwritten(mixed: Mixed, merged: bool, task_vectors: bool) -> Iterator[tuple[Batch, list[str]]]:
+    """Batches of a tensor without outputs. What is computed for one is valid until the next."""
+    require_expandable(mixed)
+    prepared = Prepared(mixed, merged, task_vectors)
+    block = prepared.block(prepared.numel)
+    for start in range(0, prepared.numel, block):
+        segment = prepared.segment(start, min(block, prepared.numel - start), None)
+        yield Batch(str(prepared.device), prepared.signature, [segment]), [mixed.item.name]
+
+
+def at_start(terms: Terms | None, start: int) -> list[Terms] | None:
+    """The terms of a batch of one segment, which begins so many elements later."""
+    return None if terms is None else [terms.at(start)]
+
+
 def first_nonfinite(
-    mixed: Mixed, rule: Rule, merged: bool, task_vectors: bool
+    mixed: Mixed, rule: Rule, merged: bool, task_vectors: bool, family: Family | None = None
 ) -> tuple[int, int | str, str] | None:
     """Find the first element of a tensor that is not finite: its number, the version and the value, as registry.first_nonfinite."""
     if not mixed.item.versions[0].numel():
         return None
+    terms = None
+    if family is not None:
+        rule, terms = family.rule(rule, mixed.item.name), family.row_terms(mixed.item.name)
     prepared = Prepared(mixed, merged, task_vectors)
     block = prepared.block(1 << 18)
     for start in range(0, prepared.numel, block):
         segment = prepared.dense(start, min(block, prepared.numel - start))
-        batch = Batch(str(prepared.device), prepared.signature, [segment])
+        batch = Batch(str(prepared.device), prepared.signature, [segment], at_start(terms, start))
         if found := registry.first_nonfinite(batch, rule):
             _, index, version, value = found
             return start + index, version, value

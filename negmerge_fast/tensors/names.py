@@ -57,7 +57,9 @@ def label_of(models: str, reference: str = "base") -> Label:
     """Labels for the tensors of a call. models is the name of the argument that lists them; "tau" and "delta" are single models."""
 
     def where(k: int | None, name: str) -> str:
-        model = reference if k is None else models if models in ("tau", "delta") else f"{models}[{k}]"
+        model = (
+            reference if k is None else models if models in ("tau", "delta", "weights") else f"{models}[{k}]"
+        )
         return model if name == SINGLE else f"{model}[{name!r}]"
 
     return where

@@ -67,6 +67,6 @@ def mixed_tau() -> dict[str, torch.Tensor | Floats]:
 def refused() -> int:
     """Calls that a type checker must refuse. Never called."""
     nm.merge(torch.ones(3), [torch.ones(3)])  # type: ignore[call-overload]  # no scale
-    nm.merge(torch.ones(3), [torch.ones(3)], scale="1")  # type: ignore[call-overload]
+    nm.merge(torch.ones(3), [torch.ones(3)], scale="1")  # type: ignore[arg-type]
     nm.merge(3, [torch.ones(3)], scale=1)  # type: ignore[call-overload]
     return nm.merge(np.ones(3), [torch.ones(3)], scale=1)  # type: ignore[return-value]
