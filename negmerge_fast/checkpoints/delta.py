@@ -22,6 +22,7 @@ from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, short_repr
 from ..core.rule import Rule
 from ..core.schema import TensorSpec
+from ..methods.base import Method
 from .base import ByteRange, TensorRef
 from .reader import File
 from .safetensors import read_all_of_header
@@ -49,6 +50,7 @@ class TensorInfo(NamedTuple):
         nonfinite: Elements that are not in the mask as something was not finite.
         vetoed_by_zero: Elements that zeros alone keep from the mask.
         sample: The hash of the bytes in its middle (sample_range).
+        masked: Elements that only a weight of zero keeps from the mask; None of NegMerge without weights.
     """
 
     spec: TensorSpec
@@ -56,6 +58,7 @@ class TensorInfo(NamedTuple):
     nonfinite: int
     vetoed_by_zero: int
     sample: str
+    masked: int | None = None
 
     @property
     def numel(self) -> int:
@@ -64,6 +67,8 @@ class TensorInfo(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         (dtype, shape), fields = self.spec, self._asdict()
         del fields["spec"]
+        if self.masked is None:
+            del fields["masked"]
         return {"dtype": dtype, "shape": list(shape), **fields}
 
 
@@ -90,12 +95,16 @@ class DeltaInfo:
         inputs: Whether they were "finetuned" or "task_vectors".
         base: The last part of the base's path, and size, header and sample of each of its files by name, as a manifest has them. Empty
             of a delta that was made in memory.
+        method: The method, as Method.to_json lists it; None of NegMerge.
+        weights: The last part of the path of what had a weight for each element, empty of what was in memory; None if there were none.
     """
 
     models: int
     min_agreement: float
     inputs: str
     base: Mapping[str, Any]
+    method: Mapping[str, Any] | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,12 +141,14 @@ def sample_range(nbytes: int) -> range:
 
 def metadata_of(info: DeltaInfo, tensors: Mapping[str, TensorInfo], version: str) -> dict[str, str]:
     """The `__metadata__` of a file that holds these tensors of a delta. version: of the program that writes it."""
+    rule = {"min_agreement": info.min_agreement, "inputs": info.inputs}
+    given = {"method": info.method, "weights": info.weights}
     return {
         "format": FORMAT,
         "version": VERSION,
         "negmerge_fast": version,
         "models": json.dumps(info.models),
-        "rule": json.dumps({"min_agreement": info.min_agreement, "inputs": info.inputs}),
+        "rule": json.dumps(rule | {key: value for key, value in given.items() if value is not None}),
         "base": json.dumps(info.base),
         "tensors": json.dumps({name: each.to_json() for name, each in tensors.items()}),
     }
@@ -218,7 +229,15 @@ def _info(path: Path, metadata: Mapping[str, str]) -> DeltaInfo:
         raise InputError(
             f"{path}: base {short_repr(base)}, expected its path and its files with size, header and sample"
         )
-    return DeltaInfo(int(models), float(min_agreement), inputs, base)
+    method, weights = rule.get("method"), rule.get("weights")
+    try:
+        if method is not None:
+            Method.of_json(method)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: method {short_repr(method)}, expected one ({error})") from None
+    if not (weights is None or isinstance(weights, str)):
+        raise InputError(f"{path}: weights {short_repr(weights)}, expected the last part of their path")
+    return DeltaInfo(int(models), float(min_agreement), inputs, base, method, weights)
 
 
 def _fields(path: Path, metadata: Mapping[str, str]) -> Callable[[str], dict[str, Any]]:
@@ -276,7 +295,7 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         )
 
     keys = {"dtype", "shape", "arithmetic", "nonfinite", "vetoed_by_zero", "sample"}
-    if not isinstance(entry, dict) or entry.keys() != keys:
+    if not isinstance(entry, dict) or entry.keys() - {"masked"} != keys:
         raise refused(f"an object with {', '.join(sorted(keys))}")
     dtype, arithmetic = entry["dtype"], entry["arithmetic"]
     if not isinstance(dtype, str) or dtype not in FLOAT_SIZES or arithmetic not in ("F32", "F64"):
@@ -289,8 +308,9 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         TensorSpec(dtype, tuple(entry["shape"])),
         arithmetic,
         *(entry[k] for k in ("nonfinite", "vetoed_by_zero", "sample")),
+        **({"masked": entry["masked"]} if "masked" in entry else {}),
     )
-    counts: Sequence[Any] = info.nonfinite, info.vetoed_by_zero
+    counts: Sequence[Any] = info.nonfinite, info.vetoed_by_zero, entry.get("masked", 0)
     if not all(type(count) is int and 0 <= count <= info.numel for count in counts) or not isinstance(
         info.sample, str
     ):

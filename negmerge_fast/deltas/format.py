@@ -64,7 +64,7 @@ class DeltaFile:
         for name, (known, means_dtype) in tensors.items():
             placed[name] = PlacedTensor(known, means_dtype, offset)
             offset += mask_bytes(known.numel)
-        longest = {name: TensorStats(t.numel, t.numel, t.numel, t.numel) for name, t in placed.items()}
+        longest = {name: TensorStats(*[t.numel] * 5) for name, t in placed.items()}
         text = cls(info, placed, 0)._text(longest)
         return cls(info, placed, 8 - len(text) // -_HEADER_ALIGNMENT * _HEADER_ALIGNMENT)
 
@@ -86,7 +86,9 @@ class DeltaFile:
     def _text(self, counted: Mapping[str, TensorStats]) -> bytes:
         infos = {
             name: tensor.info._replace(
-                nonfinite=counted[name].nonfinite, vetoed_by_zero=counted[name].vetoed_by_zero
+                nonfinite=counted[name].nonfinite,
+                vetoed_by_zero=counted[name].vetoed_by_zero,
+                masked=None if tensor.info.masked is None else counted[name].masked,
             )
             for name, tensor in self.tensors.items()
         }

@@ -17,12 +17,16 @@ from ..core.errors import stacklevel
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename
 from ..core.rule import Inputs, NonFinite, Rule
+from ..core.scales import Scale
 from ..core.schema import TensorSpec
 from ..core.stats import Stats, TensorStats
+from ..methods.base import Method
+from ..methods.catalogue import as_method
 from ..tensors import low_rank
 from ..tensors.call import Call
 from ..tensors.counts import readable, tell_of_nonfinite
 from ..tensors.dtensor import box_of
+from ..tensors.family import ask, scales_of
 from ..tensors.flatten import Item, signatures
 from ..tensors.names import Model, Names
 from .live import Live
@@ -45,12 +49,14 @@ class Delta:
         models: How many models it is of.
         min_agreement: The fraction of the models that agreed on the sign.
         inputs: What the models were: "finetuned" weights or "task_vectors".
+        method: The Method by which they were merged.
     """
 
     def __init__(self, parts: Parts, info: DeltaInfo) -> None:
         self._parts, self._info = parts, info
         self.tensors: Mapping[str, TensorDelta] = MappingProxyType(dict(parts.tensors))
         self.models, self.min_agreement, self.inputs = info.models, info.min_agreement, info.inputs
+        self.method = as_method("negmerge") if info.method is None else Method.of_json(info.method)
 
     @property
     def stats(self) -> Stats:
@@ -58,7 +64,9 @@ class Delta:
         stats = Stats()
         stats.include(
             {
-                name: TensorStats(d.numel, d.agreed, d.info.nonfinite, d.info.vetoed_by_zero)
+                name: TensorStats(
+                    d.numel, d.agreed, d.info.nonfinite, d.info.vetoed_by_zero, d.info.masked or 0
+                )
                 for name, d in self.tensors.items()
             }
         )
@@ -84,7 +92,7 @@ class Delta:
     def apply_(
         self,
         model: Model,
-        scale: float,
+        scale: Scale,
         *,
         nonfinite: NonFinite = "keep-base",
         rename: Rename = (),
@@ -95,7 +103,7 @@ class Delta:
         Args:
             model: The base that the delta is of: a tensor, an array, a mapping or a module, as merge_ takes it. DTensors are
                 applied to shard by shard, each rank its own.
-            scale: λ, any finite number.
+            scale: λ, any finite number; or by patterns on the model's names, as of merge.
             nonfinite: "keep-base", or "error": nothing is written if an element was not finite in a version, or would not be.
             rename: Regular expressions and what replaces their matches in the names of the delta.
             backend: As of merge.
@@ -112,18 +120,18 @@ class Delta:
                 after a delta was applied to it; also as merge_. Nothing was written.
             TypeError: If an argument is of the wrong kind.
         """
-        checked = Rule(scale).scale
+        checked = scales_of(scale)
         with torch.no_grad():
             return Paired(self._parts, model, rename, backend, nonfinite).apply(checked)
 
-    def changed(self, model: Model, scale: float, *, rename: Rename = (), backend: str = "auto") -> Changed:
+    def changed(self, model: Model, scale: Scale, *, rename: Rename = (), backend: str = "auto") -> Changed:
         """Count the elements of the base whose stored bits another λ would change. Nothing is written.
 
         In BF16 steps that are small beside the weight are rounded away.
 
         Args:
             model: As of apply_.
-            scale: λ, any finite number.
+            scale: λ, any finite number; or by patterns on the model's names, as of merge.
             rename: As of apply_.
             backend: As of merge.
 
@@ -133,7 +141,7 @@ class Delta:
         Raises:
             InputError: As apply_.
         """
-        checked = Rule(scale).scale
+        checked = scales_of(scale)
         with torch.no_grad():
             return changed_of(Paired(self._parts, model, rename, backend, written=False).count(checked))
 
@@ -172,7 +180,8 @@ class Delta:
         return Delta, (self._parts, self._info)  # a mapping proxy can be neither pickled nor copied
 
     def __repr__(self) -> str:
-        return f"Delta(models={self.models}, tensors={len(self.tensors)}, nbytes={self.nbytes}, stats={self.stats})"
+        method = "" if self._info.method is None else f"method={self.method}, "
+        return f"Delta({method}models={self.models}, tensors={len(self.tensors)}, nbytes={self.nbytes}, stats={self.stats})"
 
 
 def load_delta(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Delta:
@@ -206,6 +215,8 @@ def consensus_delta(
     half: bool = False,
     backend: str = "auto",
     adapters_as: AdaptersAs = "difference",
+    method: str | Method = "negmerge",
+    weights: Model | None = None,
 ) -> Delta:
     """Compute the consensus delta of fine-tuned versions of a base: a merge without λ.
 
@@ -224,6 +235,8 @@ def consensus_delta(
         half: Whether means are stored in BF16, which takes half the memory or a quarter. Merges then have other bits.
         backend: As of merge.
         adapters_as: As of merge. What no model of a list of adapters changes is not in the delta.
+        method: As of merge.
+        weights: As of merge. The means in the delta are the weighted ones.
 
     Returns:
         The delta, each tensor on the device of the base's. Of DTensors it is of this rank's shards, and fits the same shards only.
@@ -236,8 +249,20 @@ def consensus_delta(
         TypeError: If an argument is of the wrong kind.
     """
     # With λ = 0 an element is non-finite by the rule exactly if it is for every λ.
-    rule, names = Rule(0.0, min_agreement), Names(include, exclude, rename)
-    call = Call(base, finetuned, "finetuned", inputs, nonfinite, backend, names, adapters_as=adapters_as)
+    (rule, asked), names = ask(0.0, min_agreement, method, weights), Names(include, exclude, rename)
+    call = Call(
+        base,
+        finetuned,
+        "finetuned",
+        inputs,
+        nonfinite,
+        backend,
+        names,
+        adapters_as=adapters_as,
+        asked=asked,
+    )
+    if call.family is not None:
+        rule = call.family.rule(rule)
     with torch.no_grad():
         builder = _Builder(call, rule, half)
         made = [(item, *builder.build(item)) for item in call.items]
@@ -256,13 +281,18 @@ def consensus_delta(
         held = call.dtensors.get(name)
         spec = TensorSpec(FLOAT_NAMES[tensor.dtype], tuple((tensor if held is None else held).shape))
         counts = counted.tensors.get(name, TensorStats())
-        info = TensorInfo(spec, arithmetic, counts.nonfinite, counts.vetoed_by_zero, samples[name])
+        masked = None if rule.choices is None else counts.masked
+        known = TensorInfo(spec, arithmetic, counts.nonfinite, counts.vetoed_by_zero, samples[name], masked)
         tensors[name] = TensorDelta(
-            info, packed, None if held is None else box_of(held, call.where(None, name))
+            known, packed, None if held is None else box_of(held, call.where(None, name))
         )
     unchosen = frozenset(name for name in call.kept)
-    models = call.models
-    return Delta(Parts(tensors, call.tied, unchosen), DeltaInfo(models, rule.min_agreement, inputs, {}))
+    listed, weighted = None, None
+    if asked is not None:
+        listed = None if asked.method.is_negmerge else asked.method.to_json()
+        weighted = None if asked.weights is None else ""
+    info = DeltaInfo(call.models, rule.min_agreement, inputs, {}, listed, weighted)
+    return Delta(Parts(tensors, call.tied, unchosen), info)
 
 
 class _Builder:
@@ -303,11 +333,13 @@ class _Builder:
         packer = Packer(numel, torch.bfloat16 if self._half else dtype, device)
         longest = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
         block = source.block(longest) if numel else 1
+        terms = None if self._call.family is None else self._call.family.row_terms(item.name)
         for start in range(0, numel, block):
             size = min(block, numel - start)
             dense = self._memory(device, dtype, size, block)
             out = Operand(dense.data_ptr(), signature.arithmetic, dense)
-            batch = Batch(str(device), signature, [source.segment(start, size, out)])
+            segment = source.segment(start, size, out)
+            batch = Batch(str(device), signature, [segment], low_rank.at_start(terms, start))
             counts = self._consensus[str(device)](batch, self._rule)
             self.results += readable([([(item.name, size)], counts)])
             packer.add(dense)

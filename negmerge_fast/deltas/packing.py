@@ -168,7 +168,7 @@ _CUT_AT_ONCE = 1 << 22
 
 
 def cut(whole: TensorDelta, box: Box) -> TensorDelta:
-    """The part of a delta that belongs to a shard. What was not finite, or vetoed by zero, is known of the whole only: 0 of the part."""
+    """The part of a delta that belongs to a shard. What was not finite, vetoed by zero or masked is known of the whole only: 0 of the part."""
     shape, packed = whole.info.spec.shape, whole.packed
     dense = torch.empty(box.shape, dtype=whole.arithmetic, device=packed.mask.device)
     row = math.prod(shape[1:])
@@ -182,4 +182,6 @@ def cut(whole: TensorDelta, box: Box) -> TensorDelta:
         dense[first : first + count] = held
     packer = Packer(dense.numel(), packed.means.dtype, dense.device)
     packer.add(dense.view(-1))
-    return TensorDelta(whole.info._replace(nonfinite=0, vetoed_by_zero=0), packer.packed(), box)
+    masked = None if whole.info.masked is None else 0
+    info = whole.info._replace(nonfinite=0, vetoed_by_zero=0, masked=masked)
+    return TensorDelta(info, packer.packed(), box)

@@ -17,6 +17,7 @@ from ..core.descriptors import upload
 from ..core.errors import InputError, some_names, stacklevel
 from ..core.pairing import Rename
 from ..core.rule import NonFinite, Rule
+from ..core.scales import Scales
 from ..core.stats import Stats
 from ..core.unmergeable import is_variance
 from ..runtime.interrupts import without_interrupts
@@ -90,7 +91,7 @@ class Group(NamedTuple):
         pairs: The pairs.
         batch: Their batch.
         segments: Their names and numbers of elements.
-        recorded: Their counts in the delta: int64[pairs, len(COUNTED)].
+        recorded: Their counts in the delta: int64[pairs, len(FAMILY_COUNTED)].
     """
 
     pairs: list[TensorPair]
@@ -112,7 +113,11 @@ def group(pairs: Sequence[TensorPair], segments: Sequence[DeltaSegment]) -> list
             DeltaBatch(device, signature, segments_of),
             [(pair.name, pair.tensor.numel()) for pair in those],
             np.array(
-                [[t.delta.agreed, t.delta.info.nonfinite, t.delta.info.vetoed_by_zero] for t in those],
+                [
+                    [t.delta.agreed, i.nonfinite, i.vetoed_by_zero, i.masked or 0]
+                    for t in those
+                    for i in [t.delta.info]
+                ],
                 np.int64,
             ),
         )
@@ -248,20 +253,23 @@ class Paired(Call):
             for device in devices
         }
 
-    def apply(self, scale: float) -> Stats:
+    def apply(self, scales: Scales) -> Stats:
         """Apply the delta, as run_in_place merges."""
-        backends = self.choose()
+        backends, by_name = self.choose(), self._by_name(scales)
         if self.nonfinite == "error":
-            self._refuse_nonfinite(scale, self._run(scale, backends, written=False))
+            self._refuse_nonfinite(by_name, self._run(by_name, backends, written=False))
         self.increment_versions()
         with without_interrupts():
-            results = readable(merge_counts(self._run(scale, backends, written=True)))
+            results = readable(merge_counts(self._run(by_name, backends, written=True)))
         self.tell(results)
         return stats_of(results)
 
-    def count(self, scale: float) -> list[tuple[Group, Counts]]:
+    def count(self, scales: Scales) -> list[tuple[Group, Counts]]:
         """Count what would change."""
-        return self._run(scale, self.choose(), written=False)
+        return self._run(self._by_name(scales), self.choose(), written=False)
+
+    def _by_name(self, scales: Scales) -> dict[str, float]:
+        return scales.by_name([str(pair.name) for pair in self.pairs])
 
     def tell(self, results: Results) -> None:
         """Warn of what a merge warns of."""
@@ -269,25 +277,28 @@ class Paired(Call):
         self._warn_of_variances(self._variances)
 
     def _run(
-        self, scale: float, backends: Mapping[str, tuple[str, Apply]], written: bool
+        self, scales: Mapping[str, float], backends: Mapping[str, tuple[str, Apply]], written: bool
     ) -> list[tuple[Group, Counts]]:
         results = []
         # Scattered tensors come first and one at a time: memory for their flat copies may be missing.
         for pair in [pair for pair in self.pairs if not pair.is_flat]:
             copy = flat_copy(pair.tensor)
             [each] = group([pair], [pair.segment(copy, None, copy if written else None)])
-            results.append((each, backends[each.batch.device][1](each.batch, scale)))
+            results.append((each, backends[each.batch.device][1](each.batch, scales[str(pair.name)])))
             if written:
                 with torch.inference_mode():
                     pair.tensor.copy_(copy)
             del copy, each
-        flat = [pair for pair in self.pairs if pair.is_flat]
-        segments = [t.segment(t.tensor, None, t.tensor if written else None) for t in flat]
-        for each in group(flat, segments):
-            results.append((each, backends[each.batch.device][1](each.batch, scale)))
+        by_scale: dict[str, list[TensorPair]] = {}
+        for pair in [pair for pair in self.pairs if pair.is_flat]:
+            by_scale.setdefault(repr(scales[str(pair.name)]), []).append(pair)  # 0 and -0 are two
+        for text, flat in by_scale.items():
+            segments = [t.segment(t.tensor, None, t.tensor if written else None) for t in flat]
+            for each in group(flat, segments):
+                results.append((each, backends[each.batch.device][1](each.batch, float(text))))
         return results
 
-    def _refuse_nonfinite(self, scale: float, counted: Sequence[tuple[Group, Counts]]) -> None:
+    def _refuse_nonfinite(self, scales: Mapping[str, float], counted: Sequence[tuple[Group, Counts]]) -> None:
         """Raise InputError for elements that are not finite in a version, and for the first that would not be after this."""
         rows = {
             name: row[_NONFINITE]
@@ -307,7 +318,7 @@ class Paired(Call):
             raise InputError(
                 f"{self.where(0, pair.name)}: {number:,} {elements} not finite in a version, expected finite numbers"
             )
-        index = _first_nonfinite(pair, scale)
+        index = _first_nonfinite(pair, scales[str(pair.name)])
         raise InputError(
             f"{self.where(None, pair.name)}: element {index} in row-major order"
             f"{' of this rank' if pair.name in self.dtensors else ''}: the result is not finite, expected finite numbers"
