@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .deltas.live import Live
     from .deltas.memory import Delta, consensus_delta, load_delta
     from .deltas.paired import Changed
+    from .methods.base import Method
+    from .methods.catalogue import method
     from .reports.api import write_report
     from .reports.statistics import ConsensusStatistics, consensus_statistics
     from .search.api import select_scale
@@ -37,6 +39,7 @@ _HOMES = {
     "InputError": "core.errors",
     "Live": "deltas.live",
     "MergeWarning": "core.errors",
+    "Method": "methods.base",
     "NoScaleError": "search.result",
     "Report": "streaming.report",
     "Rule": "core.rule",
@@ -54,6 +57,7 @@ _HOMES = {
     "merge_": "tensors.api",
     "merge_checkpoints": "streaming.api",
     "merge_task_vectors": "tensors.api",
+    "method": "methods.catalogue",
     "negate_": "tensors.api",
     "select_scale": "search.api",
     "verify_checkpoint": "streaming.verify",
@@ -68,6 +72,7 @@ __all__ = [
     "InputError",
     "Live",
     "MergeWarning",
+    "Method",
     "NoScaleError",
     "Report",
     "Rule",
@@ -86,6 +91,7 @@ __all__ = [
     "merge_",
     "merge_checkpoints",
     "merge_task_vectors",
+    "method",
     "negate_",
     "select_scale",
     "verify_checkpoint",
