@@ -11,6 +11,7 @@ from .._version import __version__
 from ..core.errors import escape
 from .apply import apply
 from .delta import delta, run_delta
+from .mergekit import mergekit
 from .options import backend, device, other_files, outcome, output, output_format, quiet, resources, rule
 from .report import report
 from .running import Outcome, run
@@ -232,5 +233,6 @@ def bench(signals: Signals, device: str, report: str | None, quiet: bool) -> Non
 
 negmerge.add_command(apply)
 negmerge.add_command(delta)
+negmerge.add_command(mergekit)
 negmerge.add_command(report)
 negmerge.add_command(select)
