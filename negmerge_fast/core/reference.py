@@ -71,22 +71,30 @@ def plain_family(
     Returns:
         The merged tensor; then the numbers of elements that were changed, that were not finite, and that only a weight of zero kept.
     """
-    b, d = _differences(base, models, task_vectors)
-    r = reduce(d.flatten(1)).view(b.shape)
-    w = torch.ones_like(b) if weight is None else _widened(weight, b.dtype)
-    products = (
-        d * torch.stack([_scalar(f, b.dtype) for f in factors]).view(-1, *[1] * b.dim()) if factors else d
-    )
+    b, finite, r, w = _reduced(base, models, reduce, factors, weight, task_vectors)
     t = _scalar(scale, b.dtype) * -(w * r)
     result = _rounded(b + t, base.dtype)
     chosen = w * r != 0
-    nonfinite = ~(
-        b.isfinite() & products.isfinite().all(0) & (w * r).isfinite() & (result.isfinite() | ~chosen)
-    )
-    agree, masked = chosen & ~nonfinite, (r != 0) & (w == 0) & ~nonfinite
+    finite = finite & (result.isfinite() | ~chosen)
+    agree, masked = chosen & finite, (r != 0) & (w == 0) & finite
     out = base.clone()
     out[agree] = result[agree]
-    return out, int(agree.sum()), int(nonfinite.sum()), int(masked.sum())
+    return out, int(agree.sum()), int((~finite).sum()), int(masked.sum())
+
+
+def plain_family_consensus(
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    factors: Sequence[float] = (),
+    weight: torch.Tensor | None = None,
+    task_vectors: bool = False,
+) -> tuple[torch.Tensor, int, int, int]:
+    """Find what a delta has of another method: w · r of plain_family in place of means, and +0 elsewhere; then the counts."""
+    b, finite, r, w = _reduced(base, models, reduce, factors, weight, task_vectors)
+    agree, masked = (w * r != 0) & finite, (r != 0) & (w == 0) & finite
+    dense = torch.where(agree, w * r, torch.zeros_like(b))
+    return dense, int(agree.sum()), int((~finite).sum()), int(masked.sum())
 
 
 def plain_consensus(
@@ -144,6 +152,25 @@ def _agreement(
     return b, d, agree, total / number, possible
 
 
+def _reduced(
+    base: torch.Tensor,
+    models: list[torch.Tensor],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    factors: Sequence[float],
+    weight: torch.Tensor | None,
+    task_vectors: bool,
+) -> tuple[torch.Tensor, ...]:
+    """b, whether b, every p_k and w · r are finite, r, and w."""
+    b, d = _differences(base, models, task_vectors)
+    r = reduce(d.flatten(1)).view(b.shape)
+    w = torch.ones_like(b) if weight is None else weight.to(b.dtype)
+    products = [each * _scalar(f, b.dtype) for each, f in zip(d, factors, strict=True)] if factors else d
+    finite = b.isfinite() & (w * r).isfinite()
+    for p in products:
+        finite = finite & p.isfinite()
+    return b, finite, r, w
+
+
 def _differences(
     base: torch.Tensor, models: list[torch.Tensor], task_vectors: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,10 +178,6 @@ def _differences(
     wide = torch.float64 if torch.float64 in [base.dtype, *(m.dtype for m in models)] else torch.float32
     d = [m.to(wide) if task_vectors else m.to(wide) - _rounded(base, m.dtype).to(wide) for m in models]
     return base.to(wide), torch.stack(d)
-
-
-def _widened(weight: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    return weight.to(torch.float64).to(wide)
 
 
 def _scalar(scale: float, wide: torch.dtype) -> torch.Tensor:

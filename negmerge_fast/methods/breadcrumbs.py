@@ -33,5 +33,5 @@ def naive(d: torch.Tensor, density: float = 0.9, gamma: float = 0.01) -> torch.T
         bottom, top = 0, max(top + bottom, 0)
     magnitudes = d.abs().nan_to_num(math.inf)
     ascending = magnitudes.sort(1).values
-    low, high = ascending[:, bottom, None], ascending[:, numel - 1 - top, None]
+    low, high = ascending[:, bottom : bottom + 1], ascending[:, numel - 1 - top : numel - top]
     return in_order(d.where((magnitudes >= low) & (magnitudes <= high), 0.0))
