@@ -62,13 +62,18 @@ class Scales:
         """The λ of all tensors; None if patterns tell."""
         return self.pairs[0][1] if self.pairs[0][0] == "" else None
 
+    @property
+    def is_one(self) -> bool:
+        """Whether there is one λ, of all tensors."""
+        return len(self.pairs) == 1 and self.pairs[0][0] == ""
+
     def by_name(self, names: Iterable[str]) -> dict[str, float]:
         """λ of each tensor.
 
         Raises:
             InputError: If no pattern matches a tensor, or a pattern matches none that is not another's.
         """
-        if self.single is not None and len(self.pairs) == 1:
+        if self.is_one:
             return dict.fromkeys(names, self.pairs[0][1])
         compiled = [(re.compile(pattern), number) for pattern, number in self.pairs]
         found: dict[str, float] = {}
@@ -96,5 +101,4 @@ class Scales:
 
     def to_json(self) -> float | list[list[object]]:
         """A number, or pairs: as a manifest and a report list them."""
-        single = self.single
-        return [list(pair) for pair in self.pairs] if single is None or len(self.pairs) > 1 else single
+        return self.pairs[0][1] if self.is_one else [list(pair) for pair in self.pairs]

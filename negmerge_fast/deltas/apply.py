@@ -194,12 +194,13 @@ def prepare_apply(
     every = [replace(options, scale=each, min_agreement=found.info.min_agreement) for each in scales]
     if not 1 <= len(every) <= _MAX_SCALES:
         raise InputError(f"scale: {len(every)} scales, expected 1 … {_MAX_SCALES}")
-    values = [own.rule.scale for own in every]
+    values = [own.scales.pairs[0][1] for own in every]
     if twice := [value for k, value in enumerate(values) if value in values[:k]]:
         raise InputError(f"scale: {twice[0]} twice, expected each once")
     suffix = "" if opened.is_directory else _suffix(output_of, opened)
     outputs = [
-        (output_path(output_of, own.rule.scale, suffix) if several else output_of, own) for own in every
+        (output_path(output_of, own.scales.pairs[0][1], suffix) if several else output_of, own)
+        for own in every
     ]
 
     def make(*arguments: object) -> ApplyJob:

@@ -22,8 +22,9 @@ from ..core.hashing import hash_of
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename
 from ..core.ranges import Range
-from ..core.rule import Inputs, NonFinite, Rule
+from ..core.rule import Inputs, NonFinite
 from ..core.stats import Stats, TensorStats
+from ..methods.base import Method
 from ..output import manifest as manifests
 from ..output.directory import Entry
 from ..output.filesystem import set_size, sync
@@ -41,6 +42,7 @@ from ..streaming.placement import Placement
 from ..streaming.plan import Extent, Plan
 from ..streaming.progress import OnProgress, Recorder
 from ..streaming.report import Report
+from ..streaming.rules import Rules
 from ..streaming.skipping import Skipping
 from ..streaming.together import Task
 from .format import DeltaFile, file_names, index_of
@@ -159,7 +161,7 @@ class DeltaJob(Job):
         return sum(counted.agreed * sizes[name] for name, counted in stats.tensors.items())
 
     def _processor(
-        self, outputs: Sequence[tuple[Rule, Writer]], **parts: Any
+        self, outputs: Sequence[tuple[Rules, Writer]], **parts: Any
     ) -> Callable[[Task], Sequence[Any]]:
         worker = DeltaWorker(**parts, files=self.deltas)
         return lambda task: [worker.process(task.chunk)]
@@ -190,7 +192,7 @@ class DeltaJob(Job):
             offset = 0
             for range_ in ranges:
                 for extent in slice_plan(self.plan, range_):
-                    for name, start, numel, _ in extent.slices:
+                    for name, start, numel, *_ in extent.slices:
                         tensor = self.deltas[extent.path].tensors[name]
                         if numel == tensor.numel:
                             count = stats.tensors[name].agreed
@@ -302,6 +304,8 @@ def delta_checkpoints(
     overwrite: bool = False,
     resume: bool = False,
     adapters_as: AdaptersAs = "difference",
+    method: str | Method = "negmerge",
+    weights: PathLike | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Make the consensus delta of checkpoints that need not fit in memory (NegMerge, arXiv 2410.05583, section 4).
@@ -328,6 +332,8 @@ def delta_checkpoints(
         overwrite: Replace output if its manifest says that negmerge wrote every file in it, as it is.
         resume: Continue what an interrupted run left.
         adapters_as: What LoRA adapters are, "difference" or "merged".
+        method: As of merge_checkpoints. The delta is then of the elements that the method changes, and w · r in place of their means.
+        weights: As of merge_checkpoints.
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop.
 
     Returns:
@@ -342,7 +348,7 @@ def delta_checkpoints(
     options = options_of(
         min_agreement=min_agreement, inputs=inputs, nonfinite=nonfinite, include=include, exclude=exclude, rename=rename, keep=keep,
         drop=drop, backend=backend, memory_budget=memory_budget, threads=threads, overwrite=overwrite, resume=resume,
-        adapters_as=adapters_as,
+        adapters_as=adapters_as, method=method, weights=weights,
     )  # fmt: skip
     return merges.run(lambda: prepare_delta(base, finetuned, output, options, half), progress)
 
@@ -364,13 +370,13 @@ def prepare_delta(
     recipe = replace(merges.recipe_of(plan, options), means=manifests.BF16 if half else manifests.EXACT)
     plan, deltas = _lay_out(plan, recipe)
     destination = merges.destination_of(path, plan, options, directory=True)
-    finished = merges.is_finished(destination, recipe, (plan.base, *plan.models), None, options)
+    finished = merges.is_finished(destination, recipe, plan.checkpoints, None, options)
     notes = [] if finished else merges.try_out(plan.base.opened.weights.values(), destination)
     if half:
         notes = [*notes, "means are stored in BF16: applied, they give other bits than a merge"]
     staging = Staging(destination, resume=options.resume)
     choose = registry.choose_low_rank_consensus if plan.is_low_rank else registry.choose_consensus
-    name, merge = choose(options.backend, "cpu", options.rule, plan.signatures)
+    name, merge = choose(options.backend, "cpu", recipe.rule, plan.signatures)
     return DeltaJob(
         plan,
         options,
@@ -382,7 +388,8 @@ def prepare_delta(
         merge,
         Placement("cpu", "deltas of files are made there"),
         *allocate(plan, options, "cpu", (name, "torch"), EXTRA_BUFFERS),
-        Skipping(options.rule, len(plan.models), None),
+        Skipping(recipe.rule, len(plan.models), None),
+        Rules(recipe.rule),
         [*plan.notes, *notes],
         finished,
         deltas=deltas,
@@ -397,7 +404,12 @@ def _lay_out(plan: Plan, recipe: Recipe) -> tuple[Plan, dict[str, DeltaFile]]:
             merged.setdefault(extent.path, []).append(extent)
     names = dict(zip(merged, file_names(len(merged)), strict=True))
     info = DeltaInfo(
-        len(plan.models), recipe.rule.min_agreement, recipe.inputs, manifests.input_json(recipe.base)
+        len(plan.models),
+        recipe.rule.min_agreement,
+        recipe.inputs,
+        manifests.input_json(recipe.base),
+        recipe.method.to_json() if recipe.method else None,
+        recipe.weights.path if recipe.weights else None,
     )
     samples = _samples(plan.base, [s.name for each in merged.values() for e in each for s in e.slices])
     deltas, files = {}, {}

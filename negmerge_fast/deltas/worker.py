@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..backends import masks
-from ..core.batch import COUNTED, Batch, Operand, Rows, Segment, Signature, segment_at
+from ..core.batch import COUNTED, Batch, Operand, Rows, Segment, Signature
+from ..core.choices import Terms
 from ..core.delta import mask_bytes
 from ..core.dtypes import FLOAT_SIZES
 from ..streaming.plan import Extent, TensorSlice
 from ..streaming.progress import ChunkResult
-from ..streaming.worker import Known, Worker, with_factors
+from ..streaming.worker import Known, Worker, segment_of, weight_of, with_factors
 from .format import DeltaFile
 
 _AGREED, _NONFINITE = COUNTED.index("agreed"), COUNTED.index("nonfinite")
@@ -63,17 +64,17 @@ class DeltaWorker(Worker):
         with self.turns, self.timeline.span("merge"):
             placed = self._consensus(chunk, at, dense, owner, known)
         if self.nonfinite == "error" and any(each.counts[_NONFINITE] for each in placed):
-            self._refuse_nonfinite(chunk, self.rule)
+            self._refuse_nonfinite(chunk, self.rules)
         file, end = self.files[chunk.path], means
         words = ctypes.addressof(ctypes.c_char.from_buffer(mask)) if mask else 0
         for each, nbytes in zip(placed, sizes, strict=True):
-            name, _, numel, signature = each.tensor_slice
+            name, _, numel, signature, _ = each.tensor_slice
             dtype = file.tensors[name].means_dtype
             each.counts[_AGREED] = masks.pack(each.dense, numel, signature.arithmetic, dtype, words, end)
             end += each.counts[_AGREED] * FLOAT_SIZES[dtype]
             words += nbytes
         # The masks of neighbours are neighbours, and a chunk begins at a whole word of one.
-        name, start, _, _ = chunk.slices[0]
+        name, start, *_ = chunk.slices[0]
         self.writer.write(chunk.path, file.mask_position(name, start), memoryview(mask), self.release)
         read = sum(source.stored_nbytes for source in chunk.sources)
         counted = [([(s.name, s.numel) for s in chunk.slices], Rows(each.counts for each in placed))]
@@ -97,19 +98,23 @@ class DeltaWorker(Worker):
     ) -> list[_Placed]:
         """Write the dense means of a chunk's slices, one after the other."""
         placed: list[_Placed] = []
-        groups: dict[Signature, tuple[list[Segment], list[_Placed]]] = {}
+        groups: dict[Signature, tuple[list[Segment], list[_Placed], list[Terms]]] = {}
+        has_terms = self.rules.rule.choices is not None
         for number, tensor_slice in enumerate(chunk.slices):
             numel, signature = tensor_slice.numel, tensor_slice.signature
             out = Operand(dense, signature.arithmetic, owner)
-            segment = segment_at(numel, signature, at, [owner] * len(at))._replace(out=out)
+            segment = segment_of(tensor_slice, at, owner)._replace(out=out)
             placed.append(_Placed(tensor_slice, dense, []))
-            segments, of_group = groups.setdefault(signature, ([], []))
+            segments, of_group, terms = groups.setdefault(signature, ([], [], []))
             segments.append(with_factors(segment, known, number))
             of_group.append(placed[-1])
+            if has_terms:
+                terms.append(self.rules.terms(tensor_slice, weight_of(tensor_slice, at, owner)))
             at = [a + numel * size for a, size in zip(at, tensor_slice.sizes, strict=True)]
             dense += numel * FLOAT_SIZES[signature.arithmetic]
-        for signature, (segments, of_group) in groups.items():
-            counts = self.merge(Batch("cpu", signature, segments), self.rule, self.merge_threads)
+        for signature, (segments, of_group, terms) in groups.items():
+            batch = Batch("cpu", signature, segments, terms if has_terms else None)
+            counts = self.merge(batch, self.rules.rule, self.merge_threads)
             for each, row in zip(of_group, counts.tolist(), strict=True):
                 each.counts.extend(row)
         return placed

@@ -46,7 +46,7 @@ class ProgressRecord(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         counts = {
-            name: [t.elements, t.agreed, t.nonfinite, t.vetoed_by_zero]
+            name: [t.elements, t.agreed, t.nonfinite, t.vetoed_by_zero, *([t.masked] if t.masked else [])]
             for name, t in self.stats.tensors.items()
         }
         return {"runs": list(self.ranges), "read": self.read, "skipped": self.skipped, "tensors": counts}
@@ -54,14 +54,14 @@ class ProgressRecord(NamedTuple):
     @classmethod
     def of_json(cls, line: Mapping[str, Any]) -> ProgressRecord:
         stats = Stats()
-        stats.include({name: TensorStats(*_sizes(counts, 4)) for name, counts in line["tensors"].items()})
+        stats.include({name: TensorStats(*_sizes(counts, 4, 5)) for name, counts in line["tensors"].items()})
         ranges = [Range(*_sizes(range_, 2)) for range_ in line["runs"]]
         return cls(ranges, stats, *_sizes([line["read"], line["skipped"]], 2))
 
 
-def _sizes(value: Any, count: int) -> list[int]:
-    if not are_sizes(value) or len(value) != count:
-        raise ValueError(f"{short_repr(value)}, expected {count} sizes")
+def _sizes(value: Any, *counts: int) -> list[int]:
+    if not are_sizes(value) or len(value) not in counts:
+        raise ValueError(f"{short_repr(value)}, expected {counts[0]} sizes")
     return list(value)
 
 

@@ -22,6 +22,9 @@ from ..checkpoints.strict_json import parse_json
 from ..core.errors import InputError, short_repr
 from ..core.hashing import hash_of
 from ..core.rule import Inputs, NonFinite, Rule
+from ..core.scales import Scales
+from ..methods.base import Method
+from ..methods.catalogue import as_method
 from .checksums import Checksums
 
 # The bound of an index; and blocks small enough for each thread to hold one.
@@ -105,6 +108,9 @@ class Recipe:
     means: of a consensus delta, which has no scale, how its means are stored: EXACT or BF16. None of a merge.
     merged_adapters: whether there are adapters, which were models, merged into the base, and not task vectors.
     format: what the base was translated to; None of an output that mirrors it.
+    scales: λ by patterns on names; None if it is the rule's for all tensors.
+    method: None of NegMerge.
+    weights: what has a weight for each element, if there are any.
     """
 
     base: Input
@@ -120,18 +126,28 @@ class Recipe:
     means: str | None = None
     merged_adapters: bool = False
     format: Format | None = None
+    scales: Scales | None = None
+    method: Method | None = None
+    weights: Input | None = None
 
     @property
     def checkpoints(self) -> list[Input]:
-        """The base and the models."""
-        return [self.base, *self.models]
+        """The base, the models and the weights."""
+        return [self.base, *self.models, *([self.weights] if self.weights else [])]
+
+    @property
+    def scale(self) -> float | list[list[object]] | None:
+        """λ, or patterns and theirs; None of a delta."""
+        if self.means:
+            return None
+        return self.scales.to_json() if self.scales else self.rule.scale
 
     def to_json(self) -> dict[str, object]:
         return {
             "negmerge_fast": __version__,
             "base": input_json(self.base),
             "models": [input_json(model) for model in self.models],
-            "scale": None if self.means else self.rule.scale,
+            "scale": self.scale,
             "min_agreement": self.rule.min_agreement,
             "inputs": self.inputs,
             "nonfinite": self.nonfinite,
@@ -143,6 +159,8 @@ class Recipe:
             **({"means": self.means} if self.means else {}),
             **({"adapters_as": "merged"} if self.merged_adapters else {}),
             **({"format": self.format} if self.format else {}),
+            **({"method": self.method.to_json()} if self.method else {}),
+            **({"weights": input_json(self.weights)} if self.weights else {}),
         }
 
 
@@ -155,12 +173,16 @@ EXACT, BF16 = "exact", "BF16"
 
 
 class ManifestCounts(NamedTuple):
-    """Elements of the whole output: merged, agreed, not finite, vetoed by zero. None: not known, or not counted by early versions."""
+    """Elements of the whole output: merged, agreed, not finite, vetoed by zero, masked.
+
+    None: not known, of no meaning for the method, or not counted by early versions.
+    """
 
     elements: int
     agreed: int
     nonfinite: int | None
     vetoed_by_zero: int | None
+    masked: int | None
 
 
 @dataclass(frozen=True)
@@ -222,10 +244,13 @@ def read(path: Path) -> Manifest:
     validator = _Validator(path)
     models = validator.field(found, "models", _is_list, "a list of models")
     means = validator.choice(found, "means", EXACT, BF16) if "means" in found else None
+    scales = validator.scales({**found, "scale": 0.0} if means and found.get("scale") is None else found)
+    method = validator.method(found) if "method" in found else None
+    weights = validator.input(found, "weights") if "weights" in found else None
     recipe = Recipe(
         validator.input(found, "base"),
         [validator.input({f"models[{k}]": model}, f"models[{k}]") for k, model in enumerate(models)],
-        validator.rule({**found, "scale": 0.0} if means and found.get("scale") is None else found),
+        validator.rule(found, scales, method, weights is not None),
         validator.choice(found, "inputs", "finetuned", "task_vectors"),
         validator.choice(found, "nonfinite", "error", "keep-base"),
         validator.field(found, "include", _is_text_or_none, "text or null"),
@@ -236,6 +261,9 @@ def read(path: Path) -> Manifest:
         means,
         "adapters_as" in found and validator.choice(found, "adapters_as", "merged") == "merged",
         validator.choice(found, "format", "safetensors", "pt") if "format" in found else None,
+        None if scales.is_one else scales,
+        method,
+        weights,
     )
     version = validator.field(found, "negmerge_fast", _is_text, "a version")
     block = validator.field(found, "block", _is_block, "the size of a block")
@@ -358,7 +386,8 @@ def _checksum(file: File, block: int) -> str:
 
 
 def _is_same_recipe(recorded: Recipe, current: Recipe) -> bool:
-    if replace(recorded, base=current.base, models=current.models) != current:
+    inputs = {"base": current.base, "models": current.models, "weights": current.weights}
+    if replace(recorded, **inputs) != current:  # type: ignore[arg-type]
         return False
     pairs = list(zip_longest(recorded.checkpoints, current.checkpoints))
     return all(was and now and _is_same_input(was, now) for was, now in pairs)
@@ -393,11 +422,26 @@ class _Validator:
     def choice(self, found: dict[str, Any], key: str, *choices: str) -> Any:
         return self.field(found, key, lambda v: _is_text(v) and v in choices, f"one of {', '.join(choices)}")
 
-    def rule(self, found: dict[str, Any]) -> Rule:
-        scale = self.field(found, "scale", _is_number, "a number")
+    def scales(self, found: dict[str, Any]) -> Scales:
+        scale = self.field(found, "scale", _is_scale, "a number, or patterns and numbers")
+        pairs = scale if _is_list(scale) else [["", scale]]
+        try:  # the patterns may be anybody's: runtime/patterns.py compiles them
+            return Scales(tuple((pattern, Rule(number).scale) for pattern, number in pairs))
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+
+    def method(self, found: dict[str, Any]) -> Method:
+        listed = self.field(found, "method", _is_object, "a method")
+        try:
+            return Method.of_json(listed)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: method is {short_repr(listed)}, expected one ({error})") from None
+
+    def rule(self, found: dict[str, Any], scales: Scales, method: Method | None, weighted: bool) -> Rule:
         min_agreement = self.field(found, "min_agreement", _is_number, "a number")
         try:
-            return Rule(scale, min_agreement)
+            choices = (method or as_method("negmerge")).choices(len(found["models"]), weighted)
+            return Rule(scales.pairs[0][1], min_agreement, choices)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
 
@@ -416,8 +460,8 @@ class _Validator:
     def counted(self, found: dict[str, Any]) -> ManifestCounts:
         counted = self.field(found, "counted", _is_object, "an object of counts")
         known = [self.field(counted, key, _is_count, "a count") for key in ("elements", "agreed")]
-        perhaps = {"vetoed_by_zero": None, **counted}
-        for key in ("nonfinite", "vetoed_by_zero"):
+        perhaps = {"vetoed_by_zero": None, "masked": None, **counted}
+        for key in ("nonfinite", "vetoed_by_zero", "masked"):
             known.append(self.field(perhaps, key, lambda v: v is None or _is_count(v), "a count or null"))
         return ManifestCounts(*known)
 
@@ -465,6 +509,15 @@ def _is_pair(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether it is a number, or a list of pairs of a text and a number."""
+    if not _is_list(value):
+        return _is_number(value)
+    return bool(value) and all(
+        _is_list(pair) and len(pair) == 2 and _is_text(pair[0]) and _is_number(pair[1]) for pair in value
+    )
 
 
 def _is_object(value: Any) -> bool:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from typing import Any
 
 from ..core import pairing
 from ..core.errors import InputError
+from ..core.scales import Scales
 
 # Of the processor, for all names together, and the longest wait for it, where other programs use it too.
 _CPU_S, _WAIT_S = 10, 30.0
@@ -70,6 +72,14 @@ class BoundedPatterns:
         self._ask("compile_renames", pairing.rename_pairs(rename))
         return cache(lambda name: str(self._ask("renamed", name)))
 
+    def by_name(self, scales: Scales, names: Iterable[str]) -> dict[str, float]:
+        """As Scales.by_name."""
+        if scales.is_one:
+            return scales.by_name(names)
+        names = list(names)
+        found: Any = self._ask("by_name", scales.pairs, names)
+        return dict(zip(names, found, strict=True))
+
     def _ask(self, *request: object) -> object:
         """Have the child call a method of _Patterns, and return what that returns or raise InputError as it does."""
         child = self._child = self._child or self._start()
@@ -85,7 +95,7 @@ class BoundedPatterns:
         return reply["value"]
 
     def _error(self, problem: str) -> InputError:
-        return InputError(f"{self._where}: include, exclude and rename {problem}")
+        return InputError(f"{self._where}: include, exclude, rename and scale {problem}")
 
     def _start(self) -> subprocess.Popen[bytes]:
         package = str(Path(__file__).parents[2])
@@ -130,13 +140,18 @@ class _Patterns:
             )
         return new
 
+    def by_name(self, pairs: list[tuple[str, float]], names: list[str]) -> list[float]:
+        return list(Scales.of(pairs).by_name(names).values())
+
     def reply(self, method: str, *arguments: Any) -> dict[str, object]:
         try:
             return {"value": getattr(self, method)(*arguments)}
         except InputError as error:
             return {"error": str(error)}
         except MemoryError:
-            return {"error": "include, exclude or rename: they fill the memory, expected patterns of names"}
+            return {
+                "error": "include, exclude, rename or scale: they fill the memory, expected patterns of names"
+            }
 
 
 def serve(cpu_s: int, memory: int) -> None:

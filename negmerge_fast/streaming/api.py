@@ -17,6 +17,8 @@ from ..core.errors import InputError, MergeWarning
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, rename_pairs
 from ..core.rule import Inputs, NonFinite
+from ..core.scales import Scale
+from ..methods.base import Method
 from ..output.destination import Destination, OccupiedError, check
 from ..output.manifest import Input, Recipe, holds
 from ..output.preflight import refuse_full_disk_for, try_destination, try_inputs
@@ -30,6 +32,7 @@ from .placement import choose_placement
 from .plan import Plan, make_plan
 from .progress import OnProgress
 from .report import Report
+from .rules import Rules
 from .skipping import Skipping
 
 MakeJob: TypeAlias = Callable[..., Job]
@@ -40,7 +43,7 @@ def merge_checkpoints(
     finetuned: Sequence[PathLike],
     output: PathLike,
     *,
-    scale: float,
+    scale: Scale,
     min_agreement: float = 1.0,
     inputs: Inputs = "finetuned",
     nonfinite: NonFinite = "error",
@@ -58,11 +61,13 @@ def merge_checkpoints(
     resume: bool = False,
     adapters_as: AdaptersAs = "difference",
     format: OutputFormat = "auto",
+    method: str | Method = "negmerge",
+    weights: PathLike | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Merge checkpoints that need not fit in memory, from disk to disk.
 
-    The rule is that of merge (NegMerge, arXiv 2410.05583, section 4). Same inputs and options give the same bytes, on
+    The rule is that of merge (NegMerge, arXiv 2410.05583, section 4), or of another method. Same inputs and options give the same bytes, on
     every backend and device.
 
     Args:
@@ -72,7 +77,8 @@ def merge_checkpoints(
             directories that PEFT wrote, or their .safetensors files with the configuration beside them.
         output: The path of the result. It mirrors base: the same files and tensor layout, config and tokenizer copied. Only PyTorch
             files of base become safetensors files. It appears complete or not at all.
-        scale: λ, any finite number.
+        scale: λ, any finite number; or regular expressions and the λ of tensors whose names they match, as a mapping or pairs: the first
+            that matches counts, and "" matches all.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
         inputs: Whether finetuned are "finetuned" models or "task_vectors".
         nonfinite: With "error" a NaN or an infinity publishes nothing; with "keep-base" such elements keep the
@@ -89,13 +95,17 @@ def merge_checkpoints(
             None is half of what the machine and its control groups have free.
         threads: How many threads read and compute. None is torch's number, or less within a CPU quota.
         skip_unchanged: Do not read what cannot change the output: versions of a block in which no element can agree any more.
-            A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only.
+            A NaN in what is not read is not seen, so None skips with nonfinite="keep-base" only, and not for another method or with
+            weights.
         overwrite: Replace output if its manifest says that negmerge wrote every file in it, as it is.
         resume: Continue what an interrupted run left, if it had the same inputs and options, and keep unfinished output.
         adapters_as: What LoRA adapters are: with "difference" task vectors d = s·BA; with "merged" models, b + d rounded to the
             base's type.
         format: "safetensors"; "pt" for files that torch.load reads; or "auto", the format of base, but "safetensors" in place of
             PyTorch's.
+        method: The name of a method ("mean", "ties", …), or one with other numbers than the usual ones, as negmerge_fast.method makes it.
+        weights: A checkpoint with a weight for each element by the names of the base, such as a mask of 0 and 1: a PyTorch file of a
+            dictionary, a .safetensors file or a directory, in a float type, bool or uint8. What of the base it lacks has the weight 1.
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop the merge.
 
     Returns:
@@ -110,7 +120,7 @@ def merge_checkpoints(
     options = MergeOptions(
         scale, min_agreement, inputs, nonfinite, include, exclude, rename, keep, drop,
         backend, device, memory_budget, threads, skip_unchanged, overwrite, resume,
-        adapters_as, format,
+        adapters_as, format, method, weights,
     )  # fmt: skip
     return run(lambda: prepare(base, finetuned, output, options), progress)
 
@@ -163,15 +173,16 @@ def prepare_outputs(
         OSError: If they do not fit on the disk.
     """
     options, checked = outputs[0][1], []
+    rule = options.rule_of(len(plan.models))
     for path, own in outputs:
         recipe = recipe_of(plan, own)
         destination, finished = _check_destination(path, plan, recipe, own)
         notes = [] if finished else try_out(plan.base.inputs.values(), destination)
         checked.append((recipe, destination, finished, [*plan.notes, *_format_notes(plan.base), *notes]))
     refuse_full_disk_for([destination for _, destination, finished, _ in checked if not finished])
-    placement = choose_placement(plan, options)
+    placement = choose_placement(plan, options, rule)
     choose = registry.choose_low_rank if plan.is_low_rank and not options.skips else registry.choose
-    backend, merge = choose(options.backend, placement.device, options.rule, plan.signatures)
+    backend, merge = choose(options.backend, placement.device, rule, plan.signatures)
     counter_name, counter = registry.choose("auto", "cpu") if options.skips else ("", None)
     allocation = allocate(
         plan, options, placement.device, (backend, counter_name), extra_buffers, len(outputs)
@@ -179,9 +190,10 @@ def prepare_outputs(
     jobs = []
     for (_, own), (recipe, destination, finished, notes) in zip(outputs, checked, strict=True):
         staging = Staging(destination, resume=own.resume)
-        writer, skipping = Writer(destination, staging), Skipping(own.rule, len(plan.models), counter)
+        writer, skipping = Writer(destination, staging), Skipping(recipe.rule, len(plan.models), counter)
+        rules = Rules.of(recipe.rule, own.scales, plan.names)
         jobs.append(make(
-            plan, own, recipe, destination, staging, writer, backend, merge, placement, *allocation, skipping, notes, finished,
+            plan, own, recipe, destination, staging, writer, backend, merge, placement, *allocation, skipping, rules, notes, finished,
         ))  # fmt: skip
     return jobs
 
@@ -193,6 +205,11 @@ def open_and_plan(
     found = [as_input("base", base), *as_inputs("finetuned", finetuned)]
     paths = [each.path for each in found]
     opened, models = _open(paths[0], paths[1:], options, extra_files)
+    weights = None
+    if options.weights is not None:
+        found.append(as_input("weights", options.weights))
+        weights = _open_weights(found[-1].path, [opened, *models])
+    options.rule_of(len(models))  # refuses numbers for another count of models
     plan = make_plan(
         translate(opened, options.format),
         models,
@@ -201,7 +218,9 @@ def open_and_plan(
         exclude=options.exclude,
         rename=options.rename,
         merge_adapters=options.adapters_as == "merged",
+        weights=weights,
     )
+    options.scales.by_name(plan.names)  # refuses patterns that do not fit
     return replace(plan, notes=(*(each.note for each in found if each.note), *plan.notes))
 
 
@@ -227,6 +246,19 @@ def _open(
     return opened, models
 
 
+def _open_weights(path: Path, checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Open weights for each element. checkpoints: of the merge."""
+    with without_gc():
+        weights = open_checkpoint(path, extra_files=False)
+    files = {file.identity for file in weights.weights.values()}
+    for checkpoint in checkpoints:
+        if files == {file.identity for file in checkpoint.weights.values()}:
+            raise InputError(
+                f"{path}: weights that are {checkpoint.path} itself, expected a weight for each element"
+            )
+    return weights
+
+
 def _format_notes(base: Checkpoint) -> list[str]:
     if base.origin is None:
         return []
@@ -238,10 +270,11 @@ def _format_notes(base: Checkpoint) -> list[str]:
 def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:
     """What determines the bytes of an output."""
     base, *models = [Input.of(checkpoint) for checkpoint in (plan.base, *plan.models)]
+    method = options.chosen_method
     return Recipe(
         base,
         models,
-        options.rule,
+        options.rule_of(len(models)),
         options.inputs,
         options.nonfinite,
         options.include,
@@ -251,6 +284,9 @@ def recipe_of(plan: Plan, options: MergeOptions) -> Recipe:
         tuple(options.drop),
         merged_adapters=options.adapters_as == "merged" and any(model.adapter for model in plan.models),
         format=plan.base.format,
+        scales=None if options.scales.is_one else options.scales,
+        method=None if method.is_negmerge else method,
+        weights=Input.of(plan.weights) if plan.weights else None,
     )
 
 
@@ -258,7 +294,7 @@ def _check_destination(
     path: Path, plan: Plan, recipe: Recipe, options: MergeOptions
 ) -> tuple[Destination, bool]:
     """Refuse an output that must not be written; return its place, and whether it is finished already."""
-    base, checkpoints = plan.base, (plan.base, *plan.models)
+    base, checkpoints = plan.base, plan.checkpoints
     if not base.is_directory and path.suffix not in base.suffixes:
         like = ", as --format says" if base.format else ", like base"
         if path.suffix in PT_SUFFIXES and ".npy" not in base.suffixes:
@@ -271,7 +307,7 @@ def _check_destination(
 
 def destination_of(path: Path, plan: Plan, options: MergeOptions, directory: bool) -> Destination:
     """The place of an output. directory: whether it is one, or a single file."""
-    checkpoints = (plan.base, *plan.models)
+    checkpoints = plan.checkpoints
     files = [file for checkpoint in checkpoints for file in checkpoint.inputs.values()]
     return Destination.at(
         path,

@@ -70,8 +70,8 @@ def allocate(
         available_bytes,
         name,
         models=len(plan.models),
-        extra_buffers=extra_buffers + (outputs > 1),
-        held=sum(checkpoint.held_bytes for checkpoint in (plan.base, *plan.models)),
+        extra_buffers=extra_buffers + (outputs > 1) + (plan.weights is not None),
+        held=sum(checkpoint.held_bytes for checkpoint in plan.checkpoints),
         tensors=sum(len(checkpoint.tensors) for checkpoint in _known(plan)),
         sizes=[file.size for file in plan.files.values()] * outputs,
         workers=_max_workers(options.thread_count, device, next(iter(backends))),
@@ -97,7 +97,7 @@ def _tiles(plan: Plan) -> int:
 def _known(plan: Plan) -> list[Checkpoint]:
     """The checkpoints of which each tensor takes memory: also what the base is a translation of, and once more its layout."""
     origin = plan.base.origin
-    return [plan.base, *plan.models, *([origin, origin] if origin else [])]
+    return [*plan.checkpoints, *([origin, origin] if origin else [])]
 
 
 def fit(

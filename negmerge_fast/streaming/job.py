@@ -24,6 +24,7 @@ from ..backends import registry
 from ..backends.native import library, merge_cpu
 from ..checkpoints.reader import Reader
 from ..core.batch import Merge
+from ..core.bounds import Bounds
 from ..core.errors import InputError
 from ..core.ranges import Range, subtract
 from ..core.rule import Rule
@@ -45,6 +46,7 @@ from ..runtime.distributed import SINGLE, SingleProcess
 from ..runtime.executor import MakeWorker
 from ..runtime.interrupts import without_interrupts
 from . import probes, variances
+from .bounds import bytes_to_measure, measure
 from .budget import max_open_files
 from .native import ChunkMerger
 from .options import MergeOptions
@@ -54,6 +56,7 @@ from .plan import Plan
 from .progress import OnProgress, Recorder
 from .read_ahead import ReadAhead
 from .report import Report
+from .rules import Rules
 from .skipping import Skipping
 from .together import Task, run_together
 from .worker import Worker
@@ -68,6 +71,7 @@ class Job:
         workers: Chunks under way at once.
         chunk_bytes: The most bytes of a version in a chunk.
         memory: The bytes that it will allocate, on the host and again on a device.
+        rules: What each tensor is merged by; bounds are measured when it runs.
         notes: What a user should know of the merge, a line each: of the plan, and what is found while it runs.
         finished: Whether the output is complete already, by an earlier run that was stopped at its very end.
     """
@@ -85,6 +89,7 @@ class Job:
     chunk_bytes: int
     memory: int
     skipping: Skipping
+    rules: Rules
     notes: list[str]
     finished: bool = False
 
@@ -96,6 +101,11 @@ class Job:
     @property
     def rule(self) -> Rule:
         return self.recipe.rule
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rule is that of core/rule.py."""
+        return self.rule.choices is None
 
     def throughput(self) -> Throughput | None:
         """Measure this job's bandwidths, as far as placement did not; None if there is nothing to merge."""
@@ -171,12 +181,13 @@ class Job:
     @cached_property
     def _fingerprint(self) -> Fingerprint:
         """What determines the output's bytes: unfinished output of anything else is not resumed."""
-        checkpoints = (self.plan.base, *self.plan.models)
+        plan, checkpoints = self.plan, self.plan.checkpoints
         files = [file for checkpoint in checkpoints for file in checkpoint.inputs.values()]
         recipe = self.recipe.to_json()
         return {
-            **{k: v for k, v in recipe.items() if k not in ("base", "models", "nonfinite")},
-            "models": [os.path.realpath(checkpoint.path) for checkpoint in checkpoints],
+            **{k: v for k, v in recipe.items() if k not in ("base", "models", "nonfinite", "weights")},
+            "models": [os.path.realpath(checkpoint.path) for checkpoint in (plan.base, *plan.models)],
+            **({"weights": os.path.realpath(plan.weights.path)} if plan.weights else {}),
             "files": {
                 os.path.realpath(f.path): [f.size, f.identity[2], f.header, f.sample if f.header else ""]
                 for f in files
@@ -216,8 +227,31 @@ class Job:
         files = len({file for files in self.plan.sources.values() for file in files})
         return Reader(files) if files <= max_open_files() else nullcontext()
 
+    @property
+    def bytes_to_measure(self) -> int:
+        """What measure_bounds usually reads, on all ranks together."""
+        return bytes_to_measure(self.plan.unweighted) if self._needs_bounds else 0
+
+    @property
+    def _needs_bounds(self) -> bool:
+        return self.recipe.method is not None and self.recipe.method.needs_bounds
+
+    def measure_bounds(self, ranks: SingleProcess, on_moved: Callable[[int], None]) -> Mapping[str, Bounds]:
+        """Find the bounds that the method needs, on all ranks together; none if it needs none.
+
+        on_moved: called with the bytes that this rank has read for it.
+        """
+        if not self._needs_bounds:
+            return {}
+        assert self.recipe.method
+        return measure(self.plan.unweighted, self.recipe.method, self.options, ranks, on_moved)
+
     def worker_maker(
-        self, timeline: Timeline, shared: Reader | None, jobs: Sequence[Job]
+        self,
+        timeline: Timeline,
+        shared: Reader | None,
+        jobs: Sequence[Job],
+        bounds: Mapping[str, Bounds],
     ) -> MakeWorker[Task, tuple[Task, Sequence[Any]]]:
         """Return what opens a worker for some jobs in its thread; it gives each task with a result for each of its outputs."""
         concurrent = self.backend in registry.CONCURRENT
@@ -230,20 +264,21 @@ class Job:
         is_native = not self.options.skips and (
             self.merge is merge_cpu or (low_rank and self.backend == "cpu")
         )
+        of_jobs = [dataclasses.replace(job.rules, bounds=bounds) for job in jobs]
         turn = library().Turn() if is_native and self.options.thread_count == 1 else None  # of two workers
 
         @contextmanager
         def open_worker() -> Iterator[Callable[[Task], tuple[Task, Sequence[Any]]]]:
-            buffers_of_worker = len(self.plan.models) + 1 + self.extra_buffers + (len(jobs) > 1)
+            buffers_of_worker = self.plan.versions + self.extra_buffers + (len(jobs) > 1)
             device = self.placement.device
             with (
                 nullcontext(shared) if shared else Reader(max(max_open_files() // self.workers, 1)) as reader,
                 buffers_on(device, buffers_of_worker, self.chunk_bytes, timeline) as buffers,
             ):
                 process = self._processor(
-                    [(job.rule, job.writer) for job in jobs],
+                    [(rules, job.writer) for rules, job in zip(of_jobs, jobs, strict=True)],
                     plan=self.plan,
-                    rule=self.rule,
+                    rules=of_jobs[0],
                     merge=self.merge,
                     device=device,
                     merge_threads=1 if concurrent else self.options.threads,
@@ -266,12 +301,12 @@ class Job:
         return open_worker
 
     def _processor(
-        self, outputs: Sequence[tuple[Rule, Writer]], **parts: Any
+        self, outputs: Sequence[tuple[Rules, Writer]], **parts: Any
     ) -> Callable[[Task], Sequence[Any]]:
         """Return what processes a task, with a result for each of its outputs.
 
         Args:
-            outputs: The rule and the writer of each output of the jobs.
+            outputs: The rules and the writer of each output of the jobs.
             parts: The fields of a Worker.
         """
         worker = Worker(**parts)
@@ -311,7 +346,8 @@ class Job:
             "agreed": stats.agreed,
             # How much is skipped depends on the machine, and the manifest must not.
             "nonfinite": None if self.options.skips else stats.nonfinite,
-            "vetoed_by_zero": None if self.options.skips else stats.vetoed_by_zero,
+            "vetoed_by_zero": None if self.options.skips or not self.is_plain else stats.vetoed_by_zero,
+            **({} if self.is_plain else {"masked": stats.masked}),
         }
         self._note_variances(self.staging.read_file)
         self._finish({**self.recipe.to_json(), "counted": counted}, stats, on_progress)
@@ -352,7 +388,11 @@ class Job:
         nothing = summed([])
         report = self.report(nothing, nothing._replace(stats=stats), 0, 0.0)
         return dataclasses.replace(
-            report, nonfinite=counted.nonfinite, vetoed_by_zero=counted.vetoed_by_zero, tensors=[]
+            report,
+            nonfinite=counted.nonfinite,
+            vetoed_by_zero=counted.vetoed_by_zero,
+            masked=counted.masked,
+            tensors=[],
         )
 
     def _clear_own(self) -> None:
@@ -373,13 +413,17 @@ class Job:
 
     def report(self, before: ProgressRecord, done: ProgressRecord, written: int, seconds: float) -> Report:
         """Report what was done. written: bytes, by all ranks."""
-        stats, vetoes_known = done.stats, not before.skipped and not done.skipped
+        stats = done.stats
+        vetoes_known = self.is_plain and not before.skipped and not done.skipped
         tensors = [{"name": name, **dataclasses.asdict(t)} for name, t in stats.tensors.items()]
         unknown = {} if vetoes_known else {"vetoed_by_zero": None}
+        unknown |= {"masked": None} if self.is_plain else {}
         return Report(
             base=str(self.plan.base.path),
             models=[str(model.path) for model in self.plan.models],
-            scale=self.rule.scale,
+            method=str(self.recipe.method or "negmerge"),
+            weights=str(self.plan.weights.path) if self.plan.weights else None,
+            scale=self.recipe.scale,
             min_agreement=self.rule.min_agreement,
             output=str(self.destination.path),
             backend=self.backend,
@@ -389,6 +433,7 @@ class Job:
             consensus_ratio=stats.consensus_ratio,
             nonfinite=stats.nonfinite,
             vetoed_by_zero=stats.vetoed_by_zero if vetoes_known else None,
+            masked=None if self.is_plain else stats.masked,
             bytes_read=done.read,
             bytes_skipped=done.skipped,
             bytes_written=written,

@@ -14,10 +14,14 @@ from typing import TypeAlias
 from ..backends import registry
 from ..checkpoints import hub
 from ..checkpoints.base import FORMATS, OutputFormat
+from ..core.choices import Election
 from ..core.errors import InputError, require_choice, short_repr
 from ..core.low_rank import AdaptersAs
 from ..core.pairing import Rename, choice, compile_renames, rename_pairs
 from ..core.rule import Inputs, NonFinite, Rule
+from ..core.scales import Scale, Scales
+from ..methods.base import Method
+from ..methods.catalogue import as_method
 from ..runtime.memory import parse_size
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -30,7 +34,7 @@ class MergeOptions:
     """What a merge of checkpoints does beside its inputs and output, for Python and the command line.
 
     Attributes:
-        scale: λ, any finite number.
+        scale: λ, any finite number; or regular expressions and the λ of tensors whose names they match, of which the first counts.
         min_agreement: The fraction of the models, in (0.5, 1], whose differences must have the same sign.
         inputs: Whether the models are "finetuned" models or "task_vectors".
         nonfinite: With "error" a NaN or an infinity publishes nothing; with "keep-base" such elements keep the base's bits.
@@ -53,12 +57,14 @@ class MergeOptions:
             "merged" models, b + d rounded to the base's type, as merging them one by one would write them.
         format: What the output's weights are written in: "safetensors"; "pt", which torch.load reads; or "auto", the format of the base,
             but "safetensors" in place of PyTorch's.
+        method: The name of a method of methods/catalogue.py, or a Method.
+        weights: A checkpoint with a weight for each element, by the names of the base; None if all are 1.
 
     Raises:
         InputError: If a value is of another type, out of bounds or none of the choices.
     """
 
-    scale: float
+    scale: Scale
     min_agreement: float = 1.0
     inputs: Inputs = "finetuned"
     nonfinite: NonFinite = "error"
@@ -76,9 +82,11 @@ class MergeOptions:
     resume: bool = False
     adapters_as: AdaptersAs = "difference"
     format: OutputFormat = "auto"
+    method: str | Method = "negmerge"
+    weights: PathLike | None = None
 
     def __post_init__(self) -> None:
-        _ = self.rule  # checks its own two
+        self._check_rule()
         for name in ("inputs", "nonfinite", "backend", "device", "adapters_as", "format"):
             _require_text(name, getattr(self, name))
         for name in ("include", "exclude"):
@@ -110,12 +118,47 @@ class MergeOptions:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    @cached_property
-    def rule(self) -> Rule:
+    def _check_rule(self) -> None:
         try:
-            return Rule(self.scale, self.min_agreement)
+            method = as_method(self.method)
+            self._set("method", method)
+            Rule(self.scales.pairs[0][1], self.min_agreement)
         except TypeError as error:
             raise InputError(str(error)) from None
+        if self.min_agreement != 1.0 and method.election not in (Election.AGREEMENT, Election.COUNTED):
+            raise InputError(
+                f"min_agreement: {self.min_agreement}, expected 1.0: {method.name} counts no signs"
+            )
+        if self.weights is not None:
+            as_path("weights", self.weights)
+        if self.skip_unchanged and not self.is_plain:
+            what = "weights" if method.is_negmerge else f"method {method.name}"
+            raise InputError(f"skip_unchanged: True, expected False: with {what} every version is read")
+
+    @cached_property
+    def scales(self) -> Scales:
+        return Scales.of(self.scale)
+
+    @property
+    def chosen_method(self) -> Method:
+        return as_method(self.method)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rule is that of core/rule.py."""
+        return self.chosen_method.is_negmerge and self.weights is None
+
+    def rule_of(self, models: int) -> Rule:
+        """The rule for so many models. Its scale is the first one.
+
+        Raises:
+            InputError: If the method has numbers for each of other than so many models.
+        """
+        method = self.chosen_method
+        if method.needs_bounds:
+            method.ranks(models, 1)
+        choices = method.choices(models, self.weights is not None)
+        return Rule(self.scales.pairs[0][1], self.min_agreement, choices)
 
     @property
     def thread_count(self) -> int:
@@ -124,7 +167,8 @@ class MergeOptions:
     @property
     def skips(self) -> bool:
         """Whether what cannot change the output is skipped."""
-        return self.nonfinite == "keep-base" if self.skip_unchanged is None else self.skip_unchanged
+        usual = self.nonfinite == "keep-base" and self.is_plain
+        return usual if self.skip_unchanged is None else self.skip_unchanged
 
     @property
     def counts_nonfinite(self) -> bool:

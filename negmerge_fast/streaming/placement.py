@@ -70,24 +70,28 @@ class Placement(NamedTuple):
 
 def measure_throughput(plan: Plan, rule: Rule, threads: int, backend: str = "auto") -> Throughput | None:
     """Measure a job's bandwidths on the CPU, for the storage types of most of its elements; None if nothing is merged."""
-    numels: dict[Signature, int] = {}
+    numels: dict[tuple[Signature, str | None], int] = {}
     for tensor_slice in (s for extent in plan.extents for s in extent.slices):
-        numels[tensor_slice.signature] = numels.get(tensor_slice.signature, 0) + tensor_slice.numel
-    signature = max(numels, key=numels.__getitem__, default=None)
-    if signature is None or not numels[signature]:
+        types = tensor_slice.signature, tensor_slice.weight
+        numels[types] = numels.get(types, 0) + tensor_slice.numel
+    most = max(numels, key=numels.__getitem__, default=None)
+    if most is None or not numels[most]:
         return None
+    signature, weight = most
     read_bandwidth, cached = probes.read_bandwidth(plan, threads)
     if cached:  # once more: a sample of what is so fast is short
         read_bandwidth = max(read_bandwidth, probes.read_bandwidth(plan, threads)[0])
-    return Throughput(read_bandwidth, cached, probes.merge_bandwidth(signature, rule, threads, backend))
+    return Throughput(
+        read_bandwidth, cached, probes.merge_bandwidth(signature, rule, threads, backend, weight)
+    )
 
 
-def choose_placement(plan: Plan, options: MergeOptions) -> Placement:
+def choose_placement(plan: Plan, options: MergeOptions, rule: Rule) -> Placement:
     """Choose where a job is merged: by its options, else by measured bandwidths."""
     if options.device != "auto":
         return Placement(GPU if options.device == "cuda" else options.device, "asked for")
     if options.backend == "auto":
-        return _fastest_placement(plan, options.rule, options.thread_count)
+        return _fastest_placement(plan, rule, options.thread_count)
     on_gpu = options.backend == "cuda" or (options.backend == "triton" and gpu_may_exist())
     return Placement(GPU if on_gpu else "cpu", f"where backend {options.backend} is")
 

@@ -15,30 +15,34 @@ from ..checkpoints.base import ByteRange, Checkpoint, TensorRef
 from ..checkpoints.reader import File
 from ..core import pairing
 from ..core.batch import Signature
+from ..core.choices import WEIGHT_SIZES
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError
 from ..core.pairing import Patterns, Rename
 from ..core.ranges import Range
 from ..runtime.interrupts import without_gc
+from .element_weights import pair_weights
 from .pairing import pair
 
 
 class TensorSlice(NamedTuple):
-    """Consecutive elements of a tensor, or all of them."""
+    """Consecutive elements of a tensor, or all of them. weight: the storage type of their weights, if they have some."""
 
     name: str
     start: int
     numel: int
     signature: Signature
+    weight: str | None = None
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes per element in the base and in each model."""
-        return [FLOAT_SIZES[dtype] for dtype in (self.signature.result, *self.signature.models)]
+        """Bytes per element in the base, in each model and, if there are any, in the weights."""
+        sizes = [FLOAT_SIZES[dtype] for dtype in (self.signature.result, *self.signature.models)]
+        return sizes if self.weight is None else [*sizes, WEIGHT_SIZES[self.weight]]
 
 
 class Extent(NamedTuple):
-    """A range of an output file, and its versions in the base (the first source) and the models.
+    """A range of an output file, and its versions in the base (the first source) and the models; then, of all slices or none, weights.
 
     path: the output file, relative to the output; it is written at the offset at which the base is read.
     """
@@ -60,6 +64,7 @@ class Plan:
         unchanged: How many tensors are copied from the base.
         notes: What a user should know of the merge, a line each.
         placed: How many modules of each adapter have a place in the base, a line each.
+        weights: What has a weight for each element, if there are any.
     """
 
     base: Checkpoint
@@ -69,6 +74,34 @@ class Plan:
     unchanged: int
     notes: tuple[str, ...] = ()
     placed: tuple[str, ...] = ()
+    weights: Checkpoint | None = None
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that is read: the base, the models and the weights."""
+        return [self.base, *self.models, *([self.weights] if self.weights else [])]
+
+    @property
+    def unweighted(self) -> Plan:
+        """The plan of a merge without weights."""
+        if self.weights is None:
+            return self
+        versions = 1 + len(self.models)
+        extents = [
+            Extent(e.path, e.sources[:versions], [s._replace(weight=None) for s in e.slices])
+            for e in self.extents
+        ]
+        return replace(self, extents=extents, weights=None)
+
+    @property
+    def versions(self) -> int:
+        """The most sources of an extent."""
+        return len(self.checkpoints)
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are merged."""
+        return [tensor_slice.name for extent in self.extents for tensor_slice in extent.slices]
 
     @property
     def tensors(self) -> int:
@@ -119,6 +152,7 @@ def make_plan(
     rename: Rename = (),
     patterns: Patterns = pairing,
     merge_adapters: bool = False,
+    weights: Checkpoint | None = None,
 ) -> Plan:
     """Pair the tensors of all checkpoints by name, and lay out the output.
 
@@ -131,6 +165,7 @@ def make_plan(
         rename: Regular expressions and what replaces their matches in the models' names.
         patterns: What compiles them.
         merge_adapters: Whether LoRA adapters are models, merged into the base, and not task vectors.
+        weights: What has a weight for each element.
 
     Raises:
         InputError: If names, shapes or types do not fit, or something cannot be merged element by element; the line says what.
@@ -150,8 +185,14 @@ def make_plan(
     if not paired.base:
         raise InputError(f"{base.path}: no floating-point tensor, expected at least one to merge")
     notes = [note for checkpoint in (base, *models) for note in checkpoint.notes] + paired.notes
-    plan = plan_of(base, paired.checkpoints, paired.base, paired.models, paired.task_vectors, notes)
-    return replace(plan, placed=tuple(paired.placed))
+    of_elements: Mapping[str, TensorRef] = {}
+    if weights:
+        of_elements, said = pair_weights(base, paired.base, weights, patterns.compile_renames(rename))
+        notes += [*weights.notes, *said]
+    plan = plan_of(
+        base, paired.checkpoints, paired.base, paired.models, paired.task_vectors, notes, of_elements
+    )
+    return replace(plan, placed=tuple(paired.placed), weights=weights)
 
 
 def plan_of(
@@ -161,6 +202,7 @@ def plan_of(
     versions: Sequence[Mapping[str, TensorRef]],
     task_vectors: bool,
     notes: Sequence[str],
+    weights: Mapping[str, TensorRef] | None = None,
 ) -> Plan:
     """Lay out the output of a merge whose tensors are paired.
 
@@ -171,6 +213,7 @@ def plan_of(
         versions: Those of each model, under the same names.
         task_vectors: Whether models are task vectors.
         notes: What a user should know, a line each.
+        weights: A weight for each element of those of the base that have some.
     """
     held: dict[File, list[tuple[str, TensorRef]]] = {file: [] for file in base.weights.values()}
     for name, tensor in tensors.items():
@@ -178,7 +221,7 @@ def plan_of(
     extents: list[Extent] = []
     with without_gc():
         for path, file in base.weights.items():
-            extents += _extents(path, file, held[file], versions, task_vectors)
+            extents += _extents(path, file, held[file], versions, weights or {}, task_vectors)
     extents += [
         Extent(name, [ByteRange(file, 0, file.size)], [])
         for name, file in base.extra_files.items()
@@ -194,6 +237,7 @@ def _extents(
     file: File,
     held: list[tuple[str, TensorRef]],
     models: Sequence[Mapping[str, TensorRef]],
+    weights: Mapping[str, TensorRef],
     task_vectors: bool,
 ) -> Iterator[Extent]:
     """Cover one file of the base, which holds these tensors to merge."""
@@ -208,20 +252,25 @@ def _extents(
 
     for name, tensor in sorted(held, key=lambda item: item[1].source[1:]):
         versions = [tensor, *(model[name] for model in models)]
-        sources = [version.source for version in versions]
-        if neighbours and not all(map(_adjacent, neighbours[-1], sources)):
+        weight = weights.get(name)
+        sources = [version.source for version in (versions if weight is None else (*versions, weight))]
+        if neighbours and not _are_adjacent(neighbours[-1], sources):
             yield finished()
             neighbours, slices = [], []
         if not neighbours and tensor.source.offset > position:
             yield Extent(path, [ByteRange(file, position, tensor.source.offset - position)], [])
         signature = Signature(tensor.spec.dtype, tuple(v.spec.dtype for v in versions[1:]), task_vectors)
         neighbours.append(sources)
-        slices.append(TensorSlice(name, 0, tensor.numel, signature))
+        slices.append(TensorSlice(name, 0, tensor.numel, signature, weight.spec.dtype if weight else None))
         position = tensor.source.end
     if neighbours:
         yield finished()
     if file.size > position:
         yield Extent(path, [ByteRange(file, position, file.size - position)], [])
+
+
+def _are_adjacent(previous: list[ByteRange], current: list[ByteRange]) -> bool:
+    return len(previous) == len(current) and all(map(_adjacent, previous, current))
 
 
 def _adjacent(previous: ByteRange, current: ByteRange) -> bool:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
-from ..core.batch import Batch, Signature, segment_at
-from ..core.dtypes import FLOAT_SIZES
+from ..core.batch import Batch, Signature
+from ..core.choices import Terms
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
 from ..runtime.device import DeviceBuffers
-from .plan import Plan
+from .plan import Plan, TensorSlice
+from .worker import segment_of, weight_of
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -29,33 +30,42 @@ _MIN_SAMPLES, _SAMPLE_BYTES, _MAX_BUFFERS = 64, 1 << 20, 16
 _MERGE_BYTES, _REPEATS, _COPY_BYTES, _H2D_BYTES = 4 << 20, 16, 256 << 20, 32 << 20
 
 
-def merge_bandwidth(signature: Signature, rule: Rule, threads: int, backend: str = "auto") -> float:
-    """Measure the bytes of all versions per second that the CPU merges from its caches, on so many threads."""
+def merge_bandwidth(
+    signature: Signature, rule: Rule, threads: int, backend: str = "auto", weight: str | None = None
+) -> float:
+    """Measure the bytes of all versions per second that the CPU merges from its caches, on so many threads.
+
+    weight: the storage type of weights, if elements have some.
+    """
     name, merge = registry.choose(backend, "cpu", rule, [signature])
     callers, inside = (threads, 1) if name in registry.CONCURRENT else (1, threads)
-    batches = [_batch(signature) for _ in range(callers)]
+    sizes = _sizes(signature, weight)
+    batches = [_batch(signature, weight, rule) for _ in range(callers)]
 
     def repeat(batch: Batch) -> None:
         for _ in range(_REPEATS):
             merge(batch, rule, inside)
 
     seconds = on_threads([partial(repeat, batch) for batch in batches])
-    return callers * _REPEATS * batches[0].segments[0].numel * sum(_sizes(signature)) / seconds
+    return callers * _REPEATS * batches[0].segments[0].numel * sum(sizes) / seconds
 
 
-def _batch(signature: Signature) -> Batch:
+def _batch(signature: Signature, weight: str | None, rule: Rule) -> Batch:
     import numpy as np
 
-    sizes = _sizes(signature)
+    sizes = _sizes(signature, weight)
     numel = max(_MERGE_BYTES // sum(sizes), 1024)
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
     versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
-    segment = segment_at(numel, signature, [v.ctypes.data for v in versions], versions)
-    return Batch("cpu", signature, [segment])
+    tensor_slice = TensorSlice("", 0, numel, signature, weight)
+    addresses = [v.ctypes.data for v in versions]
+    segment = segment_of(tensor_slice, addresses, versions)
+    terms = [Terms(0, 0, weight_of(tensor_slice, addresses, versions))]
+    return Batch("cpu", signature, [segment], None if rule.choices is None else terms)
 
 
-def _sizes(signature: Signature) -> list[int]:
-    return [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models)]
+def _sizes(signature: Signature, weight: str | None) -> list[int]:
+    return TensorSlice("", 0, 0, signature, weight).sizes
 
 
 def copy_bandwidth(threads: int) -> float:

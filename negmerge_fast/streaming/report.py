@@ -16,7 +16,9 @@ class Report:
         base: The path of the base, as given; of a name of the hub, that of its snapshot in the cache.
         models: The paths of the fine-tuned models, in order.
         output: The path of the output.
-        scale: λ; None of a consensus delta.
+        method: The method, with its numbers that are not the usual ones.
+        weights: The path of what has a weight for each element, as given; None if there is none.
+        scale: λ, or pairs of a regular expression and a number; None of a consensus delta.
         min_agreement: The fraction of the models that had to agree.
         backend: The backend that merged.
         device: The device it merged on.
@@ -26,7 +28,9 @@ class Report:
         nonfinite: Elements that kept the base's bits because something was not finite, as far as it was read. None of a job that was
             finished before, by a run that may have skipped bytes of the models.
         vetoed_by_zero: Finite elements that did not agree, but would have if each difference of exactly zero had the sign of the
-            majority. None if it is not known, because some bytes of the models were skipped, or an older version wrote OUT.
+            majority. None if it is not known, because some bytes of the models were skipped, or an older version wrote OUT, and of
+            another method or with weights.
+        masked: Elements that the method would have changed, but for a weight of zero. None of NegMerge without weights.
         bytes_read: Bytes that this run read.
         bytes_skipped: Bytes of the inputs that did not need to be read.
         bytes_written: Bytes that this run wrote.
@@ -36,13 +40,15 @@ class Report:
         adapters: How many modules of each LoRA adapter were placed in the base, a line each; equal ones are one line.
         skipped_files: Names of files of the base that were not copied: --keep copies them.
         large_files: Bytes of each other file of more than 1 MiB that was copied, by name: --drop skips them.
-        tensors: name, elements, agreed, nonfinite and vetoed_by_zero of each tensor.
+        tensors: name, elements, agreed, nonfinite, vetoed_by_zero and masked of each tensor.
     """
 
     base: str
     models: list[str]
     output: str
-    scale: float | None
+    method: str
+    weights: str | None
+    scale: float | list[list[object]] | None
     min_agreement: float
     backend: str
     device: str
@@ -51,6 +57,7 @@ class Report:
     consensus_ratio: float
     nonfinite: int | None
     vetoed_by_zero: int | None
+    masked: int | None
     bytes_read: int
     bytes_skipped: int
     bytes_written: int

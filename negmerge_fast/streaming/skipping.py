@@ -46,7 +46,7 @@ class Skipping:
 
     def __init__(self, rule: Rule, models: int, counter: Merge | None) -> None:
         # Whether elements agree does not depend on the scale.
-        self.rule, self.counter = PrefixRule(0.0, rule.min_agreement, models), counter
+        self.rule, self.counter = PrefixRule(0.0, rule.min_agreement, models=models), counter
         self.max_dissenters = models - rule.required(models)
         self.expected_models, self.full_chunks = models, 0
 

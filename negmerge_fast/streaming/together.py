@@ -6,12 +6,14 @@ Each output has its own staging directory, journal and manifest. One of which an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..core.bounds import Bounds
 from ..core.ranges import Range, subtract
 from ..output.journal import Fingerprint, ProgressRecord, summed
 from ..runtime.buffers import Timeline
@@ -83,21 +85,39 @@ def _run(
         begun = _begin(jobs, ranks)
         shard = begun.shards[ranks.rank]
         remaining_bytes = sum(_bytes_moved(first.plan, portion) for each in begun.shards for portion in each)
-        on_moved = _on_moved(jobs, progress, ranks, remaining_bytes)
+        to_measure = first.bytes_to_measure if any(begun.shards) else 0
+        on_moved = _on_moved(jobs, progress, ranks, to_measure, remaining_bytes)
         with ranks.failing_together():
             for job, fingerprint in zip(jobs, begun.fingerprints, strict=True):
                 job.join(fingerprint, ranks)
-            done = _process(jobs, shard, timeline, ranks.rank, on_moved)
+        # Of all that is merged, also if an earlier run has merged some of it.
+        bounds: Mapping[str, Bounds] = {}
+        measured = 0
+        if to_measure:
+
+            def on_measured(nbytes: int) -> None:
+                nonlocal measured
+                measured = min(nbytes, to_measure)
+                on_moved(measured)
+
+            bounds = first.measure_bounds(ranks, on_measured)
+        with ranks.failing_together():
+            done = _process(
+                jobs, shard, timeline, ranks.rank, lambda moved: on_moved(measured + moved), bounds
+            )
         with ranks.failing_together():
             for k, job in enumerate(jobs if ranks.rank == 0 else ()):
                 records = [done[k], *job.peer_records(ranks.count)]
-                done[k] = job.publish(begun.before[k], records, lambda: on_moved(remaining_bytes))
+                done[k] = job.publish(
+                    begun.before[k], records, lambda: on_moved(to_measure + remaining_bytes)
+                )
     seconds = time.perf_counter() - began
     reports = []
     for k, job in enumerate(jobs):
         job.notes.extend(job.staging.notes)
         written = sum(r.end - r.begin for each in begun.shards for r in _ranges(each, k))
         reports.append(job.report(begun.before[k], done[k], written, seconds))
+    reports[0] = replace(reports[0], bytes_read=reports[0].bytes_read + to_measure)
     return reports
 
 
@@ -154,6 +174,7 @@ def _process(
     timeline: Timeline,
     rank: int,
     on_moved: Callable[[int], None],
+    bounds: Mapping[str, Bounds],
 ) -> list[ProgressRecord]:
     """Process this rank's chunks, and leave what was done for rank 0."""
     first, moved = jobs[0], [0] * len(jobs)
@@ -174,7 +195,7 @@ def _process(
                 recorders[k].on_result(result)  # type: ignore[arg-type]
 
         with first.shared_reader() as shared:
-            make_worker = first.worker_maker(timeline, shared, jobs)
+            make_worker = first.worker_maker(timeline, shared, jobs, bounds)
             process_in_order(_tasks(first, shard), first.workers, make_worker, on_result)
     done = [recorder.whole for recorder in recorders]
     for job, each in zip(jobs, done, strict=True):
@@ -196,15 +217,19 @@ def _bytes_moved(plan: Plan, portion: Portion) -> int:
 
 
 def _on_moved(
-    jobs: Sequence[Job], progress: OnProgress | None, ranks: SingleProcess, remaining_bytes: int
+    jobs: Sequence[Job],
+    progress: OnProgress | None,
+    ranks: SingleProcess,
+    to_measure: int,
+    remaining_bytes: int,
 ) -> Callable[[int], None]:
     """Return what is called with the bytes that this rank has moved; it may raise to stop the jobs."""
     plan = jobs[0].plan
-    total = plan.bytes_read + len(jobs) * plan.whole.end
+    total = to_measure + plan.bytes_read + len(jobs) * plan.whole.end
 
     def on_moved(moved: int) -> None:
         moved = ranks.poll(moved)
         if progress:
-            progress(total - remaining_bytes + moved, total)
+            progress(total - to_measure - remaining_bytes + moved, total)
 
     return on_moved

@@ -29,7 +29,7 @@ def below_zero(extents: Sequence[Extent], open_file: Callable[[str], BinaryIO]) 
     found: dict[str, None] = {}
     for extent in extents:
         offset = extent.sources[0].offset
-        for name, _, numel, signature in extent.slices:
+        for name, _, numel, signature, _ in extent.slices:
             end = offset + numel * FLOAT_SIZES[signature.result]
             if is_variance(name):
                 with open_file(extent.path) as file:

@@ -23,7 +23,7 @@ from ..checkpoints.composed import ComposedFile
 from ..checkpoints.delta import DeltaCheckpoint, is_delta, open_delta
 from ..checkpoints.formats import open_checkpoint, translate
 from ..checkpoints.reader import File, Reader
-from ..core.batch import Batch, Operand, segment_at
+from ..core.batch import Batch, Operand
 from ..core.delta import mask_bytes
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, escape
@@ -33,12 +33,23 @@ from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.executor import process_in_order
 from ..runtime.patterns import BoundedPatterns
+from .bounds import bytes_to_measure, measure
 from .expansion import expand, plan_delta
-from .options import MAX_THREADS, PathLike, as_inputs, as_integer, as_path, require_callable
+from .options import (
+    MAX_THREADS,
+    MergeOptions,
+    PathLike,
+    as_input,
+    as_inputs,
+    as_integer,
+    as_path,
+    require_callable,
+)
 from .partition import chunks
 from .plan import Extent, Plan, TensorSlice, make_plan
 from .progress import OnProgress
-from .worker import batches
+from .rules import Rules
+from .worker import ruled_batches, segment_of, weight_of
 
 _Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
@@ -89,6 +100,7 @@ def verify_checkpoint(
     output: PathLike,
     against: Sequence[PathLike] | None = None,
     *,
+    weights: PathLike | None = None,
     blocks: int = 64,
     seed: int = 0,
     threads: int | None = None,
@@ -100,6 +112,7 @@ def verify_checkpoint(
         output: The merged directory or file, or a consensus delta, with its manifest.
         against: The base and the fine-tuned models, in their order; or the base and the consensus delta that was applied.
             A random sample of blocks is merged again by the reference, and the output must have the same bits.
+        weights: What had a weight for each element, if there was any. Needs against.
         blocks: How many blocks to sample, each of up to 1 MiB, drawn evenly by bytes. All of them if there are fewer.
         seed: The seed of the sample.
         threads: How many threads read and compute checksums. None is torch's number, or less within a CPU quota.
@@ -122,11 +135,16 @@ def verify_checkpoint(
         as_path("output", output),
         None if against is None else [each.path for each in as_inputs("against", against)],
     )
+    of_elements = None if weights is None else as_input("weights", weights).path
+    if of_elements and inputs is None:
+        raise InputError("weights: given without against, expected both")
     with _being_readable(out_path):
         out = _open(out_path)
-        plan = None if inputs is None else _plan(out, inputs)
-        sample = _sample(plan, blocks, seed) if plan else []
-        total = sum(file.size for file in out.files.values())
+        found = None if inputs is None else _plan(out, inputs, of_elements)
+        sample = _sample(found[0], blocks, seed) if found else []
+        method = out.manifest.recipe.method if sample else None
+        to_measure = bytes_to_measure(found[0].unweighted) if found and method and method.needs_bounds else 0
+        total = sum(file.size for file in out.files.values()) + to_measure
         total += sum(chunk.sources[0].nbytes + sum(s.nbytes for s in chunk.sources) for chunk in sample)
         done = 0
 
@@ -138,9 +156,20 @@ def verify_checkpoint(
 
         advance(0)
         _check(out, min(threads, MAX_THREADS), advance)
-        if plan:
+        if found:
+            plan, rules = found
+            if to_measure:
+                assert method
+                checked, options = done, MergeOptions(0.0, threads=min(threads, MAX_THREADS))
+                bounds = measure(
+                    plan.unweighted,
+                    method,
+                    options,
+                    on_moved=lambda moved: advance(checked + min(moved, to_measure) - done),
+                )
+                rules = replace(rules, bounds=bounds)
             compare = _compare_means if out.manifest.recipe.means else _compare
-            compare(out, plan, sample, advance)
+            compare(out, plan, rules, sample, advance)
     return Verified(
         str(out.path),
         out.manifest.version,
@@ -229,7 +258,7 @@ def _listed_file(path: Path) -> File:
         raise _MissingError(str(error)) from None
 
 
-def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
+def _plan(out: _Opened, against: Sequence[Path], weights: Path | None) -> tuple[Plan, Rules]:
     """Plan the merge that made an output again; refuse checkpoints that are not its inputs."""
     if len(against) < 2:
         raise InputError("against: expected the base and at least one fine-tuned model")
@@ -240,12 +269,17 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
         models = [expand(delta)]
     else:
         models = [open_checkpoint(path, keep=recipe.keep, extra_files=False) for path in against[1:]]
-    if differs := manifest.differences([recipe.base, *recipe.models], [base, *models]):
+    of_elements = None if weights is None else open_checkpoint(weights, extra_files=False)
+    if (of_elements is None) != (recipe.weights is None):
+        expected = recipe.weights.path if recipe.weights else "none"
+        raise InputError(f"weights: {weights or 'none'}, expected {expected} as in {out.path}")
+    checkpoints = [base, *models, *([of_elements] if of_elements else [])]
+    if differs := manifest.differences(recipe.checkpoints, checkpoints):
         raise InputError(differs)
-    if delta:
-        plan = plan_delta(base, delta)
-    else:
-        with BoundedPatterns(manifest.manifest_path(out.path, out.path.is_dir())) as patterns:
+    with BoundedPatterns(manifest.manifest_path(out.path, out.path.is_dir())) as patterns:
+        if delta:
+            plan = plan_delta(base, delta)
+        else:
             plan = make_plan(
                 base,
                 models,
@@ -255,11 +289,13 @@ def _plan(out: _Opened, against: Sequence[Path]) -> Plan:
                 rename=recipe.rename,
                 patterns=patterns,
                 merge_adapters=recipe.merged_adapters,
+                weights=of_elements,
             )
+        rules = Rules(recipe.rule, patterns.by_name(recipe.scales, plan.names) if recipe.scales else None)
     if recipe.means:
-        return replace(plan, extents=[extent for extent in plan.extents if extent.slices])
+        return replace(plan, extents=[extent for extent in plan.extents if extent.slices]), rules
     _refuse_other_files(out, plan)
-    return plan
+    return plan, rules
 
 
 def _refuse_other_files(out: _Opened, plan: Plan) -> None:
@@ -323,10 +359,12 @@ def _sample(plan: Plan, blocks: int, seed: int) -> list[Extent]:
     return [chunk for _, _, chunk in sorted(drawn, key=lambda arrival: arrival[1])]
 
 
-def _compare(out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callable[[int], None]) -> None:
+def _compare(
+    out: _Opened, plan: Plan, rules: Rules, sample: Sequence[Extent], advance: Callable[[int], None]
+) -> None:
     """Merge each chunk of a sample in place on the base's bytes, and compare them with the output's."""
     _, merge = registry.choose("torch", "cpu")
-    versions, timeline = len(plan.models) + 2, Timeline(kept=False)
+    versions, timeline = plan.versions + 1, Timeline(kept=False)
     with (
         Reader(_MAX_OPEN_FILES) as reader,
         WorkerBuffers(versions, _CHUNK_BYTES, timeline) as worker_buffers,
@@ -339,8 +377,8 @@ def _compare(out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callab
             for source, buffer in zip(sources, buffers, strict=True):
                 source.read_into(reader, buffer)
             addresses, owner = worker_buffers.addresses()
-            for batch, _ in batches(chunk, "cpu", addresses[:-1], owner):
-                merge(batch, out.manifest.recipe.rule)
+            for batch, _, rule in ruled_batches(rules, chunk, "cpu", addresses[:-1], owner):
+                merge(batch, rule)
             _skip_crcs(base, buffers[0], buffers[-1])
             expected, found = (np.frombuffer(buffer, np.uint8) for buffer in (buffers[0], buffers[-1]))
             if (different := np.flatnonzero(expected != found)).size:
@@ -359,16 +397,16 @@ def _skip_crcs(base: ByteRange, expected: memoryview, found: memoryview) -> None
 
 
 def _compare_means(
-    out: _Opened, plan: Plan, sample: Sequence[Extent], advance: Callable[[int], None]
+    out: _Opened, plan: Plan, rules: Rules, sample: Sequence[Extent], advance: Callable[[int], None]
 ) -> None:
     """Compute the means of each chunk of a sample again, and compare them with those of a delta, both as dense tensors."""
     delta = open_delta(out.path)
     dense = expand(delta).tensors
     _refuse_other_tensors(delta, plan)
-    merge, rule = registry.consensus("torch"), out.manifest.recipe.rule
+    merge = registry.consensus("torch")
     with (
         Reader(_MAX_OPEN_FILES) as reader,
-        WorkerBuffers(len(plan.models) + 1, _CHUNK_BYTES, Timeline(kept=False)) as worker_buffers,
+        WorkerBuffers(plan.versions, _CHUNK_BYTES, Timeline(kept=False)) as worker_buffers,
     ):
         for chunk in sample:
             buffers = worker_buffers.reserve([source.nbytes for source in chunk.sources])
@@ -379,8 +417,11 @@ def _compare_means(
                 size = FLOAT_SIZES[each.signature.arithmetic]
                 expected, found = (np.zeros(each.numel * size, np.uint8) for _ in range(2))
                 out_operand = Operand(expected.ctypes.data, each.signature.arithmetic, expected)
-                segment = segment_at(each.numel, each.signature, addresses, [owner] * len(addresses))
-                merge(Batch("cpu", each.signature, [segment._replace(out=out_operand)]), rule)
+                segment = segment_of(each, addresses, owner)._replace(out=out_operand)
+                terms = None
+                if rules.rule.choices:
+                    terms = [rules.terms(each, weight_of(each, addresses, owner))]
+                merge(Batch("cpu", each.signature, [segment], terms), rules.rule)
                 _store_means(expected, each, delta.tensors[each.name].means.spec.dtype)
                 dense[each.name].source.read_into(reader, found.data, each.start * size)
                 _refuse_other_means(delta, each, found, expected)
@@ -411,7 +452,7 @@ def _refuse_other_means(
 ) -> None:
     if not (different := np.flatnonzero(found != expected)).size:
         return
-    name, start, _, signature = tensor_slice
+    name, start, _, signature, _ = tensor_slice
     size, tensor = FLOAT_SIZES[signature.arithmetic], delta.tensors[name]
     element = int(different[0]) // size
     index = tuple(int(i) for i in np.unravel_index(start + element, tensor.info.spec.shape))

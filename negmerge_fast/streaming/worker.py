@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
 from ..core.batch import COUNTED, Batch, Counts, Merge, Operand, Rows, Segment, Signature, segment_at
+from ..core.choices import Terms
 from ..core.errors import InputError, short_repr
 from ..core.low_rank import Expansion
 from ..core.rule import NonFinite, Rule
@@ -22,6 +23,7 @@ from .native import IN_MEMORY, NOT_READ, NOT_WRITTEN, ChunkMerger
 from .plan import Extent, Plan, TensorSlice
 from .progress import ChunkCounts, ChunkResult
 from .read_ahead import ReadAhead
+from .rules import Rules
 from .skipping import ChunkPruner, Skipping, none_agreed
 
 # Of one source of a chunk, the elements of each slice that are known by factors, or None; and that of each source, the base's first.
@@ -37,7 +39,7 @@ class Worker:
 
     Attributes:
         plan: What the chunks are of.
-        rule: The rule of the merge.
+        rules: What each tensor is merged by.
         merge: The backend's function, called on `device` with `merge_threads` threads.
         turns: Held while merging: a backend that must not run concurrently has one turn for all workers.
         low_rank: Whether the backend's function takes what is known by factors as it is (registry.choose_low_rank).
@@ -53,7 +55,7 @@ class Worker:
     """
 
     plan: Plan
-    rule: Rule
+    rules: Rules
     merge: Merge
     device: str
     merge_threads: int | None
@@ -90,10 +92,12 @@ class Worker:
         if pruner.can_agree:
             merged: list[tuple[list[TensorSlice], Counts]] = []
             with self.turns, self.buffers.launch() as (addresses, owner):
-                for batch, slices in batches(chunk, self.device, addresses, owner, known=known):
-                    merged.append((slices, self.merge(batch, self.rule, self.merge_threads)))
+                for batch, slices, rule in ruled_batches(
+                    self.rules, chunk, self.device, addresses, owner, known=known
+                ):
+                    merged.append((slices, self.merge(batch, rule, self.merge_threads)))
             self.buffers.wait()
-            counted = self._count(chunk, merged, self.rule)
+            counted = self._count(chunk, merged, self.rules)
         else:
             counted = none_agreed(chunk)
         with self.timeline.span("write"):
@@ -101,12 +105,12 @@ class Worker:
             self.writer.write(chunk.path, base.offset, buffers[0], self.release, like)
         return ChunkResult(read, base.nbytes, counted, skipped)
 
-    def process_for(self, chunk: Extent, outputs: Sequence[tuple[Rule, Writer]]) -> list[ChunkResult]:
+    def process_for(self, chunk: Extent, outputs: Sequence[tuple[Rules, Writer]]) -> list[ChunkResult]:
         """Read a chunk once, and merge and write it for several outputs.
 
         Args:
             chunk: The chunk.
-            outputs: The rule and the writer of each.
+            outputs: The rules and the writer of each.
 
         Returns:
             A result for each output. What was read is in the first.
@@ -122,10 +126,10 @@ class Worker:
         read = sum(source.stored_nbytes for source in chunk.sources)
         self.read_ahead.record(cached, read, time.perf_counter() - began, requested)
         done: list[ChunkResult] = []
-        for rule, writer in outputs:
+        for rules, writer in outputs:
             counted: list[ChunkCounts] = []
             if chunk.slices:
-                counted = self._merge_into(chunk, rule)
+                counted = self._merge_into(chunk, rules)
             like = None if chunk.slices else self._descriptor(base)
             with self.timeline.span("write"):
                 data = result if chunk.slices else buffers[0]
@@ -133,14 +137,16 @@ class Worker:
             done.append(ChunkResult(0 if done else read, base.nbytes, counted))
         return done
 
-    def _merge_into(self, chunk: Extent, rule: Rule) -> list[ChunkCounts]:
+    def _merge_into(self, chunk: Extent, rules: Rules) -> list[ChunkCounts]:
         """Merge a chunk that was read behind the first of the reserved versions, into that one."""
         merged: list[tuple[list[TensorSlice], Counts]] = []
         with self.turns, self.buffers.launch() as (addresses, owner):
-            for batch, slices in batches(chunk, self.device, addresses[1:], owner, out=addresses[0]):
+            for batch, slices, rule in ruled_batches(
+                rules, chunk, self.device, addresses[1:], owner, out=addresses[0]
+            ):
                 merged.append((slices, self.merge(batch, rule, self.merge_threads)))
         self.buffers.wait()
-        return self._count(chunk, merged, rule)
+        return self._count(chunk, merged, rules)
 
     def _process_natively(
         self, native: ChunkMerger, chunk: Extent, buffers: Sequence[memoryview], known: Known
@@ -163,14 +169,11 @@ class Worker:
         ]
         output = self.writer.descriptor(chunk.path)
         addresses, owner = self.buffers.addresses()
-        merged = [
-            (batch, slices, self.rule)
-            for batch, slices in batches(chunk, "cpu", addresses, owner, known=known)
-        ]
+        merged = list(ruled_batches(self.rules, chunk, "cpu", addresses, owner, known=known))
         done = native.merge(located, merged, descriptors, addresses, output, requested, base.offset)
         if done.outcome == NOT_READ:
             return None
-        counted = self._count(chunk, done.counted, self.rule)
+        counted = self._count(chunk, done.counted, self.rules)
         if done.outcome == NOT_WRITTEN:
             raise OSError(done.error, os.strerror(done.error), str(self.writer.destination.path))
         read = sum(source.stored_nbytes for source in chunk.sources)
@@ -192,7 +195,7 @@ class Worker:
         if not self.low_rank or not chunk.slices:
             return ()
         known: list[Expansions | None] = []
-        wanted = [(name, start, signature.arithmetic) for name, start, _, signature in chunk.slices]
+        wanted = [(s.name, s.start, s.signature.arithmetic) for s in chunk.slices]
         with self.timeline.span("read"):
             for source in chunk.sources:
                 found: Expansions = ()
@@ -269,14 +272,14 @@ class Worker:
                 models[k].file.expect(self.reader, models[k].offset + begin, end - begin)
 
     def _count(
-        self, chunk: Extent, merged: Sequence[tuple[list[TensorSlice], Counts]], rule: Rule
+        self, chunk: Extent, merged: Sequence[tuple[list[TensorSlice], Counts]], rules: Rules
     ) -> list[ChunkCounts]:
         counted = [([(s.name, s.numel) for s in slices], Rows(c.tolist())) for slices, c in merged]
         if self.nonfinite == "error" and any(row[_NONFINITE] for _, rows in counted for row in rows):
-            self._refuse_nonfinite(chunk, rule)
+            self._refuse_nonfinite(chunk, rules)
         return counted
 
-    def _refuse_nonfinite(self, chunk: Extent, rule: Rule) -> None:
+    def _refuse_nonfinite(self, chunk: Extent, rules: Rules) -> None:
         """Name the first non-finite element of a chunk; its base may have been overwritten, and all is read again."""
         import numpy as np
 
@@ -284,10 +287,10 @@ class Worker:
         with Reader(1) as reader:
             for source, buffer in zip(chunk.sources, buffers, strict=True):
                 source.read_into(reader, buffer)
-        for batch, slices in batches(chunk, "cpu", *self.buffers.addresses()):
+        for batch, slices, rule in ruled_batches(rules, chunk, "cpu", *self.buffers.addresses()):
             if found := registry.first_nonfinite(batch, rule):
                 row, element, version, value = found
-                name, start, _, _ = slices[row]
+                name, start = slices[row].name, slices[row].start
                 tensor = self.plan.base.tensors[name]
                 held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
                 index = tuple(int(i) for i in np.unravel_index(start + element, tensor.spec.shape))
@@ -306,22 +309,43 @@ def with_factors(segment: Segment, known: Known, number: int) -> Segment:
     if not known:
         return segment
     models: list[Any] = list(segment.models)
-    for k, expansions in enumerate(known[1:]):
+    for k, expansions in enumerate(known[1 : 1 + len(models)]):
         models[k] = (expansions and expansions[number]) or models[k]
     return segment._replace(models=models)
 
 
 def batches(
+    chunk: Extent, device: str, addresses: list[int], owner: Any
+) -> Iterator[tuple[Batch, list[TensorSlice]]]:
+    """Yield one batch for each signature in a chunk without weights, and the slices that its segments are of."""
+    for batch, slices, _ in ruled_batches(_PLAIN, chunk, device, addresses, owner):
+        yield batch, slices
+
+
+_PLAIN = Rules(Rule(0.0))
+
+
+class _Group(NamedTuple):
+    """Segments of one batch, the slices that they are of, and their terms, if the rule needs some."""
+
+    segments: list[Segment]
+    slices: list[TensorSlice]
+    terms: list[Terms]
+
+
+def ruled_batches(
+    rules: Rules,
     chunk: Extent,
     device: str,
     addresses: list[int],
     owner: Any,
     out: int | None = None,
     known: Known = (),
-) -> Iterator[tuple[Batch, list[TensorSlice]]]:
-    """Yield one batch for each signature in a chunk, and the slices that its segments are of.
+) -> Iterator[tuple[Batch, list[TensorSlice], Rule]]:
+    """Yield one batch for each signature and λ in a chunk, the slices that its segments are of, and its rule.
 
     Args:
+        rules: What each tensor is merged by.
         chunk: What was read.
         device: Where the versions are.
         addresses: Where each version begins.
@@ -329,17 +353,32 @@ def batches(
         out: Where the result begins; in place on the base if it is None.
         known: What of each version is known by factors, in place of what would be at its address.
     """
-    groups: dict[Signature, tuple[list[Segment], list[TensorSlice]]] = {}
+    groups: dict[tuple[Signature, float | None], _Group] = {}
+    has_terms = rules.rule.choices is not None
     for number, tensor_slice in enumerate(chunk.slices):
         numel, signature = tensor_slice.numel, tensor_slice.signature
-        segment = segment_at(numel, signature, addresses, [owner] * len(addresses))
+        segment = segment_of(tensor_slice, addresses, owner)
         segment = with_factors(segment, known, number)
         if out is not None:
             segment = segment._replace(out=Operand(out, signature.result, owner))
             out += numel * tensor_slice.sizes[0]
+        group = groups.setdefault((signature, rules.scale_of(tensor_slice.name)), _Group([], [], []))
+        group.segments.append(segment)
+        group.slices.append(tensor_slice)
+        if has_terms:
+            group.terms.append(rules.terms(tensor_slice, weight_of(tensor_slice, addresses, owner)))
         addresses = [a + numel * size for a, size in zip(addresses, tensor_slice.sizes, strict=True)]
-        segments, slices = groups.setdefault(signature, ([], []))
-        segments.append(segment)
-        slices.append(tensor_slice)
-    for signature, (segments, slices) in groups.items():
-        yield Batch(device, signature, segments), slices
+    for (signature, scale), group in groups.items():
+        batch = Batch(device, signature, group.segments, group.terms if has_terms else None)
+        yield batch, group.slices, rules.with_scale(scale)
+
+
+def segment_of(tensor_slice: TensorSlice, addresses: list[int], owner: Any) -> Segment:
+    """The segment of a slice whose versions, and weights if it has some, begin at addresses: in place on the base."""
+    versions = addresses if tensor_slice.weight is None else addresses[:-1]
+    return segment_at(tensor_slice.numel, tensor_slice.signature, versions, [owner] * len(versions))
+
+
+def weight_of(tensor_slice: TensorSlice, addresses: list[int], owner: Any) -> Operand | None:
+    """The weights of a slice, which begin at the last of the addresses."""
+    return None if tensor_slice.weight is None else Operand(addresses[-1], tensor_slice.weight, owner)

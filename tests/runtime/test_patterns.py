@@ -74,10 +74,10 @@ BAD: dict[str, tuple[Callable[[BoundedPatterns], object], str]] = {
     "include": (lambda p: p.choice("(", None), r"include: '\(' is not a regular expression"),
     "exclude": (lambda p: p.choice(None, "a{99999999999}"), r"exclude: .a\{99999999999\}. is not a regular expression"),
     "rename": (lambda p: p.compile_renames([("a", r"\1")]), "rename: 'a' to '.*': invalid group reference"),
-    "a search without end": (lambda p: p.choice(HOSTILE, None)(NAME), "include, exclude and rename take too long"),  # type: ignore[misc]
-    "another": (lambda p: p.choice(None, HOSTILE)(NAME), "include, exclude and rename take too long"),  # type: ignore[misc]
-    "a replacement without end": (lambda p: p.compile_renames([(HOSTILE, "")])(NAME), "include, exclude and rename take too long"),  # type: ignore[misc]
-    "a compilation without end": (lambda p: p.choice("|".join(f"a{k}(b|c)*" for k in range(1 << 20)), None), "include, exclude and rename take too long"),
+    "a search without end": (lambda p: p.choice(HOSTILE, None)(NAME), "include, exclude, rename and scale take too long"),  # type: ignore[misc]
+    "another": (lambda p: p.choice(None, HOSTILE)(NAME), "include, exclude, rename and scale take too long"),  # type: ignore[misc]
+    "a replacement without end": (lambda p: p.compile_renames([(HOSTILE, "")])(NAME), "include, exclude, rename and scale take too long"),  # type: ignore[misc]
+    "a compilation without end": (lambda p: p.choice("|".join(f"a{k}(b|c)*" for k in range(1 << 20)), None), "include, exclude, rename and scale take too long"),
     "a long name": (lambda p: p.compile_renames([("a", "b" * 70_000)])("a"), "makes a name of 70,000 characters, expected at most 65,536"),  # type: ignore[misc]
     "a name that fills the memory": (lambda p: p.compile_renames([(".+", r"\g<0>" * 2)] * 40)("a"), "fill the memory|take too long"),  # type: ignore[misc]
 }  # fmt: skip

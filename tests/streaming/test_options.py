@@ -31,6 +31,16 @@ def test_the_keywords_of_merge_checkpoints_are_the_options() -> None:
         ({"min_agreement": 0.5}, "min_agreement: 0.5, expected more than 0.5"),
         ({"inputs": "deltas"}, "inputs: 'deltas', expected one of finetuned, task_vectors"),
         ({"nonfinite": "drop"}, "nonfinite: 'drop', expected one of keep-base, error"),
+        ({"scale": {"a": 1.0, "b": float("nan")}}, "scale of 'b': nan, expected a finite number"),
+        ({"method": "mean", "min_agreement": 0.8}, "min_agreement: 0.8, expected 1.0: mean counts no signs"),
+        (
+            {"method": "mean", "skip_unchanged": True},
+            "skip_unchanged: True, expected False: with method mean every version is read",
+        ),
+        (
+            {"weights": "mask.pt", "skip_unchanged": True},
+            "skip_unchanged: True, expected False: with weights every version is read",
+        ),
         ({"threads": 0}, "threads: 0, expected 1 … 1024"),
         ({"threads": 1025}, "threads: 1025, expected 1 … 1024"),
     ],
@@ -48,6 +58,8 @@ def test_skipping_is_the_default_where_no_nan_is_an_error(
     nonfinite: Any, skip_unchanged: bool | None, skips: bool
 ) -> None:
     assert MergeOptions(0.9, nonfinite=nonfinite, skip_unchanged=skip_unchanged).skips is skips
+    assert not MergeOptions(0.9, nonfinite=nonfinite, method="ties").skips
+    assert not MergeOptions(0.9, nonfinite=nonfinite, weights="mask.pt").skips
 
 
 class Own:
@@ -56,7 +68,7 @@ class Own:
 
 
 WRONG: dict[str, list[Any]] = {
-    "scale": ["0.9", None, True, [0.9], 1j],
+    "scale": ["0.9", None, True, [0.9], 1j, [], {}, {"(": 1.0}, {"a": "b"}, {"a": float("inf")}, [("a", 1.0, 2.0)], ["ab"]],
     "min_agreement": ["1", None, False],
     "inputs": [None, 3, ["finetuned"], np.array(["finetuned", "x"])],
     "nonfinite": [None, True, {"error"}],
@@ -77,6 +89,8 @@ WRONG: dict[str, list[Any]] = {
     "resume": ["yes", None, 0],
     "adapters_as": [None, "both", True, ["merged"]],
     "format": [None, 3, "bin", ["pt"], b"pt"],
+    "method": [None, 3, "medium", ["mean"], b"mean"],
+    "weights": [3, "", b"mask.pt", ["mask.pt"]],
     "progress": ["tqdm", True, 3],
 }  # fmt: skip
 
@@ -90,7 +104,7 @@ def test_a_wrong_type_is_told_before_anything_is_opened(name: str, monkeypatch: 
     monkeypatch.setattr(api, "open_checkpoint", None)
     for value in WRONG[name]:
         options = {"scale": 0.9, name: value}
-        with pytest.raises(nm.InputError, match=f"^{name}: ") as error:
+        with pytest.raises(nm.InputError, match=f"^{name}( of .*)?: ") as error:
             nm.merge_checkpoints("base", ["ft"], "out", **options)
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 

@@ -302,7 +302,7 @@ def test_a_pattern_without_end(folder: Path, pattern: Any, monkeypatch: pytest.M
     nm.verify_checkpoint("out")
     monkeypatch.setattr(patterns, "_CPU_S", 1)
     with pytest.raises(
-        nm.InputError, match=r"^out/negmerge\.json: include, exclude and rename take too long"
+        nm.InputError, match=r"^out/negmerge\.json: include, exclude, rename and scale take too long"
     ):
         nm.verify_checkpoint("out", INPUTS)
 
