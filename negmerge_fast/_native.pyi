@@ -1,10 +1,15 @@
 """csrc/bindings.cpp: addresses and sizes as integers. Storage types are numbered as in csrc/batch.h."""
 
+from typing import TypeAlias
+
 instruction_sets: list[str]
 cuda: bool
 cuda_tile: int
 cuda_table: int
 expand_tile: tuple[int, int]
+
+# Gate, election, reduction, seed, λ of the masks, and the addresses of numbers and terms.
+FamilyArguments: TypeAlias = tuple[int, int, int, int, float, int, int]
 
 def merge_cpu(
     result: int,
@@ -15,6 +20,21 @@ def merge_cpu(
     segments: int,
     descriptors: int,
     counts: int,
+    threads: int,
+    instruction_set: str,
+) -> None: ...
+def merge_family_cpu(
+    result: int,
+    dtypes: bytes,
+    task_vectors: bool,
+    scale: float,
+    required: int,
+    segments: int,
+    descriptors: int,
+    counts: int,
+    family: FamilyArguments,
+    expansions: int,
+    consensus: bool,
     threads: int,
     instruction_set: str,
 ) -> None: ...
@@ -77,7 +97,7 @@ class Turn: ...
 def merge_chunk(
     sources: int,
     count: int,
-    arguments: list[tuple[int, bytes, bool, float, int, int, int, int]],
+    arguments: list[tuple[int, bytes, bool, float, int, int, int, int, int, FamilyArguments | None]],
     instruction_set: str,
     descriptor: int,
     offset: int,

@@ -12,7 +12,20 @@ from ..core.errors import escape
 from .apply import apply
 from .delta import delta, run_delta
 from .mergekit import mergekit
-from .options import backend, device, other_files, outcome, output, output_format, quiet, resources, rule
+from .options import (
+    backend,
+    device,
+    method,
+    other_files,
+    outcome,
+    output,
+    output_format,
+    quiet,
+    resources,
+    rule,
+    scale,
+    with_method,
+)
 from .report import report
 from .running import Outcome, run
 from .select import select
@@ -31,12 +44,13 @@ def negmerge() -> None:
 @click.argument("finetuned", nargs=-1)
 @output
 @output_format
-@click.option("--scale", type=float, help="λ: how far to move away from the fine-tuned models.")
+@scale
 @click.option(
     "--output-adapter",
     is_flag=True,
     help="Write OUT as a delta, as the delta command does, for any --scale later.",
 )
+@method
 @rule
 @other_files
 @backend
@@ -56,31 +70,40 @@ def merge(
     finetuned: tuple[str, ...],
     output: str,
     output_adapter: bool,
+    add: bool,
     task_vectors: bool,
     report: str | None,
     dry_run: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Subtract from BASE what all FINETUNED models agree on.
+    """Subtract from BASE what all FINETUNED models agree on, or what another method makes of them.
 
     BASE and FINETUNED are Hugging Face model directories, .safetensors files, PyTorch files (.pt, .pth, .bin, .ckpt) or .npy vectors, or names
     of the hub: org/name@revision. FINETUNED may be LoRA adapters, too.
     """
+    from ..core.scales import Scales
     from ..streaming.api import prepare
     from ..streaming.options import MergeOptions
 
     options["inputs"] = "task_vectors" if task_vectors else "finetuned"
     chosen = Outcome(report, dry_run, quiet)
     if output_adapter:
-        run_delta(signals, (base, finetuned, output), False, _of_delta(options), chosen)
+        run_delta(signals, (base, finetuned, output), False, _of_delta({**options, "add": add}), chosen)
         return
-    if options["scale"] is None:
+    if not options["scale"]:
         raise click.UsageError("Missing option '--scale'.")
+
+    def checked() -> MergeOptions:
+        given = options["scale"]
+        scales = Scales.of(given if len(given) > 1 or given[0][0] else given[0][1])
+        scales = scales.negated() if add else scales
+        return MergeOptions(**{**with_method(options), "scale": scales})
+
     run(
         signals,
         "merge",
-        lambda: [prepare(base, list(finetuned), output, MergeOptions(**options))],
+        lambda: [prepare(base, list(finetuned), output, checked())],
         options["device"],
         chosen,
     )
@@ -88,7 +111,7 @@ def merge(
 
 def _of_delta(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a merge that a delta has, too. Raises click.UsageError if another one is given."""
-    usual = {"scale": (None,), "device": ("auto", "cpu"), "skip_unchanged": (None,)}
+    usual = {"scale": ((),), "add": (False,), "device": ("auto", "cpu"), "skip_unchanged": (None,)}
     for name, values in usual.items():
         if options[name] not in values:
             flag = f"--{name.replace('_', '-')}"
@@ -100,6 +123,7 @@ def _of_delta(options: dict[str, Any]) -> dict[str, Any]:
 @click.argument("out")
 @click.option("--against", is_flag=True, help="Merge a sample of blocks of BASE and FINETUNED again.")
 @click.argument("inputs", nargs=-1, metavar="[--against BASE FINETUNED...]")
+@click.option("--weights", metavar="FILE", help="The weights of the merge, if it had some.")
 @click.option(
     "--blocks",
     type=click.IntRange(min=1),
@@ -112,7 +136,14 @@ def _of_delta(options: dict[str, Any]) -> dict[str, Any]:
 @quiet
 @click.pass_obj
 def verify(
-    signals: Signals, out: str, against: bool, inputs: tuple[str, ...], blocks: int, seed: int, quiet: bool
+    signals: Signals,
+    out: str,
+    against: bool,
+    inputs: tuple[str, ...],
+    weights: str | None,
+    blocks: int,
+    seed: int,
+    quiet: bool,
 ) -> int:
     """Compare OUT with the checksums in its manifest and, with --against, with its inputs.
 
@@ -130,7 +161,12 @@ def verify(
                 progress(done, total)
 
             done = verify_checkpoint(
-                out, inputs if against else None, blocks=blocks, seed=seed, progress=on_progress
+                out,
+                inputs if against else None,
+                weights=weights,
+                blocks=blocks,
+                seed=seed,
+                progress=on_progress,
             )
     except DamageError as error:
         return max(fail(escape(line), 1) for line in error.found)

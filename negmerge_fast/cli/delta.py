@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import backend, other_files, outcome, resources, rule
+from .options import backend, method, other_files, outcome, resources, rule, with_method
 from .running import Outcome, run
 from .signals import Signals
 
@@ -18,6 +18,7 @@ from .signals import Signals
 @click.option(
     "--half", is_flag=True, help="Store means in 16 bits: smaller, but applied not the bits of a merge."
 )
+@method
 @rule
 @other_files
 @backend
@@ -59,7 +60,7 @@ def run_delta(
     run(
         signals,
         "delta",
-        lambda: [prepare_delta(base, list(finetuned), output, options_of(**options), half)],
+        lambda: [prepare_delta(base, list(finetuned), output, options_of(**with_method(options)), half)],
         "cpu",
         outcome,
     )

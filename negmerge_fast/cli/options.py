@@ -10,6 +10,7 @@ import click
 
 from ..backends.registry import NAMES
 from ..checkpoints.base import FORMATS
+from ..methods import catalogue
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -50,6 +51,78 @@ def rule(command: _Command) -> _Command:
         click.option("--exclude", metavar="RE", help="Copy tensors whose name matches from BASE."),
         rename,
     )
+
+
+def _scales(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[tuple[str, float], ...]:
+    """Split each RE=λ at its last "="; a number alone is for all other tensors, wherever it stands."""
+    pairs = []
+    for value in given:
+        pattern, _, number = value.rpartition("=")
+        try:
+            pairs.append((pattern, float(number)))
+        except ValueError:
+            raise click.BadParameter(
+                f"{value!r} is not a valid float, nor RE=NUMBER", context, parameter
+            ) from None
+    if sum(not pattern for pattern, _ in pairs) > 1:
+        raise click.BadParameter("several numbers, expected one, or RE=NUMBER", context, parameter)
+    return tuple(sorted(pairs, key=lambda pair: not pair[0]))
+
+
+def scale(command: _Command) -> _Command:
+    """λ, and its sign."""
+    return _all(
+        command,
+        click.option(
+            "--scale",
+            metavar="λ|RE=λ",
+            multiple=True,
+            callback=_scales,
+            help="How far to move away from the fine-tuned models; RE=λ: tensors whose name matches; repeatable.",
+        ),
+        click.option("--add", is_flag=True, help="Move towards the fine-tuned models: turn the sign of λ."),
+    )
+
+
+def method(command: _Command) -> _Command:
+    """Which method merges, with its numbers, and weights."""
+    return _all(
+        command,
+        click.option("--method", type=click.Choice(catalogue.NAMES), default="negmerge", show_default=True),
+        click.option(
+            "--density", type=float, help="Fraction of the largest differences kept (ties, breadcrumbs)."
+        ),
+        click.option("--gamma", type=float, help="Fraction of the very largest dropped (breadcrumbs)."),
+        click.option(
+            "--over",
+            type=click.Choice(["tensor", "model"]),
+            help="What the fractions are of (ties, breadcrumbs).",
+        ),
+        click.option(
+            "--drop-rate", type=float, help="Probability of dropping a difference (dare, dare-ties)."
+        ),
+        click.option("--seed", type=int, help="Of the generator (dare, dare-ties)."),
+        click.option("--mask-scale", type=float, help="λ of the masks (consensus)."),
+        click.option(
+            "--weights",
+            metavar="FILE",
+            help="A weight for each element by BASE's names: a mask in a .pt or .safetensors file, or a directory.",
+        ),
+    )
+
+
+def with_method(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the method that `method` took apart; weights stay.
+
+    Raises:
+        InputError: If a number is not the method's.
+    """
+    options = dict(options)
+    numbers = {name: options.pop(name) for name in ("density", "gamma", "over", "seed", "mask_scale")}
+    numbers["drop"] = options.pop("drop_rate")
+    return {**options, "method": catalogue.method(options["method"], **numbers)}
 
 
 def task_vectors(command: _Command) -> _Command:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import escape, short_repr
+from ..methods.base import Method
 from .signals import Signals
 
 if TYPE_CHECKING:
     from ..checkpoints.base import Checkpoint
-    from ..checkpoints.delta import DeltaCheckpoint
+    from ..checkpoints.delta import DeltaCheckpoint, DeltaInfo
     from ..streaming.job import Job
     from ..streaming.report import Report
     from ..streaming.verify import Verified
@@ -72,6 +73,13 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
         f"base      {plan.base.path} ({plan.base.kind}, {len(plan.base.weights)} weight files)",
         f"delta     {is_delta[0]}" if is_delta else f"models    {len(plan.models)}",
         *(f"adapters  {line}" for line in plan.placed),
+        *([f"method    {job.recipe.method}"] if job.recipe.method else []),
+        *([f"weights   {plan.weights.path}"] if plan.weights else []),
+        *(
+            f"scale     {number:g}  {short_repr(pattern)}"
+            for each in jobs
+            for pattern, number in _patterns(each)
+        ),
         *(f"output    {each.destination.path}: {len(plan.files)} files" for each in jobs),
         f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} unchanged",
         f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
@@ -82,6 +90,10 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
         f"backend   {job.backend} on {device} ({job.placement.reason})",
         *([f"bandwidth {throughput}"] if throughput else []),
     ]
+
+
+def _patterns(job: Job) -> Sequence[tuple[str, float]]:
+    return job.recipe.scales.pairs if job.recipe.scales else ()
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -116,12 +128,14 @@ def summary(job: Job, done: Report) -> str:
     skipped = f", skipped {_size(done.bytes_skipped)}" if done.bytes_skipped else ""
     nonfinite = "" if done.nonfinite is None else f", {done.nonfinite:,} non-finite"
     vetoed = "" if done.vetoed_by_zero is None else f", {done.vetoed_by_zero:,} vetoed by a zero"
+    vetoed += f", {done.masked:,} masked" if done.masked and done.weights else ""
+    changed = "agreed" if job.is_plain else "changed"
     tensors = f"{len(done.tensors)} tensors"
     if not job.recipe.means:
         tensors += f" merged, {job.plan.unchanged} unchanged"
     return (
         f"{done.output}: {tensors}; "
-        f"{done.agreed:,} of {done.elements:,} elements agreed ({done.consensus_ratio:.2%}){nonfinite}{vetoed}; "
+        f"{done.agreed:,} of {done.elements:,} elements {changed} ({done.consensus_ratio:.2%}){nonfinite}{vetoed}; "
         f"read {_size(done.bytes_read)}{skipped}, wrote {_size(done.bytes_written)} "
         f"in {done.seconds:.2f} s ({_size(moved / max(done.seconds, 1e-9))}/s, {done.backend} on {done.device})"
     )
@@ -159,10 +173,16 @@ def delta_contents(delta: DeltaCheckpoint) -> str:
     base = short_repr(info.base["path"]) if info.base else "a model in memory"
     ratio = delta.agreed / delta.elements if delta.elements else 0.0
     return (
-        f"{delta.path}: consensus delta of {base} and {info.models} models (min_agreement {info.min_agreement}), "
+        f"{delta.path}: consensus delta of {base} and {info.models} models ({_rule(info)}), "
         f"{len(delta.files)} files ({_size(size)}), {len(delta.tensors)} tensors: "
         f"{delta.agreed:,} of {delta.elements:,} elements agreed ({ratio:.2%}), means in {', '.join(stored) or 'no type'}"
     )
+
+
+def _rule(info: DeltaInfo) -> str:
+    method = f"{Method.of_json(info.method)}, " if info.method else ""
+    weights = f", weights of {short_repr(info.weights)}" if info.weights else ""
+    return f"{method}min_agreement {info.min_agreement}{weights}"
 
 
 def delta_tensors(delta: DeltaCheckpoint) -> list[str]:

@@ -12,7 +12,7 @@ from .errors import InputError, short_repr
 from .rule import Rule, as_float
 
 # One λ for all, or regular expressions and the λ of tensors whose names they match: the first that does counts.
-Scale: TypeAlias = "float | Mapping[str, float] | Sequence[tuple[str, float]]"
+Scale: TypeAlias = "float | Mapping[str, float] | Sequence[tuple[str, float]] | Scales"
 
 
 @dataclass(frozen=True)
