@@ -42,9 +42,20 @@ Batch batch_of(int result, const std::string& dtypes, bool task_vectors, double 
   return batch;
 }
 
-// A batch of a chunk: the arguments of batch_of, and the address of its expansions, or 0.
-using BatchArguments =
-    std::tuple<int, py::bytes, bool, double, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+// What a Family has, in its order; the last two are addresses.
+using FamilyArguments = std::tuple<int, int, int, std::uint64_t, double, std::uintptr_t, std::uintptr_t>;
+
+Family family_of(const FamilyArguments& arguments) {
+  const auto& [gate, election, reduction, seed, mask_scale, numbers, terms] = arguments;
+  if (gate < kNoGate || gate > kRandom || election < kAll || election > kMasks || reduction < kSum || reduction > kLargest)
+    throw std::invalid_argument("no such choices");
+  return {static_cast<Gate>(gate), static_cast<Election>(election), static_cast<Reduction>(reduction), seed, mask_scale,
+          reinterpret_cast<const double*>(numbers), reinterpret_cast<const std::int64_t*>(terms)};
+}
+
+// A batch of a chunk: the arguments of batch_of, the address of its expansions, or 0, and the family's, if it is merged by that.
+using BatchArguments = std::tuple<int, py::bytes, bool, double, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                                  std::optional<FamilyArguments>>;
 
 // sources: the address of int64[versions, 4], with the descriptor of a file, an offset, a size, and an address.
 py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::vector<BatchArguments>& arguments,
@@ -56,11 +67,14 @@ py::tuple merge_chunk_of(std::uintptr_t sources, std::int64_t count, const std::
     versions.push_back({static_cast<int>(rows[k][0]), rows[k][1], rows[k][2], reinterpret_cast<char*>(rows[k][3])});
   std::vector<std::string> dtypes;  // the batches point to them
   dtypes.reserve(arguments.size());
+  std::vector<Family> families;  // and to these
+  families.reserve(arguments.size());
   std::vector<Batch> batches;
-  for (const auto& [result, codes, task_vectors, scale, required, segments, descriptors, counts, expansions] : arguments) {
+  for (const auto& [result, codes, task_vectors, scale, required, segments, descriptors, counts, expansions, family] : arguments) {
     batches.push_back(
         batch_of(result, dtypes.emplace_back(codes), task_vectors, scale, required, segments, descriptors, counts));
     batches.back().expansions = reinterpret_cast<const std::int64_t*>(expansions);
+    if (family) batches.back().family = &families.emplace_back(family_of(*family));
   }
   ChunkResult done;
   {
@@ -153,6 +167,23 @@ void define_low_rank(py::module_& m) {
       released);
 }
 
+// Merges by the rule of family.h. expansions: their address, or 0.
+void define_family(py::module_& m) {
+  m.def(
+      "merge_family_cpu",
+      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required, std::int64_t segments,
+         std::uintptr_t descriptors, std::uintptr_t counts, const FamilyArguments& arguments, std::uintptr_t expansions, bool consensus,
+         int threads, const std::string& instruction_set) {
+        const Family family = family_of(arguments);
+        Batch batch = batch_of(result, dtypes, task_vectors, scale, required, segments, descriptors, counts);
+        batch.family = &family;
+        batch.expansions = reinterpret_cast<const std::int64_t*>(expansions);
+        if (consensus) batch.consensus = true, batch.scale = -1;
+        merge_cpu(batch, threads, instruction_set);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // consensus: only to means.
 template <bool consensus>
 void define_merge(py::module_& m, const char* name) {
@@ -188,6 +219,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("merge_chunk", merge_chunk_of);
   define_deltas(m);
   define_low_rank(m);
+  define_family(m);
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
   m.attr("cuda_tile") = kCudaTile;

@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "family.h"
 #include "merge_cpu.h"
 #include "merge_loop.h"
 #include "threads.h"
@@ -171,8 +172,8 @@ class TileMerger {
     stride_ = tile(batch.n).elements * kSizes[arithmetic_];
   }
 
-  // A tile of every version, one of means, a panel of right factors, those of a block, and descriptors.
-  std::int64_t scratch_bytes() const { return descriptors() + (3 + batch_.n) * 8; }
+  // A tile of every version, one of means, a panel of right factors, those of a block, descriptors, and terms.
+  std::int64_t scratch_bytes() const { return descriptors() + (3 + batch_.n + 4 + 2 * batch_.n) * 8; }
 
   // Merges elements of a segment.
   void merge(std::int64_t segment, std::int64_t start, std::int64_t count, const Scratch& scratch) const {
@@ -229,18 +230,41 @@ class TileMerger {
         descriptors[3 + k] = copied(row[3 + k], batch_.dtypes[k], k);
       }
     }
-    std::int64_t counts[kCounted] = {};
+    std::int64_t counts[kFamilyCounted] = {};
     Batch one = batch_;
     one.segments = 1;
     one.descriptors = descriptors;
     one.counts = counts;
-    merge_(one, {0, 0}, descriptors[0], true);
-    for (int i = 0; i < kCounted; ++i)
-      if (counts[i]) __atomic_fetch_add(batch_.counts + kCounted * segment + i, counts[i], __ATOMIC_RELAXED);
+    if (batch_.family) merge_rows(one, descriptors, segment, tile, offset, columns, written);
+    else merge_(one, {0, 0}, descriptors[0], true);
+    const int counted = batch_.family ? kFamilyCounted : kCounted;
+    for (int i = 0; i < counted; ++i)
+      if (counts[i]) __atomic_fetch_add(batch_.counts + counted * segment + i, counts[i], __ATOMIC_RELAXED);
     const std::int64_t size = kSizes[written];
     if (row[2])
       copy_rows(out, tile.columns * size, reinterpret_cast<char*>(row[2]) + offset * size, columns * size,
                 tile.rows, tile.columns * size);
+  }
+
+  // Merges a tile by a rule whose terms are of consecutive elements: its rows one by one, unless they are whole. They follow one another
+  // in the tile's own memory.
+  void merge_rows(Batch& one, std::int64_t* descriptors, std::int64_t segment, const Rectangle& tile, std::int64_t offset,
+                  std::int64_t columns, Dtype written) const {
+    std::int64_t* terms = descriptors + 3 + batch_.n;
+    const SegmentTerms whole = terms_of(batch_, segment);
+    memcpy(terms, whole.row, (4 + 2 * batch_.n) * sizeof *terms);
+    Family family = *batch_.family;
+    family.terms = terms;
+    one.family = &family;
+    const std::int64_t rows = tile.columns == columns ? tile.rows : 1, elements = descriptors[0] = rows * tile.columns;
+    for (std::int64_t i = 0; i < tile.rows; i += rows, offset += rows * columns) {
+      terms[0] = whole.begin() + offset;
+      terms[2] = whole.weights() ? whole.weights() + offset * whole.weight_size() : 0;
+      merge_(one, {0, 0}, elements, true);
+      descriptors[1] += descriptors[1] ? elements * kSizes[batch_.result] : 0;
+      descriptors[2] += descriptors[2] ? elements * kSizes[written] : 0;
+      for (std::int64_t k = 0; k < batch_.n; ++k) descriptors[3 + k] += elements * kSizes[batch_.dtypes[k]];
+    }
   }
 
   // Expands a tile of a model; its rows are written one after the other.
@@ -288,7 +312,7 @@ void pack_panels(const Expansion& e, std::int64_t size, std::int64_t matrix, std
 }
 
 void merge_low_rank(const Batch& batch, int threads, const std::string& instruction_set) {
-  const TileMerger merger(batch, merge_loop_of(instruction_set), expand_loop(instruction_set));
+  const TileMerger merger(batch, loop_for(batch, instruction_set), expand_loop(instruction_set));
   threads = std::clamp(threads, 1, kMaxThreads);
   std::int64_t cost = 0;
   for (std::int64_t i = 0; i < batch.segments; ++i)
@@ -308,7 +332,7 @@ void merge_low_rank(const Batch& batch, int threads, const std::string& instruct
 }
 
 void expand_cpu(const ExpandBatch& batch, int threads, const std::string& instruction_set) {
-  merge_loop_of(instruction_set);  // which throws if there is none
+  loop_for({}, instruction_set);  // which throws if there is none
   const ExpandLoop expand = expand_loop(instruction_set);
   threads = std::clamp(threads, 1, kMaxThreads);
   const auto row_of = [&](std::int64_t i) { return batch.descriptors + 12 * i; };

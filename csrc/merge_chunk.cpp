@@ -72,7 +72,7 @@ bool read(const std::vector<Version>& versions, const ChunkOptions& options, boo
 bool any_nonfinite(const std::vector<Batch>& batches) {
   for (const Batch& batch : batches)
     for (std::int64_t i = 0; i < batch.segments; ++i)
-      if (batch.counts[kCounted * i + 1]) return true;
+      if (batch.counts[(batch.family ? kFamilyCounted : kCounted) * i + 1]) return true;
   return false;
 }
 

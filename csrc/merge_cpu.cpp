@@ -15,16 +15,19 @@
 namespace negmerge {
 
 void merge_loop_baseline(const Batch&, Position, std::int64_t, bool);
+void family_loop_baseline(const Batch&, Position, std::int64_t, bool);
 #ifdef __x86_64__
 void merge_loop_avx2(const Batch&, Position, std::int64_t, bool);
 void merge_loop_avx512(const Batch&, Position, std::int64_t, bool);
+void family_loop_avx2(const Batch&, Position, std::int64_t, bool);
+void family_loop_avx512(const Batch&, Position, std::int64_t, bool);
 #endif
 
 namespace {
 
 struct NamedLoop {
   const char* name;
-  Loop loop;
+  Loop merge, family;
 };
 
 #ifdef __x86_64__
@@ -43,10 +46,10 @@ const std::vector<NamedLoop>& loops() {
     const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      loops.push_back({"avx512", merge_loop_avx512});
-    if (avx2) loops.push_back({"avx2", merge_loop_avx2});
+      loops.push_back({"avx512", merge_loop_avx512, family_loop_avx512});
+    if (avx2) loops.push_back({"avx2", merge_loop_avx2, family_loop_avx2});
 #endif
-    loops.push_back({"baseline", merge_loop_baseline});
+    loops.push_back({"baseline", merge_loop_baseline, family_loop_baseline});
     return loops;
   }();
   return found;
@@ -71,15 +74,15 @@ std::string asked_instruction_set() {
   return asked ? asked : loops().front().name;
 }
 
-Loop merge_loop_of(const std::string& instruction_set) {
+Loop loop_for(const Batch& batch, const std::string& instruction_set) {
   for (const NamedLoop& each : loops())
-    if (each.name == instruction_set) return each.loop;
+    if (each.name == instruction_set) return batch.family ? each.family : each.merge;
   throw std::invalid_argument("no instruction set " + instruction_set + " here");
 }
 
 void merge_cpu(const Batch& batch, int threads, const std::string& instruction_set) {
   if (batch.expansions) return merge_low_rank(batch, threads, instruction_set);
-  const Loop loop = merge_loop_of(instruction_set);
+  const Loop loop = loop_for(batch, instruction_set);
   threads = std::clamp(threads, 1, kMaxThreads);
   Partition partition(batch.segments, threads, [&](std::int64_t i) { return batch.row(i)[0]; });
   const std::int64_t bytes = partition.elements() * bytes_per_element(batch);

@@ -17,6 +17,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-reassoc", "no-tree-ter")
 #endif
+#include "loop_parts.h"
 
 // Code for one instruction set must never be linked in place of the same code for another, so that only the loop itself has
 // external linkage.
@@ -177,32 +178,6 @@ NEGMERGE_INLINE bool all_sure(const Accumulator (&s)[kPacks], const F (&merged)[
   else return all_in_range<S>(result) && all_negative((s[0].finite() & s[1].finite()));
 }
 
-// b as d_k of a model of type M takes it, where M does not hold every value of the base's type.
-template <class M, class T>
-T rounded_one(T b) {
-  return static_cast<T>(as_stored<M, typename M::Word>(static_cast<typename M::Float>(b)));
-}
-template <class T>
-T rounded_one(Dtype dtype, T b) {
-  return dtype == kF32 ? rounded_one<F32>(b) : dtype == kF16 ? rounded_one<F16>(b) : rounded_one<BF16>(b);
-}
-
-// Whether a type of models holds every value of the base's type S.
-template <class S>
-bool holds(Dtype dtype) {
-  return dtype == kF64 || (dtype == kF32 ? kHolds<F32, S> : dtype == kF16 ? kHolds<F16, S> : kHolds<BF16, S>);
-}
-
-template <class T>
-NEGMERGE_INLINE T load_one(Dtype dtype, const char* from) {
-  switch (dtype) {
-    case kF64: return static_cast<T>(read<double>(from));
-    case kF32: return static_cast<T>(read<float>(from));
-    case kF16: return static_cast<T>(F16::widen<float>(std::uint32_t{read<std::uint16_t>(from)}));
-    default: return static_cast<T>(BF16::widen<float>(std::uint32_t{read<std::uint16_t>(from)}));
-  }
-}
-
 struct Counts {
   std::int64_t agreed = 0, nonfinite = 0, vetoed = 0;
 
@@ -214,24 +189,6 @@ struct Counts {
       else if (found[i]) __atomic_fetch_add(to + i, found[i], __ATOMIC_RELAXED);
     }
     *this = {};
-  }
-};
-
-// The part of a segment that is in one tile.
-struct Tile {
-  const std::int64_t* row = nullptr;  // of the descriptors; null: no tile
-  std::int64_t segment = 0, start = 0;
-  int count = 0;
-
-  const char* base(const Batch& b) const {
-    return row[1] ? reinterpret_cast<const char*>(row[1]) + start * kSizes[b.result] : nullptr;
-  }
-  template <class O>
-  char* out() const {
-    return row[2] ? reinterpret_cast<char*>(row[2]) + start * static_cast<std::int64_t>(sizeof(typename O::Bits)) : nullptr;
-  }
-  const char* model(const Batch& b, std::int64_t k) const {
-    return reinterpret_cast<const char*>(row[3 + k]) + start * kSizes[b.dtypes[k]];
   }
 };
 

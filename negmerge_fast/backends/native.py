@@ -14,7 +14,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..core.batch import COUNTED, Batch, Counts
+from ..core.batch import COUNTED, Batch, Counts, counted_by
+from ..core.choices import Choices
 from ..core.control_groups import granted_cpus
 from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch
 from ..core.descriptors import (
@@ -28,6 +29,8 @@ from ..core.descriptors import (
     pack_expand_for_device,
     pack_for_device,
     pack_low_rank,
+    pack_numbers,
+    pack_terms,
     upload,
 )
 from ..core.dtypes import DTYPE_CODES
@@ -115,9 +118,11 @@ def details(name: str) -> str:
 def merge_cpu(batch: Batch, rule: Rule, threads: int | None = None, consensus: bool = False) -> Counts:
     """Merge a batch in main memory, or with `consensus` only its means, as registry.consensus says.
 
-    Returns int64[segments, len(COUNTED)] as a buffer. A small tensor takes less time than what stands here, so nothing is
+    Returns int64[segments, len(counted_by(rule))] as a buffer. A small tensor takes less time than what stands here, so nothing is
     imported, asked or converted twice.
     """
+    if rule.choices is not None:
+        return merge_low_rank_cpu(batch, rule, threads, consensus)
     descriptors = pack_descriptors(batch)
     counts = array("q", _ZEROS * len(batch.segments))
     call = library().consensus_cpu if consensus else library().merge_cpu
@@ -145,20 +150,44 @@ def merge_low_rank_cpu(
     batch: Batch, rule: Rule, threads: int | None = None, consensus: bool = False
 ) -> Counts:
     """Merge a batch as merge_cpu; some of its models may be low-rank differences, which are expanded in the processor's cache."""
-    if not has_expansions(batch):
+    if rule.choices is None and not has_expansions(batch):
         return merge_cpu(batch, rule, threads, consensus)
-    descriptors, expansions = pack_low_rank(batch)
-    counts = array("q", _ZEROS * len(batch.segments))
-    library().merge_low_rank_cpu(
+    descriptors, expansions = pack_expanded(batch)
+    counts = array("q", bytes(8 * len(counted_by(rule)) * len(batch.segments)))
+    family = FamilyArguments(batch, rule.choices) if rule.choices else None
+    call = library().merge_family_cpu if family else library().merge_low_rank_cpu
+    call(
         *kernel_arguments(batch, rule),
         descriptors.buffer_info()[0],
         counts.buffer_info()[0],
+        *((family.packed,) if family else ()),
         expansions.buffer_info()[0],
         consensus,
         threads or usual_threads(),
         instruction_set(),
     )
     return _counts(counts, len(batch.segments))
+
+
+class FamilyArguments:
+    """What the CPU kernel is given of choices and of the terms of a batch.
+
+    Attributes:
+        packed: The fields of Family of csrc/batch.h. Its addresses are of memory of this object.
+    """
+
+    def __init__(self, batch: Batch, choices: Choices) -> None:
+        self._numbers, self._terms = pack_numbers(choices), pack_terms(batch)
+        self.packed = (
+            *(int(choices.gate), int(choices.election), int(choices.reduction)),
+            *(choices.seed, choices.mask_scale),
+            *(self._numbers.buffer_info()[0], self._terms.buffer_info()[0]),
+        )
+
+
+def pack_expanded(batch: Batch) -> tuple[array[int], array[int]]:
+    """A batch's descriptors, and its expansions: an array of nothing if it has none, whose address is 0."""
+    return pack_low_rank(batch) if has_expansions(batch) else (pack_descriptors(batch), array("Q"))
 
 
 def expand_cpu(batch: ExpandBatch, threads: int | None = None) -> None:

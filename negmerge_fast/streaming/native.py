@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..backends.native import instruction_set, kernel_arguments, library
+from ..backends.native import FamilyArguments, instruction_set, kernel_arguments, library, pack_expanded
 from ..core.batch import Batch, Rows, counted_by
-from ..core.descriptors import has_expansions, pack_descriptors, pack_low_rank
 from ..core.rule import Rule
 from .plan import Extent, TensorSlice
 
@@ -85,7 +84,8 @@ class ChunkMerger:
                 (fd, s.offset, 0 if fd == IN_MEMORY else s.nbytes, at) for s, fd, at in versions
             ),
         )
-        packed = [_packed(batch) for batch, _, _ in batches]
+        packed = [pack_expanded(batch) for batch, _, _ in batches]
+        families = [FamilyArguments(batch, rule.choices) if rule.choices else None for batch, _, rule in batches]
         counts = [array("q", bytes(8 * len(counted_by(rule)) * len(slices))) for _, slices, rule in batches]
         outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],
@@ -96,8 +96,11 @@ class ChunkMerger:
                     rows.buffer_info()[0],
                     found.buffer_info()[0],
                     expansions.buffer_info()[0],
+                    family.packed if family else None,
                 )
-                for (batch, _, rule), (rows, expansions), found in zip(batches, packed, counts, strict=True)
+                for (batch, _, rule), (rows, expansions), found, family in zip(
+                    batches, packed, counts, families, strict=True
+                )
             ],
             self._instruction_set,
             output,
@@ -112,11 +115,6 @@ class ChunkMerger:
             for (_, slices, rule), found in zip(batches, counts, strict=True)
         ]
         return Merged(outcome, error, cached, times, counted)
-
-
-def _packed(batch: Batch) -> tuple[array[int], array[int]]:
-    """A batch's descriptors, and its expansions: an array of nothing if it has none, whose address is 0."""
-    return pack_low_rank(batch) if has_expansions(batch) else (pack_descriptors(batch), array("Q"))
 
 
 def _rows(counts: array[int], columns: int) -> Rows:

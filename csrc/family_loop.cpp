@@ -1,0 +1,606 @@
+// The rule of the other methods (family.h) over consecutive elements, on one thread. Compiled once for each instruction set.
+//
+// A tile of a segment is merged in two or three steps, whose values stay in the first-level cache. The models are reduced in groups, as
+// merge_loop.cpp has them: the values of a pack of elements stay in registers over a group, and in memory between groups. What the sweep
+// does not take as it is stored is made differences in the arithmetic type first: models of another type than the base's arithmetic type
+// has, elements of which there are too few for a step, and what a random gate lets pass. Then weights and λ are applied, and results are
+// rounded and stored. Elements that may not be finite are merged again one by one.
+//
+// What a sweep is compiled for is the type of its models, what is tallied, and whether there are gates and factors. All else is asked
+// once for a pack of elements.
+#include <type_traits>
+
+#include "dtypes.h"
+#include "family.h"
+#include "merge_loop.h"
+#include "packs.h"
+
+// As in merge_loop.cpp.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-reassoc", "no-tree-ter")
+#endif
+
+#include "loop_parts.h"
+
+namespace negmerge {
+namespace {
+
+constexpr int kTileBytes = 4096;  // of the arithmetic type
+constexpr int kGroup = 8;         // models at once
+constexpr int kMaxPacks = 4;      // of a step
+constexpr int kMaxState = 11;     // fields of a tally
+
+template <class T>
+struct Pack : Lanes<T> {
+  static constexpr int step = kMaxPacks * Lanes<T>::lanes;
+  static constexpr int tile = kTileBytes / sizeof(T);
+};
+template <class T>
+using PackOf = typename Lanes<T>::N;
+
+alignas(64) constexpr char kZeros[kPackBytes] = {};
+
+// Numbers of storage type M, as a pack of T.
+template <class T, class M>
+NEGMERGE_INLINE PackOf<T> load(const char* from) {
+  using L = Lanes<T>;
+  using F = typename L::template Of<typename M::Float>;
+  using Word = typename L::template Of<typename M::Word>;
+  using Bits = typename L::template Of<typename M::Bits>;
+  return convert<PackOf<T>>(load_floats<M, F, Word, Bits>(from));
+}
+
+// Packs of T, one after the other. step: bytes from one to the next; 0 if it is the same one.
+struct PackStream {
+  const char* at;
+  std::int64_t step;
+
+  template <class T>
+  NEGMERGE_INLINE PackOf<T> pack(int i) const {
+    return read<PackOf<T>>(at + i * step);
+  }
+};
+
+// The numbers of a group of models.
+template <class T>
+struct Numbers {
+  T factor[kGroup], vote[kGroup], low[kGroup], high[kGroup];
+};
+
+// A group of models over packs of a tile.
+template <class T>
+struct Group {
+  const char* x[kGroup];
+  int count;
+  Numbers<T> numbers;
+  PackStream minus;  // what d_k subtracts
+  bool first, last;
+  int packs;
+  char* states;  // of all packs, between groups
+  T *reduced, *totals;
+};
+
+// What is kept of a pack of elements between groups. check: the sum of all p_k, where not all of them are added to the tally.
+template <class A, class N, bool kFull>
+struct State {
+  A tally;
+  N check = N{};
+};
+template <class A, class N>
+struct State<A, N, false> {
+  A tally;
+};
+
+template <class A>
+constexpr bool kIsMasks = false;
+template <class T, class N>
+constexpr bool kIsMasks<MaskTally<T, N>> = true;
+
+// Packs that are reduced at once: there are 16 registers, or 32.
+template <class A, class N>
+constexpr int packs_at_once() {
+  constexpr int values = sizeof(A) / sizeof(N);
+  return values <= 2 ? 4 : kPackBytes == 64 || values <= 3 ? 2 : 1;
+}
+
+// Accumulates a group of models of type X; the last group also reduces. What is not surely finite is reduced to NaN, and what is vetoed by
+// zero to -0. kFull: there are gates or factors.
+template <class T, class X, class A, bool kFull>
+__attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstants<T>& constants, Election election, Reduction reduction) {
+  using N = PackOf<T>;
+  using Kept = State<A, N, kFull>;
+  constexpr int kPacks = packs_at_once<A, N>();
+  constexpr std::int64_t bytes = Lanes<T>::lanes * sizeof(typename X::Bits);
+  const char* x[kGroup];
+  for (int k = 0; k < group.count; ++k) x[k] = group.x[k];
+  const FamilyConstants<T> c = constants;
+  const N zero = N{};
+  auto* states = reinterpret_cast<Kept*>(group.states);
+  for (int at = 0; at < group.packs; at += kPacks) {
+    Kept s[kPacks];
+    N minus[kPacks];
+    for (int j = 0; j < kPacks; ++j) {
+      minus[j] = group.minus.template pack<T>(at + j);
+      if (!group.first) s[j] = states[at + j];
+      else if constexpr (kIsMasks<A>) s[j].tally.total = read<N>(reinterpret_cast<const char*>(group.totals) + (at + j) * kPackBytes);
+    }
+#pragma GCC unroll 1
+    for (int k = 0; k < group.count; ++k) {
+      for (int j = 0; j < kPacks; ++j) {
+        const N d = load<T, X>(x[k] + (at + j) * bytes) - minus[j];
+        N e = d;
+        if constexpr (kFull) {
+          const N p = group.numbers.factor[k] * d, size = magnitude(d);
+          s[j].check = s[j].check + p;
+          e = ((size >= zero + group.numbers.low[k]) & (size <= zero + group.numbers.high[k])) ? p : zero;
+        }
+        if constexpr (kIsMasks<A>) s[j].tally.accumulate(e, c);
+        else s[j].tally.accumulate(e, zero + group.numbers.vote[k]);
+      }
+    }
+    for (int j = 0; j < kPacks; ++j) {
+      if (!group.last) {
+        states[at + j] = s[j];
+        continue;
+      }
+      const A& tally = s[j].tally;
+      char* to = reinterpret_cast<char*>(group.reduced) + (at + j) * kPackBytes;
+      N r, check = tally.total;
+      if constexpr (kFull) check = s[j].check;
+      if constexpr (kIsMasks<A>) r = tally.reduced(read<N>(to));
+      else {
+        r = tally.reduced(election, reduction, c);
+        if (election == kAgreement) r = tally.vetoed_by_zero(c) ? -zero : r;
+        if (group.totals) memcpy(reinterpret_cast<char*>(group.totals) + (at + j) * kPackBytes, &tally.total, sizeof(N));
+      }
+      r = check - check == zero ? r : zero + T(__builtin_nan(""));
+      memcpy(to, &r, sizeof r);
+    }
+  }
+}
+
+template <class T>
+using Sweep = void (*)(const Group<T>&, const FamilyConstants<T>&, Election, Reduction);
+
+// The sweep for a tally, a sum of bits of Tallied; kTallyMasks is that of the masks.
+constexpr int kTallyMasks = -1;
+template <class T, class X, bool kFull>
+Sweep<T> sweep_of(int tallied) {
+  using N = PackOf<T>;
+  switch (tallied) {
+    case kTallySum: return sweep<T, X, Tally<T, N, kTallySum>, kFull>;
+    case kTallyLargest: return sweep<T, X, Tally<T, N, kTallyLargest>, kFull>;
+    case kTallySigns: return sweep<T, X, Tally<T, N, kTallySigns>, kFull>;
+    case kTallyExtremes: return sweep<T, X, Tally<T, N, kTallyExtremes>, kFull>;
+    case kTallyCounts: return sweep<T, X, Tally<T, N, kTallyCounts>, kFull>;
+    case kTallyMasks: return sweep<T, X, MaskTally<T, N>, kFull>;
+    default: return sweep<T, X, Tally<T, N, kTallyAll>, kFull>;  // what no method of the catalogue needs
+  }
+}
+
+// Whether models of a type are swept as they are stored.
+template <class T>
+bool is_swept(Dtype dtype) {
+  return sizeof(T) == 8 ? dtype == kF64 : dtype != kF64;
+}
+template <class T, class X>
+Sweep<T> sweep_of(bool full, int tallied) {
+  return full ? sweep_of<T, X, true>(tallied) : sweep_of<T, X, false>(tallied);
+}
+template <class T>
+Sweep<T> sweep_of(bool full, Dtype dtype, int tallied) {
+  if constexpr (sizeof(T) == 8) return sweep_of<T, F64>(full, tallied);
+  else {
+    if (dtype == kF16) return sweep_of<T, F16>(full, tallied);
+    if (dtype == kBF16) return sweep_of<T, BF16>(full, tallied);
+    return sweep_of<T, F32>(full, tallied);
+  }
+}
+
+// Numbers of storage type M, or of bytes, as numbers of T. Behind the last one, zeros to the end of a step.
+template <class T, class M>
+void widen(const char* from, int count, T* to) {
+  using N = PackOf<T>;
+  constexpr int lanes = Lanes<T>::lanes;
+  int i = 0;
+  if constexpr (sizeof(typename M::Float) <= sizeof(T))
+    for (; i + lanes <= count; i += lanes) {
+      const N x = load<T, M>(from + i * sizeof(typename M::Bits));
+      memcpy(to + i, &x, sizeof x);
+    }
+  for (; i < count; ++i)
+    to[i] = static_cast<T>(M::template widen<typename M::Float>(
+        static_cast<typename M::Word>(read<typename M::Bits>(from + i * sizeof(typename M::Bits)))));
+  for (; i % Pack<T>::step; ++i) to[i] = T(0);
+}
+template <class T>
+void widen(int type, const char* from, int count, T* to) {
+  switch (type) {
+    case kF64: return widen<T, F64>(from, count, to);
+    case kF32: return widen<T, F32>(from, count, to);
+    case kF16: return widen<T, F16>(from, count, to);
+    case kBF16: return widen<T, BF16>(from, count, to);
+  }
+  int i = 0;
+  for (; i < count; ++i) to[i] = static_cast<T>(static_cast<unsigned char>(from[i]));
+  for (; i % Pack<T>::step; ++i) to[i] = T(0);
+}
+template <class T>
+T weight_one(int type, const char* from) {
+  return type == kWeightU8 ? static_cast<T>(static_cast<unsigned char>(*from)) : load_one<T>(static_cast<Dtype>(type), from);
+}
+
+// Products of the lower halves of numbers, and a number.
+using Longs = Lanes<double>::Of<std::uint64_t>;
+NEGMERGE_INLINE Longs product(Longs x, std::uint32_t by) {
+#if defined(__AVX512F__)
+  return (Longs)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(by));
+#elif defined(__AVX2__)
+  return (Longs)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(by));
+#elif defined(__SSE2__)
+  return (Longs)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(by));
+#else
+  return (x & 0xffffffffu) * by;
+#endif
+}
+
+// philox of `blocks` blocks from one on, or of a few more. Upper halves of a, b, c and d mean nothing until the end.
+void philox_blocks(std::uint64_t seed, std::uint64_t block, int blocks, std::uint32_t tensor, std::uint32_t model, std::uint32_t* to) {
+  constexpr int lanes = sizeof(Longs) / 8;
+  for (int i = 0; i < blocks; i += lanes) {
+    Longs a{}, c = Longs{} + tensor, d = Longs{} + model;
+    for (int lane = 0; lane < lanes; ++lane) a[lane] = block + i + lane;
+    Longs b = a >> 32;
+    auto low = static_cast<std::uint32_t>(seed), high = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
+      const Longs first = product(a, 0xD2511F53u), second = product(c, 0xCD9E8D57u);
+      a = (second >> 32) ^ b ^ low;
+      b = second;
+      c = (first >> 32) ^ d ^ high;
+      d = first;
+    }
+    const Longs front = (a & 0xffffffffu) | b << 32, back = (c & 0xffffffffu) | d << 32;
+    for (int lane = 0; lane < lanes; ++lane) {
+      const std::uint64_t both[] = {front[lane], back[lane]};
+      memcpy(to + 4 * (i + lane), both, sizeof both);
+    }
+  }
+}
+
+struct FamilyCounts {
+  std::int64_t agreed = 0, nonfinite = 0, vetoed = 0, masked = 0;
+
+  template <class Bits>
+  void add(const FamilyOutcome<Bits>& outcome) {
+    agreed += outcome.agreed;
+    nonfinite += !outcome.finite;
+    vetoed += outcome.vetoed;
+    masked += outcome.masked;
+  }
+  // Adds to the counts of a segment, and starts again. shared: other threads may do so, too.
+  void flush(std::int64_t* to, bool shared) {
+    const std::int64_t found[kFamilyCounted] = {agreed, nonfinite, vetoed, masked};
+    for (int i = 0; i < kFamilyCounted; ++i) {
+      if (!shared) to[i] += found[i];
+      else if (found[i]) __atomic_fetch_add(to + i, found[i], __ATOMIC_RELAXED);
+    }
+    *this = {};
+  }
+};
+
+// Results of whole steps: of bases b and of r, both in the arithmetic type. weights: null if there are none.
+template <class T>
+struct Results {
+  PackStream base;
+  const T *reduced, *weights;
+  char* out;  // null: nothing is stored
+  bool past_cache, counts_vetoed;
+};
+
+// Rounds to type O and stores two packs.
+template <class O, class F>
+NEGMERGE_INLINE void store_two(char* to, const F (&x)[2], bool past_cache) {
+  constexpr int lanes = sizeof(F) / sizeof(typename O::Float);
+  using Word = typename Vector<typename O::Word, lanes>::type;
+  using Bits = typename Vector<typename O::Bits, lanes>::type;
+  const Bits bits[] = {rounded_bits<O, Bits, Word>(x[0]), rounded_bits<O, Bits, Word>(x[1])};
+#ifdef __AVX2__
+  if constexpr (sizeof(Bits) == 16) return store(to, _mm256_set_m128i((__m128i)bits[1], (__m128i)bits[0]), past_cache);
+#endif
+  for (int j = 0; j < 2; ++j) store(to + j * sizeof(Bits), bits[j], past_cache);
+}
+
+// Finishes packs from `at` on, two at a time. O: the output's type. Returns where it stopped: at the end, or at packs of which anything may
+// not be finite.
+template <class T, class O, bool kConsensus>
+__attribute__((noinline)) int finish_packs(const Results<T>& results, T scale, int at, int packs, FamilyCounts& counts) {
+  using N = PackOf<T>;
+  using Mask = typename Lanes<T>::Mask;
+  using F = typename Lanes<T>::template Of<typename O::Float>;
+  using FMask = decltype(F{} < F{});
+  constexpr std::int64_t bytes = Lanes<T>::lanes * sizeof(typename O::Bits);
+  const N zero = N{};
+  const auto pack = [](const T* from, int i) { return read<N>(reinterpret_cast<const char*>(from) + i * kPackBytes); };
+  Mask agreed{}, vetoed{}, masked{};
+  for (; at < packs; at += 2) {
+    F result[2];
+    FMask sure = FMask{} == FMask{};
+    Mask chosen[2], veto[2], mask[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      const N b = results.base.template pack<T>(at + j), r = pack(results.reduced, at + j);
+      N weighted = r;
+      if (results.weights) {
+        const N w = pack(results.weights, at + j);
+        weighted = w * r;
+        mask[j] = (w == zero) & (r != zero);
+      }
+      chosen[j] = weighted != zero;
+      veto[j] = (r == zero) & ((Mask)r < Mask{});
+      if constexpr (kConsensus) {
+        result[j] = convert<F>(chosen[j] ? weighted : zero);
+        sure &= in_range<O>(result[j] + convert<F>(b - b));
+      } else {
+        result[j] = convert<FMask>(chosen[j]) ? convert<F>(b - scale * weighted) : convert<F>(b);
+        sure &= in_range<O>(result[j]);
+      }
+    }
+    if (__builtin_expect(!all_negative(sure), 0)) break;
+    for (int j = 0; j < 2; ++j) {
+      agreed -= chosen[j];
+      vetoed -= veto[j];
+      masked -= mask[j];
+    }
+    if (results.out) store_two<O>(results.out + at * bytes, result, results.past_cache);
+  }
+  for (int lane = 0; lane < Lanes<T>::lanes; ++lane) {
+    counts.agreed += agreed[lane];
+    counts.masked += masked[lane];
+    if (results.counts_vetoed) counts.vetoed += vetoed[lane];
+  }
+  return at;
+}
+
+// Merges a range of a batch. S: the storage type of base and output; kConsensus: only to w · r.
+template <class T, class S, bool kConsensus>
+class FamilyRange {
+ public:
+  FamilyRange(const Batch& batch, Position position, std::int64_t elements, bool in_cache)
+      : batch_(batch), family_(*batch.family), constants_(family_constants<T>(batch)), position_(position), elements_(elements),
+        in_cache_(in_cache), full_(family_.gate == kMagnitude),
+        tallied_(tally_of(family_.election, family_.reduction, batch.required == batch.n)) {
+    for (std::int64_t k = 0; k < batch.n; ++k) full_ |= family_.gate == kNoGate && static_cast<T>(family_.numbers[k]) != T(1);
+  }
+
+  void merge() {
+    std::int64_t begin = position_.start;  // of this range, in the tile's segment
+    for (Tile tile = next_tile(); tile.row;) {
+      const Tile next = next_tile();
+      merge_tile(tile);
+      if (next.row != tile.row) {
+        counts_.flush(batch_.counts + kFamilyCounted * tile.segment, begin || tile.start + tile.count < tile.row[0]);
+        begin = 0;
+      }
+      tile = next;
+    }
+#ifdef __AVX2__
+    _mm_sfence();  // what was stored past the cache is visible to the thread that waits for this one
+#endif
+  }
+
+ private:
+  using P = Pack<T>;
+  using N = PackOf<T>;
+  using O = std::conditional_t<!kConsensus, S, std::conditional_t<sizeof(T) == 8, F64, F32>>;  // the output's type
+
+  Tile next_tile() { return take_tile(batch_, position_, elements_, P::tile); }
+
+  void merge_tile(const Tile& tile) {
+    const int rest = tile.count % P::step, whole = tile.count - rest;
+    terms_ = terms_of(batch_, tile.segment);
+    if (whole) {
+      reduce(tile, 0, whole);
+      finish_steps(tile, whole);
+    }
+    if (!rest) return;
+    reduce(tile, whole, rest);
+    for (int i = 0; i < rest; ++i) {
+      const T r = reduced_[i];
+      if (r - r == T(0)) finish_one(tile, whole + i, {r, true, family_.election == kAgreement && r == T(0) && std::signbit(r)});
+      else merge_one(tile, whole + i);
+    }
+  }
+
+  // Reduces elements of a tile from `begin` on: whole steps, or fewer than one has.
+  void reduce(const Tile& tile, int begin, int elements) {
+    prepare(tile, begin, elements);
+    const bool masks = family_.election == kMasks;
+    sweep_models(tile, begin, elements, tallied_, masks ? totals_ : nullptr);
+    if (masks) sweep_models(tile, begin, elements, kTallyMasks, totals_);
+    if (family_.gate == kRandom)
+      for (int i = 0; i < elements; ++i) reduced_[i] = check_[i] - check_[i] == T(0) ? reduced_[i] : T(__builtin_nan(""));
+  }
+
+  // The base and the weights of what is reduced.
+  void prepare(const Tile& tile, int begin, int elements) {
+    const char* base = tile.base(batch_);
+    if (base) base += begin * static_cast<std::int64_t>(sizeof(typename S::Bits));
+    if (!base) base_ = kNothing;
+    else if (std::is_same_v<S, Stored> && elements % P::step == 0) base_ = {base, kPackBytes};
+    else {
+      widen<T, S>(base, elements, widened_);
+      base_ = {reinterpret_cast<const char*>(widened_), kPackBytes};
+    }
+    if (terms_.weights())
+      widen<T>(terms_.weight_type(), weight_at(tile, begin), elements, weights_);
+    if (family_.gate == kRandom) memset(check_, 0, sizeof check_);
+  }
+
+  const char* weight_at(const Tile& tile, int i) const {
+    return reinterpret_cast<const char*>(terms_.weights()) + (tile.start + i) * terms_.weight_size();
+  }
+
+  // The size of the group from model k on: models of one storage type.
+  int group_at(std::int64_t k) const {
+    const std::int64_t most = batch_.n - k < kGroup ? batch_.n - k : kGroup;
+    int same = 1;
+    while (same < most && batch_.dtypes[k + same] == batch_.dtypes[k]) ++same;
+    return same;
+  }
+
+  void sweep_models(const Tile& tile, int begin, int elements, int tallied, T* totals) {
+    Group<T> group;
+    group.packs = (elements + P::step - 1) / P::step * kMaxPacks;
+    group.states = states_;
+    group.reduced = reduced_;
+    group.totals = totals;
+    for (std::int64_t k = 0; k < batch_.n; k += group.count) {
+      const Dtype dtype = batch_.dtypes[k];
+      const bool staged = family_.gate == kRandom || !is_swept<T>(dtype) || elements % P::step;
+      group.count = group_at(k);
+      group.first = k == 0;
+      group.last = k + group.count == batch_.n;
+      group.minus = subtracted(dtype, group.packs);
+      for (int i = 0; i < group.count; ++i) {
+        const double* numbers = family_.numbers + k + i;
+        group.numbers.factor[i] = static_cast<T>(numbers[0]);
+        group.numbers.vote[i] = static_cast<T>(numbers[batch_.n]);
+        group.numbers.low[i] = static_cast<T>(terms_.low(k + i));
+        group.numbers.high[i] = static_cast<T>(terms_.high(k + i));
+        group.x[i] = tile.model(batch_, k + i) + begin * kSizes[dtype];
+        if (!staged) continue;
+        stage(dtype, group.x[i], group.minus, elements, staged_[i]);
+        if (family_.gate == kRandom) drop(tile.start + begin, k + i, elements, group.numbers.factor[i], staged_[i]);
+        group.x[i] = reinterpret_cast<const char*>(staged_[i]);
+      }
+      if (staged) group.minus = kNothing;
+      sweep_of<T>(full_, staged ? kStored : dtype, tallied)(group, constants_, family_.election, family_.reduction);
+    }
+  }
+
+  // What d_k of a model of some type subtracts.
+  PackStream subtracted(Dtype dtype, int packs) {
+    if (batch_.task_vectors || !base_.step) return kNothing;
+    if (holds<S>(dtype)) return base_;
+    if (dtype == kF32) round_base<F32>(packs);
+    else if (dtype == kF16) round_base<F16>(packs);
+    else round_base<BF16>(packs);
+    return {reinterpret_cast<const char*>(rounded_), kPackBytes};
+  }
+  template <class M>
+  void round_base(int packs) {
+    using F = typename P::template Of<typename M::Float>;
+    using Word = typename P::template Of<typename M::Word>;
+    for (int i = 0; i < packs; ++i) write(rounded_, i, convert<N>(as_stored<M, Word>(convert<F>(base_.pack<T>(i)))));
+  }
+
+  // Differences in the arithmetic type.
+  static void stage(Dtype dtype, const char* x, const PackStream& minus, int elements, T* to) {
+    widen<T>(dtype, x, elements, to);
+    const PackStream from{reinterpret_cast<const char*>(to), kPackBytes};
+    for (int i = 0; i * P::lanes < elements; ++i) write(to, i, from.template pack<T>(i) - minus.template pack<T>(i));
+  }
+
+  // Applies a random gate to differences. start: of the first one in the segment.
+  void drop(std::int64_t start, std::int64_t k, int elements, T factor, T* d) {
+    const std::int64_t first = terms_.begin() + start, skipped = first % 4;
+    philox_blocks(family_.seed, first / 4, static_cast<int>((skipped + elements + 3) / 4), terms_.key(), static_cast<std::uint32_t>(k),
+                  numbers_);
+    const auto keep = static_cast<std::uint64_t>(family_.numbers[2 * batch_.n + k]);
+    for (int i = 0; i < elements; ++i) {
+      const T p = factor * d[i];
+      check_[i] = check_[i] + p;
+      d[i] = numbers_[skipped + i] < keep ? p : T(0);
+    }
+  }
+
+  void finish_steps(const Tile& tile, int elements) {
+    char* out = tile.template out<O>();
+    const bool past_cache = !in_cache_ && out != tile.base(batch_) && reinterpret_cast<std::uintptr_t>(out) % kPackBytes == 0;
+    const Results<T> results{base_, reduced_, terms_.weights() ? weights_ : nullptr, out, past_cache, family_.election == kAgreement};
+    const int packs = elements / P::lanes;
+    for (int at = 0; (at = finish_packs<T, O, kConsensus>(results, constants_.scale, at, packs, counts_)) < packs; at += 2)
+      for (int i = at * P::lanes; i < (at + 2) * P::lanes; ++i) merge_one(tile, i);
+  }
+
+  // Merges an element that may not be finite.
+  __attribute__((noinline)) void merge_one(const Tile& tile, int i) {
+    const T b = base_of(tile, i);
+    const auto difference = [&](std::int64_t k) {
+      const Dtype dtype = batch_.dtypes[k];
+      const T x = load_one<T>(dtype, tile.model(batch_, k) + i * kSizes[dtype]);
+      return batch_.task_vectors ? x : x - (holds<S>(dtype) ? b : rounded_one(dtype, b));
+    };
+    finish_one(tile, i, reduce_one<T>(family_, terms_, tile.start + i, constants_, difference));
+  }
+
+  typename S::Bits bits_of(const Tile& tile, int i) const {
+    const char* base = tile.base(batch_);
+    return base ? read<typename S::Bits>(base + i * sizeof(typename S::Bits)) : typename S::Bits{};
+  }
+  T base_of(const Tile& tile, int i) const {
+    return static_cast<T>(S::template widen<typename S::Float>(static_cast<typename S::Word>(bits_of(tile, i))));
+  }
+
+  void finish_one(const Tile& tile, int i, Reduced<T> reduced) {
+    const T w = terms_.weights() ? weight_one<T>(terms_.weight_type(), weight_at(tile, i)) : T(1);
+    FamilyOutcome<typename O::Bits> outcome;
+    if constexpr (kConsensus) {
+      // Nothing is subtracted from zeros, so that the result is w · r, or +0.
+      reduced.finite = reduced.finite && base_of(tile, i) - base_of(tile, i) == T(0);
+      outcome = finish_family<O>(typename O::Bits{}, reduced, w, constants_);
+    } else {
+      outcome = finish_family<O>(bits_of(tile, i), reduced, w, constants_);
+    }
+    counts_.add(outcome);
+    if (char* out = tile.template out<O>()) memcpy(out + i * sizeof outcome.bits, &outcome.bits, sizeof outcome.bits);
+  }
+
+  static void write(T* to, int i, N x) { memcpy(to + i * P::lanes, &x, sizeof x); }
+
+  using Stored = std::conditional_t<sizeof(T) == 8, F64, F32>;  // the arithmetic type as it is stored
+  static constexpr Dtype kStored = sizeof(T) == 8 ? kF64 : kF32;
+  static constexpr PackStream kNothing{kZeros, 0};
+
+  const Batch& batch_;
+  const Family& family_;
+  const FamilyConstants<T> constants_;
+  Position position_;
+  std::int64_t elements_;
+  const bool in_cache_;
+  bool full_;  // there are gates in sweeps, or factors
+  const int tallied_;
+  FamilyCounts counts_;
+  SegmentTerms terms_;
+  PackStream base_;
+  // Tiles: the base, and as models of other types hold it; weights; r, and the sums of all e_k; differences; sums of all p_k.
+  alignas(64) T widened_[P::tile], rounded_[P::tile], weights_[P::tile], reduced_[P::tile], totals_[P::tile], staged_[kGroup][P::tile],
+      check_[P::tile];
+  alignas(64) char states_[kMaxState * kTileBytes];
+  alignas(64) std::uint32_t numbers_[P::tile + 4 * kPackBytes / 8 + 4];
+};
+
+template <class T, class S>
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
+  if (batch.consensus) FamilyRange<T, S, true>(batch, from, elements, in_cache).merge();
+  else FamilyRange<T, S, false>(batch, from, elements, in_cache).merge();
+}
+
+template <class T>
+void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
+  switch (batch.result) {
+    case kF64:
+      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements, in_cache);
+      break;
+    case kF32: merge_range<T, F32>(batch, from, elements, in_cache); break;
+    case kF16: merge_range<T, F16>(batch, from, elements, in_cache); break;
+    case kBF16: merge_range<T, BF16>(batch, from, elements, in_cache); break;
+  }
+}
+
+}  // namespace
+
+void NEGMERGE_FAMILY_LOOP(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
+  is_double(batch) ? merge_range<double>(batch, from, elements, in_cache) : merge_range<float>(batch, from, elements, in_cache);
+}
+
+}  // namespace negmerge
