@@ -142,10 +142,11 @@ DEMO_SEEDS = 1
 # Arguments; then options: names, metavar, type, default.
 COMMANDS = {
     "merge": [
-        "BASE",
+        "[BASE]",
         "[FINETUNED]...",
         "--output -o OUT text, required",
         "--format auto|safetensors|pt = auto",
+        "--config CONFIG.yml text = None",
         "--scale float = 1.0",
         "--output-adapter boolean = False",
         "--task-vectors boolean = False",
@@ -231,6 +232,7 @@ COMMANDS = {
         "--resume boolean = False",
         "--quiet -q boolean = False",
     ],
+    "mergekit": ["CONFIG.yml OUT [OPTION OF mergekit-yaml]..."],
     "report": [
         "BASE",
         "[FINETUNED]...",
@@ -282,6 +284,7 @@ ARGUMENTS = {
     "bench": [],
     "apply": ["base", "delta", "--output", "out", "--scale", "1"],
     "delta": ["base", "model", "--output", "delta"],
+    "mergekit": ["config.yml", "out"],
     "report": ["base", "--output", "report"],
     "select": ["base", "delta", "--eval", "true {model}", "--output", "out"],
 }
@@ -354,6 +357,7 @@ COMMITTED: dict[str, tuple[set[str], set[str]]] = {
         {"instruction_set", "of_limit", "of_one_tensor", "us_per_tensor_and_model"},
     ),
     "outofcore": (_TUNED | _LIMITED | {"budget", "group's peak MB", "own seconds", "peak MB", "read"}, set()),
+    "mergekit": (_TUNED | {"compared with", "bits that differ", "largest difference in ulps", "peak MB", "times the other"}, set()),
     "peers": (_TUNED | _LIMITED | {"differing", "own seconds", "peak MB", "times ours"}, set()),
     "plain_loop": (_TUNED | _LIMITED, set()),
     "reads": (_TUNED | _LIMITED, set()),

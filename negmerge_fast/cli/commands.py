@@ -11,7 +11,7 @@ from .._version import __version__
 from ..core.errors import escape
 from .apply import apply
 from .delta import delta, run_delta
-from .mergekit import mergekit
+from .mergekit import config_option, mergekit, prepare_config, refuse_beside_config
 from .options import (
     backend,
     device,
@@ -40,10 +40,11 @@ def negmerge() -> None:
 
 
 @negmerge.command()
-@click.argument("base")
+@click.argument("base", required=False)
 @click.argument("finetuned", nargs=-1)
 @output
 @output_format
+@config_option
 @scale
 @click.option(
     "--output-adapter",
@@ -66,9 +67,10 @@ def negmerge() -> None:
 def merge(
     signals: Signals,
     /,
-    base: str,
+    base: str | None,
     finetuned: tuple[str, ...],
     output: str,
+    config: str | None,
     output_adapter: bool,
     add: bool,
     task_vectors: bool,
@@ -86,6 +88,13 @@ def merge(
     from ..streaming.api import prepare
     from ..streaming.options import MergeOptions
 
+    if config is not None:
+        refuse_beside_config(click.get_current_context())
+        chosen = Outcome(report, dry_run, quiet)
+        run(signals, "merge", lambda: [prepare_config(config, output, options)], options["device"], chosen)
+        return
+    if base is None:
+        raise click.UsageError("Missing argument 'BASE'.")
     options["inputs"] = "task_vectors" if task_vectors else "finetuned"
     chosen = Outcome(report, dry_run, quiet)
     if output_adapter:

@@ -1,18 +1,55 @@
-"""The command that merges with mergekit, and what `merge --config` needs of its files."""
+"""The command that merges with mergekit, and `merge --config`, which reads mergekit's files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..core.errors import InputError
 
 if TYPE_CHECKING:
-    pass
+    from ..streaming.job import Job
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+# What a file of mergekit's tells of a merge.
+_OF_A_CONFIG = (
+    "base", "finetuned", "scale", "method", "density", "gamma", "over", "drop", "seed", "mask_scale", "add", "weights",
+    "min_agreement", "task_vectors", "adapters_as", "output_adapter",
+)  # fmt: skip
+
+
+def config_option(command: _Command) -> _Command:
+    """Where the models and the method stand, if not on the command line."""
+    return click.option(
+        "--config",
+        metavar="CONFIG.yml",
+        help="Merge what this file of mergekit's says, in place of BASE, FINETUNED and --scale.",
+    )(command)
+
+
+def prepare_config(config: str, output: str, options: dict[str, Any]) -> Job:
+    """Check the merge that a file describes. options: those of the command."""
+    from ..integrations.mergekit_config import prepare
+
+    return prepare(
+        Path(config), output, **{name: value for name, value in options.items() if name not in _OF_A_CONFIG}
+    )
+
+
+def refuse_beside_config(context: click.Context) -> None:
+    """Refuse arguments and options that a file of mergekit's tells, too."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
+        if given and parameter.name in _OF_A_CONFIG:
+            name = (
+                parameter.opts[0] if isinstance(parameter, click.Option) else parameter.make_metavar(context)
+            )
+            raise click.UsageError(f"{name}: the file of --config tells it, expected one of them only")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -23,7 +60,7 @@ def mergekit(arguments: tuple[str, ...]) -> None:
     """Merge with mergekit, which has negmerge among its methods here.
 
     CONFIG.yml is a file of mergekit's, of any of its methods, OUT a directory; `mergekit-yaml --help` prints the options. The merge, its
-    memory and its output are mergekit's. It writes into OUT directly: what a stopped merge leaves there has no index and no config.
+    memory and its output are mergekit's. It writes into OUT directly: what a stopped merge leaves there has no config.json.
     """
     try:
         from ..integrations import mergekit as plugin  # noqa: F401 registers the method

@@ -94,6 +94,8 @@ def prepare(config: Path, output: str, **options: Any) -> Job:
     given = MergeOptions(scale=read.scale, method=read.method, **options)  # type: ignore[call-arg]
     destination = as_path("output", output)
     plan = open_and_plan(read.base, read.finetuned, given)
+    if plan.is_low_rank:
+        raise InputError(f"{config}: models: an adapter, expected models, as mergekit reads them")
     _check_types(plan, read, config)
     [job] = prepare_outputs(replace(plan, notes=(*read.notes, *plan.notes)), [(destination, given)])
     return job
@@ -379,7 +381,7 @@ def _check_types(plan: Plan, config: MergekitConfig, where: Path) -> None:
             if signature not in checked:
                 checked[signature] = _problem(signature.result, signature.models, config)
             if problem := checked[signature]:
-                raise InputError(f"{where}: {problem}, as tensor {short_repr(each.name)} is stored in")
+                raise InputError(f"{where}: {problem} (tensor {short_repr(each.name)})")
 
 
 def _problem(base: str, models: Sequence[str], config: MergekitConfig) -> str | None:
@@ -397,5 +399,5 @@ def _problem(base: str, models: Sequence[str], config: MergekitConfig) -> str | 
     if not all(holds(arithmetic, each) for each in stored):
         return f"dtype: {TORCH_NAMES[arithmetic]} would round inputs, expected a type that holds {names}"
     if arithmetic == "F64" and "F64" not in stored:
-        return f"dtype: float64, expected float32 or {names}"
+        return "dtype: float64, expected float32, which is the arithmetic of what is not stored as float64"
     return None
