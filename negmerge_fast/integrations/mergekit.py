@@ -56,9 +56,9 @@ def negmerge(
         InputError: If an option is out of range, or an element is not finite.
     """
     assert group.base is not None  # the contract asks for it
-    name = group.metadata.name or ""  # the generator of dare takes it
+    name: str = group.metadata.name or ""  # the generator of dare takes it
     chosen = replace(as_method(method), over="tensor")
-    merged = merge(
+    merged: dict[str, torch.Tensor] = merge(
         {name: group.base.tensor},
         [{name: entry.tensor} for entry in group.non_base],
         scale=scale,

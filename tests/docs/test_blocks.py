@@ -24,10 +24,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NOT_RUN = {
     "pip install .": "builds for a minute and needs a network; .ci/run builds and installs a wheel",
     "NEGMERGE_CUDA=0 pip install --no-build-isolation --no-deps -e .": "would replace the installation under test",
+    "negmerge mergekit negmerge.yml merged": "mergekit knows only models of transformers; tests/libraries merges one",
 }
 
-# Pages whose blocks need transformers and PEFT.
-OF_LIBRARIES = {"adapters.md"}
+# Pages whose blocks need transformers and PEFT, or mergekit.
+OF_LIBRARIES = {"adapters.md", "mergekit.md"}
 # Of so many commands that make slow runs them.
 LONG = {"formats.md", "merge-checkpoints.md"}
 
