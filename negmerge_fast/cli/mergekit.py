@@ -18,7 +18,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # What a file of mergekit's tells of a merge.
 _OF_A_CONFIG = (
-    "base", "finetuned", "scale", "method", "density", "gamma", "over", "drop", "seed", "mask_scale", "add", "weights",
+    "base", "finetuned", "scale", "method", "density", "gamma", "over", "drop_rate", "seed", "mask_scale", "add", "weights",
     "min_agreement", "task_vectors", "adapters_as", "output_adapter",
 )  # fmt: skip
 

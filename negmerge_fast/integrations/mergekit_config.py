@@ -91,7 +91,7 @@ def prepare(config: Path, output: str, **options: Any) -> Job:
         InputError: If the file, an input or an option is bad.
     """
     read = read_config(config)
-    given = MergeOptions(scale=read.scale, method=read.method, **options)  # type: ignore[call-arg]
+    given = MergeOptions(scale=read.scale, method=read.method, **options)
     destination = as_path("output", output)
     plan = open_and_plan(read.base, read.finetuned, given)
     if plan.is_low_rank:
