@@ -23,10 +23,10 @@ import negmerge_fast as nm
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 NAMES = [
-    "Changed", "ConsensusStatistics", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "NoScaleError", "Report", "Rule",
+    "Changed", "ConsensusStatistics", "DamageError", "Delta", "InputError", "Live", "MergeWarning", "Method", "NoScaleError", "Report", "Rule",
     "ScalePoint", "SelectedScale", "Stats", "TensorStats", "Verified", "__version__", "apply_delta", "consensus_delta",
-    "consensus_statistics", "delta_checkpoints", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "negate_", "select_scale",
-    "verify_checkpoint", "write_report",
+    "consensus_statistics", "delta_checkpoints", "load_delta", "merge", "merge_", "merge_checkpoints", "merge_task_vectors", "method", "negate_",
+    "select_scale", "verify_checkpoint", "write_report",
 ]  # fmt: skip
 
 SIGNATURES = {
@@ -37,7 +37,7 @@ SIGNATURES = {
     ),
     "consensus_delta": (
         "(base, finetuned, *, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, exclude=None, rename=(), "
-        "half=False, backend='auto', adapters_as='difference')"
+        "half=False, backend='auto', adapters_as='difference', method='negmerge', weights=None)"
     ),
     "delta_checkpoints": (
         "(base, finetuned, output, *, half=False, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, exclude=None, "
@@ -47,11 +47,11 @@ SIGNATURES = {
     "load_delta": "(path, device='cpu')",
     "merge": (
         "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
-        "exclude=None, rename=(), backend='auto', adapters_as='difference')"
+        "exclude=None, rename=(), backend='auto', adapters_as='difference', method='negmerge', weights=None)"
     ),
     "merge_": (
         "(base, finetuned, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='keep-base', include=None, "
-        "exclude=None, rename=(), backend='auto', adapters_as='difference')"
+        "exclude=None, rename=(), backend='auto', adapters_as='difference', method='negmerge', weights=None)"
     ),
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
@@ -60,9 +60,12 @@ SIGNATURES = {
     ),
     "merge_task_vectors": (
         "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', include=None, exclude=None, rename=(), "
-        "backend='auto')"
+        "backend='auto', method='negmerge')"
     ),
-    "negate_": "(base, tau, *, scale, nonfinite='keep-base', include=None, exclude=None, rename=(), backend='auto')",
+    "method": "(name, **numbers)",
+    "negate_": (
+        "(base, tau, *, scale, nonfinite='keep-base', include=None, exclude=None, rename=(), backend='auto', weights=None)"
+    ),
     "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
     "consensus_statistics": (
         "(base, finetuned=(), *, inputs='finetuned', include=None, exclude=None, rename=(), adapters_as='difference', "
@@ -78,9 +81,12 @@ SIGNATURES = {
         "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, adapters, "
         "skipped_files, large_files, tensors)"
     ),
-    "Rule": "(scale, min_agreement=1.0)",
+    "Method": (
+        "(name, gate, election, reduction, density=1.0, gamma=0.0, over='tensor', drop=0.0, seed=0, mask_scale=0.0, model_weights=None)"
+    ),
+    "Rule": "(scale, min_agreement=1.0, choices=None)",
     "Stats": "()",
-    "TensorStats": "(elements=0, agreed=0, nonfinite=0, vetoed_by_zero=0)",
+    "TensorStats": "(elements=0, agreed=0, nonfinite=0, vetoed_by_zero=0, masked=0)",
     "Verified": "(output, version, files, bytes, not_listed, blocks, bytes_compared)",
     "DamageError": "(found)",
     "select_scale": (
@@ -108,6 +114,7 @@ ATTRIBUTES = {
     "Delta": ["apply_", "changed", "live", "nbytes", "save", "stats", "to"],
     "Live": ["changed", "scale", "stats"],
     "Report": ["to_json"],
+    "Method": ["choices", "is_negmerge", "needs_bounds", "of_json", "ranks", "to_json"],
     "Rule": ["required"],
     "ScalePoint": [],
     "SelectedScale": ["plot", "to_json"],
@@ -117,6 +124,7 @@ ATTRIBUTES = {
         "consensus_ratio",
         "elements",
         "include",
+        "masked",
         "nonfinite",
         "tensors",
         "vetoed_by_zero",
@@ -445,7 +453,7 @@ def test_methods(name: str) -> None:
 def test_attributes_of_a_delta() -> None:
     delta = nm.consensus_delta(np.zeros(2, np.float32), [np.ones(2, np.float32)])
     assert [name for name in vars(delta) if not name.startswith("_")] == [
-        "tensors", "models", "min_agreement", "inputs",
+        "tensors", "models", "min_agreement", "inputs", "method",
     ]  # fmt: skip
 
 

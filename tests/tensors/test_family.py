@@ -249,8 +249,8 @@ def test_scales_by_patterns_are_merges_of_groups() -> None:
     negated = copies(base)
     nm.negate_(negated, models[0], scale=scales)
     for name, scale in zip(SHAPES, (0.3, -0.4, 1.0), strict=True):
-        alone = nm.merge(base[name], [models[0][name]], scale=scale, inputs="task_vectors")
-        assert same_bits(negated[name], alone)
+        separate = nm.merge(base[name], [models[0][name]], scale=scale, inputs="task_vectors")
+        assert same_bits(negated[name], separate)
     stats = nm.merge_(base, models, scale=dict(scales))
     holds(base, wanted)
     assert set(stats.tensors) == set(SHAPES)
@@ -327,8 +327,8 @@ def test_random_numbers_depend_on_names() -> None:
     method = nm.method("dare", drop=0.5, seed=1)
     found = nm.merge(zeros, [ones], scale=-1.0, method=method)
     assert not torch.equal(found["a"], found["b"])
-    alone = nm.merge({"b": zeros["b"]}, [{"b": ones["b"]}], scale=-1.0, method=method)
-    assert torch.equal(alone["b"], found["b"])
+    separate = nm.merge({"b": zeros["b"]}, [{"b": ones["b"]}], scale=-1.0, method=method)
+    assert torch.equal(separate["b"], found["b"])
     other = nm.merge(zeros, [ones], scale=-1.0, method=nm.method("dare", drop=0.5, seed=2))
     assert not torch.equal(other["a"], found["a"])
 
