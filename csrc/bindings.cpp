@@ -6,6 +6,7 @@
 #include "batch.h"
 #include "delta.h"
 #include "low_rank.h"
+#include "magnitudes.h"
 #include "merge_chunk.h"
 #include "merge_cpu.h"
 #include "prefix.h"
@@ -184,6 +185,25 @@ void define_family(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+// Magnitudes, as backends/magnitudes.py measures them.
+void define_magnitudes(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def(
+      "measure_magnitudes",
+      [](int result, const std::string& dtypes, bool task_vectors, std::int64_t segments, std::uintptr_t descriptors,
+         std::uintptr_t edges, std::uintptr_t counts, std::uintptr_t found, const std::string& instruction_set) {
+        measure_magnitudes(batch_of(result, dtypes, task_vectors, 0, 0, segments, descriptors, 0),
+                           {reinterpret_cast<const double*>(edges), reinterpret_cast<std::int64_t*>(counts),
+                            reinterpret_cast<void*>(found)},
+                           instruction_set);
+      },
+      released);
+  m.def(
+      "read_ranges",
+      [](std::uintptr_t sources, std::int64_t count) { return read_ranges(reinterpret_cast<const std::int64_t*>(sources), count); },
+      released);
+}
+
 // consensus: only to means.
 template <bool consensus>
 void define_merge(py::module_& m, const char* name) {
@@ -220,6 +240,7 @@ PYBIND11_MODULE(_native, m) {
   define_deltas(m);
   define_low_rank(m);
   define_family(m);
+  define_magnitudes(m);
 #ifdef NEGMERGE_WITH_CUDA
   m.attr("cuda") = true;
   m.attr("cuda_tile") = kCudaTile;

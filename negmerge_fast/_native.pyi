@@ -92,6 +92,19 @@ def expand_cuda(
     stream: int,
 ) -> None: ...
 
+def measure_magnitudes(
+    result: int,
+    dtypes: bytes,
+    task_vectors: bool,
+    segments: int,
+    descriptors: int,
+    edges: int,
+    counts: int,
+    found: int,
+    instruction_set: str,
+) -> None: ...
+def read_ranges(sources: int, count: int) -> bool: ...
+
 class Turn: ...
 
 def merge_chunk(
