@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.choices import KEEP_ALL, Choices, Election, Gate, Reduction
-from ..core.errors import InputError, require_choice, short_repr
+from ..core.errors import InputError, require_choice
+from ..core.rule import as_float
 
 if TYPE_CHECKING:
     import torch
@@ -52,38 +53,28 @@ class Method:
     model_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("density", 0.0, 1.0),
-            ("drop", 0.0, 1.0),
-            ("gamma", 0.0, 1.0),
-            ("mask_scale", 0.0, math.inf),
-        ):
+        for name in ("density", "gamma", "drop", "mask_scale", "model_weights"):
             value = getattr(self, name)
-            checked = (
-                tuple(map(_number(name), value)) if isinstance(value, (tuple, list)) else _number(name)(value)
-            )
-            object.__setattr__(self, name, checked)
-            for each in checked if isinstance(checked, tuple) else (checked,):
-                # Of a density, 0 leaves nothing and 1 everything; of what is dropped it is the other end.
-                inside = low < each <= high if name == "density" else low <= each < high
-                if not inside:
-                    bounds = (
-                        "more than 0 and at most 1"
-                        if name == "density"
-                        else "at least 0" + (" and less than 1" if high == 1 else "")
-                    )
-                    raise InputError(f"{name}: {each}, expected {bounds}")
+            if name in _FOR_EACH and isinstance(value, (tuple, list)):
+                if not value:
+                    raise InputError(f"{name}: no numbers, expected one for each model")
+                numbers = tuple(as_float(name, each) for each in value)
+                object.__setattr__(self, name, numbers)
+            elif value is None and name == "model_weights":
+                continue
+            else:
+                numbers = (as_float(name, value),)  # of each model
+                object.__setattr__(self, name, numbers[0])
+            inside, expected = _BOUNDS[name]
+            for each in numbers:
+                if not inside(each):
+                    raise InputError(f"{name}: {each}, expected {expected}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
             raise TypeError(f"seed: {self.seed!r}, expected an integer")
         object.__setattr__(self, "seed", int(self.seed))
         if not 0 <= self.seed < 1 << 64:
             raise InputError(f"seed: {self.seed}, expected 0 … 2^64 - 1")
         require_choice("over", self.over, ("tensor", "model"))
-        if self.model_weights is not None:
-            weights = tuple(map(_number("model_weights"), self.model_weights))
-            if not all(map(math.isfinite, weights)):
-                raise InputError(f"model_weights: {short_repr(weights)}, expected finite numbers")
-            object.__setattr__(self, "model_weights", weights)
 
     @property
     def is_negmerge(self) -> bool:
@@ -182,13 +173,17 @@ class Method:
 _CHOICES: dict[str, Any] = {"gate": Gate, "election": Election, "reduction": Reduction}
 
 
-def _number(name: str) -> Any:
-    def checked(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}: {value!r}, expected a number")
-        return float(value)
+# Numbers of which there may be one for each model.
+_FOR_EACH = ("density", "drop", "model_weights")
 
-    return checked
+_FRACTION = (lambda x: 0.0 <= x < 1.0, "at least 0 and less than 1")
+_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "density": (lambda x: 0.0 < x <= 1.0, "more than 0 and at most 1"),
+    "gamma": _FRACTION,
+    "drop": _FRACTION,
+    "mask_scale": (lambda x: 0.0 <= x < math.inf, "a finite number of at least 0"),
+    "model_weights": (math.isfinite, "a finite number"),
+}
 
 
 def in_order(differences: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 e_k = d_k / (1 - p)    with probability 1 - p,   else 0
 s   = sign of e_1 + … + e_n    (0 counts as +)
 r   = sum of the e_k with the sign s
+
+As mergekit, which sums; the authors put their differences into TIES, which would trim and average them.
 """
 
 from __future__ import annotations

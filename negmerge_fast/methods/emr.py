@@ -3,7 +3,7 @@
     s = sign of d_1 + … + d_n    (0 counts as +)
     r = the d_k of the largest magnitude with the sign s
 
-The masks and scales for each task, which EMR-Merging keeps beside it, are not made.
+The masks and scales for each task, which EMR-Merging keeps beside it, are not made. Its authors' code counts a sum of exactly 0 as -.
 """
 
 from __future__ import annotations

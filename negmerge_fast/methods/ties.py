@@ -5,7 +5,8 @@
     r   = mean of the e_k with the sign s
 
 The authors trim over the whole model and keep a fraction of 0.2; mergekit trims each tensor (over="tensor"). Differences as large as
-the smallest that is kept are kept, too.
+the smallest that is kept are kept, too. The fraction is rounded down, as by mergekit; the authors' code keeps one more of each model, and
+gives a sum of exactly 0 the sign that most sums of the model have.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from family_cases import (
     Sample,
     expected_of,
     naive_of,
+    one_thread,
     part_of,
     rule_of,
     sample,
@@ -33,6 +34,8 @@ from negmerge_fast.core.generator import number
 from negmerge_fast.core.rule import Rule
 from negmerge_fast.methods.base import Method
 
+__all__ = ["one_thread"]  # a fixture of all tests of this file
+
 # Types of the base, then of models in turn: alike, with a base that is rounded to them, and wider ones.
 TYPES = [
     ("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F64", "F64"), ("F32", "BF16", "F16"), ("BF16", "F32", "F64"),
@@ -45,13 +48,8 @@ def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     found: BackendCase = request.param
     if (reason := found.why_not()) is not None:
         pytest.skip(reason)
-    before = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # two take several times as long for tensors this short, where others compute, too
     with found.chosen():
         yield found
-    torch.set_num_threads(before)
 
 
 def consensus_of(case: BackendCase, merge: Merge) -> Merge:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from backend_cases import BackendCase, to_device
 from bits import STORAGE
@@ -36,6 +37,15 @@ METHODS = {name: catalogue.method(name) for name in catalogue.NAMES} | {
     "dare-0.3": catalogue.method("dare", drop=0.3, seed=(1 << 63) + 5),
     "consensus-0.8": catalogue.method("consensus", mask_scale=0.8),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors this short several threads take several times as long, where others compute, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rule_of(method: Method, models: int, scale: float = 0.9, min_agreement: float = 1.0) -> Rule:
