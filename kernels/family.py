@@ -245,32 +245,26 @@ def _merge(
         else:
             elected = mask
     if REDUCTION == MEAN:
-        r = _divide(r, votes, T)
-        elected_with_votes = elected & (votes != 0)
-    else:
-        elected_with_votes = elected
-    r = tl.where(elected_with_votes, r, 0.0)
-    if ELECTION == AGREEMENT:
-        unmasked = elected
-        zeros = (
-            tl.minimum(n_up, n_down) <= n - required
-        )  # it would agree if zeros had the sign of the majority
-    else:
-        unmasked = r != 0
-        zeros = mask & (left < 0)
-    if WEIGHT == NO_WEIGHTS:
-        chosen = unmasked
-    else:
+        r = tl.where(votes != 0, _divide(r, votes, T), 0.0)
+    r = tl.where(elected, r, 0.0)
+    masked = lanes < 0
+    if WEIGHT != NO_WEIGHTS:
         w = _weights(term, start, lanes, left, T, WEIGHT, ALIGNED)
+        masked = (r != 0) & (w == 0)
         r = w * r
-        chosen = unmasked & (w != 0)
+    chosen = r != 0
+    if ELECTION == AGREEMENT:
+        # It would agree if zeros had the sign of the majority.
+        vetoed = (tl.minimum(n_up, n_down) <= n - required) & (elected == 0)
+    else:
+        vetoed = lanes < 0
 
     product_of_zero = tl.math.fma(b, zero, tl.math.fma(r, zero, product_of_zero))
     result, in_range = _round(b + scale * -r, RESULT)
     finite = (product_of_zero == product_of_zero) & (in_range | (chosen == 0))
     agreed = chosen & finite
     _store(out, start, lanes < tl.where(out != 0, left, 0), tl.where(agreed, result, stored), RESULT, ALIGNED)
-    kept = tl.where(unmasked, MASKED, tl.where(zeros, VETOED, 0))
+    kept = tl.where(masked, MASKED, tl.where(vetoed, VETOED, 0))
     counted = tl.where(finite, tl.where(chosen, 1, kept), NONFINITE)
     return tl.where(mask, counted, 0)
 
