@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import negmerge_fast as nm
 from negmerge_fast.core.reference import plain_merge
+from negmerge_fast.tensors.dtensor import box_of
 
 SECONDS = 60  # a rank that takes longer is killed
 WORLDS = (2, 4)
@@ -128,6 +129,42 @@ def counts_add_up(world: int) -> None:
     counts = torch.tensor([stats.elements, stats.agreed, stats.nonfinite, stats.vetoed_by_zero])
     dist.all_reduce(counts)
     assert counts.tolist() == [35, *plain_merge(full[0], full[1:], 0.9)[1:]]
+
+
+@case
+def other_methods(world: int) -> None:
+    """Random choices are those of the whole tensor; what would have to know all of it is refused, unless the rank holds it."""
+    full = versions(8, 12)
+    weight = torch.rand(8, 12, generator=torch.Generator().manual_seed(0))
+    dare, ties = nm.method("dare", drop=0.5, seed=3), nm.method("ties", density=0.5)
+    for mesh, placements in layouts(world):
+        base, *models = (distribute(t, mesh, *placements) for t in full)
+        for weights in (weight, distribute(weight, mesh, *placements)):
+            with communicating():
+                merged = nm.merge(base, models, scale=0.9, method="magmax", weights=weights)
+            wanted = nm.merge(full[0], full[1:], scale=0.9, method="magmax", weights=weight)
+            holds(merged, wanted, base)
+        box = box_of(base, "")
+        found = f"base: a shard from {box.offset} of shape {box.shape}, expected" if box else ""
+        for method, said in (
+            (dare, "one of the first dimension alone for method dare" if box and box.shape[1] < 12 else None),
+            (ties, "a whole tensor: method ties compares all of its elements" if box else None),
+        ):
+            if said:
+                with refused(f"{found} {said}"):
+                    nm.merge_(base, models, scale=0.9, method=method)
+                holds(base, full[0], base)
+            else:
+                wanted = nm.merge(full[0], full[1:], scale=0.9, method=method)
+                holds(nm.merge(base, models, scale=0.9, method=method), wanted, base)
+                delta = nm.consensus_delta(base, models, method=method)
+                delta.apply_(moved := distribute(full[0], mesh, *placements), 0.9)
+                holds(moved, wanted, base)
+    line = init_device_mesh("cpu", (world,))
+    base, *models = (distribute(t, line, Shard(0)) for t in full)
+    elsewhere = distribute(weight, line, Shard(1))
+    with refused("weights: placements (Shard(dim=1),), expected (Shard(dim=0),) like base"):
+        nm.merge_(base, models, scale=0.9, weights=elsewhere)
 
 
 @case
