@@ -56,6 +56,8 @@ from .names import (
 )
 
 if TYPE_CHECKING:
+    from ..core.bounds import Bounds
+    from ..methods.base import Method
     from .family import Asked, Family
 
 
@@ -212,16 +214,6 @@ def run_batches(
     return results
 
 
-class _Unwritten:
-    """Batches of a call that may be read several times; what is computed or copied of one lives until the next."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-
-    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
-        return self._call.unwritten()
-
-
 class Call:
     """One call on models of any kind: their tensors, paired and checked.
 
@@ -316,20 +308,27 @@ class Call:
             self._notes += notes
         family = Family(asked, self.items, self.models, weights, self.dtensors, self.where)
         if family.method.needs_bounds:
-            from ..backends.magnitudes import bounds_in_memory
-
-            family.bounds = bounds_in_memory(_Unwritten(self), family.method)
+            family.bounds = self._bounds(family.method)
         return family
 
-    def unwritten(self) -> Iterator[tuple[Batch, list[str]]]:
-        """Batches of all items, without outputs, and the names of their segments."""
+    def _bounds(self, method: Method) -> dict[str, Bounds]:
+        """The bounds of the items. What is copied or computed for them lives as long as that of others is needed, too."""
+        from ..backends.magnitudes import bounds_in_memory
+
+        if method.over == "model":
+            return bounds_in_memory(chain.from_iterable(self._unwritten()), method)
+        return dict(chain.from_iterable(bounds_in_memory(each, method).items() for each in self._unwritten()))
+
+    def _unwritten(self) -> Iterator[list[tuple[Batch, list[str]]]]:
+        """Batches of all items, without outputs, and the names of their segments. All of a tensor is in one list."""
         items = [item for item in self.items if item.versions[0].numel()]
         if self._sources is None:
-            yield from ((batch, names) for batch, names, _ in batches(items, self.task_vectors))
+            for batch, names, _ in batches(items, self.task_vectors):
+                yield [(batch, names)]
             return
         for mixed in map(self.mixed, items):
             assert mixed
-            yield from low_rank.unwritten(mixed, self.merged, self.task_vectors)
+            yield low_rank.unwritten(mixed, self.merged, self.task_vectors)
 
     def _refuse_odd_adapters(self, label: str, inputs: str) -> None:
         """Raise InputError for adapters where they mean nothing."""

@@ -394,14 +394,12 @@ def _merge(prepared: Prepared, item: Item, merge: Merge, rule: Rule, family: Fam
             written.copy_(out)
 
 
-def unwritten(mixed: Mixed, merged: bool, task_vectors: bool) -> Iterator[tuple[Batch, list[str]]]:
-    """Batches of a tensor without outputs. What is computed for one is valid until the next."""
+def unwritten(mixed: Mixed, merged: bool, task_vectors: bool) -> list[tuple[Batch, list[str]]]:
+    """A tensor without outputs, in one batch. What has to be computed of it is dense."""
     require_expandable(mixed)
     prepared = Prepared(mixed, merged, task_vectors)
-    block = prepared.block(prepared.numel)
-    for start in range(0, prepared.numel, block):
-        segment = prepared.segment(start, min(block, prepared.numel - start), None)
-        yield Batch(str(prepared.device), prepared.signature, [segment]), [mixed.item.name]
+    batch = Batch(str(prepared.device), prepared.signature, [prepared.segment(0, prepared.numel, None)])
+    return [(batch, [mixed.item.name])]
 
 
 def at_start(terms: Terms | None, start: int) -> list[Terms] | None:

@@ -345,13 +345,18 @@ def test_arrays() -> None:
     holds(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["mean", "ties", "dare"])
-def test_adapters(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", ["tensor", "model", None])
+@pytest.mark.parametrize("mixed", [False, True], ids=["adapters", "beside a model"])
+def test_adapters(over: Any, mixed: bool, tmp_path: Path) -> None:
+    """Low-rank differences, and that of a full model, which has to be computed, by a method with bounds and a random one."""
+    method = nm.method("ties", density=0.4, over=over) if over else nm.method("dare", drop=0.5)
     generator = torch.Generator().manual_seed(0)
-    base = {
-        f"{module}.weight": torch.randn(24, 16, generator=generator) for module in ("a.q_proj", "b.q_proj")
-    }
-    paths, vectors = [], []
+    base = {f"{m}.weight": torch.randn(24, 16, generator=generator) for m in ("a.q_proj", "b.q_proj")}
+    models: list[Any] = []
+    vectors = []
+    if mixed:
+        models = [{name: t + 0.1 * torch.randn(24, 16, generator=generator) for name, t in base.items()}]
+        vectors = [{name: t - base[name] for name, t in models[0].items()}]
     for k in range(3):
         factors = {
             name.removesuffix(".weight"): (
@@ -360,13 +365,13 @@ def test_adapters(name: str, tmp_path: Path) -> None:
             )
             for name in base
         }
-        paths.append(save_adapter(tmp_path / f"adapter-{k}", factors, 2, 4))
+        models.append(save_adapter(tmp_path / f"adapter-{k}", factors, 2, 4))
         vectors.append({f"{m}.weight": difference(*f, 2.0, torch.float32) for m, f in factors.items()})
     weights = {name: torch.rand(24, 16, generator=generator) for name in base}
-    options: Any = {"scale": {"a": 0.3, "b": 0.6}, "method": name, "weights": weights}
+    options: Any = {"scale": {"a": 0.3, "b": 0.6}, "method": method, "weights": weights}
     wanted = nm.merge(base, vectors, inputs="task_vectors", **options)
-    holds(nm.merge(base, paths, **options), wanted)
-    delta = nm.consensus_delta(base, paths, method=name, weights=weights)
+    holds(nm.merge(base, models, **options), wanted)
+    delta = nm.consensus_delta(base, models, method=method, weights=weights)
     delta.apply_(base, {"a": 0.3, "b": 0.6})
     holds(base, wanted)
 
