@@ -169,7 +169,7 @@ def difference(recorded: Fingerprint, current: Fingerprint) -> str | None:
         was, now = recorded.get(name), current.get(name)
         if was == now:
             continue
-        if isinstance(was, dict) and isinstance(now, dict):
+        if name == "files" and isinstance(was, dict) and isinstance(now, dict):
             return _file_difference(was, now)
         return f"was made with {name} {short_repr(was)}, expected {short_repr(now)}"
     return None
