@@ -6,7 +6,19 @@ from typing import Any
 
 import click
 
-from .options import backend, device, nonfinite, other_files, outcome, output, output_format, resources
+from ..core.scales import Scale
+from .options import (
+    backend,
+    device,
+    nonfinite,
+    other_files,
+    outcome,
+    output,
+    output_format,
+    resources,
+    scale_of,
+    scale_pairs,
+)
 from .running import Outcome, run
 from .signals import Signals
 
@@ -21,8 +33,8 @@ from .signals import Signals
     "scales",
     required=True,
     multiple=True,
-    type=float,
-    help="λ; repeatable: each has an output of its own, OUT-0.9, in one pass over BASE.",
+    metavar="λ|RE=λ",
+    help="Repeatable: each has an output of its own, OUT-0.9, in one pass over BASE; with RE=λ there is one output, as of merge.",
 )
 @nonfinite
 @other_files
@@ -37,7 +49,7 @@ def apply(
     base: str,
     delta: str,
     output: str,
-    scales: tuple[float, ...],
+    scales: tuple[str, ...],
     report: str | None,
     dry_run: bool,
     quiet: bool,
@@ -49,11 +61,14 @@ def apply(
     """
     from ..deltas.apply import options_of, prepare_apply
 
-    several = len(scales) > 1
+    pairs = scale_pairs(scales)
+    has_patterns = any(pattern for pattern, _ in pairs)
+    several = len(pairs) > 1 and not has_patterns
+    wanted: list[Scale] = [scale_of(scales)] if has_patterns else [number for _, number in pairs]
     run(
         signals,
         "apply",
-        lambda: prepare_apply(base, delta, output, scales, options_of(**options), several=several),
+        lambda: prepare_apply(base, delta, output, wanted, options_of(**options), several=several),
         options["device"],
         Outcome(report, dry_run, quiet, several),
     )

@@ -24,6 +24,7 @@ from .options import (
     resources,
     rule,
     scale,
+    scale_of,
     with_method,
 )
 from .report import report
@@ -102,11 +103,10 @@ def merge(
         return
     if not options["scale"]:
         raise click.UsageError("Missing option '--scale'.")
+    scale = scale_of(options["scale"])
 
     def checked() -> MergeOptions:
-        given = options["scale"]
-        scales = Scales.of(given if len(given) > 1 or given[0][0] else given[0][1])
-        scales = scales.negated() if add else scales
+        scales = Scales.of(scale).negated() if add else scale
         return MergeOptions(**{**with_method(options), "scale": scales})
 
     run(

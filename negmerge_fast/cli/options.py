@@ -10,6 +10,7 @@ import click
 
 from ..backends.registry import NAMES
 from ..checkpoints.base import FORMATS
+from ..core.scales import Scale
 from ..methods import catalogue
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -53,10 +54,8 @@ def rule(command: _Command) -> _Command:
     )
 
 
-def _scales(
-    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
-) -> tuple[tuple[str, float], ...]:
-    """Split each RE=λ at its last "="; a number alone is for all other tensors, wherever it stands."""
+def scale_pairs(given: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """Split each RE=λ at its last "=". A number alone has the pattern ""."""
     pairs = []
     for value in given:
         pattern, _, number = value.rpartition("=")
@@ -64,11 +63,17 @@ def _scales(
             pairs.append((pattern, float(number)))
         except ValueError:
             raise click.BadParameter(
-                f"{value!r} is not a valid float, nor RE=NUMBER", context, parameter
+                f"{value!r} is not a valid float, nor RE=NUMBER", param_hint="'--scale'"
             ) from None
+    return tuple(pairs)
+
+
+def scale_of(given: tuple[str, ...]) -> Scale:
+    """λ, or patterns and theirs: a number alone is for all other tensors, wherever it stands."""
+    pairs = sorted(scale_pairs(given), key=lambda pair: not pair[0])
     if sum(not pattern for pattern, _ in pairs) > 1:
-        raise click.BadParameter("several numbers, expected one, or RE=NUMBER", context, parameter)
-    return tuple(sorted(pairs, key=lambda pair: not pair[0]))
+        raise click.BadParameter("several numbers, expected one, or RE=NUMBER", param_hint="'--scale'")
+    return pairs if len(pairs) > 1 or pairs[0][0] else pairs[0][1]
 
 
 def scale(command: _Command) -> _Command:
@@ -79,7 +84,6 @@ def scale(command: _Command) -> _Command:
             "--scale",
             metavar="λ|RE=λ",
             multiple=True,
-            callback=_scales,
             help="How far to move away from the fine-tuned models; RE=λ: tensors whose name matches; repeatable.",
         ),
         click.option("--add", is_flag=True, help="Move towards the fine-tuned models: turn the sign of λ."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
@@ -13,7 +13,9 @@ from ..checkpoints.delta import DeltaCheckpoint, open_delta
 from ..checkpoints.formats import open_checkpoint, translate
 from ..core.errors import InputError, MergeWarning
 from ..core.rule import NonFinite
+from ..core.scales import Scale, Scales
 from ..core.stats import Stats, TensorStats
+from ..methods.base import Method
 from ..runtime.distributed import SINGLE
 from ..runtime.interrupts import without_gc
 from ..streaming.api import prepare_outputs
@@ -34,7 +36,7 @@ def apply_delta(
     delta: PathLike,
     output: PathLike,
     *,
-    scale: float,
+    scale: float | Scales | Mapping[str, float],
     nonfinite: NonFinite = ...,
     keep: Sequence[str] = ...,
     drop: Sequence[str] = ...,
@@ -71,7 +73,7 @@ def apply_delta(
     delta: PathLike,
     output: PathLike,
     *,
-    scale: float | Sequence[float],
+    scale: float | Scales | Mapping[str, float] | Sequence[float],
     nonfinite: NonFinite = "error",
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -94,7 +96,8 @@ def apply_delta(
         delta: The delta, as `negmerge delta` writes it.
         output: The path of the result, which mirrors base. Of several scales, each has a path of its own: `OUT-0.9`, or
             `OUT-0.9.safetensors` if base is a file, with the scale as Python prints it.
-        scale: λ, any finite number; or several, which are written in one pass over base.
+        scale: λ, any finite number; or several, which are written in one pass over base; or, as a mapping, regular expressions and the λ of
+            tensors whose names they match, as of merge_checkpoints.
         nonfinite: With "error" a base or a result that is not finite publishes nothing; with "keep-base" such elements keep the
             base's bits.
         keep: As of merge_checkpoints, like all that follow.
@@ -122,8 +125,8 @@ def apply_delta(
         nonfinite=nonfinite, keep=keep, drop=drop, backend=backend, device=device, memory_budget=memory_budget,
         threads=threads, overwrite=overwrite, resume=resume, format=format,
     )  # fmt: skip
-    several = isinstance(scale, Iterable)
-    scales = list(scale) if isinstance(scale, Iterable) else [scale]
+    several = isinstance(scale, Iterable) and not isinstance(scale, Mapping)
+    scales: list[Scale] = list(scale) if several else [scale]  # type: ignore[arg-type, list-item]
     jobs = prepare_apply(base, delta, output, scales, options, several=several)
     reports = run_together(jobs, progress, None, SINGLE)
     for note in dict.fromkeys(note for report in reports for note in report.notes):
@@ -136,6 +139,15 @@ class ApplyJob(Job):
     """The application of a delta with one scale."""
 
     delta: DeltaCheckpoint = field(kw_only=True)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.delta.info.method is None and self.delta.info.weights is None
+
+    @property
+    def method_name(self) -> str:
+        method = self.delta.info.method
+        return super().method_name if method is None else str(Method.of_json(method))
 
     def _total(self, stats: Stats) -> Stats:
         """What a merge with the delta's models would have counted.
@@ -151,6 +163,7 @@ class ApplyJob(Job):
                 counted[name].agreed,
                 tensor.info.nonfinite + tensor.agreed - counted[name].agreed,
                 tensor.info.vetoed_by_zero,
+                tensor.info.masked or 0,
             )
             for name, tensor in self.delta.tensors.items()
         })  # fmt: skip
@@ -166,7 +179,7 @@ def prepare_apply(
     base: PathLike,
     delta: PathLike,
     output: PathLike,
-    scales: Sequence[float],
+    scales: Sequence[Scale],
     options: MergeOptions,
     *,
     several: bool,
@@ -177,7 +190,7 @@ def prepare_apply(
         base: As of apply_delta, like delta and output.
         delta: The delta.
         output: The path of the result, or what those of several results begin with.
-        scales: Each λ.
+        scales: Each λ; or patterns on names and theirs, of which there is one output.
         options: All else; its scale does not matter.
         several: Whether each output has its scale in its name.
 

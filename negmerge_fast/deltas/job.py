@@ -418,7 +418,8 @@ def _lay_out(plan: Plan, recipe: Recipe) -> tuple[Plan, dict[str, DeltaFile]]:
         for tensor_slice in (s for extent in merged[path] for s in extent.slices):
             arithmetic = tensor_slice.signature.arithmetic
             spec = plan.base.tensors[tensor_slice.name].spec
-            known = TensorInfo(spec, arithmetic, 0, 0, samples[tensor_slice.name])
+            masked = None if recipe.rule.choices is None else 0
+            known = TensorInfo(spec, arithmetic, 0, 0, samples[tensor_slice.name], masked)
             tensors[tensor_slice.name] = known, arithmetic if recipe.means == manifests.EXACT else "BF16"
         deltas[name] = DeltaFile.of(info, tensors)
         like = plan.base.weights[path]

@@ -107,6 +107,10 @@ class Job:
         """Whether the rule is that of core/rule.py."""
         return self.rule.choices is None
 
+    @property
+    def method_name(self) -> str:
+        return str(self.recipe.method or "negmerge")
+
     def throughput(self) -> Throughput | None:
         """Measure this job's bandwidths, as far as placement did not; None if there is nothing to merge."""
         on_cpu = self.placement.device == "cpu"
@@ -421,7 +425,7 @@ class Job:
         return Report(
             base=str(self.plan.base.path),
             models=[str(model.path) for model in self.plan.models],
-            method=str(self.recipe.method or "negmerge"),
+            method=self.method_name,
             weights=str(self.plan.weights.path) if self.plan.weights else None,
             scale=self.recipe.scale,
             min_agreement=self.rule.min_agreement,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def test_merge(run: Run, models: list[dict[str, torch.Tensor]], tmp_path: Path) 
         _, agreed, nonfinite, vetoed = plain_merge(models[0][name], [m[name] for m in models[1:]], 0.9)
         assert row == {
             "name": name, "elements": models[0][name].numel(), "agreed": agreed, "nonfinite": nonfinite, "vetoed_by_zero": vetoed,
+            "masked": None,
         }  # fmt: skip
     assert f"0 non-finite, {report['vetoed_by_zero']:,} vetoed by a zero; " in out
     assert report["vetoed_by_zero"] == sum(t["vetoed_by_zero"] for t in report["tensors"]) > 0
@@ -130,7 +132,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ], [], ["base/model.safetensors: tensor 'a': the result at (0,) is not finite"],
     ),
     "base as fine-tuned": (lambda p: None, ["./ft-0/../base"], ["base: is the base itself"]),
-    "scale": (lambda p: None, ["--scale", "inf"], ["scale: inf, expected a finite number"]),
+    "scale": (lambda p: None, ["--scale", "embed=inf"], ["scale of 'embed': inf, expected a finite number"]),
     "no scale": (lambda p: None, ["--scale", "much"], ["'much' is not a valid float"]),
     "min_agreement": (lambda p: None, ["--min-agreement", "0.5"], ["min_agreement: 0.5"]),
     "budget": (lambda p: None, ["--memory-budget", "1MiB"], ["memory_budget: 1,048,576 bytes, expected at least"]),
@@ -250,3 +252,56 @@ def test_help_and_inspect_wait_for_no_torch(tmp_path: Path, models: Any) -> None
     for arguments in (["--help"], ["inspect", "base", "ft-0"]):
         code = f"import sys; sys.argv = {['negmerge', *arguments]!r}\nfrom negmerge_fast.cli import main\ntry: main.main()\nfinally: assert 'torch' not in sys.modules"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path).returncode == 0
+
+
+def test_methods_scales_and_weights(run: Run, models: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    mask = {"embed": torch.arange(800).view(50, 16) % 2 == 0}
+    save_file(mask, tmp_path / "mask.safetensors")
+    given = ("merge", "base", "ft-0", "ft-1", "ft-2", "--method", "magmax", "--weights", "mask.safetensors")
+    chosen = ("--include", "embed|brain", "--add", "--scale", "0.5", "--scale", "embed=0.25")
+    status, out, _ = run(*given, *chosen, "-o", "out", "--dry-run")
+    assert status == 0 and not (tmp_path / "out").exists()
+    assert re.search(
+        r"^method +magmax\nweights +mask\.safetensors\nscale +-0\.25 +'embed'\nscale +-0\.5 +''$", out, re.M
+    )
+    status, out, err = run(*given, *chosen, "-o", "out", "--report", "report.json")
+    assert status == 0 and "negmerge: note: mask.safetensors: lacks 'brain'" in err
+    assert re.search(r"elements changed \(.*%\), 0 non-finite, \d+ masked; ", out)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scale"] == [["embed", -0.25], ["", -0.5]] and report["vetoed_by_zero"] is None
+    assert (report["method"], report["weights"], report["masked"] > 0) == ("magmax", "mask.safetensors", True)
+    status, out, err = run(
+        "verify", "out", "--against", "base", "ft-0", "ft-1", "ft-2", "--weights", "mask.safetensors"
+    )
+    assert (status, err) == (0, "") and "merged again" in out
+    delta = ("delta", *given[1:], "--include", "embed|brain", "-o", "delta")
+    assert run(*delta)[0] == 0
+    assert "(magmax, min_agreement 1.0, weights of 'mask.safetensors')" in run("inspect", "delta")[1]
+    assert run("apply", "base", "delta", "-o", "applied", "--scale", "embed=-0.25", "--scale", "-0.5")[0] == 0
+    for name in load_model(tmp_path / "out"):
+        assert same_bits(load_model(tmp_path / "out")[name], load_model(tmp_path / "applied")[name]), name
+    assert not same_bits(load_model(tmp_path / "out")["embed"], models[0]["embed"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--density", "0.2"), "density: method negmerge has none, expected one of ties, breadcrumbs"),
+        (("--method", "mean", "--seed", "1"), "seed: method mean has none, expected one of dare, dare-ties"),
+        (("--method", "ties", "--drop-rate", "0.5"), "drop: method ties has none"),
+        (("--method", "ties", "--density", "0"), "density: 0.0, expected more than 0 and at most 1"),
+        (("--method", "medium"), "'medium' is not one of"),
+        (("--scale", "0.5"), "several numbers, expected one, or RE=NUMBER"),
+        (("--scale", "embed=much"), "'embed=much' is not a valid float, nor RE=NUMBER"),
+        (("--scale", "(=1"), "scale: '(' is not a regular expression"),
+        (("--method", "emr", "--skip-unchanged"), "skip_unchanged: True, expected False"),
+        (("--method", "emr", "--min-agreement", "0.7"), "min_agreement: 0.7, expected 1.0"),
+        (("--output-adapter", "--add"), "--scale: --output-adapter writes a delta"),
+    ],
+)
+def test_numbers_that_are_not_the_methods(
+    run: Run, models: list[dict[str, torch.Tensor]], tmp_path: Path, arguments: tuple[str, ...], problem: str
+) -> None:
+    status, out, err = run(*MERGE, *arguments)
+    assert (status, out) == (2, "") and problem in err and "Traceback" not in err
+    assert nothing_left(tmp_path)

@@ -138,9 +138,11 @@ def test_a_method_does_as_its_naive_version(
     nm.verify_checkpoint(
         tmp_path / "delta", [tmp_path / "base", *paths(tmp_path)], weights=tmp_path / "masks.pt"
     )
-    nm.apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "applied", scale=0.9)
-    merge_by(tmp_path, method, "merged", weights=tmp_path / "masks.pt")
-    assert same_weights(tmp_path, "merged", "applied") and not same_weights(tmp_path, "merged", "out")
+    applied = nm.apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "applied", scale=SCALES)
+    assert same_weights(tmp_path, "out", "applied")
+    assert (applied.method, applied.masked, applied.agreed) == (str(method), report.masked, report.agreed)
+    assert applied.vetoed_by_zero is None and applied.scale == report.scale
+    nm.verify_checkpoint(tmp_path / "applied", [tmp_path / "base", tmp_path / "delta"])
     listed = read_manifest(tmp_path / "delta" / "negmerge.json")
     assert ("method" in listed) is (name != "negmerge") and listed["weights"]["path"] == "masks.pt"
 
