@@ -139,7 +139,7 @@ def weights(model: Path) -> list[Path]:
 
 def differing(out: Path, base: Path, models: list[Path]) -> int:
     """Number of elements of a merged model whose bits differ from the reference, computed tensor by tensor."""
-    found, expected, *given = (_opened(path) for path in (out, base, *models))
+    found, expected, *given = (opened(path) for path in (out, base, *models))
     if found.keys() != expected.keys():
         raise OSError(f"{out}: other tensors than in {base}")
     wrong = 0
@@ -151,6 +151,6 @@ def differing(out: Path, base: Path, models: list[Path]) -> int:
     return wrong
 
 
-def _opened(model: Path) -> dict[str, safe_open]:
+def opened(model: Path) -> dict[str, safe_open]:
     files = [safe_open(path, "pt") for path in weights(model)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118

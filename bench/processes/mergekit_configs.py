@@ -29,7 +29,6 @@ import llamas
 import process
 import torch
 from process import Ended, Failed
-from safetensors import safe_open
 
 from negmerge_fast.benchmark.bandwidth import read_files
 from negmerge_fast.benchmark.records import percentiles, record
@@ -150,20 +149,12 @@ class Case:
 
 def differing(left: Path, right: Path) -> tuple[int, int]:
     """Of two models, the elements whose bits differ, and those that are more than a rounding apart."""
-    one, other = (
-        {
-            name: file
-            for path in llamas.weights(model)
-            for file in [safe_open(path, "pt")]
-            for name in file.keys()
-        }
-        for model in (left, right)
-    )
+    one, other = llamas.opened(left), llamas.opened(right)
     if one.keys() != other.keys():
         raise Failed(f"{left}: other tensors than in {right}")
     bits = apart = 0
     for name in one:
-        a, b = (opened[name].get_tensor(name) for opened in (one, other))
+        a, b = (files[name].get_tensor(name) for files in (one, other))
         bits += int((a.view(torch.int32) != b.view(torch.int32)).count_nonzero())
         apart += int(((a - b).abs() > APART).count_nonzero())
     return bits, apart
