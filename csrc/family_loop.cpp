@@ -1,13 +1,13 @@
 // The rule of the other methods (family.h) over consecutive elements, on one thread. Compiled once for each instruction set.
 //
-// A tile of a segment is merged in two or three steps, whose values stay in the first-level cache. The models are reduced in groups, as
-// merge_loop.cpp has them: the values of a pack of elements stay in registers over a group, and in memory between groups. What the sweep
-// does not take as it is stored is made differences in the arithmetic type first: models of another type than the base's arithmetic type
-// has, elements of which there are too few for a step, and what a random gate lets pass. Then weights and λ are applied, and results are
+// A tile of a segment is merged in steps, whose values stay in the first-level cache. The models are swept in groups, as merge_loop.cpp
+// has them: the values of a pack of elements stay in registers over a group, and in memory between groups. What a sweep does not take as
+// it is stored is made differences in the arithmetic type first: models in float64 arithmetic that are not F64, elements of which there
+// are too few for a step, and what a random gate lets pass. Then the tallies are reduced. Then weights and λ are applied, and results are
 // rounded and stored. Elements that may not be finite are merged again one by one.
 //
-// What a sweep is compiled for is the type of its models, what is tallied, and whether there are gates and factors. All else is asked
-// once for a pack of elements.
+// A sweep is compiled for the type of its models, for what is tallied, and for whether there are gates or factors. The steps after it
+// are compiled for fewer choices, as they are for all models at once.
 #include <type_traits>
 
 #include "dtypes.h"
@@ -74,21 +74,25 @@ struct Group {
   int count;
   Numbers<T> numbers;
   PackStream minus;  // what d_k subtracts
-  bool first, last;
+  bool first;
   int packs;
-  char* states;  // of all packs, between groups
-  T *reduced, *totals;
+  char* states;         // of all packs
+  T *reduced, *totals;  // totals: null but for masks
 };
 
-// What is kept of a pack of elements between groups. check: the sum of all p_k, where not all of them are added to the tally.
+// What is kept of a pack of elements. check: the sum of all p_k, where not all of them are added to the tally.
 template <class A, class N, bool kFull>
 struct State {
   A tally;
   N check = N{};
+
+  NEGMERGE_INLINE N checked() const { return check; }
 };
 template <class A, class N>
 struct State<A, N, false> {
   A tally;
+
+  NEGMERGE_INLINE N checked() const { return tally.total; }
 };
 
 template <class A>
@@ -96,85 +100,124 @@ constexpr bool kIsMasks = false;
 template <class T, class N>
 constexpr bool kIsMasks<MaskTally<T, N>> = true;
 
-// Packs that are reduced at once: there are 16 registers, or 32.
+// Packs that are accumulated at once: there are 16 registers, or 32.
 template <class A, class N>
 constexpr int packs_at_once() {
   constexpr int values = sizeof(A) / sizeof(N);
   return values <= 2 ? 4 : kPackBytes == 64 || values <= 3 ? 2 : 1;
 }
 
-// Accumulates a group of models of type X; the last group also reduces. What is not surely finite is reduced to NaN, and what is vetoed by
-// zero to -0. kFull: there are gates or factors.
+// A number in all lanes: 0 + x would not be x where it is -0, as far as the compiler knows.
+template <class T>
+NEGMERGE_INLINE PackOf<T> splat(T x) {
+  return x - PackOf<T>{};
+}
+
+// Accumulates a group of models of type X. kFull: there are gates or factors.
 template <class T, class X, class A, bool kFull>
-__attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstants<T>& constants, Election election, Reduction reduction) {
+__attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstants<T>& constants) {
   using N = PackOf<T>;
   using Kept = State<A, N, kFull>;
   constexpr int kPacks = packs_at_once<A, N>();
   constexpr std::int64_t bytes = Lanes<T>::lanes * sizeof(typename X::Bits);
   const char* x[kGroup];
   for (int k = 0; k < group.count; ++k) x[k] = group.x[k];
-  const FamilyConstants<T> c = constants;
-  const N zero = N{};
+  [[maybe_unused]] const FamilyConstants<T> c = constants;
+  const Numbers<T>& numbers = group.numbers;
+  const int count = group.count, packs = group.packs;
+  const bool first = group.first;
+  const char* from = group.minus.at;
+  const std::int64_t from_step = group.minus.step;
   auto* states = reinterpret_cast<Kept*>(group.states);
-  for (int at = 0; at < group.packs; at += kPacks) {
+  for (int at = 0; at < packs; at += kPacks, from += kPacks * from_step) {
     Kept s[kPacks];
     N minus[kPacks];
+#pragma GCC unroll 4
     for (int j = 0; j < kPacks; ++j) {
-      minus[j] = group.minus.template pack<T>(at + j);
-      if (!group.first) s[j] = states[at + j];
+      minus[j] = read<N>(from + j * from_step);
+      if (!first) s[j] = states[at + j];
       else if constexpr (kIsMasks<A>) s[j].tally.total = read<N>(reinterpret_cast<const char*>(group.totals) + (at + j) * kPackBytes);
     }
+    const std::int64_t offset = at * bytes;
 #pragma GCC unroll 1
-    for (int k = 0; k < group.count; ++k) {
+    for (int k = 0; k < count; ++k) {
+      const char* operand = x[k] + offset;
+#pragma GCC unroll 4
       for (int j = 0; j < kPacks; ++j) {
-        const N d = load<T, X>(x[k] + (at + j) * bytes) - minus[j];
+        const N d = load<T, X>(operand + j * bytes) - minus[j];
         N e = d;
         if constexpr (kFull) {
-          const N p = group.numbers.factor[k] * d, size = magnitude(d);
+          const N p = splat(numbers.factor[k]) * d, size = magnitude(d);
           s[j].check = s[j].check + p;
-          e = ((size >= zero + group.numbers.low[k]) & (size <= zero + group.numbers.high[k])) ? p : zero;
+          e = ((size >= splat(numbers.low[k])) & (size <= splat(numbers.high[k]))) ? p : N{};
         }
         if constexpr (kIsMasks<A>) s[j].tally.accumulate(e, c);
-        else s[j].tally.accumulate(e, zero + group.numbers.vote[k]);
+        else s[j].tally.accumulate(e, splat(numbers.vote[k]));
       }
     }
-    for (int j = 0; j < kPacks; ++j) {
-      if (!group.last) {
-        states[at + j] = s[j];
-        continue;
-      }
-      const A& tally = s[j].tally;
-      char* to = reinterpret_cast<char*>(group.reduced) + (at + j) * kPackBytes;
-      N r, check = tally.total;
-      if constexpr (kFull) check = s[j].check;
-      if constexpr (kIsMasks<A>) r = tally.reduced(read<N>(to));
-      else {
-        r = tally.reduced(election, reduction, c);
-        if (election == kAgreement) r = tally.vetoed_by_zero(c) ? -zero : r;
-        if (group.totals) memcpy(reinterpret_cast<char*>(group.totals) + (at + j) * kPackBytes, &tally.total, sizeof(N));
-      }
-      r = check - check == zero ? r : zero + T(__builtin_nan(""));
-      memcpy(to, &r, sizeof r);
-    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kPacks; ++j) states[at + j] = s[j];
   }
 }
 
-template <class T>
-using Sweep = void (*)(const Group<T>&, const FamilyConstants<T>&, Election, Reduction);
+// Reduces what all groups have accumulated by an election and a reduction. What is not surely finite is reduced to NaN, and what is vetoed
+// by zero to -0.
+template <class T, class A, bool kFull>
+NEGMERGE_INLINE void reduce_packs(const Group<T>& group, const FamilyConstants<T>& c, Election election, Reduction reduction) {
+  using N = PackOf<T>;
+  const N zero = N{}, nan = splat(T(__builtin_nan("")));
+  const auto* states = reinterpret_cast<const State<A, N, kFull>*>(group.states);
+  auto* to = reinterpret_cast<char*>(group.reduced);
+  for (int at = 0; at < group.packs; ++at, to += kPackBytes) {
+    const A& tally = states[at].tally;
+    const N check = states[at].checked();
+    N r;
+    if constexpr (kIsMasks<A>) r = tally.reduced(read<N>(to));
+    else r = tally.reduced(election, reduction, c);
+    if constexpr (!kIsMasks<A>)
+      if (election == kAgreement) r = tally.vetoed_by_zero(c) ? -zero : r;
+    r = check - check == zero ? r : nan;
+    memcpy(to, &r, sizeof r);
+  }
+}
+template <class T, class A, bool kFull>
+__attribute__((noinline)) void reduce(const Group<T>& group, const FamilyConstants<T>& constants, Election election,
+                                      Reduction reduction) {
+  const FamilyConstants<T> c = constants;
+  if constexpr (!kIsMasks<A>)
+    if (group.totals)
+      for (int at = 0; at < group.packs; ++at)
+        memcpy(reinterpret_cast<char*>(group.totals) + at * kPackBytes,
+               &reinterpret_cast<const State<A, PackOf<T>, kFull>*>(group.states)[at].tally.total, kPackBytes);
+  // The usual ones have loops of their own.
+  if (election == kAll && reduction == kMean && c.votes != T(0)) return reduce_packs<T, A, kFull>(group, c, kAll, kMean);
+  if (election == kAll && reduction == kLargest) return reduce_packs<T, A, kFull>(group, c, kAll, kLargest);
+  if (election == kSignOfSum && reduction == kMean) return reduce_packs<T, A, kFull>(group, c, kSignOfSum, kMean);
+  reduce_packs<T, A, kFull>(group, c, election, reduction);
+}
 
-// The sweep for a tally, a sum of bits of Tallied; kTallyMasks is that of the masks.
+// What is done for a tally.
+template <class T>
+struct Steps {
+  void (*sweep)(const Group<T>&, const FamilyConstants<T>&);
+  void (*reduce)(const Group<T>&, const FamilyConstants<T>&, Election, Reduction);
+};
+template <class T, class X, bool kFull, class A>
+constexpr Steps<T> kSteps{sweep<T, X, A, kFull>, reduce<T, A, kFull>};
+
+// The steps for a tally, a sum of bits of Tallied; kTallyMasks is that of the masks.
 constexpr int kTallyMasks = -1;
 template <class T, class X, bool kFull>
-Sweep<T> sweep_of(int tallied) {
+const Steps<T>& steps_of(int tallied) {
   using N = PackOf<T>;
   switch (tallied) {
-    case kTallySum: return sweep<T, X, Tally<T, N, kTallySum>, kFull>;
-    case kTallyLargest: return sweep<T, X, Tally<T, N, kTallyLargest>, kFull>;
-    case kTallySigns: return sweep<T, X, Tally<T, N, kTallySigns>, kFull>;
-    case kTallyExtremes: return sweep<T, X, Tally<T, N, kTallyExtremes>, kFull>;
-    case kTallyCounts: return sweep<T, X, Tally<T, N, kTallyCounts>, kFull>;
-    case kTallyMasks: return sweep<T, X, MaskTally<T, N>, kFull>;
-    default: return sweep<T, X, Tally<T, N, kTallyAll>, kFull>;  // what no method of the catalogue needs
+    case kTallySum: return kSteps<T, X, kFull, Tally<T, N, kTallySum>>;
+    case kTallyLargest: return kSteps<T, X, kFull, Tally<T, N, kTallyLargest>>;
+    case kTallySigns: return kSteps<T, X, kFull, Tally<T, N, kTallySigns>>;
+    case kTallyExtremes: return kSteps<T, X, kFull, Tally<T, N, kTallyExtremes>>;
+    case kTallyCounts: return kSteps<T, X, kFull, Tally<T, N, kTallyCounts>>;
+    case kTallyMasks: return kSteps<T, X, kFull, MaskTally<T, N>>;
+    default: return kSteps<T, X, kFull, Tally<T, N, kTallyAll>>;  // what no method of the catalogue needs
   }
 }
 
@@ -184,16 +227,16 @@ bool is_swept(Dtype dtype) {
   return sizeof(T) == 8 ? dtype == kF64 : dtype != kF64;
 }
 template <class T, class X>
-Sweep<T> sweep_of(bool full, int tallied) {
-  return full ? sweep_of<T, X, true>(tallied) : sweep_of<T, X, false>(tallied);
+const Steps<T>& steps_of(bool full, int tallied) {
+  return full ? steps_of<T, X, true>(tallied) : steps_of<T, X, false>(tallied);
 }
 template <class T>
-Sweep<T> sweep_of(bool full, Dtype dtype, int tallied) {
-  if constexpr (sizeof(T) == 8) return sweep_of<T, F64>(full, tallied);
+const Steps<T>& steps_of(bool full, Dtype dtype, int tallied) {
+  if constexpr (sizeof(T) == 8) return steps_of<T, F64>(full, tallied);
   else {
-    if (dtype == kF16) return sweep_of<T, F16>(full, tallied);
-    if (dtype == kBF16) return sweep_of<T, BF16>(full, tallied);
-    return sweep_of<T, F32>(full, tallied);
+    if (dtype == kF16) return steps_of<T, F16>(full, tallied);
+    if (dtype == kBF16) return steps_of<T, BF16>(full, tallied);
+    return steps_of<T, F32>(full, tallied);
   }
 }
 
@@ -247,11 +290,12 @@ NEGMERGE_INLINE Longs product(Longs x, std::uint32_t by) {
 // philox of `blocks` blocks from one on, or of a few more. Upper halves of a, b, c and d mean nothing until the end.
 void philox_blocks(std::uint64_t seed, std::uint64_t block, int blocks, std::uint32_t tensor, std::uint32_t model, std::uint32_t* to) {
   constexpr int lanes = sizeof(Longs) / 8;
-  for (int i = 0; i < blocks; i += lanes) {
-    Longs a{}, c = Longs{} + tensor, d = Longs{} + model;
-    for (int lane = 0; lane < lanes; ++lane) a[lane] = block + i + lane;
-    Longs b = a >> 32;
+  Longs blocks_now{};
+  for (int lane = 0; lane < lanes; ++lane) blocks_now[lane] = block + lane;
+  for (int i = 0; i < blocks; i += lanes, blocks_now += lanes, to += 4 * lanes) {
+    Longs a = blocks_now, b = a >> 32, c = Longs{} + tensor, d = Longs{} + model;
     auto low = static_cast<std::uint32_t>(seed), high = static_cast<std::uint32_t>(seed >> 32);
+#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
       const Longs first = product(a, 0xD2511F53u), second = product(c, 0xCD9E8D57u);
       a = (second >> 32) ^ b ^ low;
@@ -259,10 +303,13 @@ void philox_blocks(std::uint64_t seed, std::uint64_t block, int blocks, std::uin
       c = (first >> 32) ^ d ^ high;
       d = first;
     }
-    const Longs front = (a & 0xffffffffu) | b << 32, back = (c & 0xffffffffu) | d << 32;
+    const Longs halves[] = {(a & 0xffffffffu) | b << 32, (c & 0xffffffffu) | d << 32};
+    std::uint64_t front[lanes], back[lanes];
+    memcpy(front, &halves[0], sizeof front);
+    memcpy(back, &halves[1], sizeof back);
     for (int lane = 0; lane < lanes; ++lane) {
       const std::uint64_t both[] = {front[lane], back[lane]};
-      memcpy(to + 4 * (i + lane), both, sizeof both);
+      memcpy(to + 4 * lane, both, sizeof both);
     }
   }
 }
@@ -458,7 +505,6 @@ class FamilyRange {
       const bool staged = family_.gate == kRandom || !is_swept<T>(dtype) || elements % P::step;
       group.count = group_at(k);
       group.first = k == 0;
-      group.last = k + group.count == batch_.n;
       group.minus = subtracted(dtype, group.packs);
       for (int i = 0; i < group.count; ++i) {
         const double* numbers = family_.numbers + k + i;
@@ -473,7 +519,9 @@ class FamilyRange {
         group.x[i] = reinterpret_cast<const char*>(staged_[i]);
       }
       if (staged) group.minus = kNothing;
-      sweep_of<T>(full_, staged ? kStored : dtype, tallied)(group, constants_, family_.election, family_.reduction);
+      const Steps<T>& steps = steps_of<T>(full_, staged ? kStored : dtype, tallied);
+      steps.sweep(group, constants_);
+      if (k + group.count == batch_.n) steps.reduce(group, constants_, family_.election, family_.reduction);
     }
   }
 
@@ -506,10 +554,15 @@ class FamilyRange {
     philox_blocks(family_.seed, first / 4, static_cast<int>((skipped + elements + 3) / 4), terms_.key(), static_cast<std::uint32_t>(k),
                   numbers_);
     const auto keep = static_cast<std::uint64_t>(family_.numbers[2 * batch_.n + k]);
-    for (int i = 0; i < elements; ++i) {
-      const T p = factor * d[i];
-      check_[i] = check_[i] + p;
-      d[i] = numbers_[skipped + i] < keep ? p : T(0);
+    const N factors = splat(keep ? factor : T(0));  // of none kept, all are zero
+    const auto last = static_cast<std::uint32_t>(keep ? keep - 1 : 0);
+    using Words = typename P::template Of<std::uint32_t>;
+    const char *from = reinterpret_cast<const char*>(d), *numbers = reinterpret_cast<const char*>(numbers_ + skipped);
+    for (int i = 0; i * P::lanes < elements; ++i) {
+      const N p = splat(factor) * read<N>(from + i * kPackBytes);
+      write(check_, i, read<N>(reinterpret_cast<const char*>(check_) + i * kPackBytes) + p);
+      const auto kept = convert<typename P::Mask>(read<Words>(numbers + i * sizeof(Words)) <= last);
+      write(d, i, kept ? factors * read<N>(from + i * kPackBytes) : N{});
     }
   }
 

@@ -39,10 +39,14 @@ def pack_terms(batch: Batch) -> array[int]:
     if batch.terms is None or len(batch.terms) != len(batch.segments):
         raise ValueError(f"terms: {batch.terms}, expected those of each segment")
     n = len(batch.signature.models)
+    no_bounds = array("d", (0.0,) * n + (math.inf,) * n).tobytes()
     integers = array("Q")  # unsigned: an address may have its highest bit set
     for begin, key, weight, low, high in batch.terms:
         address, code = (weight.address, WEIGHT_CODES[weight.dtype]) if weight else (0, 0)
         integers.extend((begin, key, address, code))
+        if not low and not high:
+            integers.frombytes(no_bounds)
+            continue
         bounds = array("d", (*(low or (0.0,) * n), *(high or (math.inf,) * n)))
         if len(bounds) != 2 * n:
             raise ValueError(f"bounds of other numbers of models, expected {n}")
