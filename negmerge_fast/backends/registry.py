@@ -258,7 +258,7 @@ def choose_low_rank(
     """
     signatures = dict.fromkeys(signatures)
     name, merge = choose(backend, device, rule, signatures, map(expand_signature, signatures))
-    return name, _low_rank(name, merge, rule, consensus=False)
+    return name, _low_rank(name, merge, consensus=False)
 
 
 def choose_low_rank_consensus(
@@ -267,11 +267,11 @@ def choose_low_rank_consensus(
     """Choose a backend as `choose_low_rank` does, for `consensus`."""
     signatures = dict.fromkeys(signatures)
     name, merge = choose_consensus(backend, device, rule, signatures, map(expand_signature, signatures))
-    return name, _low_rank(name, merge, rule, consensus=True)
+    return name, _low_rank(name, merge, consensus=True)
 
 
-def _low_rank(name: str, merge: Merge, rule: Rule, consensus: bool) -> Merge:
-    if name == "cpu" and rule.choices is None:  # its one pass knows no other rule
+def _low_rank(name: str, merge: Merge, consensus: bool) -> Merge:
+    if name == "cpu":
         from . import native
 
         return partial(native.merge_low_rank_cpu, consensus=consensus)

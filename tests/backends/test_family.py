@@ -12,11 +12,10 @@ from bits import STORAGE, peak_allocated, same_bits
 from family_cases import METHODS, SPELLED, Placed, expected_of, naive_of, one_thread, rule_of, sample, samples
 from hostile import random_models
 
-from negmerge_fast.backends import low_rank, native, pytorch, pytorch_delta, pytorch_family, registry
+from negmerge_fast.backends import low_rank, pytorch, pytorch_delta, pytorch_family, registry
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
 from negmerge_fast.core.choices import Terms
 from negmerge_fast.core.low_rank import ExpandBatch, ExpandSegment, Expansion, LowRank
-from negmerge_fast.core.rule import Rule
 
 __all__ = ["one_thread"]  # a fixture of all tests of this file
 
@@ -103,12 +102,15 @@ def test_where_the_first_non_finite_element_is(changed: dict[str, float], expect
     assert bool((base[:30] == 1).all())
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("task_vectors", [False, True])
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_low_rank_models_are_merged_as_dense_ones(
-    name: str, task_vectors: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, task_vectors: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In parts of the scratch memory, each with its terms; also to what a delta has."""
+    if reason := registry.why_not(backend, "cpu"):
+        pytest.skip(reason)
     generator = torch.Generator().manual_seed(4)
     left, right = torch.randn(60, 4, generator=generator), torch.randn(4, 31, generator=generator)
     factors = LowRank(left.data_ptr(), right.data_ptr(), 1, 60, 31, 4, 0.5, (left, right))
@@ -135,7 +137,7 @@ def test_low_rank_models_are_merged_as_dense_ones(
         terms = Terms(0, each.key, None, each.low, each.high)
         signature = Signature("F32", ("F32", "F32"), task_vectors)
         batch = Batch("cpu", signature, segments, [terms, terms.at(860)])
-        counts = choose("torch", "cpu", rule)[1](batch, rule).tolist()
+        counts = choose(backend, "cpu", rule)[1](batch, rule).tolist()
         assert [sum(column) for column in zip(*counts, strict=True)] == wanted[1]
         assert same_bits(found, wanted[0])
 
@@ -144,17 +146,6 @@ def _moved(start: int, base: Operand, models: list[Any], out: Operand) -> tuple[
     expansion, x = models
     b, m, o = (each._replace(address=each.address + 4 * start) for each in (base, x, out))
     return b, [expansion._replace(begin=start), m], o
-
-
-def test_the_cpu_expands_before_it_merges_by_another_rule() -> None:
-    """Its one pass over low-rank models knows NegMerge only."""
-    if registry.why_not("cpu", "cpu"):
-        pytest.skip("no CPU kernel")
-    for choose in (registry.choose_low_rank, registry.choose_low_rank_consensus):
-        other = choose("cpu", "cpu", rule_of(METHODS["mean"], 2))[1]
-        assert other.func is low_rank.merge  # type: ignore[attr-defined]
-        own = choose("cpu", "cpu", Rule(0.9))[1]
-        assert own.func is native.merge_low_rank_cpu  # type: ignore[attr-defined]
 
 
 def test_a_batch_without_terms_is_refused() -> None:
