@@ -8,6 +8,7 @@
 //
 // A sweep is compiled for the type of its models, for what is tallied, and for whether there are gates or factors. The steps after it
 // are compiled for fewer choices, as they are for all models at once.
+#include <limits>
 #include <type_traits>
 
 #include "dtypes.h"
@@ -80,6 +81,34 @@ struct Group {
   T *reduced, *totals;  // totals: null but for masks
 };
 
+// What is done before the tally: nothing; small differences are dropped; there are any factors, bounds and votes. In the first two cases
+// factors and votes are 1, and the tally tells of all that is not finite.
+enum Gating { kNoGating, kLowGating, kFullGating };
+
+// kTallySigns, where all votes are 1.
+template <class T, class N>
+struct SignsTally {
+  using Mask = typename Lanes<T>::Mask;
+  N total = N{}, positive = N{}, negative = N{};
+  Mask n_positive = {}, n_negative = {};
+
+  NEGMERGE_INLINE void accumulate(N e, N) {
+    const N zero = N{};
+    const Mask up = e > zero, down = e < zero;
+    total = total + e;
+    positive = positive + (up ? e : zero);
+    negative = negative + (down ? e : zero);
+    n_positive -= up;
+    n_negative -= down;
+  }
+  NEGMERGE_INLINE N reduced(Election, Reduction reduction, const FamilyConstants<T>&) const {
+    const Mask up = total >= N{};
+    const N sum = up ? positive : negative, votes = convert<N>(up ? n_positive : n_negative);
+    return reduction == kMean ? (votes == N{} ? N{} : sum / votes) : sum;
+  }
+  NEGMERGE_INLINE Mask vetoed_by_zero(const FamilyConstants<T>&) const { return Mask{}; }
+};
+
 // What is kept of a pack of elements. check: the sum of all p_k, where not all of them are added to the tally.
 template <class A, class N, bool kFull>
 struct State {
@@ -113,11 +142,11 @@ NEGMERGE_INLINE PackOf<T> splat(T x) {
   return x - PackOf<T>{};
 }
 
-// Accumulates a group of models of type X. kFull: there are gates or factors.
-template <class T, class X, class A, bool kFull>
+// Accumulates a group of models of type X.
+template <class T, class X, class A, Gating kGating>
 __attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstants<T>& constants) {
   using N = PackOf<T>;
-  using Kept = State<A, N, kFull>;
+  using Kept = State<A, N, kGating == kFullGating>;
   constexpr int kPacks = packs_at_once<A, N>();
   constexpr std::int64_t bytes = Lanes<T>::lanes * sizeof(typename X::Bits);
   const char* x[kGroup];
@@ -146,7 +175,9 @@ __attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstant
       for (int j = 0; j < kPacks; ++j) {
         const N d = load<T, X>(operand + j * bytes) - minus[j];
         N e = d;
-        if constexpr (kFull) {
+        // Not "at least": what is not a number passes.
+        if constexpr (kGating == kLowGating) e = magnitude(d) < splat(numbers.low[k]) ? N{} : d;
+        if constexpr (kGating == kFullGating) {
           const N p = splat(numbers.factor[k]) * d, size = magnitude(d);
           s[j].check = s[j].check + p;
           e = ((size >= splat(numbers.low[k])) & (size <= splat(numbers.high[k]))) ? p : N{};
@@ -202,22 +233,24 @@ struct Steps {
   void (*sweep)(const Group<T>&, const FamilyConstants<T>&);
   void (*reduce)(const Group<T>&, const FamilyConstants<T>&, Election, Reduction);
 };
-template <class T, class X, bool kFull, class A>
-constexpr Steps<T> kSteps{sweep<T, X, A, kFull>, reduce<T, A, kFull>};
+template <class T, class X, Gating kGating, class A>
+constexpr Steps<T> kSteps{sweep<T, X, A, kGating>, reduce<T, A, kGating == kFullGating>};
 
 // The steps for a tally, a sum of bits of Tallied; kTallyMasks is that of the masks.
 constexpr int kTallyMasks = -1;
-template <class T, class X, bool kFull>
+template <class T, class X, Gating kGating>
 const Steps<T>& steps_of(int tallied) {
   using N = PackOf<T>;
+  if constexpr (kGating != kFullGating)
+    if (tallied == kTallySigns) return kSteps<T, X, kGating, SignsTally<T, N>>;
   switch (tallied) {
-    case kTallySum: return kSteps<T, X, kFull, Tally<T, N, kTallySum>>;
-    case kTallyLargest: return kSteps<T, X, kFull, Tally<T, N, kTallyLargest>>;
-    case kTallySigns: return kSteps<T, X, kFull, Tally<T, N, kTallySigns>>;
-    case kTallyExtremes: return kSteps<T, X, kFull, Tally<T, N, kTallyExtremes>>;
-    case kTallyCounts: return kSteps<T, X, kFull, Tally<T, N, kTallyCounts>>;
-    case kTallyMasks: return kSteps<T, X, kFull, MaskTally<T, N>>;
-    default: return kSteps<T, X, kFull, Tally<T, N, kTallyAll>>;  // what no method of the catalogue needs
+    case kTallySum: return kSteps<T, X, kGating, Tally<T, N, kTallySum>>;
+    case kTallyLargest: return kSteps<T, X, kGating, Tally<T, N, kTallyLargest>>;
+    case kTallySigns: return kSteps<T, X, kGating, Tally<T, N, kTallySigns>>;
+    case kTallyExtremes: return kSteps<T, X, kGating, Tally<T, N, kTallyExtremes>>;
+    case kTallyCounts: return kSteps<T, X, kGating, Tally<T, N, kTallyCounts>>;
+    case kTallyMasks: return kSteps<T, X, kGating, MaskTally<T, N>>;
+    default: return kSteps<T, X, kGating, Tally<T, N, kTallyAll>>;  // what no method of the catalogue needs
   }
 }
 
@@ -227,16 +260,17 @@ bool is_swept(Dtype dtype) {
   return sizeof(T) == 8 ? dtype == kF64 : dtype != kF64;
 }
 template <class T, class X>
-const Steps<T>& steps_of(bool full, int tallied) {
-  return full ? steps_of<T, X, true>(tallied) : steps_of<T, X, false>(tallied);
+const Steps<T>& steps_of(Gating gating, int tallied) {
+  if (gating == kLowGating && tallied == kTallySigns) return kSteps<T, X, kLowGating, SignsTally<T, PackOf<T>>>;  // TIES
+  return gating == kNoGating ? steps_of<T, X, kNoGating>(tallied) : steps_of<T, X, kFullGating>(tallied);
 }
 template <class T>
-const Steps<T>& steps_of(bool full, Dtype dtype, int tallied) {
-  if constexpr (sizeof(T) == 8) return steps_of<T, F64>(full, tallied);
+const Steps<T>& steps_of(Gating gating, Dtype dtype, int tallied) {
+  if constexpr (sizeof(T) == 8) return steps_of<T, F64>(gating, tallied);
   else {
-    if (dtype == kF16) return steps_of<T, F16>(full, tallied);
-    if (dtype == kBF16) return steps_of<T, BF16>(full, tallied);
-    return steps_of<T, F32>(full, tallied);
+    if (dtype == kF16) return steps_of<T, F16>(gating, tallied);
+    if (dtype == kBF16) return steps_of<T, BF16>(gating, tallied);
+    return steps_of<T, F32>(gating, tallied);
   }
 }
 
@@ -413,10 +447,7 @@ class FamilyRange {
  public:
   FamilyRange(const Batch& batch, Position position, std::int64_t elements, bool in_cache)
       : batch_(batch), family_(*batch.family), constants_(family_constants<T>(batch)), position_(position), elements_(elements),
-        in_cache_(in_cache), full_(family_.gate == kMagnitude),
-        tallied_(tally_of(family_.election, family_.reduction, batch.required == batch.n)) {
-    for (std::int64_t k = 0; k < batch.n; ++k) full_ |= family_.gate == kNoGate && static_cast<T>(family_.numbers[k]) != T(1);
-  }
+        in_cache_(in_cache), unit_(are_ones(batch)), tallied_(tally_of(family_.election, family_.reduction, batch.required == batch.n)) {}
 
   void merge() {
     std::int64_t begin = position_.start;  // of this range, in the tile's segment
@@ -441,9 +472,28 @@ class FamilyRange {
 
   Tile next_tile() { return take_tile(batch_, position_, elements_, P::tile); }
 
+  // Whether sweeps find factors and votes of 1. Random gates apply factors before.
+  static bool are_ones(const Batch& batch) {
+    const double* numbers = batch.family->numbers;
+    for (std::int64_t k = 0; k < batch.n; ++k)
+      if ((batch.family->gate != kRandom && static_cast<T>(numbers[k]) != T(1)) || static_cast<T>(numbers[batch.n + k]) != T(1)) return false;
+    return true;
+  }
+
+  // terms_: of the tile.
+  Gating gating() const {
+    if (!unit_ || family_.gate == kMagnitude) {
+      for (std::int64_t k = 0; k < batch_.n; ++k)
+        if (!unit_ || static_cast<T>(terms_.high(k)) <= std::numeric_limits<T>::max()) return kFullGating;
+      return kLowGating;
+    }
+    return kNoGating;
+  }
+
   void merge_tile(const Tile& tile) {
     const int rest = tile.count % P::step, whole = tile.count - rest;
     terms_ = terms_of(batch_, tile.segment);
+    gating_ = gating();
     if (whole) {
       reduce(tile, 0, whole);
       finish_steps(tile, whole);
@@ -508,18 +558,19 @@ class FamilyRange {
       group.minus = subtracted(dtype, group.packs);
       for (int i = 0; i < group.count; ++i) {
         const double* numbers = family_.numbers + k + i;
-        group.numbers.factor[i] = static_cast<T>(numbers[0]);
+        const auto factor = static_cast<T>(numbers[0]);
+        group.numbers.factor[i] = family_.gate == kRandom ? T(1) : factor;
         group.numbers.vote[i] = static_cast<T>(numbers[batch_.n]);
-        group.numbers.low[i] = static_cast<T>(terms_.low(k + i));
-        group.numbers.high[i] = static_cast<T>(terms_.high(k + i));
+        group.numbers.low[i] = family_.gate == kMagnitude ? static_cast<T>(terms_.low(k + i)) : T(0);
+        group.numbers.high[i] = family_.gate == kMagnitude ? static_cast<T>(terms_.high(k + i)) : std::numeric_limits<T>::infinity();
         group.x[i] = tile.model(batch_, k + i) + begin * kSizes[dtype];
         if (!staged) continue;
         stage(dtype, group.x[i], group.minus, elements, staged_[i]);
-        if (family_.gate == kRandom) drop(tile.start + begin, k + i, elements, group.numbers.factor[i], staged_[i]);
+        if (family_.gate == kRandom) drop(tile.start + begin, k + i, elements, factor, staged_[i]);
         group.x[i] = reinterpret_cast<const char*>(staged_[i]);
       }
       if (staged) group.minus = kNothing;
-      const Steps<T>& steps = steps_of<T>(full_, staged ? kStored : dtype, tallied);
+      const Steps<T>& steps = steps_of<T>(gating_, staged ? kStored : dtype, tallied);
       steps.sweep(group, constants_);
       if (k + group.count == batch_.n) steps.reduce(group, constants_, family_.election, family_.reduction);
     }
@@ -620,8 +671,9 @@ class FamilyRange {
   Position position_;
   std::int64_t elements_;
   const bool in_cache_;
-  bool full_;  // there are gates in sweeps, or factors
+  const bool unit_;
   const int tallied_;
+  Gating gating_;
   FamilyCounts counts_;
   SegmentTerms terms_;
   PackStream base_;

@@ -151,6 +151,6 @@ constexpr int kRounds = 80;
 
 int main() {
   for (int round = 0; round < kRounds; ++round)
-    if (!same_results(round) || !same_deltas(round) || !same_masks(round) || !same_low_rank(round)) return 1;
+    if (!same_results(round) || !same_family(round) || !same_deltas(round) || !same_masks(round) || !same_low_rank(round)) return 1;
   std::printf("%d rounds: the same bits\n", kRounds);
 }

@@ -75,6 +75,9 @@ auto with_type(Dtype dtype, const Function& function) {
   return dtype == kF64 ? function(F64{}) : dtype == kF32 ? function(F32{}) : dtype == kF16 ? function(F16{}) : function(BF16{});
 }
 
+// Random batches by the rule of the other methods (family.cpp).
+bool same_family(int round);
+
 // Random deltas, applied, restored and saved; and masks, packed, expanded and counted (delta.cpp).
 bool same_deltas(int round);
 bool same_masks(int round);
