@@ -13,6 +13,7 @@
 #ifdef NEGMERGE_WITH_CUDA
 #include "apply_cuda.h"
 #include "expand_cuda.h"
+#include "family_cuda.h"
 #include "merge_cuda.h"
 #endif
 
@@ -252,6 +253,17 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t max_blocks, int device, std::uintptr_t stream) {
         merge_cuda(batch_of(result, dtypes, task_vectors, scale, required, segments, 0, counts),
                    reinterpret_cast<const std::int64_t*>(table), words, tiles, max_blocks, device, stream);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "family_cuda",
+      [](int result, const std::string& dtypes, bool task_vectors, double scale, std::int64_t required, std::int64_t segments,
+         const FamilyArguments& arguments, std::uintptr_t table, std::int64_t words, std::uintptr_t counts, std::int64_t tiles,
+         std::int64_t max_blocks, int device, std::uintptr_t stream) {
+        const Family family = family_of(arguments);
+        Batch batch = batch_of(result, dtypes, task_vectors, scale, required, segments, 0, counts);
+        batch.family = &family;
+        family_cuda(batch, reinterpret_cast<const std::int64_t*>(table), words, tiles, max_blocks, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

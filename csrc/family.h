@@ -187,7 +187,7 @@ NEGMERGE_INLINE FourNumbers philox(std::uint64_t seed, std::uint64_t block, std:
   auto low = static_cast<std::uint32_t>(seed), high = static_cast<std::uint32_t>(seed >> 32);
   auto a = static_cast<std::uint32_t>(block), b = static_cast<std::uint32_t>(block >> 32);
   std::uint32_t c = tensor, d = model;
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {

@@ -53,6 +53,22 @@ def merge_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+def family_cuda(
+    result: int,
+    dtypes: bytes,
+    task_vectors: bool,
+    scale: float,
+    required: int,
+    segments: int,
+    family: FamilyArguments,
+    table: int,
+    words: int,
+    counts: int,
+    tiles: int,
+    max_blocks: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def count_prefixes(
     result: int,
     dtypes: bytes,
@@ -91,7 +107,6 @@ def expand_cuda(
     device: int,
     stream: int,
 ) -> None: ...
-
 def measure_magnitudes(
     result: int,
     dtypes: bytes,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..core.batch import COUNTED, Batch, Counts, counted_by
-from ..core.choices import Choices
+from ..core.choices import FAMILY_COUNTED, Choices
 from ..core.control_groups import granted_cpus
 from ..core.delta import APPLIED, RANK_BLOCK, DeltaBatch
 from ..core.descriptors import (
@@ -27,6 +27,7 @@ from ..core.descriptors import (
     pack_descriptors,
     pack_expand,
     pack_expand_for_device,
+    pack_family_for_device,
     pack_for_device,
     pack_low_rank,
     pack_numbers,
@@ -236,7 +237,7 @@ def library() -> Any:
 
 
 def merge_cuda(batch: Batch, rule: Rule, threads: int | None = None) -> torch.Tensor:
-    """Launch a merge on the current stream of the batch's device; returns int64[segments, len(COUNTED)] there without waiting."""
+    """Launch a merge on the current stream of the batch's device; returns int64[segments, len(counted_by(rule))] there without waiting."""
     return _launch_cuda(batch, rule, MAX_BLOCKS)
 
 
@@ -252,6 +253,8 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int, uploaded: bool = Fal
     """Launch a merge in at most so many blocks. Its table goes along where it fits, and is uploaded else, or if `uploaded`."""
     from .. import _native
 
+    if rule.choices is not None:
+        return _launch_family(batch, rule, rule.choices, max_blocks, uploaded)
     table, tiles = pack_for_device(batch, _native.cuda_tile)
     size = len(batch.segments), len(COUNTED)
     return _launch(
@@ -264,6 +267,18 @@ def _launch_cuda(batch: Batch, rule: Rule, max_blocks: int, uploaded: bool = Fal
         max_blocks,
         uploaded,
     )
+
+
+def _launch_family(
+    batch: Batch, rule: Rule, choices: Choices, max_blocks: int, uploaded: bool
+) -> torch.Tensor:
+    from .. import _native
+
+    table, tiles = pack_family_for_device(batch, choices, _native.cuda_tile)
+    size = len(batch.segments), len(FAMILY_COUNTED)
+    numbers = pack_numbers(choices)
+    arguments = *kernel_arguments(batch, rule), family_arguments(choices, numbers)
+    return _launch(_native.family_cuda, arguments, batch.device, table, tiles, size, max_blocks, uploaded)
 
 
 def apply_cuda(batch: DeltaBatch, scale: float | None, threads: int | None = None) -> torch.Tensor:
@@ -383,6 +398,12 @@ def kernel_arguments(batch: Batch, rule: Rule) -> tuple[int, bytes, bool, float,
         rule.required(len(models)),
         len(batch.segments),
     )
+
+
+def family_arguments(choices: Choices, numbers: array[float]) -> tuple[int, int, int, int, float, int, int]:
+    """Choices as FamilyArguments packs them, without terms, which a device has in its table. numbers: of pack_numbers."""
+    chosen = int(choices.gate), int(choices.election), int(choices.reduction)
+    return *chosen, choices.seed, choices.mask_scale, numbers.buffer_info()[0], 0
 
 
 def delta_arguments(batch: DeltaBatch, act: Act, scale: float) -> tuple[int, int, int, int, float, int]:

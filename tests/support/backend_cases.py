@@ -20,13 +20,16 @@ import torch
 
 from negmerge_fast.backends import low_rank, native, registry
 from negmerge_fast.core.batch import COUNTED, Batch, Merge
+from negmerge_fast.core.choices import FAMILY_COUNTED, Choices
 from negmerge_fast.core.delta import APPLIED, RANK_BLOCK, Apply, DeltaBatch, Save
 from negmerge_fast.core.descriptors import (
     Act,
     act_of,
     pack_delta_for_device,
     pack_expand_for_device,
+    pack_family_for_device,
     pack_for_device,
+    pack_numbers,
 )
 from negmerge_fast.core.dtypes import DTYPE_CODES
 from negmerge_fast.core.low_rank import Expand, ExpandBatch
@@ -142,7 +145,7 @@ def quicken_interpreter() -> None:
 
 @cache
 def _library(kernel: str, wrong: tuple[str, str] | None = None) -> Any:
-    """A CUDA kernel compiled for the host: "merge", "apply" or "expand". wrong: text of a file in csrc/, and what replaces it."""
+    """A CUDA kernel compiled for the host: "merge", "family", "apply" or "expand". wrong: text of a file in csrc/, and what replaces it."""
     source = HERE / "cuda_on_host" / f"{kernel}.cpp"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +153,9 @@ def _library(kernel: str, wrong: tuple[str, str] | None = None) -> Any:
         shutil.copytree(source.parent, copy := Path(folder, "tests", "support", "cuda_on_host"))
         if wrong:
             texts = {file: file.read_text(encoding="utf-8") for file in Path(csrc).iterdir()}
-            [spoilt] = [file for file, text in texts.items() if wrong[0] in text]
+            # Kernels have their loops over tiles in common, in files of their own.
+            kernels = [file for file, text in texts.items() if wrong[0] in text]
+            [spoilt] = [file for file in kernels if file.name == f"{kernel}_tiles.h"] or kernels
             spoilt.write_text(texts[spoilt].replace(*wrong), encoding="utf-8")
         built = f"{folder}/library.so"
         subprocess.run(["g++", *flags, f"-I{copy}", str(copy / source.name), "-o", built], check=True)
@@ -164,6 +169,8 @@ def merge_on_host(
     wrong: tuple[str, str] | None = None,
     max_blocks: int = native.MAX_BLOCKS,
 ) -> np.ndarray[Any, Any]:
+    if rule.choices is not None:
+        return family_on_host(batch, rule, rule.choices, wrong, max_blocks)
     library = _library("merge", wrong)
     library.tile.restype = ctypes.c_int64
     memory, tiles = pack_for_device(batch, library.tile())
@@ -174,6 +181,29 @@ def merge_on_host(
         ctypes.c_int64(segments), ctypes.c_void_p(memory.ctypes.data), ctypes.c_int64(len(memory)), ctypes.c_void_p(counts.ctypes.data),
         ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
     )  # fmt: skip
+    return counts
+
+
+def family_on_host(
+    batch: Batch,
+    rule: Rule,
+    choices: Choices,
+    wrong: tuple[str, str] | None = None,
+    max_blocks: int = native.MAX_BLOCKS,
+) -> np.ndarray[Any, Any]:
+    library = _library("family", wrong)
+    library.tile.restype = ctypes.c_int64
+    memory, tiles = pack_family_for_device(batch, choices, library.tile())
+    result, dtypes, task_vectors, scale, required, segments = native.kernel_arguments(batch, rule)
+    *integers, seed, mask_scale, numbers, _ = native.family_arguments(choices, held := pack_numbers(choices))
+    counts = np.zeros((segments, len(FAMILY_COUNTED)), np.int64)
+    library.family_on_host(
+        result, dtypes, ctypes.c_int64(len(dtypes)), task_vectors, ctypes.c_double(scale), ctypes.c_int64(required),
+        ctypes.c_int64(segments), *integers, ctypes.c_uint64(seed), ctypes.c_double(mask_scale), ctypes.c_void_p(numbers),
+        ctypes.c_void_p(memory.ctypes.data), ctypes.c_int64(len(memory)), ctypes.c_void_p(counts.ctypes.data),
+        ctypes.c_int64(tiles), ctypes.c_int64(max_blocks),
+    )  # fmt: skip
+    del held
     return counts
 
 
