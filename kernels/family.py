@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..core.batch import Batch, Signature
-from ..core.choices import FAMILY_COUNTED, WEIGHT_CODES, Choices, Election, Gate, Reduction
+from ..core.choices import FAMILY_COUNTED, Choices, Election, Gate, Reduction
 from ..core.descriptors import pack_family_for_device, upload
 from ..core.rule import Rule
 from .launch import Launch, usual_launch
@@ -54,11 +54,6 @@ COUNTING = tl.constexpr(1 << Election.AGREEMENT | 1 << Election.CONFLICT | 1 << 
 MEAN = tl.constexpr(int(Reduction.MEAN))
 LARGEST = tl.constexpr(int(Reduction.LARGEST))
 
-# Storage types of weights: those of models, bytes, and beside them none, or some of each.
-U8 = tl.constexpr(WEIGHT_CODES["U8"])
-MIXED_WEIGHTS = tl.constexpr(U8.value + 1)
-NO_WEIGHTS = tl.constexpr(U8.value + 2)
-
 # All counts in one integer, as in merge.py: a lane counts at most four elements of each tile, less than NONFINITE in all.
 MAX_TILES_PER_PROGRAM = 16
 NONFINITE = tl.constexpr(1 << 8)
@@ -84,33 +79,21 @@ def _number(counter_low, counter_high, key, model, word, seed_low, seed_high):
 
 
 @triton.jit
-def _weights(term, start, lanes, left, T: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr):
+def _weights(term, start, lanes, left, T: tl.constexpr, ALIGNED: tl.constexpr):
     """The weights of a block, 1 where a segment has none."""
-    address = tl.load(term + 2)
+    address, dtype = tl.load(term + 2), tl.load(term + 3)
     mask = lanes < tl.where(address != 0, left, 0)
-    if WEIGHT == U8:
-        w = _bytes(address, start, mask, T)
-    elif WEIGHT < MIXED_WEIGHTS:
-        w = _numbers(address, start, mask, WEIGHT, T, ALIGNED)
+    if dtype == F64:
+        w = _numbers(address, start, mask, F64, T, ALIGNED)
+    elif dtype == F32:
+        w = _numbers(address, start, mask, F32, T, ALIGNED)
+    elif dtype == F16:
+        w = _numbers(address, start, mask, F16, T, ALIGNED)
+    elif dtype == BF16:
+        w = _numbers(address, start, mask, BF16, T, ALIGNED)
     else:
-        code = tl.load(term + 3)
-        if code == F64:
-            w = _numbers(address, start, mask, F64, T, ALIGNED)
-        elif code == F32:
-            w = _numbers(address, start, mask, F32, T, ALIGNED)
-        elif code == F16:
-            w = _numbers(address, start, mask, F16, T, ALIGNED)
-        elif code == BF16:
-            w = _numbers(address, start, mask, BF16, T, ALIGNED)
-        else:
-            w = _bytes(address, start, mask, T)
+        w = tl.load((address + start).to(tl.pointer_type(tl.uint8)) + lanes, mask=mask, other=0).to(T)
     return tl.where(address != 0, w, 1.0)
-
-
-@triton.jit
-def _bytes(address, start, mask, T: tl.constexpr):
-    lanes = tl.arange(0, mask.shape[0])
-    return tl.load((address + start).to(tl.pointer_type(tl.uint8)) + lanes, mask=mask, other=0).to(T)
 
 
 @triton.jit
@@ -175,7 +158,7 @@ def _merge(
     row, base, out, dtypes, of_models, term, n, required, scale, mask_scale, votes, seed_low, seed_high, start, left,
     T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
     FIRST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, GATE: tl.constexpr, ELECTION: tl.constexpr,
-    REDUCTION: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge the first `left` elements of a block that begins at `start`; returns what each adds to the counts."""
     lanes = tl.arange(0, BLOCK)
@@ -248,8 +231,8 @@ def _merge(
         r = tl.where(votes != 0, _divide(r, votes, T), 0.0)
     r = tl.where(elected, r, 0.0)
     masked = lanes < 0
-    if WEIGHT != NO_WEIGHTS:
-        w = _weights(term, start, lanes, left, T, WEIGHT, ALIGNED)
+    if WEIGHTED:
+        w = _weights(term, start, lanes, left, T, ALIGNED)
         masked = (r != 0) & (w == 0)
         r = w * r
     chosen = r != 0
@@ -286,13 +269,13 @@ def family_tiles(
     memory, counts, numbers, segments, tiles, tiles_per_program, n, required,
     T: tl.constexpr, RESULT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
     FIRST_KINDS: tl.constexpr, TASK_VECTORS: tl.constexpr, GATE: tl.constexpr, ELECTION: tl.constexpr,
-    REDUCTION: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Merge `tiles_per_program` consecutive tiles of BLOCK elements, which may be of several segments.
 
     memory: what pack_family_for_device of negmerge_fast/core/descriptors.py packs. counts: int64[segments, 4], to which is added. numbers:
-    λ, λ_t and the sum of all votes, as float64, and the seed. GATE, ELECTION, REDUCTION: of negmerge_fast/core/choices.py. WEIGHT: the
-    weights' dtype, MIXED_WEIGHTS, or NO_WEIGHTS. The others are those of merge_tiles.
+    λ, λ_t and the sum of all votes, as float64, and the seed. GATE, ELECTION, REDUCTION: of negmerge_fast/core/choices.py. WEIGHTED:
+    whether some segments have weights. The others are those of merge_tiles.
     """
     tile = tl.program_id(0).to(tl.int64) * tiles_per_program
     end = tl.minimum(tile + tiles_per_program, tiles)
@@ -325,7 +308,7 @@ def family_tiles(
         while start + BLOCK <= aligned:
             counted += _merge(
                 row, base, out, dtypes, of_models, term, n, required, scale, mask_scale, votes, seed_low, seed_high,
-                start, BLOCK, T, RESULT, KIND, GROUP, FIRST, FIRST_KINDS, TASK_VECTORS, GATE, ELECTION, REDUCTION, WEIGHT,
+                start, BLOCK, T, RESULT, KIND, GROUP, FIRST, FIRST_KINDS, TASK_VECTORS, GATE, ELECTION, REDUCTION, WEIGHTED,
                 True, BLOCK,
             )  # fmt: skip
             start += BLOCK
@@ -337,7 +320,7 @@ def family_tiles(
                 few += _merge(
                     row, base, out, dtypes, of_models, term, n, required, scale, mask_scale, votes, seed_low, seed_high,
                     start, tl.minimum(stop - start, THREADS).to(tl.int32), T, RESULT, KIND, 1, 0, 0, TASK_VECTORS,
-                    GATE, ELECTION, REDUCTION, WEIGHT, False, THREADS,
+                    GATE, ELECTION, REDUCTION, WEIGHTED, False, THREADS,
                 )  # fmt: skip
                 start += THREADS
             _add(counts + COUNTS * segment, few)
@@ -345,8 +328,8 @@ def family_tiles(
         segment += 1
 
 
-def constants(signature: Signature, choices: Choices, weight: int, launch: Launch) -> dict[str, Any]:
-    """The constants that family_tiles is specialised on. weight: WEIGHT of it."""
+def constants(signature: Signature, choices: Choices, weighted: bool, launch: Launch) -> dict[str, Any]:
+    """The constants that family_tiles is specialised on."""
     shared = constants_of_merge(signature, True, launch)
     del shared["UNANIMOUS"], shared["QUICK"]
     return {
@@ -354,7 +337,7 @@ def constants(signature: Signature, choices: Choices, weight: int, launch: Launc
         "GATE": int(choices.gate),
         "ELECTION": int(choices.election),
         "REDUCTION": int(choices.reduction),
-        "WEIGHT": weight,
+        "WEIGHTED": weighted,
     }
 
 
@@ -366,13 +349,6 @@ def launch_for(signature: Signature, choices: Choices) -> Launch:
     # With the limit of a majority, NVIDIA's compiler keeps some running values of an agreement in local memory.
     registers = min(launch.registers + 32, 255)
     return launch._replace(group=2 if choices.gate == Gate.RANDOM else launch.group, registers=registers)
-
-
-def weight_of(batch: Batch) -> int:
-    """The storage type of a batch's weights, MIXED_WEIGHTS, or NO_WEIGHTS."""
-    codes = {WEIGHT_CODES[terms.weight.dtype] for terms in batch.terms or () if terms.weight}
-    found = codes.pop() if codes else NO_WEIGHTS.value
-    return MIXED_WEIGHTS.value if codes else found
 
 
 def all_votes(choices: Choices, signature: Signature) -> float:
@@ -394,7 +370,7 @@ def merge_in_few_programs(batch: Batch, rule: Rule, choices: Choices) -> torch.T
 
 def launch_merge(batch: Batch, rule: Rule, choices: Choices, launch: Launch) -> torch.Tensor:
     """Launch a merge with these parameters."""
-    models = len(batch.signature.models)
+    models, weighted = len(batch.signature.models), any(terms.weight for terms in batch.terms or ())
     memory, tiles = pack_family_for_device(batch, choices, launch.tile)
     votes = all_votes(choices, batch.signature)
     numbers = np.array([rule.scale, choices.mask_scale, votes], np.float64)
@@ -408,7 +384,7 @@ def launch_merge(batch: Batch, rule: Rule, choices: Choices, launch: Launch) -> 
         if tiles:
             family_tiles[(-(tiles // -tiles_per_program),)](
                 on_device, counts, numbers_on_device, len(batch.segments), tiles, tiles_per_program,
-                models, rule.required(models), **constants(batch.signature, choices, weight_of(batch), launch),
+                models, rule.required(models), **constants(batch.signature, choices, weighted, launch),
                 **({} if interpreted() else options(launch, triton.runtime.driver.active.get_current_target())),
             )  # fmt: skip
     return counts

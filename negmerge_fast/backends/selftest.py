@@ -6,12 +6,14 @@ compiled for: many models are one self-test with fewer.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ..core.batch import Batch, Merge, Operand, Signature, segment_at
+from ..core.batch import Batch, Merge, Operand, Segment, Signature, segment_at
+from ..core.choices import WEIGHT_SIZES, Choices, Gate, Terms
 from ..core.dtypes import FLOAT_SIZES
 from ..core.errors import InputError, first_line
 from ..core.rule import Rule
@@ -40,7 +42,8 @@ def failure(name: str, merge: Merge, device: str, signature: Signature, rule: Ru
     """Self-test a backend for a signature on a device; returns why it must not be used, None if it passes."""
     unanimous = rule.required(len(signature.models)) == len(signature.models)
     tested = _with_few_models(signature)
-    key = name, device, tested, unanimous
+    choices = rule.choices and _choices(rule.choices, len(tested.models))
+    key = name, device, tested, (unanimous, choices)
     if key not in _results:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise InputError(
@@ -48,9 +51,22 @@ def failure(name: str, merge: Merge, device: str, signature: Signature, rule: Ru
             )
         # Of fewer models, a min_agreement close to 1 could ask for all.
         min_agreement = 1.0 if unanimous else rule.min_agreement if tested == signature else 0.6
-        failures = (_run_case(merge, device, tested, Rule(scale, min_agreement)) for scale in (0.9, -1.0))
+        rules = (Rule(scale, min_agreement, choices) for scale in (0.9, -1.0))
+        failures = (_run_case(merge, device, tested, each) for each in rules)
         _results[key] = next(filter(None, failures), None)
     return _results[key]
+
+
+def _choices(choices: Choices, models: int) -> Choices:
+    """Choices that the same code computes, with numbers that differ between models: one self-test for all numbers of a method."""
+    return replace(
+        choices,
+        factors=tuple((1.0, 0.7, 1.6)[k % 3] for k in range(models)),
+        votes=tuple((1.0, 2.0, 0.3)[k % 3] for k in range(models)),
+        keep=tuple((1 << 31, 3 << 30, 1 << 32)[k % 3] for k in range(models)) if choices.keep else (),
+        seed=0xFEDCBA9876543210,
+        mask_scale=0.4,
+    )
 
 
 def _with_few_models(signature: Signature) -> Signature:
@@ -66,7 +82,7 @@ def _run_case(merge: Merge, device: str, signature: Signature, rule: Rule) -> st
     got = [version.to(device, copy=True) for version in _memory(signature)]
     expected, counts = _expected(signature, rule)
     try:
-        counted = merge(_batch(device, signature, got), rule).tolist()
+        counted = merge(_batch(device, signature, got, rule), rule).tolist()
     except torch.cuda.OutOfMemoryError:  # says nothing of the kernel
         raise
     except Exception as error:  # the compiler's or the device's: the kernel cannot be used
@@ -87,7 +103,7 @@ def _run_case(merge: Merge, device: str, signature: Signature, rule: Rule) -> st
 def _expected(signature: Signature, rule: Rule) -> tuple[list[torch.Tensor], list[list[int]]]:
     """The bytes that the reference leaves, and its counts."""
     memory = [version.clone() for version in _memory(signature)]
-    counts: list[list[int]] = pytorch.merge(_batch("cpu", signature, memory), rule).tolist()
+    counts: list[list[int]] = pytorch.merge(_batch("cpu", signature, memory, rule), rule).tolist()
     return memory, counts
 
 
@@ -135,7 +151,7 @@ def _numbers(signature: Signature, numel: int, generator: torch.Generator) -> li
     return [values.to(dtype) for values, dtype in zip(versions, types, strict=True)]
 
 
-def _batch(device: str, signature: Signature, memory: list[torch.Tensor]) -> Batch:
+def _batch(device: str, signature: Signature, memory: list[torch.Tensor], rule: Rule) -> Batch:
     sizes = [FLOAT_SIZES[dtype] for dtype in (signature.result, *signature.models, signature.result)]
     segments, start = [], 0
     for length, kind, misalignment in _SEGMENTS:
@@ -148,4 +164,37 @@ def _batch(device: str, signature: Signature, memory: list[torch.Tensor]) -> Bat
             segment = segment._replace(out=None if kind == "count" else apart)
         segments.append(segment._replace(base=None) if kind == "no base" else segment)
         start += length + 1
-    return Batch(device, signature, segments)
+    terms = _terms(device, segments, rule, rule.choices) if rule.choices else None
+    return Batch(device, signature, segments, terms)
+
+
+def _terms(device: str, segments: list[Segment], rule: Rule, choices: Choices) -> list[Terms]:
+    """Terms of each segment: with one of the two scales there are weights, of all types."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for number, segment in enumerate(segments):
+        models = len(segment.models)
+        terms = Terms(begin=number << 33 | 3 * number, key=0x9E3779B1 * number & 0xFFFFFFFF)
+        if choices.gate == Gate.MAGNITUDE:
+            terms = terms._replace(
+                low=[0.02 * (k % 3) for k in range(models)], high=[0.1 + 0.1 * (k % 3) for k in range(models)]
+            )
+        if rule.scale > 0 and number < 7:  # the last has none
+            terms = terms._replace(weight=_weight(device, number, segment, generator))
+        found.append(terms)
+    return found
+
+
+def _weight(device: str, number: int, segment: Segment, generator: torch.Generator) -> Operand:
+    """Weights of a segment, as aligned as its models: zeros, and numbers of both signs that are rarely not finite."""
+    dtype = ("U8", "F32", "BF16", "F16", "F64", "BOOL")[number % 6]
+    values = torch.randn(segment.numel, generator=generator, dtype=torch.float64, device="cpu")
+    values = torch.where(values.abs() < 0.2, 0.0, torch.where(values > 3, 1e300, values))
+    whole = torch.uint8 if WEIGHT_SIZES[dtype] == 1 else pytorch.TORCH_DTYPES[dtype]
+    weights = (
+        (values * 2).abs().clamp(max=1 if dtype == "BOOL" else 255).to(whole)
+        if whole == torch.uint8
+        else values.to(whole)
+    )
+    offset = segment.models[0].address % 2
+    owner = torch.nn.functional.pad(weights.view(torch.uint8), (offset, 0)).to(device)
+    return Operand(owner.data_ptr() + offset, dtype, owner)
