@@ -1,6 +1,6 @@
 // Magnitudes of differences over consecutive elements, on one thread. Compiled once for each instruction set (CMakeLists.txt).
 //
-// A tile's base is loaded once for all models. Comparisons of 64 magnitudes become words of bits; only of the few that are in a window,
+// A tile's base is loaded once for all models. Comparisons of 64 magnitudes become words of bits; only of the few that are in an interval,
 // one is handled after the other.
 #include <type_traits>
 #include <vector>
@@ -15,48 +15,49 @@ namespace {
 // Elements of a tile: its base stays in the first-level cache.
 constexpr int kTile = 2048, kWord = 64, kLine = 64;
 
-// The windows of a segment and a model, and what is found in them.
+// The intervals of a segment and a model, and what is found in them.
 template <class T>
 struct Search {
   T edges[kEdges];
   bool collects[kEdges / 2];
-  std::int64_t below[kEdges];
+  std::int64_t lower[kEdges];
   T *found, *first;
 
-  Search(const double* given, T* found) : below{}, found(found), first(found) {
+  Search(const double* given, T* found) : lower{}, found(found), first(found) {
     using Key = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
     for (int i = 0; i < kEdges; ++i) edges[i] = static_cast<T>(given[i]);
     // The bits of numbers that are not negative are in their order.
     for (int w = 0; w < kEdges / 2; ++w) collects[w] = bits_as<Key>(edges[2 * w + 1]) - bits_as<Key>(edges[2 * w]) > 1;
   }
 
-  bool is_double() const { return edges[2] < edges[3]; }
+  // Whether there is a second interval.
+  bool is_double() const { return edges[kEdges - 1] > 0; }
 
   void write(std::int64_t* counts) const {
-    for (int i = 0; i < kEdges; ++i) counts[i] = below[i];
+    for (int i = 0; i < kEdges; ++i) counts[i] = lower[i];
     counts[kEdges] = found - first;
   }
 };
 
 // Whether a pack of magnitudes is below an edge, a bit for each.
 template <class N, class T>
-NEGMERGE_INLINE Word below(N magnitudes, T edge) {
+NEGMERGE_INLINE Word flags_below(N magnitudes, T edge) {
   return bits_of(magnitudes < N{} + edge);
 }
 
-// What one window of a tile is made of, in registers.
+// What one interval of a tile is made of, in registers.
 template <class T>
 struct Edges {
   T low, high;
   Word collects;  // all bits, or none
-  std::int64_t below_low = 0, below_high = 0;
+  std::int64_t under_low = 0, under_high = 0;
 
   Edges(const Search<T>& search, int w)
       : low(search.edges[2 * w]), high(search.edges[2 * w + 1]), collects(search.collects[w] ? ~Word{0} : 0) {}
 
   void add_to(Search<T>& search, int w) const {
-    search.below[2 * w] += below_low;
-    search.below[2 * w + 1] += below_high;
+    search.lower[2 * w] += under_low;
+    search.lower[2 * w + 1] += under_high;
   }
 };
 
@@ -86,19 +87,19 @@ NEGMERGE_INLINE T* measure_word(const char* x, const T* origin, Word valid, Edge
     memcpy(&b, origin + lane, sizeof b);
     const N found = magnitude(load<T, M>(x + lane * sizeof(typename M::Bits)) - b);
     memcpy(magnitudes + lane, &found, sizeof found);
-    low |= below(found, first.low) << lane;
-    high |= below(found, first.high) << lane;
+    low |= flags_below(found, first.low) << lane;
+    high |= flags_below(found, first.high) << lane;
     if constexpr (kTwo) {
-      second_low |= below(found, second.low) << lane;
-      second_high |= below(found, second.high) << lane;
+      second_low |= flags_below(found, second.low) << lane;
+      second_high |= flags_below(found, second.high) << lane;
     }
   }
-  first.below_low += __builtin_popcountll(low & valid);
-  first.below_high += __builtin_popcountll(high & valid);
+  first.under_low += __builtin_popcountll(low & valid);
+  first.under_high += __builtin_popcountll(high & valid);
   Word inside = high & ~low & first.collects;
   if constexpr (kTwo) {
-    second.below_low += __builtin_popcountll(second_low & valid);
-    second.below_high += __builtin_popcountll(second_high & valid);
+    second.under_low += __builtin_popcountll(second_low & valid);
+    second.under_high += __builtin_popcountll(second_high & valid);
     inside |= second_high & ~second_low & second.collects;
   }
   return collect(magnitudes, inside & valid, to);
@@ -180,22 +181,22 @@ class Measurer {
 };
 
 template <class T>
-void measure(const Batch& batch, const MagnitudeWindows& windows) {
+void measure(const Batch& batch, const MagnitudeIntervals& intervals) {
   std::vector<Measurer<T>> measurer;  // too large for the stack of a thread
   measurer.emplace_back(batch);
-  T* found = static_cast<T*>(windows.found);
+  T* found = static_cast<T*>(intervals.found);
   for (std::int64_t i = 0; i < batch.segments; ++i) {
     const std::int64_t first = i * batch.n;
-    measurer[0].measure_segment(batch.row(i), windows.edges + first * kEdges, windows.counts + first * kMagnitudesCounted, found);
+    measurer[0].measure_segment(batch.row(i), intervals.edges + first * kEdges, intervals.counts + first * kMagnitudesCounted, found);
     found += batch.n * (batch.row(i)[0] + kSpare);
   }
 }
 
 }  // namespace
 
-void NEGMERGE_MAGNITUDE_LOOP(const Batch& batch, const MagnitudeWindows& windows) {
+void NEGMERGE_MAGNITUDE_LOOP(const Batch& batch, const MagnitudeIntervals& intervals) {
   const PlainArithmetic plain;
-  is_double(batch) ? measure<double>(batch, windows) : measure<float>(batch, windows);
+  is_double(batch) ? measure<double>(batch, intervals) : measure<float>(batch, intervals);
 }
 
 }  // namespace negmerge

@@ -12,21 +12,21 @@
 
 namespace negmerge {
 
-void magnitude_loop_baseline(const Batch&, const MagnitudeWindows&);
+void magnitude_loop_baseline(const Batch&, const MagnitudeIntervals&);
 #ifdef __x86_64__
-void magnitude_loop_avx2(const Batch&, const MagnitudeWindows&);
-void magnitude_loop_avx512(const Batch&, const MagnitudeWindows&);
+void magnitude_loop_avx2(const Batch&, const MagnitudeIntervals&);
+void magnitude_loop_avx512(const Batch&, const MagnitudeIntervals&);
 #endif
 
-void measure_magnitudes(const Batch& batch, const MagnitudeWindows& windows, const std::string& instruction_set) {
+void measure_magnitudes(const Batch& batch, const MagnitudeIntervals& intervals, const std::string& instruction_set) {
   const auto found = instruction_sets();
   if (std::find(found.begin(), found.end(), instruction_set) == found.end())
     throw std::invalid_argument("no instruction set " + instruction_set + " here");
 #ifdef __x86_64__
-  if (instruction_set == "avx512") return magnitude_loop_avx512(batch, windows);
-  if (instruction_set == "avx2") return magnitude_loop_avx2(batch, windows);
+  if (instruction_set == "avx512") return magnitude_loop_avx512(batch, intervals);
+  if (instruction_set == "avx2") return magnitude_loop_avx2(batch, intervals);
 #endif
-  magnitude_loop_baseline(batch, windows);
+  magnitude_loop_baseline(batch, intervals);
 }
 
 bool read_ranges(const std::int64_t* sources, std::int64_t count) {

@@ -8,7 +8,7 @@
 
 namespace negmerge {
 
-// Two windows of magnitudes, low ≤ |d_k| < high, for each model: one after the other, and the second one may be empty.
+// Two intervals of magnitudes, low ≤ |d_k| < high, for each model: one after the other. Without a second one its edges are 0.
 constexpr int kEdges = 4;
 
 // What is counted of a segment and a model: magnitudes below each edge, and how many were written. One that is not finite is below none.
@@ -16,17 +16,17 @@ constexpr int kMagnitudesCounted = kEdges + 1;
 
 constexpr int kSpare = 4;
 
-struct MagnitudeWindows {
+struct MagnitudeIntervals {
   const double* edges;    // [segments, n, kEdges]: numbers of the arithmetic type
   std::int64_t* counts;   // [segments, n, kMagnitudesCounted], written
-  // Of the arithmetic type, [segments][n, elements + kSpare]: in the row of a segment and a model, the magnitudes that are in a window, in
-  // the order of the elements. What is behind them in the row may be written, too. Windows of less than two numbers are only counted.
+  // Of the arithmetic type, [segments][n, elements + kSpare]: in the row of a segment and a model, the magnitudes that are in an interval, in
+  // the order of the elements. What is behind them in the row may be written, too. Intervals of less than two numbers are only counted.
   void* found;
 };
 
 // Measures a batch on this thread; of the batch, nothing else is written, and its scale, required and counts are not used. Throws
 // std::invalid_argument for an instruction set that is not one of instruction_sets().
-void measure_magnitudes(const Batch& batch, const MagnitudeWindows& windows, const std::string& instruction_set);
+void measure_magnitudes(const Batch& batch, const MagnitudeIntervals& intervals, const std::string& instruction_set);
 
 // Reads ranges of open files. sources: [count, 4], the descriptor of a file, an offset, a size, and an address. Returns false if one
 // cannot be read, or its file ends before.
