@@ -146,6 +146,14 @@ def merge(merge: Merge, expand: Expand, batch: Batch, rule: Rule, threads: int |
     return counts
 
 
+def expanded(batch: Batch, expand: Expand, threads: int | None = None) -> Iterator[list[Segment]]:
+    """Cut a batch to segments in which no model is an Expansion: as many at a time as fit the scratch memory, which is used again."""
+    longest = max((segment.numel for segment in batch.segments), default=0)
+    scratch = _Scratch(batch, torch.device(batch.device), longest)
+    for parts in scratch.fill():
+        yield scratch.expand(parts, expand, threads)
+
+
 def _add(counts: torch.Tensor, rows: list[int], counted: torch.Tensor) -> None:
     """Add to ascending rows of counts. On a device each addition is a launch, and most rows follow each other."""
     if rows[-1] - rows[0] + 1 == len(rows):
