@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock, Semaphore
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
 from ..core.batch import Batch, Signature, segment_at
 from ..core.bounds import Bounds, Interval, Trimming, locate
+from ..core.errors import InputError
 from ..runtime import memory
 from ..runtime.buffers import Timeline, WorkerBuffers
 from ..runtime.device import buffers_on
@@ -244,12 +245,17 @@ class _Job:
         self.concurrent = name in registry.CONCURRENT
         self.measure = magnitudes.choose("cpu")
         # The keys of a chunk's elements are as large as the elements of one version, or twice of 16-bit ones.
-        self.workers, self.chunk_bytes, held = allocate(plan, options, "cpu", (name,), 2 * self.models)
-        available = max(available_bytes(options.memory_budget)[1] - held, 0)
-        counted = 2 * self.models * (1 if over == "model" else self.workers + 1)
-        self.capacity = min(
-            max(available // (counted * magnitudes.BYTES_PER_KEPT), _MIN_KEPT), magnitudes.MAX_KEPT
-        )
+        buffers, threads = 2 * self.models, options.thread_count
+        available = available_bytes(options.memory_budget)[1]
+        intervals = 2 * self.models * (1 if over == "model" else max(threads, 2) + 1)
+        kept = min(intervals * magnitudes.BYTES_PER_KEPT * magnitudes.MAX_KEPT, available // 4)
+        try:
+            found = allocate(plan, replace(options, memory_budget=available - kept), "cpu", (name,), buffers)
+        except InputError:  # then little is kept of an interval, and more has to be read again
+            found = allocate(plan, options, "cpu", (name,), buffers)
+        self.workers, self.chunk_bytes, held = found
+        kept = max(available - held, 0) // (intervals * magnitudes.BYTES_PER_KEPT)
+        self.capacity = min(max(kept, _MIN_KEPT), magnitudes.MAX_KEPT)
         self.release = bytes_to_measure(plan) > memory.free_memory() // 2
         self.turns = Semaphore(options.thread_count if self.concurrent else 1)
         self.read_ahead = ReadAhead()
