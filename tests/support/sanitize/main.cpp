@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "../../../csrc/merge_cpu.h"
+#include "../../../csrc/magnitudes.h"
 #include "../../../csrc/prefix.h"
 #include "memory.h"
 
@@ -85,6 +86,64 @@ bool same_prefixes(Batch batch) {
   return true;
 }
 
+// Magnitudes below the edges of random intervals, and those in them, of all models.
+template <class T>
+bool same_magnitudes(const Batch& batch, const std::string& instruction_set) {
+  const T choices[] = {0, T(1e-40), T(0.125), T(0.5), std::nextafter(T(0.5), T(1)), 1, 1.5, 2, 100, T(INFINITY)};
+  std::vector<double> edges;
+  std::int64_t elements = 0;
+  for (std::int64_t s = 0; s < batch.segments; ++s) {
+    elements += batch.row(s)[0] + kSpare;
+    for (std::int64_t k = 0; k < batch.n; ++k) {
+      std::vector<T> own;
+      for (int i = 0; i < kEdges; ++i) own.push_back(choices[random_below(10)]);
+      std::sort(own.begin(), own.end());
+      if (random_below(2)) own[2] = own[3] = 0;
+      edges.insert(edges.end(), own.begin(), own.end());
+    }
+  }
+  std::vector<T> found(elements * batch.n);
+  std::vector<std::int64_t> counts(batch.segments * batch.n * kMagnitudesCounted, -1);
+  measure_magnitudes(batch, {edges.data(), counts.data(), found.data()}, instruction_set);
+  const char* to = reinterpret_cast<const char*>(found.data());
+  for (std::int64_t s = 0; s < batch.segments; ++s)
+    for (std::int64_t k = 0; k < batch.n; ++k) {
+      const std::int64_t* row = batch.row(s);
+      const double* edge = &edges[(s * batch.n + k) * kEdges];
+      std::int64_t expected[kMagnitudesCounted] = {};
+      const char* at = to;
+      for (std::int64_t i = 0; i < row[0]; ++i) {
+        const T d = with_type(batch.result, [&](auto type) {
+          using S = decltype(type);
+          typename S::Bits bits{};
+          if (row[1]) bits = read<typename S::Bits>(reinterpret_cast<const char*>(row[1]) + i * sizeof bits);
+          const T b = number<T, S>(reinterpret_cast<const char*>(&bits));
+          const char* x = reinterpret_cast<const char*>(row[3 + k]) + i * kSizes[batch.dtypes[k]];
+          return with_type(batch.dtypes[k], [&](auto m) { return difference<T, S, decltype(m)>(b, x, batch.task_vectors); });
+        });
+        bool inside = false;
+        for (int w = 0; w < (edge[3] > 0 ? kEdges : 2); w += 2) {
+          const T low = edge[w], high = edge[w + 1];
+          for (int end = 0; end < 2; ++end) expected[w + end] += std::fabs(d) < (end ? high : low);
+          inside |= std::fabs(d) >= low && std::fabs(d) < high && std::nextafter(low, high) < high;
+        }
+        if (!inside) continue;
+        ++expected[kEdges];
+        if (read<T>(at) != std::fabs(d)) return false;
+        at += sizeof(T);
+      }
+      if (std::memcmp(expected, &counts[(s * batch.n + k) * kMagnitudesCounted], sizeof expected)) return false;
+      to += (row[0] + kSpare) * sizeof(T);
+    }
+  return true;
+}
+
+bool same_magnitudes(const Batch& batch) {
+  for (const std::string& each : instruction_sets())
+    if (!(is_double(batch) ? same_magnitudes<double>(batch, each) : same_magnitudes<float>(batch, each))) return false;
+  return true;
+}
+
 bool same_results(int round) {
   const Dtype types[] = {kF64, kF32, kF16, kBF16};
   const std::int64_t n = 1 + random_below(round % 10 ? 9 : 40), segments = random_below(30);
@@ -140,8 +199,12 @@ bool same_results(int round) {
         std::printf("round %d: %s on %d threads differs from the rule\n", round, instruction_set.c_str(), threads);
         return false;
       }
-  if (same_prefixes(batch)) return true;
-  std::printf("round %d: counts of prefixes differ\n", round);
+  if (!same_prefixes(batch)) {
+    std::printf("round %d: counts of prefixes differ\n", round);
+    return false;
+  }
+  if (same_magnitudes(batch)) return true;
+  std::printf("round %d: magnitudes differ\n", round);
   return false;
 }
 
