@@ -1,4 +1,4 @@
-"""The demonstration with small sizes; its baselines on numbers worked by hand."""
+"""The demonstration with small sizes; its methods on numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,42 @@ from safetensors.torch import load_file
 from negmerge_fast import InputError, demo
 from negmerge_fast.core.reference import plain_merge
 from negmerge_fast.demo import Settings
+from negmerge_fast.methods.catalogue import NAMES
 
 
-def test_baselines_on_vectors_worked_by_hand() -> None:
-    vectors = torch.tensor([[4.0, -1.0, 0.0, 3.0, 0.1], [2.0, 5.0, 0.0, -4.0, 0.2]])
-    assert demo.magmax(vectors).tolist() == [4.0, 5.0, 0.0, -4.0, pytest.approx(0.2)]
-    # Two of five kept in each: [4, 0, 0, 3, 0] and [0, 5, 0, -4, 0]; the fourth's elected sign is the minus.
-    assert demo.ties(vectors, fraction=0.4).tolist() == [4.0, 5.0, 0.0, -4.0, 0.0]
-    assert demo.conflicting(vectors).tolist() == [0.0, 2.0, 0.0, -0.5, 0.0]
+def test_candidates_on_vectors_worked_by_hand() -> None:
+    """Each method takes off, at λ = 1, what it makes of the task vectors."""
+    network = torch.nn.Linear(5, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    vectors = [[4.0, -1.0, 0.0, 3.0, 0.25], [2.0, 5.0, 0.0, -4.0, 0.5]]
+    finetuned = [{"weight": torch.tensor([each])} for each in vectors]
+
+    def made(name: str) -> list[list[float]]:
+        found = []
+        for delta in demo._candidates(name, network, finetuned):
+            with delta.live(network) as live:
+                live.scale = -1.0
+                found += network.weight.tolist()
+        return found
+
+    assert made("best single") == vectors
+    assert made("uniform mean") == [[3.0, 2.0, 0.0, -0.5, 0.375]]
+    assert made("TIES (top 20 %)") == [[4.0, 5.0, 0.0, 0.0, 0.0]]  # one of five is kept in each
+    assert made("MagMax") == [[4.0, 5.0, 0.0, -4.0, 0.5]]
+    assert made("EMR") == [[4.0, 5.0, 0.0, -4.0, 0.5]]
+    assert made("conflicting only") == [[0.0, 2.0, 0.0, -0.5, 0.0]]
+    assert made("NegMerge") == [[3.0, 0.0, 0.0, 0.0, 0.375]]
+
+
+def test_methods_are_those_of_the_package() -> None:
+    assert {name for name in demo.METHODS.values() if name} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", demo.METHODS)
+def test_the_grid_of_a_sum_is_that_of_a_mean(name: str) -> None:
+    settings = Settings(models=4, grid=(0.0, 2.0))
+    expected = [0.0, 0.5] if name in ("breadcrumbs", "DARE (drop 90 %)") else [0.0, 2.0]
+    assert demo._grid(name, settings) == expected
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +61,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line) <= 100 for line in printed.splitlines()[:-1])
     assert json.loads(report.read_text()) == result
     methods = [row["method"] for row in result["summary"]]
-    assert methods[:2] == ["original", "retrained"] and methods[-1] == "NegMerge" and len(methods) == 8
+    assert methods[:2] == ["original", "retrained"] and methods[2:] == list(demo.METHODS)
     assert all(method in printed for method in methods)
     assert "of one seed" in printed and "±" not in printed
     assert len(calls) > 20
