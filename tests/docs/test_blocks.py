@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import recipe
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 # Blocks that do not run here, each with its reason.
 NOT_RUN = {
     "pip install .": "builds for a minute and needs a network; .ci/run builds and installs a wheel",
+    "pip install ~/negmerge_fast\n"
+    "cp -r ~/negmerge_fast/examples/open_unlearning negmerge\n"
+    "python setup_data.py --eval": "needs a network and open-unlearning; recipe.prepare has made the folder",
     "NEGMERGE_CUDA=0 pip install --no-build-isolation --no-deps -e .": "would replace the installation under test",
     "negmerge mergekit negmerge.yml merged": "mergekit knows only models of transformers; tests/libraries merges one",
 }
@@ -30,7 +34,7 @@ NOT_RUN = {
 # Pages whose blocks need transformers and PEFT, or mergekit.
 OF_LIBRARIES = {"adapters.md", "mergekit.md"}
 # Of so many commands that make slow runs them.
-LONG = {"formats.md", "merge-checkpoints.md"}
+LONG = {"formats.md", "merge-checkpoints.md", "open-unlearning.md"}
 
 # `make` says only what it would do: its targets take minutes, and this is one of them.
 PRELUDE = f'make() {{ command make --dry-run --directory "{ROOT}" "$@"; }}\n'
@@ -104,7 +108,11 @@ def _marks(page: Path) -> list[pytest.MarkDecorator]:
         for page in PAGES
     ],
 )
-def test_blocks_run_as_they_stand(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_run_as_they_stand(
+    page: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if page.name == "open-unlearning.md":
+        recipe.prepare(folder, monkeypatch)
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "__main__"}
     printed = ""
@@ -123,7 +131,7 @@ def test_blocks_run_as_they_stand(page: Path, folder: Path, capsys: pytest.Captu
             assert language == "text", where
 
 
-EXAMPLES = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py")}
+EXAMPLES = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.py")}
 
 
 def test_what_is_not_run_stands_in_a_page() -> None:

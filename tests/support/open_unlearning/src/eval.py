@@ -1,0 +1,5 @@
+"""Stands for open-unlearning's src/eval.py."""
+
+from standin import evaluate
+
+evaluate()

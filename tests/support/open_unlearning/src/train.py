@@ -1,0 +1,5 @@
+"""Stands for open-unlearning's src/train.py."""
+
+from standin import train
+
+train()
