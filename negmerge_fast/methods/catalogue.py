@@ -14,7 +14,7 @@ NAMES = (
 )  # fmt: skip
 
 # Which methods have a number.
-NUMBERS = {
+PARAMETERS = {
     "density": ("ties", "breadcrumbs"),
     "over": ("ties", "breadcrumbs"),
     "gamma": ("breadcrumbs",),
@@ -40,8 +40,10 @@ def method(name: str, **numbers: Any) -> Method:
     require_choice("method", name, NAMES)
     given = {key: value for key, value in numbers.items() if value is not None}
     for key in given:
-        if name not in NUMBERS.get(key, ()):
-            having = f"expected one of {', '.join(NUMBERS[key])}" if key in NUMBERS else "no method has it"
+        if name not in PARAMETERS.get(key, ()):
+            having = (
+                f"expected one of {', '.join(PARAMETERS[key])}" if key in PARAMETERS else "no method has it"
+            )
             raise InputError(f"{key}: method {name} has none, {having}")
     made: Method = maker(name)(**given)
     return made

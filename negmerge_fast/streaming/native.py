@@ -85,7 +85,9 @@ class ChunkMerger:
             ),
         )
         packed = [pack_expanded(batch) for batch, _, _ in batches]
-        families = [FamilyArguments(batch, rule.choices) if rule.choices else None for batch, _, rule in batches]
+        families = [
+            FamilyArguments(batch, rule.choices) if rule.choices else None for batch, _, rule in batches
+        ]
         counts = [array("q", bytes(8 * len(counted_by(rule)) * len(slices))) for _, slices, rule in batches]
         outcome, error, cached, times = library().merge_chunk(
             sources.buffer_info()[0],

@@ -162,9 +162,9 @@ def other_methods(world: int) -> None:
                 holds(moved, wanted, base)
     line = init_device_mesh("cpu", (world,))
     base, *models = (distribute(t, line, Shard(0)) for t in full)
-    elsewhere = distribute(weight, line, Shard(1))
+    sharded = distribute(weight, line, Shard(1))
     with refused("weights: placements (Shard(dim=1),), expected (Shard(dim=0),) like base"):
-        nm.merge_(base, models, scale=0.9, weights=elsewhere)
+        nm.merge_(base, models, scale=0.9, weights=sharded)
 
 
 @case
