@@ -42,7 +42,7 @@ SIGNATURES = {
     "delta_checkpoints": (
         "(base, finetuned, output, *, half=False, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, exclude=None, "
         "rename=(), keep=(), drop=(), backend='auto', memory_budget=None, threads=None, overwrite=False, resume=False, "
-        "adapters_as='difference', progress=None)"
+        "adapters_as='difference', method='negmerge', weights=None, progress=None)"
     ),
     "load_delta": "(path, device='cpu')",
     "merge": (
@@ -56,7 +56,7 @@ SIGNATURES = {
     "merge_checkpoints": (
         "(base, finetuned, output, *, scale, min_agreement=1.0, inputs='finetuned', nonfinite='error', include=None, "
         "exclude=None, rename=(), keep=(), drop=(), backend='auto', device='auto', memory_budget=None, threads=None, skip_unchanged=None, "
-        "overwrite=False, resume=False, adapters_as='difference', format='auto', progress=None)"
+        "overwrite=False, resume=False, adapters_as='difference', format='auto', method='negmerge', weights=None, progress=None)"
     ),
     "merge_task_vectors": (
         "(task_vectors, *, min_agreement=1.0, nonfinite='keep-base', include=None, exclude=None, rename=(), "
@@ -66,7 +66,7 @@ SIGNATURES = {
     "negate_": (
         "(base, tau, *, scale, nonfinite='keep-base', include=None, exclude=None, rename=(), backend='auto', weights=None)"
     ),
-    "verify_checkpoint": "(output, against=None, *, blocks=64, seed=0, threads=None, progress=None)",
+    "verify_checkpoint": "(output, against=None, *, weights=None, blocks=64, seed=0, threads=None, progress=None)",
     "consensus_statistics": (
         "(base, finetuned=(), *, inputs='finetuned', include=None, exclude=None, rename=(), adapters_as='difference', "
         "memory_budget=None, threads=None, progress=None)"
@@ -77,8 +77,8 @@ SIGNATURES = {
         "prefixes, dissent, magnitudes, tensors)"
     ),
     "Report": (
-        "(base, models, output, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
-        "vetoed_by_zero, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, adapters, "
+        "(base, models, output, method, weights, scale, min_agreement, backend, device, elements, agreed, consensus_ratio, nonfinite, "
+        "vetoed_by_zero, masked, bytes_read, bytes_skipped, bytes_written, bytes_done_before, seconds, notes, adapters, "
         "skipped_files, large_files, tensors)"
     ),
     "Method": (
@@ -155,8 +155,17 @@ COMMANDS = {
         "--output -o OUT text, required",
         "--format auto|safetensors|pt = auto",
         "--config CONFIG.yml text = None",
-        "--scale float = 1.0",
+        "--scale λ|RE=λ text = ('1',)",
+        "--add boolean = False",
         "--output-adapter boolean = False",
+        "--method negmerge|k-of-n|mean|task-arithmetic|conflict|magmax|ties|breadcrumbs|dare|dare-ties|consensus|emr = negmerge",
+        "--density float = None",
+        "--gamma float = None",
+        "--over tensor|model = None",
+        "--drop-rate float = None",
+        "--seed integer = None",
+        "--mask-scale float = None",
+        "--weights FILE text = None",
         "--task-vectors boolean = False",
         "--adapters-as difference|merged = difference",
         "--min-agreement float = 1.0",
@@ -181,6 +190,7 @@ COMMANDS = {
         "OUT",
         "--against boolean = False",
         "[--against BASE FINETUNED...]",
+        "--weights FILE text = None",
         "--blocks N integer from 1 = 64",
         "--seed integer = 0",
         "--quiet -q boolean = False",
@@ -203,7 +213,7 @@ COMMANDS = {
         "DELTA",
         "--output -o OUT text, required",
         "--format auto|safetensors|pt = auto",
-        "--scale float, required",
+        "--scale λ|RE=λ text, required",
         "--nonfinite error|keep-base = error",
         "--keep GLOB text = ()",
         "--drop GLOB text = ()",
@@ -222,6 +232,14 @@ COMMANDS = {
         "[FINETUNED]...",
         "--output -o D text, required",
         "--half boolean = False",
+        "--method negmerge|k-of-n|mean|task-arithmetic|conflict|magmax|ties|breadcrumbs|dare|dare-ties|consensus|emr = negmerge",
+        "--density float = None",
+        "--gamma float = None",
+        "--over tensor|model = None",
+        "--drop-rate float = None",
+        "--seed integer = None",
+        "--mask-scale float = None",
+        "--weights FILE text = None",
         "--task-vectors boolean = False",
         "--adapters-as difference|merged = difference",
         "--min-agreement float = 1.0",
@@ -298,10 +316,10 @@ ARGUMENTS = {
 }
 
 REPORT = [
-    "base", "models", "output", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
-    "nonfinite", "vetoed_by_zero", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "adapters",
+    "base", "models", "output", "method", "weights", "scale", "min_agreement", "backend", "device", "elements", "agreed", "consensus_ratio",
+    "nonfinite", "vetoed_by_zero", "masked", "bytes_read", "bytes_skipped", "bytes_written", "bytes_done_before", "seconds", "notes", "adapters",
     "skipped_files", "large_files", "tensors",
-    "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero",
+    "tensors[].name", "tensors[].elements", "tensors[].agreed", "tensors[].nonfinite", "tensors[].vetoed_by_zero", "tensors[].masked",
 ]  # fmt: skip
 
 STATISTICS = [
