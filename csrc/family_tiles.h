@@ -84,13 +84,13 @@ constexpr int kFamilyBlocks = sizeof(T) == 8 ? 1 : 2;
 template <int E>
 __device__ unsigned kept(std::uint64_t seed, std::int64_t first, std::uint32_t key, int model, double keep) {
   const int skipped = static_cast<int>(first & 3);
-  const auto below = static_cast<std::uint64_t>(keep);
+  const auto limit = static_cast<std::uint64_t>(keep);
   unsigned found = 0;
 #pragma unroll 1
   for (int at = 0; at < E + skipped; at += 4) {
     const FourNumbers numbers = philox(seed, (first + at) >> 2, key, static_cast<std::uint32_t>(model));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) found |= static_cast<unsigned>(numbers.of[i] < below) << (at + i);
+    for (int i = 0; i < 4; ++i) found |= static_cast<unsigned>(numbers.of[i] < limit) << (at + i);
   }
   return found >> skipped;
 }

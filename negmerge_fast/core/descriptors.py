@@ -155,11 +155,11 @@ def pack_family_for_device(batch: Batch, choices: Choices, tile: int) -> tuple[n
     import numpy as np
 
     table, tiles = pack_for_device(batch, tile)
-    segments = len(batch.segments)
-    terms = np.asarray(pack_terms(batch)).view(np.int64)
-    table[1 : 2 * segments : 2] &= terms.reshape(segments, -1)[:, 2] % 16 == 0
+    segments, fields = len(batch.segments), 4 + 2 * len(batch.signature.models)
+    terms = np.asarray(pack_terms(batch)).view(np.int64).reshape(segments, fields)
+    table[1 : 2 * segments : 2] &= terms[:, 2] % 16 == 0
     numbers = np.asarray(pack_numbers(choices)).view(np.int64)
-    return np.concatenate([table, numbers, terms]), tiles
+    return np.concatenate([table, numbers, terms.ravel()]), tiles
 
 
 class Act(IntEnum):
