@@ -16,6 +16,7 @@ import negmerge_fast.ops
 from negmerge_fast.backends import native, pytorch, registry, selftest
 from negmerge_fast.cli import info
 from negmerge_fast.core.batch import Batch, Signature
+from negmerge_fast.core.choices import Choices, Election, Gate, Reduction
 from negmerge_fast.core.dtypes import FLOAT_SIZES
 from negmerge_fast.core.rule import Rule
 
@@ -102,6 +103,46 @@ def test_selftest_finds_faults_of_kernels(fault: str, dtype: str, task_vectors: 
     merge = partial(merge_on_host, wrong=FAULTS.get(fault))
     found = selftest._run_case(merge, "cpu", Signature(dtype, (dtype,) * 3, task_vectors), Rule(0.9))
     assert (found is None) == (fault == "none"), found
+
+
+# Of the rule of the other methods: choices, and text of the kernel with what replaces it.
+FAMILY_FAULTS = {
+    "a number of another element": (
+        (Gate.RANDOM, Election.SIGN_OF_SUM, Reduction.MEAN), ("return found >> skipped;", "return found;"),
+    ),
+    "a weight of zero that changes nothing": (
+        (Gate.NONE, Election.AGREEMENT, Reduction.MEAN), ("weighted = w[e] * r[e]", "weighted = w[e] == 0 ? r[e] : w[e] * r[e]"),
+    ),
+    "a bound that is not passed": (
+        (Gate.MAGNITUDE, Election.ALL, Reduction.SUM), ("&& size <= high", ""),
+    ),
+    "an infinity that no gate passes": (
+        (Gate.MAGNITUDE, Election.ALL, Reduction.LARGEST), ("std::fma(p, T(0), product_of_zero[e])", "product_of_zero[e]"),
+    ),
+    "a second tile that is the first": (
+        (Gate.NONE, Election.MASKS, Reduction.SUM), ("element = std::int64_t{tile - first} * kCudaTile", "element = 0"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
+@pytest.mark.parametrize(
+    "fault",
+    [next(iter(FAMILY_FAULTS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(FAMILY_FAULTS)[1:])],
+)
+def test_selftest_finds_faults_of_the_family(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made once for all numbers of a method."""
+    monkeypatch.setattr(selftest, "_results", {})
+    chosen, wrong = FAMILY_FAULTS[fault]
+    signature = Signature("F32", ("F32", "BF16", "F32"), False)
+    for name, spoilt in (("right", None), ("wrong", wrong)):
+        merge = partial(merge_on_host, wrong=spoilt, max_blocks=3)
+        for factor in (0.5, 2.0):
+            keep = (1 << 31,) * 3 if chosen[0] == Gate.RANDOM else ()
+            rule = Rule(0.9, 1.0, Choices(*chosen, factors=(factor,) * 3, votes=(1.0,) * 3, keep=keep))
+            found = selftest.failure(name, merge, "cpu", signature, rule)
+            assert (found is None) == (spoilt is None), found
+    assert len(selftest._results) == 2
 
 
 # Faults of the loop over the tiles of a block: none shows where each block has one tile.
