@@ -1,4 +1,4 @@
-"""Measures launch parameters of both kernels, deltas and low-rank models within a few minutes of a GPU, and prints a table.
+"""Measures launch parameters of both kernels, deltas, low-rank models and other methods within a few minutes of a GPU, and prints a table.
 
 Each variant runs in a process of its own with a time limit, so that one that hangs or crashes costs no other its numbers. It is
 timed as it is called, by the host's clock until the device is done, and by the device's events ("kernel"); each round beside a
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_deltas
+import gpu_family
 import gpu_low_rank
 import torch
 from tune_gpu import CUDA, Built, build, compiler, measure
@@ -64,6 +65,7 @@ VARIANTS = [
     "cuda, as built", "triton, usual",
     *(f"{kernel}, {task}" for task in (gpu_deltas.LIVE, gpu_deltas.APPLIED) for kernel in ("cuda", "triton")),
     *(f"{kernel}, {task}" for task in gpu_low_rank.TASKS for kernel in ("cuda", "triton")),
+    *(f"{kernel}, {task}" for task in gpu_family.TASKS for kernel in ("cuda", "triton")),
     *(f"triton, {name}" for name in list(TRITON)[1:]), *(f"cuda, {name}" for name in list(CUDA)[1:]),
 ]  # fmt: skip
 
@@ -245,6 +247,7 @@ def main() -> None:
         kernel, _, name = given.variant.partition(", ")
         tasks = dict.fromkeys((gpu_deltas.LIVE, gpu_deltas.APPLIED), gpu_deltas.measure_variant)
         tasks |= dict.fromkeys(gpu_low_rank.TASKS, gpu_low_rank.measure_variant)
+        tasks |= dict.fromkeys(gpu_family.TASKS, gpu_family.measure_variant)
         if name in tasks:
             tasks[name](kernel, name, given.device, given.numel, ROUNDS, clocks)
             return

@@ -39,6 +39,7 @@ def printing(*rows: tuple[str, int, str, float], then: str = "") -> list[str]:
 
 DELTAS = ["live move of a delta", "delta applied to a copy"]
 LOW_RANK = ["low-rank models merged", "low-rank difference written"]
+FAMILY = ["merged by mean", "merged by ties", "merged by dare"]
 
 WHOLE = [
     ("F32", 2, "kernel", 0.5),
@@ -198,6 +199,44 @@ def test_deltas_are_measured_beside_a_copy_and_a_merge(
     assert said == [f"cuda, {task}, F16: no speed, other bits than PyTorch's"]
 
 
+@pytest.mark.parametrize("task", FAMILY)
+def test_other_methods_are_measured_beside_a_copy_and_a_merge(
+    gpu_session: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    import gpu_family
+
+    now, wrong, merged = [0.0], [False], []
+
+    def merge(batch: Any, rule: Any, threads: int | None = None) -> Any:
+        now[0] += 4.0 if rule.choices else 16.0
+        counts = pytorch.merge(batch, rule)
+        if rule.choices:
+            merged.append(rule.choices)
+        if wrong[0] and rule.choices and batch.signature.result == "BF16":
+            counts[0, 0] += 1
+        return counts
+
+    def copied(device: str, size: int) -> Roofline:
+        return Roofline("device copy", size, lambda: now.__setitem__(0, now[0] + 2.0))
+
+    monkeypatch.setattr(gpu_family, "flush", lambda device: None)
+    monkeypatch.setattr(gpu_family, "device_copy", copied)
+    monkeypatch.setattr(gpu_family.registry, "choose", lambda *_: ("torch", merge))
+    clocks = {"kernel": lambda: now[0], "as called": lambda: now[0]}
+    gpu_family.measure_variant("cuda", task, "cpu", 4096, 2, clocks)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["dtype"], row["state"]) for row in rows] == [
+        (t, state) for t in ("F32", "BF16") for state in clocks
+    ]
+    assert len(set(merged)) == 1
+    for row in rows:
+        assert (row["way"], row["n"], row["of_limit"], row["of_merge"]) == (f"cuda, {task}", 8, 0.5, 0.25)
+    wrong[0] = True
+    gpu_family.measure_variant("cuda", task, "cpu", 4096, 2, clocks)
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
+    assert said == [f"cuda, {task}, BF16: no speed, other counts than PyTorch's"]
+
+
 @pytest.mark.parametrize("task", LOW_RANK)
 def test_low_rank_models_are_measured_beside_a_copy_and_a_merge(
     gpu_session: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
@@ -263,8 +302,8 @@ def test_every_variant_of_triton_is_a_launch_of_its_own(
     launches = [gpu_session.merge_of(f"triton, {name}", "")(batch, None) for name in gpu_session.TRITON]
     assert len(set(launches)) == len(launches)
     assert set(gpu_session.VARIANTS) == {
-        *(f"triton, {name}" for name in [*gpu_session.TRITON, *DELTAS, *LOW_RANK]),
-        *(f"cuda, {name}" for name in [*gpu_session.CUDA, *DELTAS, *LOW_RANK]),
+        *(f"triton, {name}" for name in [*gpu_session.TRITON, *DELTAS, *LOW_RANK, *FAMILY]),
+        *(f"cuda, {name}" for name in [*gpu_session.CUDA, *DELTAS, *LOW_RANK, *FAMILY]),
     }  # fmt: skip
 
 
