@@ -32,19 +32,19 @@ NEGMERGE_INLINE FamilyConstants<T> family_constants(const Batch& batch) {
           votes, static_cast<T>(batch.family->mask_scale)};
 }
 
-// What a Tally has besides the sum of all e_k, as bits: how many have each sign; sums and votes of each sign; the least and the
+// What a Totals has besides the sum of all e_k, as bits: how many have each sign; sums and votes of each sign; the least and the
 // greatest; the one of the largest magnitude.
-enum Tallied : int { kTallySum = 0, kTallyCounts = 1, kTallySigns = 2, kTallyExtremes = 4, kTallyLargest = 8, kTallyAll = 15 };
+enum Totalled : int { kTotalSum = 0, kTotalCounts = 1, kTotalSigns = 2, kTotalExtremes = 4, kTotalLargest = 8, kTotalAll = 15 };
 
-// What an election and a reduction need. unanimous: all models must agree. Of MASKS, this is the tally before the masks.
-NEGMERGE_INLINE constexpr int tally_of(Election election, Reduction reduction, bool unanimous) {
+// What an election and a reduction need. unanimous: all models must agree. Of MASKS, this is the totals before the masks.
+NEGMERGE_INLINE constexpr int totals_of(Election election, Reduction reduction, bool unanimous) {
   const bool largest = reduction == kLargest;
   switch (election) {
-    case kAgreement: return unanimous ? kTallyExtremes : kTallyCounts | (largest ? kTallyExtremes : kTallySigns);
-    case kSignOfSum: return largest ? kTallyExtremes : kTallySigns;
-    case kConflict: return kTallyExtremes | (largest ? kTallyLargest : kTallySum);
-    case kVotesCounted: return kTallyCounts | (largest ? kTallyLargest : kTallySum);
-    default: return largest ? kTallyLargest : kTallySum;
+    case kAgreement: return unanimous ? kTotalExtremes : kTotalCounts | (largest ? kTotalExtremes : kTotalSigns);
+    case kSignOfSum: return largest ? kTotalExtremes : kTotalSigns;
+    case kConflict: return kTotalExtremes | (largest ? kTotalLargest : kTotalSum);
+    case kVotesCounted: return kTotalCounts | (largest ? kTotalLargest : kTotalSum);
+    default: return largest ? kTotalLargest : kTotalSum;
   }
 }
 
@@ -75,32 +75,32 @@ template <class N>
 struct LargestYet<N, false> {};
 
 // Accumulates all e_k of an element, in the order of the models. If one is not finite, neither is the total.
-template <class T, class N, int kTallied>
-struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
-               SumsOfSigns<N, (kTallied & kTallySigns) != 0>,
-               ExtremesYet<T, N, (kTallied & kTallyExtremes) != 0>,
-               LargestYet<N, (kTallied & kTallyLargest) != 0> {
+template <class T, class N, int kTotalled>
+struct Totals : CountsOfSigns<N, (kTotalled & kTotalCounts) != 0>,
+               SumsOfSigns<N, (kTotalled & kTotalSigns) != 0>,
+               ExtremesYet<T, N, (kTotalled & kTotalExtremes) != 0>,
+               LargestYet<N, (kTotalled & kTotalLargest) != 0> {
   N total = N{};
 
   NEGMERGE_INLINE void accumulate(N e, [[maybe_unused]] N vote) {
     [[maybe_unused]] const N zero = N{}, one = N{} + T(1);
     total = total + e;
-    if constexpr ((kTallied & kTallyCounts) != 0) {
+    if constexpr ((kTotalled & kTotalCounts) != 0) {
       this->n_positive = this->n_positive + (e > zero ? one : zero);
       this->n_negative = this->n_negative + (e < zero ? one : zero);
     }
-    if constexpr ((kTallied & kTallySigns) != 0) {
+    if constexpr ((kTotalled & kTotalSigns) != 0) {
       // Adding +0 for a model of the other sign changes no bit of a sum that started at +0.
       this->positive = this->positive + (e > zero ? e : zero);
       this->negative = this->negative + (e < zero ? e : zero);
       this->positive_votes = this->positive_votes + (e > zero ? vote : zero);
       this->negative_votes = this->negative_votes + (e < zero ? vote : zero);
     }
-    if constexpr ((kTallied & kTallyExtremes) != 0) {
+    if constexpr ((kTotalled & kTotalExtremes) != 0) {
       this->least = lesser(e, this->least);
       this->greatest = greater(e, this->greatest);
     }
-    if constexpr ((kTallied & kTallyLargest) != 0) this->largest = magnitude(e) < magnitude(this->largest) ? this->largest : e;
+    if constexpr ((kTotalled & kTotalLargest) != 0) this->largest = magnitude(e) < magnitude(this->largest) ? this->largest : e;
   }
 
   // r. Of MASKS, if at least two masks are set.
@@ -108,10 +108,10 @@ struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
     const N zero = N{};
     switch (election) {
       case kAgreement:
-        if constexpr ((kTallied & kTallyCounts) != 0) {
+        if constexpr ((kTotalled & kTotalCounts) != 0) {
           const auto up = this->n_positive >= N{} + c.required, down = this->n_negative >= N{} + c.required;
           return (up | down) ? of_sign(up, reduction) : zero;
-        } else if constexpr ((kTallied & kTallyExtremes) != 0) {
+        } else if constexpr ((kTotalled & kTotalExtremes) != 0) {
           const auto up = this->least > zero, down = this->greatest < zero;
           if (reduction == kLargest) return (up | down) ? (up ? this->greatest : this->least) : zero;
           return (up | down) ? of_all(reduction, c) : zero;
@@ -119,11 +119,11 @@ struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
         return zero;
       case kSignOfSum: return of_sign(total >= zero, reduction);
       case kConflict:
-        if constexpr ((kTallied & kTallyExtremes) != 0)
+        if constexpr ((kTotalled & kTotalExtremes) != 0)
           return ((this->least > zero) | (this->greatest < zero)) ? zero : of_all(reduction, c);
         return zero;
       case kVotesCounted:
-        if constexpr ((kTallied & kTallyCounts) != 0) {
+        if constexpr ((kTotalled & kTotalCounts) != 0) {
           const auto up = (this->n_positive >= N{} + c.required) & (total > zero);
           const auto down = (this->n_negative >= N{} + c.required) & (total < zero);
           return (up | down) ? of_all(reduction, c) : zero;
@@ -135,11 +135,11 @@ struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
 
   // Of AGREEMENT: whether zeros alone keep the models from agreeing, if all is finite.
   NEGMERGE_INLINE auto vetoed_by_zero(const FamilyConstants<T>& c) const {
-    if constexpr ((kTallied & kTallyCounts) != 0) {
+    if constexpr ((kTotalled & kTotalCounts) != 0) {
       // Zeros may have the sign of the majority; only the models of the other sign dissent.
       return (lesser(this->n_positive, this->n_negative) <= N{} + c.dissenters) &
              (greater(this->n_positive, this->n_negative) < N{} + c.required);
-    } else if constexpr ((kTallied & kTallyExtremes) != 0) {
+    } else if constexpr ((kTotalled & kTotalExtremes) != 0) {
       return greater(-this->greatest, this->least) == N{};
     } else {
       return total != total;
@@ -148,7 +148,7 @@ struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
 
   // What all e_k are reduced to.
   NEGMERGE_INLINE N of_all(Reduction reduction, const FamilyConstants<T>& c) const {
-    if constexpr ((kTallied & kTallyLargest) != 0)
+    if constexpr ((kTotalled & kTotalLargest) != 0)
       if (reduction == kLargest) return this->largest;
     if (reduction != kMean) return total;
     return c.votes == T(0) ? N{} : total / c.votes;
@@ -157,9 +157,9 @@ struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
   // What the e_k of one sign are reduced to. up: a flag, or a pack of flags.
   template <class Flag>
   NEGMERGE_INLINE N of_sign(Flag up, Reduction reduction) const {
-    if constexpr ((kTallied & kTallyExtremes) != 0)
+    if constexpr ((kTotalled & kTotalExtremes) != 0)
       if (reduction == kLargest) return up ? this->greatest : this->least;
-    if constexpr ((kTallied & kTallySigns) != 0) {
+    if constexpr ((kTotalled & kTotalSigns) != 0) {
       const N sum = up ? this->positive : this->negative, votes = up ? this->positive_votes : this->negative_votes;
       if (reduction == kMean) return votes == N{} ? N{} : sum / votes;
       return sum;
@@ -170,7 +170,7 @@ struct Tally : CountsOfSigns<N, (kTallied & kTallyCounts) != 0>,
 
 // Of MASKS: how many are set, once the sum of all e_k is known.
 template <class T, class N>
-struct MaskTally {
+struct MaskTotals {
   N total, masks = N{};
 
   NEGMERGE_INLINE void accumulate(N e, const FamilyConstants<T>& c) {
@@ -250,21 +250,21 @@ struct Reduced {
 template <class T, class Difference>
 NEGMERGE_INLINE Reduced<T> reduce_one(const Family& family, const SegmentTerms& terms, std::int64_t element,
                                       const FamilyConstants<T>& c, const Difference& difference) {
-  Tally<T, T, kTallyAll> tally;
+  Totals<T, T, kTotalAll> totals;
   bool finite = true;
   const auto each = [&](std::int64_t k) {
     const T d = difference(k), p = static_cast<T>(family.numbers[k]) * d;
     finite &= p - p == T(0);
     return passes(family, terms, k, element, d) ? p : T(0);
   };
-  for (std::int64_t k = 0; k < terms.n; ++k) tally.accumulate(each(k), static_cast<T>(family.numbers[terms.n + k]));
-  T r = tally.reduced(family.election, family.reduction, c);
+  for (std::int64_t k = 0; k < terms.n; ++k) totals.accumulate(each(k), static_cast<T>(family.numbers[terms.n + k]));
+  T r = totals.reduced(family.election, family.reduction, c);
   if (family.election == kMasks) {
-    MaskTally<T, T> masks{tally.total};
+    MaskTotals<T, T> masks{totals.total};
     for (std::int64_t k = 0; k < terms.n; ++k) masks.accumulate(each(k), c);
     r = masks.reduced(r);
   }
-  return {r, finite, family.election == kAgreement && tally.vetoed_by_zero(c)};
+  return {r, finite, family.election == kAgreement && totals.vetoed_by_zero(c)};
 }
 
 // An element's bits to store, and whether it was changed, everything was finite, it was vetoed by zero, and a weight of zero kept it.

@@ -24,7 +24,7 @@ struct FamilyLaunch {
   cudaStream_t stream;
 };
 
-template <class T, class S, int kTallied>
+template <class T, class S, int kTotalled>
 void run(const Batch& batch, const FamilyLaunch& launch) {
   FamilyArgs<T> args;
   args.memory = launch.words ? nullptr : launch.table;
@@ -39,7 +39,7 @@ void run(const Batch& batch, const FamilyLaunch& launch) {
   args.constants = family_constants<T>(batch);
   args.subtracted = batch.task_vectors ? T(0) : T(1);
   std::copy_n(launch.table, launch.words, args.table);
-  void (*const kernel)(FamilyArgs<T>) = family_tiles<T, S, kTallied>;
+  void (*const kernel)(FamilyArgs<T>) = family_tiles<T, S, kTotalled>;
   const auto blocks = static_cast<unsigned>(
       std::min({launch.tiles, launch.max_blocks, blocks_at_a_time(kernel, kFamilyThreads, launch.device) * kFamilyWaves}));
   void* arguments[] = {&args};
@@ -50,20 +50,20 @@ void run(const Batch& batch, const FamilyLaunch& launch) {
 template <class T, class S>
 void run(const Batch& batch, const FamilyLaunch& launch) {
   if constexpr (sizeof(T) == 4) {
-    switch (tally_of(batch.family->election, batch.family->reduction, batch.required == batch.n)) {
-      case kTallySum:
-        if (batch.family->election == kAll) return run<T, S, kTallySum>(batch, launch);
+    switch (totals_of(batch.family->election, batch.family->reduction, batch.required == batch.n)) {
+      case kTotalSum:
+        if (batch.family->election == kAll) return run<T, S, kTotalSum>(batch, launch);
         break;
-      case kTallyLargest:
-        if (batch.family->election == kAll) return run<T, S, kTallyLargest>(batch, launch);
+      case kTotalLargest:
+        if (batch.family->election == kAll) return run<T, S, kTotalLargest>(batch, launch);
         break;
-      case kTallySigns: return run<T, S, kTallySigns>(batch, launch);
-      case kTallyExtremes:
-        if (batch.family->election == kAgreement) return run<T, S, kTallyExtremes>(batch, launch);
+      case kTotalSigns: return run<T, S, kTotalSigns>(batch, launch);
+      case kTotalExtremes:
+        if (batch.family->election == kAgreement) return run<T, S, kTotalExtremes>(batch, launch);
         break;
     }
   }
-  run<T, S, kTallyAll>(batch, launch);
+  run<T, S, kTotalAll>(batch, launch);
 }
 
 template <class T>

@@ -3,7 +3,7 @@
 // A tile of a segment is merged in steps, whose values stay in the first-level cache. The models are swept in groups, as merge_loop.cpp
 // has them: the values of a pack of elements stay in registers over a group, and in memory between groups. What a sweep does not take as
 // it is stored is made differences in the arithmetic type first: models in float64 arithmetic that are not F64, elements of which there
-// are too few for a step, and what a random gate lets pass. Then the tallies are reduced. Then weights and λ are applied, and results are
+// are too few for a step, and what a random gate lets pass. Then the totals are reduced. Then weights and λ are applied, and results are
 // rounded and stored. Elements that may not be finite are merged again one by one.
 //
 // A sweep is compiled for the type of its models, for what is tallied, and for whether there are gates or factors. The steps after it
@@ -29,7 +29,7 @@ namespace {
 constexpr int kTileBytes = 4096;  // of the arithmetic type
 constexpr int kGroup = 8;         // models at once
 constexpr int kMaxPacks = 4;      // of a step
-constexpr int kMaxState = 11;     // fields of a tally
+constexpr int kMaxState = 11;     // fields of a totals
 
 template <class T>
 struct Pack : Lanes<T> {
@@ -81,11 +81,11 @@ struct Group {
   T *reduced, *totals;  // totals: null but for masks
 };
 
-// What is done before the tally: nothing; small differences are dropped; there are any factors, bounds and votes. In the first two cases
-// factors and votes are 1, and the tally tells of all that is not finite.
+// What is done before the totals: nothing; small differences are dropped; there are any factors, bounds and votes. In the first two cases
+// factors and votes are 1, and the totals tells of all that is not finite.
 enum Gating { kNoGating, kLowGating, kFullGating };
 
-// kTallySigns, where all votes are 1.
+// kTotalSigns, where all votes are 1.
 template <class T, class N>
 struct SignsTally {
   using Mask = typename Lanes<T>::Mask;
@@ -109,25 +109,25 @@ struct SignsTally {
   NEGMERGE_INLINE Mask vetoed_by_zero(const FamilyConstants<T>&) const { return Mask{}; }
 };
 
-// What is kept of a pack of elements. check: the sum of all p_k, where not all of them are added to the tally.
+// What is kept of a pack of elements. check: the sum of all p_k, where not all of them are added to the totals.
 template <class A, class N, bool kFull>
 struct State {
-  A tally;
+  A totals;
   N check = N{};
 
   NEGMERGE_INLINE N checked() const { return check; }
 };
 template <class A, class N>
 struct State<A, N, false> {
-  A tally;
+  A totals;
 
-  NEGMERGE_INLINE N checked() const { return tally.total; }
+  NEGMERGE_INLINE N checked() const { return totals.total; }
 };
 
 template <class A>
 constexpr bool kIsMasks = false;
 template <class T, class N>
-constexpr bool kIsMasks<MaskTally<T, N>> = true;
+constexpr bool kIsMasks<MaskTotals<T, N>> = true;
 
 // Packs that are accumulated at once: there are 16 registers, or 32.
 template <class A, class N>
@@ -165,7 +165,7 @@ __attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstant
     for (int j = 0; j < kPacks; ++j) {
       minus[j] = read<N>(from + j * from_step);
       if (!first) s[j] = states[at + j];
-      else if constexpr (kIsMasks<A>) s[j].tally.total = read<N>(reinterpret_cast<const char*>(group.totals) + (at + j) * kPackBytes);
+      else if constexpr (kIsMasks<A>) s[j].totals.total = read<N>(reinterpret_cast<const char*>(group.totals) + (at + j) * kPackBytes);
     }
     const std::int64_t offset = at * bytes;
 #pragma GCC unroll 1
@@ -182,8 +182,8 @@ __attribute__((noinline)) void sweep(const Group<T>& group, const FamilyConstant
           s[j].check = s[j].check + p;
           e = ((size >= splat(numbers.low[k])) & (size <= splat(numbers.high[k]))) ? p : N{};
         }
-        if constexpr (kIsMasks<A>) s[j].tally.accumulate(e, c);
-        else s[j].tally.accumulate(e, splat(numbers.vote[k]));
+        if constexpr (kIsMasks<A>) s[j].totals.accumulate(e, c);
+        else s[j].totals.accumulate(e, splat(numbers.vote[k]));
       }
     }
 #pragma GCC unroll 4
@@ -200,13 +200,13 @@ NEGMERGE_INLINE void reduce_packs(const Group<T>& group, const FamilyConstants<T
   const auto* states = reinterpret_cast<const State<A, N, kFull>*>(group.states);
   auto* to = reinterpret_cast<char*>(group.reduced);
   for (int at = 0; at < group.packs; ++at, to += kPackBytes) {
-    const A& tally = states[at].tally;
+    const A& totals = states[at].totals;
     const N check = states[at].checked();
     N r;
-    if constexpr (kIsMasks<A>) r = tally.reduced(read<N>(to));
-    else r = tally.reduced(election, reduction, c);
+    if constexpr (kIsMasks<A>) r = totals.reduced(read<N>(to));
+    else r = totals.reduced(election, reduction, c);
     if constexpr (!kIsMasks<A>)
-      if (election == kAgreement) r = tally.vetoed_by_zero(c) ? -zero : r;
+      if (election == kAgreement) r = totals.vetoed_by_zero(c) ? -zero : r;
     r = check - check == zero ? r : nan;
     memcpy(to, &r, sizeof r);
   }
@@ -219,7 +219,7 @@ __attribute__((noinline)) void reduce(const Group<T>& group, const FamilyConstan
     if (group.totals)
       for (int at = 0; at < group.packs; ++at)
         memcpy(reinterpret_cast<char*>(group.totals) + at * kPackBytes,
-               &reinterpret_cast<const State<A, PackOf<T>, kFull>*>(group.states)[at].tally.total, kPackBytes);
+               &reinterpret_cast<const State<A, PackOf<T>, kFull>*>(group.states)[at].totals.total, kPackBytes);
   // The usual ones have loops of their own.
   if (election == kAll && reduction == kMean && c.votes != T(0)) return reduce_packs<T, A, kFull>(group, c, kAll, kMean);
   if (election == kAll && reduction == kLargest) return reduce_packs<T, A, kFull>(group, c, kAll, kLargest);
@@ -227,7 +227,7 @@ __attribute__((noinline)) void reduce(const Group<T>& group, const FamilyConstan
   reduce_packs<T, A, kFull>(group, c, election, reduction);
 }
 
-// What is done for a tally.
+// What is done for a totals.
 template <class T>
 struct Steps {
   void (*sweep)(const Group<T>&, const FamilyConstants<T>&);
@@ -236,21 +236,21 @@ struct Steps {
 template <class T, class X, Gating kGating, class A>
 constexpr Steps<T> kSteps{sweep<T, X, A, kGating>, reduce<T, A, kGating == kFullGating>};
 
-// The steps for a tally, a sum of bits of Tallied; kTallyMasks is that of the masks.
-constexpr int kTallyMasks = -1;
+// The steps for a totals, a sum of bits of Totalled; kTotalMasks is that of the masks.
+constexpr int kTotalMasks = -1;
 template <class T, class X, Gating kGating>
 const Steps<T>& steps_of(int tallied) {
   using N = PackOf<T>;
   if constexpr (kGating != kFullGating)
-    if (tallied == kTallySigns) return kSteps<T, X, kGating, SignsTally<T, N>>;
+    if (tallied == kTotalSigns) return kSteps<T, X, kGating, SignsTally<T, N>>;
   switch (tallied) {
-    case kTallySum: return kSteps<T, X, kGating, Tally<T, N, kTallySum>>;
-    case kTallyLargest: return kSteps<T, X, kGating, Tally<T, N, kTallyLargest>>;
-    case kTallySigns: return kSteps<T, X, kGating, Tally<T, N, kTallySigns>>;
-    case kTallyExtremes: return kSteps<T, X, kGating, Tally<T, N, kTallyExtremes>>;
-    case kTallyCounts: return kSteps<T, X, kGating, Tally<T, N, kTallyCounts>>;
-    case kTallyMasks: return kSteps<T, X, kGating, MaskTally<T, N>>;
-    default: return kSteps<T, X, kGating, Tally<T, N, kTallyAll>>;  // what no method of the catalogue needs
+    case kTotalSum: return kSteps<T, X, kGating, Totals<T, N, kTotalSum>>;
+    case kTotalLargest: return kSteps<T, X, kGating, Totals<T, N, kTotalLargest>>;
+    case kTotalSigns: return kSteps<T, X, kGating, Totals<T, N, kTotalSigns>>;
+    case kTotalExtremes: return kSteps<T, X, kGating, Totals<T, N, kTotalExtremes>>;
+    case kTotalCounts: return kSteps<T, X, kGating, Totals<T, N, kTotalCounts>>;
+    case kTotalMasks: return kSteps<T, X, kGating, MaskTotals<T, N>>;
+    default: return kSteps<T, X, kGating, Totals<T, N, kTotalAll>>;  // what no method of the catalogue needs
   }
 }
 
@@ -261,7 +261,7 @@ bool is_swept(Dtype dtype) {
 }
 template <class T, class X>
 const Steps<T>& steps_of(Gating gating, int tallied) {
-  if (gating == kLowGating && tallied == kTallySigns) return kSteps<T, X, kLowGating, SignsTally<T, PackOf<T>>>;  // TIES
+  if (gating == kLowGating && tallied == kTotalSigns) return kSteps<T, X, kLowGating, SignsTally<T, PackOf<T>>>;  // TIES
   return gating == kNoGating ? steps_of<T, X, kNoGating>(tallied) : steps_of<T, X, kFullGating>(tallied);
 }
 template <class T>
@@ -447,7 +447,7 @@ class FamilyRange {
  public:
   FamilyRange(const Batch& batch, Position position, std::int64_t elements, bool in_cache)
       : batch_(batch), family_(*batch.family), constants_(family_constants<T>(batch)), position_(position), elements_(elements),
-        in_cache_(in_cache), unit_(are_ones(batch)), tallied_(tally_of(family_.election, family_.reduction, batch.required == batch.n)) {}
+        in_cache_(in_cache), unit_(are_ones(batch)), tallied_(totals_of(family_.election, family_.reduction, batch.required == batch.n)) {}
 
   void merge() {
     std::int64_t begin = position_.start;  // of this range, in the tile's segment
@@ -512,7 +512,7 @@ class FamilyRange {
     prepare(tile, begin, elements);
     const bool masks = family_.election == kMasks;
     sweep_models(tile, begin, elements, tallied_, masks ? totals_ : nullptr);
-    if (masks) sweep_models(tile, begin, elements, kTallyMasks, totals_);
+    if (masks) sweep_models(tile, begin, elements, kTotalMasks, totals_);
     if (family_.gate == kRandom)
       for (int i = 0; i < elements; ++i) reduced_[i] = check_[i] - check_[i] == T(0) ? reduced_[i] : T(__builtin_nan(""));
   }

@@ -1,7 +1,7 @@
 // The CUDA kernel of the other methods: one launch for a batch. family_cuda.cu launches it; family.h has the rule.
 //
 // Blocks, tiles and segments are those of merge_tiles.h. A thread takes two or four neighbouring elements of the base, and for these
-// all models, with the loads of four under way at once; at odd addresses and at the end of a segment one element at a time. Tallies
+// all models, with the loads of four under way at once; at odd addresses and at the end of a segment one element at a time. Totals
 // of common methods have kernels of their own.
 #pragma once
 
@@ -67,16 +67,16 @@ struct FamilyCounts {
   int agreed = 0, nonfinite = 0, vetoed = 0, masked = 0;
 };
 
-// A tally of which a kernel is compiled has one election; kTallyAll is for all others.
-template <int kTallied, class T>
+// A totals of which a kernel is compiled has one election; kTotalAll is for all others.
+template <int kTotalled, class T>
 __device__ Election election_of(const FamilyArgs<T>& args) {
-  if constexpr (kTallied == kTallyAll) return args.election;
-  else return kTallied == kTallySigns ? kSignOfSum : kTallied == kTallyExtremes ? kAgreement : kAll;
+  if constexpr (kTotalled == kTotalAll) return args.election;
+  else return kTotalled == kTotalSigns ? kSignOfSum : kTotalled == kTotalExtremes ? kAgreement : kAll;
 }
 
 // Elements of a thread at a time, and blocks that a processor can run at a time: the compiler limits registers.
-template <class T, int kTallied>
-constexpr int kFamilyElements = sizeof(T) == 8 || kTallied == kTallyAll ? 2 : 4;
+template <class T, int kTotalled>
+constexpr int kFamilyElements = sizeof(T) == 8 || kTotalled == kTotalAll ? 2 : 4;
 template <class T>
 constexpr int kFamilyBlocks = sizeof(T) == 8 ? 1 : 2;
 
@@ -252,32 +252,32 @@ __device__ void store_merged(std::int64_t address, std::int64_t element, const N
 }
 
 // Merges and counts E elements of a segment.
-template <class T, class S, int kTallied, int E>
+template <class T, class S, int kTotalled, int E>
 __device__ void merge_elements(const FamilyArgs<T>& args, const std::int64_t* row, const SegmentTerms& terms, std::int64_t element,
                                FamilyCounts& counts) {
   using Float = typename S::Float;
-  const Election election = election_of<kTallied>(args);
+  const Election election = election_of<kTotalled>(args);
   Neighbours<S, E> base = {};
   if (row[1]) base = load_neighbours<S, E>(row[1], element);
   T b[E], product_of_zero[E] = {}, r[E];  // the second is NaN if some p_k is not finite
 #pragma unroll
   for (int e = 0; e < E; ++e) b[e] = number<T>(base, e);
-  Tally<T, T, kTallied> tallies[E];
-  MaskTally<T, T> masks[E];
+  Totals<T, T, kTotalled> totals[E];
+  MaskTotals<T, T> masks[E];
   // Of MASKS, all models again with the sum of all: what is loaded is in a cache then.
 #pragma unroll 1
   for (int pass = 0; pass < (election == kMasks ? 2 : 1); ++pass) {
     each_model<T, S, E>(args, row, terms, element, b, [&](int e, T p, T value, T vote) {
       product_of_zero[e] = std::fma(p, T(0), product_of_zero[e]);
-      if (pass == 0) tallies[e].accumulate(value, vote);
+      if (pass == 0) totals[e].accumulate(value, vote);
       else masks[e].accumulate(value, args.constants);
     });
 #pragma unroll
-    for (int e = 0; e < E; ++e) masks[e].total = tallies[e].total;
+    for (int e = 0; e < E; ++e) masks[e].total = totals[e].total;
   }
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    r[e] = tallies[e].reduced(election, args.reduction, args.constants);
+    r[e] = totals[e].reduced(election, args.reduction, args.constants);
     if (election == kMasks) r[e] = masks[e].reduced(r[e]);
   }
   T w[E];
@@ -294,15 +294,15 @@ __device__ void merge_elements(const FamilyArgs<T>& args, const std::int64_t* ro
     merged[e] = chosen && finite ? result : static_cast<Float>(b[e]);
     counts.agreed += chosen && finite;
     counts.nonfinite += !finite;
-    counts.vetoed += finite && election == kAgreement && tallies[e].vetoed_by_zero(args.constants);
+    counts.vetoed += finite && election == kAgreement && totals[e].vetoed_by_zero(args.constants);
     counts.masked += finite && r[e] != T(0) && w[e] == T(0);
   }
   if (row[2]) store_merged<S, E>(row[2], element, base, merged);
 }
 
-template <class T, class S, int kTallied>
+template <class T, class S, int kTotalled>
 __global__ void __launch_bounds__(kFamilyThreads, kFamilyBlocks<T>) family_tiles(const __grid_constant__ FamilyArgs<T> args) {
-  constexpr int E = kFamilyElements<T, kTallied>;
+  constexpr int E = kFamilyElements<T, kTotalled>;
   static_assert(kCudaTile % 16 == 0 && kCudaTile % E == 0, "a tile begins where a thread may load");
   const FamilyTable<T> table{args};
   int tile = static_cast<int>(std::uint64_t{blockIdx.x} * args.tiles / gridDim.x);
@@ -325,11 +325,11 @@ __global__ void __launch_bounds__(kFamilyThreads, kFamilyBlocks<T>) family_tiles
     std::int64_t element = std::int64_t{tile - first} * kCudaTile;
     if (tiling[1]) {
       for (std::int64_t own = element + threadIdx.x * E; own + E <= stop; own += kFamilyThreads * E)
-        merge_elements<T, S, kTallied, E>(args, row, terms, own, counts);
+        merge_elements<T, S, kTotalled, E>(args, row, terms, own, counts);
       element = stop - stop % E;
     }
     for (element += threadIdx.x; element < stop; element += kFamilyThreads)
-      merge_elements<T, S, kTallied, 1>(args, row, terms, element, counts);
+      merge_elements<T, S, kTotalled, 1>(args, row, terms, element, counts);
     std::int64_t* to = args.counts + kFamilyCounted * std::int64_t{segment};
     add_for_warp(to, counts.agreed);
     add_for_warp(to + 1, counts.nonfinite);

@@ -16,11 +16,11 @@ from negmerge_fast.backends.native import build_info
 # Arithmetic and storage type, and what is tallied, as they stand in a mangled name: few, since each takes time to compile.
 KERNELS = [
     f"family_tilesI{arithmetic}NS_{len(storage)}{storage}ELi{tallied}E"
-    for arithmetic, storages, tallies in (
+    for arithmetic, storages, totals in (
         ("f", ("F32", "F16", "BF16"), (0, 2, 4, 8, 15)), ("d", ("F64", "F32", "F16", "BF16"), (15,)),
     )
     for storage in storages
-    for tallied in tallies
+    for tallied in totals
 ]  # fmt: skip
 
 
