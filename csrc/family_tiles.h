@@ -197,18 +197,18 @@ __device__ void each_model(const FamilyArgs<T>& args, const std::int64_t* row, c
         passing = kept<1>(args.seed, terms.begin() + element, terms.key(), k, table.numbers()[2 * args.models + k]);
       gate<T, 1>(args, terms, k, d, passing, consume);
     }
-    return;
-  }
-  for (int k = 0, end; k < args.models; k = end) {
-    const Dtype dtype = table.type(k);
-    for (end = k + 1; end < args.models && table.type(end) == dtype;) ++end;
-    switch (dtype) {
-      case kF64:
-        if constexpr (sizeof(T) == 8) each_of_type<T, S, F64, E>(args, row, terms, k, end, element, b, consume);
-        break;
-      case kF32: each_of_type<T, S, F32, E>(args, row, terms, k, end, element, b, consume); break;
-      case kF16: each_of_type<T, S, F16, E>(args, row, terms, k, end, element, b, consume); break;
-      case kBF16: each_of_type<T, S, BF16, E>(args, row, terms, k, end, element, b, consume); break;
+  } else {
+    for (int k = 0, end; k < args.models; k = end) {
+      const Dtype dtype = table.type(k);
+      for (end = k + 1; end < args.models && table.type(end) == dtype;) ++end;
+      switch (dtype) {
+        case kF64:
+          if constexpr (sizeof(T) == 8) each_of_type<T, S, F64, E>(args, row, terms, k, end, element, b, consume);
+          break;
+        case kF32: each_of_type<T, S, F32, E>(args, row, terms, k, end, element, b, consume); break;
+        case kF16: each_of_type<T, S, F16, E>(args, row, terms, k, end, element, b, consume); break;
+        case kBF16: each_of_type<T, S, BF16, E>(args, row, terms, k, end, element, b, consume); break;
+      }
     }
   }
 }
@@ -257,6 +257,7 @@ __device__ void merge_elements(const FamilyArgs<T>& args, const std::int64_t* ro
                                FamilyCounts& counts) {
   using Float = typename S::Float;
   const Election election = election_of<kTotalled>(args);
+  const Reduction reduction = kTotalled == kTotalLargest ? kLargest : args.reduction;
   Neighbours<S, E> base = {};
   if (row[1]) base = load_neighbours<S, E>(row[1], element);
   T b[E], product_of_zero[E] = {}, r[E];  // the second is NaN if some p_k is not finite
@@ -277,7 +278,7 @@ __device__ void merge_elements(const FamilyArgs<T>& args, const std::int64_t* ro
   }
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    r[e] = totals[e].reduced(election, args.reduction, args.constants);
+    r[e] = totals[e].reduced(election, reduction, args.constants);
     if (election == kMasks) r[e] = masks[e].reduced(r[e]);
   }
   T w[E];
@@ -290,7 +291,8 @@ __device__ void merge_elements(const FamilyArgs<T>& args, const std::int64_t* ro
     const T weighted = w[e] * r[e];
     const bool chosen = weighted != T(0);
     const auto result = static_cast<Float>(negated_mean(b[e], weighted, args.constants));
-    const bool finite = product_of_zero[e] == T(0) && b[e] - b[e] == T(0) && weighted - weighted == T(0) && (!chosen || in_range<S>(result));
+    const bool finite = product_of_zero[e] == T(0) && b[e] - b[e] == T(0) && weighted - weighted == T(0) &&
+                        (!chosen || in_range<S>(result));
     merged[e] = chosen && finite ? result : static_cast<Float>(b[e]);
     counts.agreed += chosen && finite;
     counts.nonfinite += !finite;
