@@ -4,7 +4,7 @@ The models are those of baselines.py: a base and 8 fine-tuned versions of a smal
 Each candidate is a process whose whole time is measured, and they take turns. Their outputs are compared with mergekit's: "differing"
 has the elements of other bits, "apart" those that are more than 2^-20 apart, which no rounding explains: at a threshold of ties mergekit
 keeps as many of equal differences as a sort puts first. Then NegMerge as a method of mergekit, beside `negmerge merge`, whose bits it has
-to have.
+to have, and other methods of `negmerge merge` beside NegMerge.
 
 mergekit has an environment of its own in --environments FOLDER, which is made if it does not exist. It imports this package from the
 checkout.
@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 0.125},
     "ties": {"weight": 1.0, "density": 0.2, "lambda": 0.8},
 }
+# Those of `negmerge merge` that are compared with NegMerge: in one read, and in two.
+OTHERS = ("mean", "magmax", "ties")
 # Without what costs time and is not the merge.
 OPTIONS = ("--quiet", "--no-copy-tokenizer", "--no-write-model-card")
 APART = 2.0**-20
@@ -60,8 +62,9 @@ class Case:
         self.models, self.outs, self.environment = models, outs, environment
         self.files = [path for model in models for path in llamas.weights(model)]
         self.configs = models[0].parent
-        # By candidate: what it is compared with, which comes before it.
+        # By candidate: what its output is compared with, which comes before it; and what its time is.
         self.compared: dict[str, str | None] = {}
+        self.beside: dict[str, str] = {}
         self.candidates: dict[str, Callable[[], Ended]] = {}
         for method, parameters in METHODS.items():
             config = self.write(method, parameters)
@@ -71,9 +74,13 @@ class Case:
         config = self.write("negmerge", {"scale": SCALE})
         ours = self._add("negmerge merge", None, partial(self.ours, *models, "--scale", SCALE))
         self._add("negmerge mergekit negmerge", ours, partial(self.negmerge_mergekit, config))
+        for method in OTHERS:
+            arguments = (*models, "--scale", SCALE, "--method", method)
+            name = self._add(f"negmerge merge --method {method}", None, partial(self.ours, *arguments))
+            self.beside[name] = ours
 
     def _add(self, name: str, compared: str | None, candidate: Callable[[], Ended]) -> str:
-        self.candidates[name], self.compared[name] = candidate, compared
+        self.candidates[name], self.compared[name], self.beside[name] = candidate, compared, compared or name
         return name
 
     def write(self, method: str, parameters: dict[str, Any]) -> Path:
@@ -117,6 +124,8 @@ class Case:
         """Run each candidate once; the elements whose bits differ from those of what it is compared with, and those that are apart."""
         found = {}
         for name, candidate in self.candidates.items():
+            if self.compared[name] is None and name not in self.compared.values():
+                continue
             self.prepare()
             candidate()
             if self.compared[name] is not None:
@@ -138,8 +147,8 @@ class Case:
             {
                 "suite": "mergekit", "layout": "Llama 134M in files", "way": name, "dtype": model.dtype, "n": len(self.models) - 1,
                 "numel": model.numel, "bytes": moved, "state": "warm, to tmpfs", "rounds": rounds, **percentiles(taken),
-                "GB/s": moved / statistics.median(taken) / 1e9, "compared with": self.compared[name],
-                "times the other": statistics.median(a / b for a, b in zip(taken, seconds[self.compared[name] or name], strict=True)),
+                "GB/s": moved / statistics.median(taken) / 1e9, "compared with": self.beside[name] if self.beside[name] != name else None,
+                "times the other": statistics.median(a / b for a, b in zip(taken, seconds[self.beside[name]], strict=True)),
                 "differing": counts.get(name, (None, None))[0], "apart": counts.get(name, (None, None))[1],
                 "peak MB": max(done.peak for done in found[name]) / 1e6,
             }
