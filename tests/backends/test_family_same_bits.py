@@ -43,7 +43,16 @@ TYPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=CASES)
+# Slow tests have every case; of others those that name CASES do, too.
+QUICK_CASES = [
+    pytest.param(*each.values, id=each.id, marks=pytest.mark.slow)
+    if each.values[0] in (ON_HOST, BackendCase("cpu", instruction_set="baseline"))
+    else each
+    for each in CASES
+]
+
+
+@pytest.fixture(params=QUICK_CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     found: BackendCase = request.param
     if (reason := found.why_not()) is not None:
@@ -98,13 +107,16 @@ def check_method(
     return check(case, rule, reduces, made, task_vectors, offset)
 
 
-# Number of models, types and whether they are task vectors: of each method two of these, in turn. A slow test has all of them.
+# Number of models, types and whether they are task vectors: of each method two of these, in turn.
 QUICK = [(1, 0, False), (8, 2, False), (3, 3, False), (2, 1, True), (8, 4, False), (3, 6, False), (30, 0, True), (2, 5, True), (3, 7, True)]  # fmt: skip
 EACH = [
-    (name, *QUICK[(2 * position + k) % len(QUICK)]) for position, name in enumerate(METHODS) for k in range(2)
+    pytest.param(name, *QUICK[(2 * position + k) % len(QUICK)], marks=[pytest.mark.slow] if k else [])
+    for position, name in enumerate(METHODS)
+    for k in range(2)
 ]
 
 
+@pytest.mark.parametrize("case", CASES, indirect=True)
 @pytest.mark.parametrize(("name", "n", "types", "task_vectors"), EACH)
 def test_same_bits(case: BackendCase, name: str, n: int, types: int, task_vectors: bool) -> None:
     """Several tensors in one batch, each with bounds and a key of its own, and cut in two."""
@@ -128,11 +140,13 @@ def test_threads_change_no_bit(case: BackendCase, threads: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("types", TYPES, ids="+".join)
+@pytest.mark.parametrize("types", range(len(TYPES)), ids=["+".join(each) for each in TYPES])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_number_of_models_and_length(case: BackendCase, name: str, types: Sequence[str]) -> None:
-    for n, task_vectors in itertools.product((1, 2, 3, 8, 30), (False, True)):
-        check_method(case, name, n, types, (0, 1, 127, 4097), task_vectors, offset=3)
+def test_every_method_and_type_in_long_tensors(case: BackendCase, name: str, types: int) -> None:
+    """Each method has every number of models, and both inputs."""
+    k = list(METHODS).index(name) + types
+    lengths = (0, 1, 127, 257 if "dare" in name else 4097)
+    check_method(case, name, (1, 2, 3, 8, 30)[k % 5], TYPES[types], lengths, k % 3 == 0, offset=3)
 
 
 @pytest.mark.parametrize(("n", "min_agreement"), [(1, 0.51), (3, 0.51), (8, 0.75)])
@@ -178,11 +192,19 @@ def test_any_scale(case: BackendCase, scale: float) -> None:
 
 
 MODEL_WEIGHTS = (0.5, -2.0, 1e-3, 3e38)
-ALL_CHOICES = list(itertools.product(Gate, Election, Reduction))
+# Any two of the three are together in a quick test.
+ALL_CHOICES = [
+    pytest.param(
+        each,
+        id="-".join(c.name.lower() for c in each),
+        marks=[pytest.mark.slow] if sum(list(type(c)).index(c) for c in each) % 3 else [],
+    )
+    for each in itertools.product(Gate, Election, Reduction)
+]
 
 
 @pytest.mark.parametrize("weights", [None, pytest.param("F32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("chosen", ALL_CHOICES, ids=lambda each: "-".join(c.name.lower() for c in each))
+@pytest.mark.parametrize("chosen", ALL_CHOICES)
 def test_every_combination_of_choices(
     case: BackendCase, chosen: tuple[Gate, Election, Reduction], weights: str | None
 ) -> None:

@@ -125,11 +125,9 @@ FAMILY_FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA kernel for the host")
-@pytest.mark.parametrize(
-    "fault",
-    [next(iter(FAMILY_FAULTS)), *(pytest.param(f, marks=pytest.mark.slow) for f in list(FAMILY_FAULTS)[1:])],
-)
+@pytest.mark.parametrize("fault", FAMILY_FAULTS)
 def test_selftest_finds_faults_of_the_family(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is made once for all numbers of a method."""
     monkeypatch.setattr(selftest, "_results", {})
