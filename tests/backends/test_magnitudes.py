@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backend_cases import BackendCase
 from bits import STORAGE
 from hostile import random_models
 
@@ -62,7 +63,13 @@ def batch_of(tensors: Sequence[tuple[torch.Tensor, list[torch.Tensor]]], task_ve
     )
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline", "torch"])
+# Beside AVX-512 make slow has the other instruction sets.
+OTHERS = [pytest.mark.slow] if BackendCase("cpu", instruction_set="avx512").why_not() is None else []
+
+
+@pytest.fixture(
+    params=["avx512", *(pytest.param(name, marks=OTHERS) for name in ("avx2", "baseline")), "torch"]
+)
 def measure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> magnitudes.Measure:
     """Each function that measures."""
     if request.param == "torch":

@@ -230,7 +230,7 @@ def test_refused_by_name(case: str) -> None:
         ("a: [1", "expected YAML"),
         ("a: !!python/object:os.system {}", "expected YAML"),
         ("? [1, 2]\n: 3", "expected YAML"),
-        ("[" * 5000, "expected YAML"),
+        ("[" * 2000, "expected YAML"),
         ("", "None, expected keys and values"),
         ("#" * (1 << 20) + "\n", "more than 1,048,576 characters"),
     ],

@@ -22,11 +22,10 @@ CHOSEN = [
     (Gate.NONE, Election.MASKS, Reduction.SUM, False),
     (Gate.NONE, Election.ALL, Reduction.LARGEST, False),
 ]
-# Compiling takes long: the first for both targets, all others in slow tests.
+# Compiling takes long: TIES for one target here, all others in slow tests.
+QUICK = (SM_90, "BF16", CHOSEN[0])
 CASES = [
-    pytest.param(
-        target, dtype, chosen, marks=[] if (dtype, chosen) == ("BF16", CHOSEN[0]) else pytest.mark.slow
-    )
+    pytest.param(target, dtype, chosen, marks=[] if (target, dtype, chosen) == QUICK else pytest.mark.slow)
     for target in (SM_90, GFX942)
     for dtype in ("BF16", "F32", "F64")
     for chosen in CHOSEN
