@@ -33,7 +33,7 @@ slow: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k 'not 32_bits' tests/backends/test_same_bits.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k 'not BF16' tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k written_out tests/backends/test_low_rank.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k 'test_same_bits and not dare' tests/backends/test_family_same_bits.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k test_same_bits tests/backends/test_family_same_bits.py
 
 # Models of transformers, sentence-transformers, diffusers, PEFT, timm and open_clip, saved, merged and loaded by these; the same YAML by mergekit and here. One of their packages has a model of 83 MB.
 libraries: $(VENV)/.libraries

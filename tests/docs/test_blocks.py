@@ -34,7 +34,7 @@ NOT_RUN = {
 # Pages whose blocks need transformers and PEFT, or mergekit.
 OF_LIBRARIES = {"adapters.md", "mergekit.md"}
 # Of so many commands that make slow runs them.
-LONG = {"formats.md", "merge-checkpoints.md", "open-unlearning.md"}
+LONG = {"formats.md", "merge-checkpoints.md", "methods.md", "open-unlearning.md"}
 
 # `make` says only what it would do: its targets take minutes, and this is one of them.
 PRELUDE = f'make() {{ command make --dry-run --directory "{ROOT}" "$@"; }}\n'
