@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from ..backends import registry
 from ..checkpoints.base import ByteRange
 from ..checkpoints.reader import Reader
-from ..core.batch import Batch, Signature
+from ..core.batch import Batch, Operand, Signature, segment_at
 from ..core.choices import Terms
 from ..core.rule import Rule
 from ..runtime.buffers import Timeline
 from ..runtime.device import DeviceBuffers
 from .plan import Plan, TensorSlice
-from .worker import segment_of, weight_of
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -57,11 +56,11 @@ def _batch(signature: Signature, weight: str | None, rule: Rule) -> Batch:
     numel = max(_MERGE_BYTES // sum(sizes), 1024)
     # Bytes so small are finite numbers of every type; and pages of their own, which those of zeros would not be.
     versions = [np.random.default_rng(k).integers(0, 64, numel * s, np.uint8) for k, s in enumerate(sizes)]
-    tensor_slice = TensorSlice("", 0, numel, signature, weight)
     addresses = [v.ctypes.data for v in versions]
-    segment = segment_of(tensor_slice, addresses, versions)
-    terms = [Terms(0, 0, weight_of(tensor_slice, addresses, versions))]
-    return Batch("cpu", signature, [segment], None if rule.choices is None else terms)
+    count = 1 + len(signature.models)
+    segment = segment_at(numel, signature, addresses[:count], versions[:count])
+    weights = None if weight is None else Operand(addresses[-1], weight, versions[-1])
+    return Batch("cpu", signature, [segment], None if rule.choices is None else [Terms(0, 0, weights)])
 
 
 def _sizes(signature: Signature, weight: str | None) -> list[int]:
