@@ -46,7 +46,6 @@ from ..runtime.distributed import SINGLE, SingleProcess
 from ..runtime.executor import MakeWorker
 from ..runtime.interrupts import without_interrupts
 from . import probes, variances
-from .bounds import bytes_to_measure, measure
 from .budget import max_open_files
 from .native import ChunkMerger
 from .options import MergeOptions
@@ -234,7 +233,11 @@ class Job:
     @property
     def bytes_to_measure(self) -> int:
         """What measure_bounds usually reads, on all ranks together."""
-        return bytes_to_measure(self.plan.unweighted) if self._needs_bounds else 0
+        if not self._needs_bounds:
+            return 0
+        from .bounds import bytes_to_measure  # imports NumPy, which most merges do not need
+
+        return bytes_to_measure(self.plan.unweighted)
 
     @property
     def _needs_bounds(self) -> bool:
@@ -247,6 +250,8 @@ class Job:
         """
         if not self._needs_bounds:
             return {}
+        from .bounds import measure
+
         assert self.recipe.method
         return measure(self.plan.unweighted, self.recipe.method, self.options, ranks, on_moved)
 
