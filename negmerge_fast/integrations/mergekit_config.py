@@ -122,15 +122,15 @@ def parse(config: object, where: str) -> MergekitConfig:
     shared = _mapping(found.get("parameters") or {}, f"{where}: parameters", (*of_the_merge, *of_a_model))
     models = _models(found.get("models"), f"{where}: models", of_a_model)
     base, numbers = _base_and_models(found, models, shared, where)
+    finetuned = tuple(model for model in numbers if model != base)
+    if not finetuned:
+        raise InputError(f"{where}: models: no model but the base, expected at least one")
     values = {key: _each(numbers, shared, key, where) for key in of_a_model}
     normalize = _boolean(shared, "normalize", _METHODS[name][1], where)
     scale = _number(shared.get("lambda", 1.0), f"{where}: parameters: lambda")
     dtypes = [_dtype(found.get(key), f"{where}: {key}") for key in ("dtype", "out_dtype")]
     make = _linear if name == "linear" else _task_method
     method = make(name, base, values, normalize, shared, where)
-    finetuned = tuple(model for model in numbers if model != base)
-    if not finetuned:
-        raise InputError(f"{where}: models: no model but the base, expected at least one")
     return MergekitConfig(base, finetuned, method, -scale, dtypes[0], dtypes[1], _notes(method, shared))
 
 
