@@ -1,12 +1,8 @@
-// The choice of a loop for magnitudes, and reading of many ranges in one call.
+// The choice of a loop for magnitudes.
 #include "magnitudes.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <stdexcept>
-#include <tuple>
 
 #include "merge_cpu.h"
 
@@ -27,20 +23,6 @@ void measure_magnitudes(const Batch& batch, const MagnitudeIntervals& intervals,
   if (instruction_set == "avx2") return magnitude_loop_avx2(batch, intervals);
 #endif
   magnitude_loop_baseline(batch, intervals);
-}
-
-bool read_ranges(const std::int64_t* sources, std::int64_t count) {
-  for (const std::int64_t* source = sources; source < sources + 4 * count; source += 4) {
-    const auto [descriptor, offset, size] = std::tuple(static_cast<int>(source[0]), source[1], source[2]);
-    char* memory = reinterpret_cast<char*>(source[3]);
-    for (std::int64_t done = 0; done < size;) {
-      const ssize_t got = pread(descriptor, memory + done, size - done, offset + done);
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) return false;
-      done += got;
-    }
-  }
-  return true;
 }
 
 }  // namespace negmerge

@@ -28,8 +28,4 @@ struct MagnitudeIntervals {
 // std::invalid_argument for an instruction set that is not one of instruction_sets().
 void measure_magnitudes(const Batch& batch, const MagnitudeIntervals& intervals, const std::string& instruction_set);
 
-// Reads ranges of open files. sources: [count, 4], the descriptor of a file, an offset, a size, and an address. Returns false if one
-// cannot be read, or its file ends before.
-bool read_ranges(const std::int64_t* sources, std::int64_t count);
-
 }  // namespace negmerge

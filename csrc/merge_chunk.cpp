@@ -109,4 +109,10 @@ ChunkResult merge_chunk(const std::vector<Version>& versions, const std::vector<
   return result;
 }
 
+bool read_ranges(const std::int64_t* sources, std::int64_t count) {
+  for (const std::int64_t* source = sources; source < sources + 4 * count; source += 4)
+    if (!read(Version{static_cast<int>(source[0]), source[1], source[2], reinterpret_cast<char*>(source[3])})) return false;
+  return true;
+}
+
 }  // namespace negmerge

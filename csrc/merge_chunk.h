@@ -39,4 +39,8 @@ struct ChunkResult {
 ChunkResult merge_chunk(const std::vector<Version>& versions, const std::vector<Batch>& batches, const std::string& instruction_set,
                         int descriptor, std::int64_t offset, const ChunkOptions& options, std::mutex* turn);
 
+// Reads ranges of open files, on this thread. sources: [count, 4], the descriptor of a file, an offset, a size, and an address. Returns
+// false if one cannot be read, or its file ends before.
+bool read_ranges(const std::int64_t* sources, std::int64_t count);
+
 }  // namespace negmerge
