@@ -80,7 +80,7 @@ def test_triton_kernels_import_only_core() -> None:
         imported = re.findall(
             r"^\s*(?:from|import) (\.[\w.]*)", path.read_text(encoding="utf-8"), re.MULTILINE
         )
-        assert all(re.fullmatch(r"\.\.core\.\w+|\.\w+", module) for module in imported), (path, imported)
+        assert all(re.fullmatch(r"\.\.core\.\w+|\.\w*", module) for module in imported), (path, imported)
         assert "negmerge_fast." not in " ".join(
             re.findall(r"^\s*(?:from|import) (negmerge.*)", path.read_text(), re.MULTILINE)
         )
