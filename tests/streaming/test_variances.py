@@ -17,7 +17,8 @@ from small_chunks import record_every_chunk
 import negmerge_fast as nm
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-MERGE = ("merge", "base", "ft-0", "ft-1", "-o", "out", "--scale", "1")
+WITHOUT_SCALE = ("merge", "base", "ft-0", "ft-1", "-o", "out")
+MERGE = (*WITHOUT_SCALE, "--scale", "1")
 
 
 def save(folder: Path) -> None:
@@ -48,8 +49,12 @@ def test_variances_below_zero_are_told_of(run: Run) -> None:
     assert (status, err) == (0, f"negmerge: note: {LINE}\n")
     assert json.loads(Path("report.json").read_text())["notes"] == [LINE]
     assert run(*MERGE, "--nonfinite", "keep-base", "--overwrite", "--quiet") == (0, "", "")
-    for more in (("--exclude", "running_var"), ("--dry-run",), ("--scale", "0.1")):
-        assert run(*MERGE, "--nonfinite", "keep-base", "--overwrite", *more)[::2] == (0, "")
+    for merge in (
+        (*MERGE, "--exclude", "running_var"),
+        (*MERGE, "--dry-run"),
+        (*WITHOUT_SCALE, "--scale", "0.1"),
+    ):
+        assert run(*merge, "--nonfinite", "keep-base", "--overwrite")[::2] == (0, "")
 
 
 def test_what_is_not_merged_is_not_examined(run: Run) -> None:
