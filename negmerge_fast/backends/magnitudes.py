@@ -30,7 +30,7 @@ _KEYS = {"F32": np.int32, "F64": np.int64}
 # Elements of a tensor, or of all of them, of which no sample is taken: all magnitudes are kept.
 MAX_UNSAMPLED = 1 << 16
 # Elements of a sample of a tensor, and of all. With these an interval has a few per cent of the elements.
-_MIN_SAMPLE, MAX_SAMPLE, MODEL_SAMPLE, _SAMPLED = 1 << 14, 1 << 18, 1 << 19, 64
+_MIN_SAMPLE, MAX_SAMPLE, MODEL_SAMPLE, _SAMPLED = 1 << 14, 1 << 17, 1 << 18, 64
 # Elements of a block of a sample: neighbours are alike, and reading them costs as much as reading one.
 SAMPLE_BLOCK = 128
 # Standard deviations to both sides, and how many independent samples tell what one is.
@@ -38,7 +38,9 @@ _DEVIATIONS, _REPLICATES = 5.0, 64
 
 # Magnitudes that are kept of an interval before they are counted in bins.
 MAX_KEPT = 1 << 20
-# Bytes for each of these: the keys, twice while they are counted, and bins.
+# About one of so many elements is in an interval that a sample told. So many of them wait to be counted in bins.
+_PER_INTERVAL, _WAITING = 64, 1 << 15
+# Bytes for each that is kept: the keys, twice while they are counted, and bins.
 BYTES_PER_KEPT = 24
 
 # Elements at a time, of all models.
@@ -154,11 +156,13 @@ def _count(magnitudes: torch.Tensor, edges: Array, counts: Array) -> Array:
 class IntervalCounts:
     """The magnitudes that were counted in an interval: how many are below it, and their keys in it.
 
-    Keys are kept one by one, or counted in bins when there are too many.
+    Keys are kept one by one, or counted in bins when there are too many. If more are expected than there are different ones, each of
+    these has a bin from the start: that is as exact, and takes less memory.
 
     Args:
         interval: The interval.
         capacity: How many keys are kept.
+        expected: How many there will be, about.
 
     Attributes:
         lower: How many are below the interval.
@@ -166,9 +170,12 @@ class IntervalCounts:
         shift: Of how many low bits of a key nothing is known.
     """
 
-    def __init__(self, interval: Interval, capacity: int) -> None:
+    def __init__(self, interval: Interval, capacity: int, expected: int = 0) -> None:
         self.interval, self.lower, self.inside, self.shift = interval, 0, 0, 0
-        self._capacity, self._kept, self._keys = capacity, 0, list[Array]()
+        self._bits = max(capacity, 2).bit_length() - 1
+        is_narrow = interval.high - interval.low <= min(1 << self._bits, expected)
+        self._capacity = min(capacity, _WAITING) if is_narrow else capacity
+        self._kept, self._keys = 0, list[Array]()
         self._bins: Array | None = None
         self._sorted: Array | None = None
 
@@ -185,12 +192,13 @@ class IntervalCounts:
     def _count_kept(self) -> None:
         low, high = self.interval
         if self._bins is None:
-            bits = max(self._capacity // 2, 2).bit_length() - 1
-            self.shift = max((high - low - 1).bit_length() - bits, 0)
-            self._bins = np.zeros(((high - 1) >> self.shift) - (low >> self.shift) + 1, np.int64)
+            self.shift = max((high - low - 1).bit_length() - self._bits, 0)
+            self._bins = np.zeros(((high - 1) >> self.shift) - (low >> self.shift) + 1, np.uint32)
+        if self.inside >> 32:
+            self._bins = self._bins.astype(np.int64, copy=False)
         if self._keys:
             numbers = (self._joined() >> self.shift) - (low >> self.shift)
-            self._bins += np.bincount(numbers, minlength=len(self._bins))
+            np.add.at(self._bins, numbers, self._bins.dtype.type(1))
         self._keys, self._kept = [], 0
 
     def _joined(self) -> Array:
@@ -205,7 +213,9 @@ class IntervalCounts:
             key = int(np.partition(self._joined(), position)[position])
             return key, key + 1
         self._count_kept()
-        found = int(np.searchsorted(np.cumsum(self._bins), position, side="right")) + (low >> self.shift)
+        found = int(np.searchsorted(np.cumsum(self._bins, dtype=np.int64), position, side="right")) + (
+            low >> self.shift
+        )
         return max(low, found << self.shift), min(high, (found + 1) << self.shift)
 
     def count_lower(self, key: int) -> int:
@@ -215,7 +225,9 @@ class IntervalCounts:
             return self.lower + (self.inside if key >= high else 0)
         if self._bins is not None:
             self._count_kept()
-            return self.lower + int(self._bins[: (key >> self.shift) - (low >> self.shift)].sum())
+            return self.lower + int(
+                self._bins[: (key >> self.shift) - (low >> self.shift)].sum(dtype=np.int64)
+            )
         if self._sorted is None:
             self._sorted = np.sort(self._joined()) if self._keys else np.empty(0, np.int64)
         return self.lower + int(np.searchsorted(self._sorted, key))
@@ -277,7 +289,8 @@ class Group:
     def begin(self) -> None:
         """Begin to count in the intervals that were chosen."""
         self._counted = [
-            [IntervalCounts(w, self._capacity) for w in search.intervals] for search in self.searches
+            [IntervalCounts(w, self._capacity, self.numel // _PER_INTERVAL) for w in search.intervals]
+            for search in self.searches
         ]
         self._added, self.has_intervals = 0, True
         self._edges = {}

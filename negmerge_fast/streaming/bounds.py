@@ -37,6 +37,10 @@ from .worker import batches
 
 # Elements of a block of a sample of what is computed: each takes a call.
 _COMPUTED_BLOCK = 2048
+# Bytes of a version that are sampled at once, at most: the keys of all of them are kept for a while.
+_SAMPLED_BYTES = 1 << 17
+# Bytes of a version in a chunk, at most: a worker has a buffer of keys for each version, too.
+_MAX_CHUNK_BYTES = 1 << 19
 # Keys that are kept of each interval, at least.
 _MIN_KEPT = 1 << 10
 
@@ -253,7 +257,8 @@ class _Job:
             found = allocate(plan, replace(options, memory_budget=available - kept), "cpu", (name,), buffers)
         except InputError:  # then little is kept of an interval, and more has to be read again
             found = allocate(plan, options, "cpu", (name,), buffers)
-        self.workers, self.chunk_bytes, held = found
+        self.workers, chunk_bytes, held = found
+        self.chunk_bytes = min(chunk_bytes, _MAX_CHUNK_BYTES)
         kept = max(available - held, 0) // (intervals * magnitudes.BYTES_PER_KEPT)
         self.capacity = min(max(kept, _MIN_KEPT), magnitudes.MAX_KEPT)
         self.release = bytes_to_measure(plan) > memory.free_memory() // 2
@@ -366,7 +371,7 @@ class _Worker:
         sizes = TensorSlice("", 0, 0, tensor.signature).sizes
         computed = any(source.file.is_computed for source in tensor.sources)
         block = _COMPUTED_BLOCK if computed else magnitudes.SAMPLE_BLOCK
-        limit = self.job.chunk_bytes // max(sizes)
+        limit = min(self.job.chunk_bytes, _SAMPLED_BYTES) // max(sizes)
         blocks = magnitudes.sample_blocks(tensor.numel, wanted, min(block, limit, wanted))
         if len(blocks) == 1 and blocks[0][1] > limit:
             blocks = [(at, min(limit, tensor.numel - at)) for at in range(0, tensor.numel, limit)]

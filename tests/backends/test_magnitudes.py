@@ -288,6 +288,19 @@ def test_too_many_keys_are_counted_in_bins() -> None:
     assert [t.count_lower(k) for t in (exact, full) for k in (0, *interval)] == [280, 280, 5280] * 2
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_more_keys_than_different_ones_are_counted_in_bins_of_one(dtype: type) -> None:
+    keys = np.random.default_rng(0).integers(1000, 1700, 100_000, dtype=dtype)
+    counts = IntervalCounts(Interval(1000, 1700), capacity=1024, expected=100_000)
+    for part in np.array_split(keys, 7):
+        counts.add(0, len(part), part)
+    assert counts.shift == 0
+    keys.sort()
+    for position in (0, 1, 50_000, 99_999):
+        assert counts.range_at(position) == (keys[position], keys[position] + 1)
+    assert counts.count_lower(1500) == int((keys < 1500).sum())
+
+
 def test_everything_is_all_that_is_finite() -> None:
     base, models = random_models(2, 500, F32, [F32])
     batch = batch_of([(base, models)])
