@@ -299,14 +299,17 @@ def _more(names: Collection[object]) -> str:
 
 
 def hint(base: Collection[str], model: Collection[str]) -> str | None:
-    """What to try where names do not match: the prefixes by which most of the names that only one side has differ."""
-    only_base = list(islice((name for name in base if name not in model), 1000))
+    """What to try where names do not match: the prefixes by which most of the names that only one side has differ.
+
+    Names in memory may be other than strings: they have no prefixes.
+    """
+    only_base = list(islice((name for name in base if name not in model and isinstance(name, str)), 1000))
     by_end: dict[tuple[str, ...], list[str]] = {}
     for name in only_base:
         by_end.setdefault(_end(name), []).append(name)
     pairs: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], tuple[str, str]] = {}
-    for own in islice((name for name in model if name not in base), 1000):
+    for own in islice((name for name in model if name not in base and isinstance(name, str)), 1000):
         for name in by_end.get(_end(own), ()):
             shared = _shared_end(own, name)
             prefixes = own[: len(own) - shared], name[: len(name) - shared]

@@ -227,6 +227,12 @@ def test_weights_of_some_tensors_under_other_names() -> None:
     holds(kept, {**wanted, "bias": base["bias"]})
 
 
+def test_weights_of_a_name_that_is_no_string() -> None:
+    base, *models = models_of()
+    with pytest.raises(nm.InputError, match=r"^weights: 0: not in base, expected weights of its tensors$"):
+        nm.merge(base, models, scale=SCALE, weights={0: torch.ones(9)})  # type: ignore[dict-item]
+
+
 def test_weights_of_tied_tensors() -> None:
     base, *models = ({"a": t["bias"], "b": t["bias"]} for t in models_of())
     mask = torch.tensor([True, False, True] * 3)
