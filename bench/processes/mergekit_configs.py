@@ -64,7 +64,7 @@ class Case:
         self.configs = models[0].parent
         # By candidate: what its output is compared with, which comes before it; and what its time is.
         self.compared: dict[str, str | None] = {}
-        self.beside: dict[str, str] = {}
+        self.timed_with: dict[str, str] = {}
         self.candidates: dict[str, Callable[[], Ended]] = {}
         for method, parameters in METHODS.items():
             config = self.write(method, parameters)
@@ -77,10 +77,14 @@ class Case:
         for method in OTHERS:
             arguments = (*models, "--scale", SCALE, "--method", method)
             name = self._add(f"negmerge merge --method {method}", None, partial(self.ours, *arguments))
-            self.beside[name] = ours
+            self.timed_with[name] = ours
 
     def _add(self, name: str, compared: str | None, candidate: Callable[[], Ended]) -> str:
-        self.candidates[name], self.compared[name], self.beside[name] = candidate, compared, compared or name
+        self.candidates[name], self.compared[name], self.timed_with[name] = (
+            candidate,
+            compared,
+            compared or name,
+        )
         return name
 
     def write(self, method: str, parameters: dict[str, Any]) -> Path:
@@ -147,8 +151,8 @@ class Case:
             {
                 "suite": "mergekit", "layout": "Llama 134M in files", "way": name, "dtype": model.dtype, "n": len(self.models) - 1,
                 "numel": model.numel, "bytes": moved, "state": "warm, to tmpfs", "rounds": rounds, **percentiles(taken),
-                "GB/s": moved / statistics.median(taken) / 1e9, "compared with": self.beside[name] if self.beside[name] != name else None,
-                "times the other": statistics.median(a / b for a, b in zip(taken, seconds[self.beside[name]], strict=True)),
+                "GB/s": moved / statistics.median(taken) / 1e9, "compared with": self.timed_with[name] if self.timed_with[name] != name else None,
+                "times the other": statistics.median(a / b for a, b in zip(taken, seconds[self.timed_with[name]], strict=True)),
                 "differing": counts.get(name, (None, None))[0], "apart": counts.get(name, (None, None))[1],
                 "peak MB": max(done.peak for done in found[name]) / 1e6,
             }
