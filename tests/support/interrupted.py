@@ -69,7 +69,7 @@ def start(
 ) -> list[subprocess.Popen[str]]:
     """Start the processes of one slow merge, by rank.
 
-    present: the ranks that are started. of_last: arguments of the last one alone. arguments: those of all. late: the rank that seldom polls others.
+    present: the ranks that are started. arguments: those of all. of_last: those of the last one, if they are others. late: the rank that seldom polls others.
     """
     port = str(free_port())
     processes = []
@@ -80,7 +80,8 @@ def start(
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        command = [sys.executable, "-c", SLOW, *arguments, *more, *(of_last if rank == ranks - 1 else ())]
+        own = of_last if of_last and rank == ranks - 1 else arguments
+        command = [sys.executable, "-c", SLOW, *own, *more]
         processes.append(
             subprocess.Popen(
                 command,
