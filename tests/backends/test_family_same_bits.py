@@ -43,7 +43,7 @@ TYPES = [
 ]  # fmt: skip
 
 
-# Slow tests have every case; of others those that name CASES do, too.
+# Quick are PyTorch and the best instruction set. The CUDA kernel takes long to compile for the host.
 QUICK_CASES = [
     pytest.param(*each.values, id=each.id, marks=pytest.mark.slow)
     if each.values[0] in (ON_HOST, BackendCase("cpu", instruction_set="baseline"))
@@ -116,7 +116,6 @@ EACH = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, indirect=True)
 @pytest.mark.parametrize(("name", "n", "types", "task_vectors"), EACH)
 def test_same_bits(case: BackendCase, name: str, n: int, types: int, task_vectors: bool) -> None:
     """Several tensors in one batch, each with bounds and a key of its own, and cut in two."""

@@ -174,7 +174,7 @@ class Rank(SingleProcess):
 
 
 @pytest.mark.parametrize("of", METHODS, ids=str)
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kept", [50, 1 << 20])
 def test_ranks_find_the_same(
     case: Case, small: None, monkeypatch: pytest.MonkeyPatch, of: Method, count: int, kept: int
