@@ -293,12 +293,13 @@ class Worker:
                 name, start = slices[row].name, slices[row].start
                 tensor = self.plan.base.tensors[name]
                 held = self.plan.models[version].tensors[name] if isinstance(version, int) else tensor
+                file = chunk.sources[-1].file if version == "weights" else held.source.file
                 index = tuple(int(i) for i in np.unravel_index(start + element, tensor.spec.shape))
                 what = (
                     f"the result at {index} is not finite" if version == "result" else f"{value} at {index}"
                 )
                 raise InputError(
-                    f"{held.source.file.path}: tensor {short_repr(name)}: {what}, "
+                    f"{file.path}: tensor {short_repr(name)}: {what}, "
                     "expected finite numbers (or --nonfinite keep-base)"
                 )
         raise RuntimeError("a non-finite number was counted, and is not found again")

@@ -188,6 +188,14 @@ def test_weights_of_one_change_nothing_and_masks_are_masks(models: list[Tensors]
         assert same_bits(merged[name], torch.where(masks[name], plain[name], base)), name
 
 
+def test_a_weight_that_is_not_finite_is_named_in_its_own_file(models: list[Tensors], tmp_path: Path) -> None:
+    weight = torch.ones(50, 16)
+    weight[3, 5] = torch.nan
+    save_file({"embed": weight}, tmp_path / "w.safetensors")
+    with pytest.raises(nm.InputError, match=re.escape("w.safetensors: tensor 'embed': nan at (3, 5)")):
+        merge_by(tmp_path, "mean", weights=tmp_path / "w.safetensors")
+
+
 def test_weights_scale_what_is_taken_off(models: list[Tensors], tmp_path: Path) -> None:
     """Fractions, as of PerTA, and λ turned as --add turns it."""
     weight = torch.rand(50, 16, generator=torch.Generator().manual_seed(1))
