@@ -6,7 +6,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -142,8 +141,10 @@ class Live:
 
     def __del__(self) -> None:
         # Of a block that Ctrl-C has left between two instructions of the interpreter.
-        with suppress(Exception):
+        try:  # noqa: SIM105 - when the interpreter ends, the names of this module are None, and suppress would be
             self._end()
+        except Exception:
+            pass
 
     @property
     def scale(self) -> float | None:

@@ -54,6 +54,17 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
+def test_nothing_is_printed_when_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of modules are None then, before what a script's variables hold is deleted."""
+    base, *models = versions(50)
+    with nm.consensus_delta(base, models).live(base) as live:
+        live.scale = 0.5
+    module = sys.modules[type(live).__module__]
+    for name in [name for name in vars(module) if not name.startswith("__")]:
+        monkeypatch.setattr(module, name, None)
+    live.__del__()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_a_module(device: str) -> None:
     base, *models = (net(seed).to(device) for seed in range(4))
