@@ -124,14 +124,19 @@ class Case:
             (sys.executable, "-m", "negmerge_fast", "merge", *arguments, "--output", self.out, "--quiet")
         )
 
-    def compare(self) -> dict[str, tuple[int, int]]:
-        """Run each candidate once; the elements whose bits differ from those of what it is compared with, and those that are apart."""
-        found = {}
+    def compare(self) -> tuple[dict[str, tuple[int, int]], dict[str, list[Ended]]]:
+        """Run each candidate once.
+
+        Returns:
+            The elements whose bits differ from those of what a candidate is compared with, and those that are apart; and the runs.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        taken = {}
         for name, candidate in self.candidates.items():
+            self.prepare()
+            taken[name] = [candidate()]
             if self.compared[name] is None and name not in self.compared.values():
                 continue
-            self.prepare()
-            candidate()
             if self.compared[name] is not None:
                 found[name] = differing(self.out, self.outs / "other")
                 if name == "negmerge mergekit negmerge" and found[name] != (0, 0):
@@ -140,11 +145,13 @@ class Case:
                 shutil.rmtree(self.outs / "other", ignore_errors=True)
                 self.out.rename(self.outs / "other")
         shutil.rmtree(self.outs / "other")
-        return found
+        return found, taken
 
     def rows(self, model: llamas.Llama, rounds: int) -> list[dict[str, Any]]:
-        counts = self.compare()
-        found = process.alternate(self.candidates, rounds, self.prepare)
+        counts, found = self.compare()
+        if rounds > 1:
+            more = process.alternate(self.candidates, rounds - 1, self.prepare)
+            found = {name: [*done, *more[name]] for name, done in found.items()}
         seconds = {name: [done.seconds for done in taken] for name, taken in found.items()}
         moved = sum(path.stat().st_size for path in self.files) * (len(self.models) + 1) // len(self.models)
         return [
