@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ class Case:
         )
         return name
 
+    def keep(self, names: Iterable[str]) -> None:
+        """Leave out all other candidates."""
+        self.candidates = {name: self.candidates[name] for name in names}
+        self.compared = dict.fromkeys(self.candidates)
+
     def write(self, method: str, parameters: dict[str, Any]) -> Path:
         """The file of a method. JSON is valid YAML."""
         base, *models = map(str, self.models)
@@ -147,7 +152,7 @@ class Case:
             else:
                 shutil.rmtree(self.outs / "other", ignore_errors=True)
                 self.out.rename(self.outs / "other")
-        shutil.rmtree(self.outs / "other")
+        shutil.rmtree(self.outs / "other", ignore_errors=True)
         return found, taken
 
     def rows(self, model: llamas.Llama, rounds: int) -> list[dict[str, Any]]:
@@ -199,6 +204,9 @@ def main() -> None:
         "--shrink", type=int, default=1, help="what dimensions are divided by: 1, 2, 4, … 32"
     )
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument(
+        "--methods", action="store_true", help="only the methods of negmerge merge, beside NegMerge"
+    )
     options.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder for the models")
     options.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a tmpfs for the outputs")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are appended to")
@@ -206,13 +214,21 @@ def main() -> None:
     model = llamas.Llama(given.layers, *baselines.MODEL[1:]).shrunk(given.shrink)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all models are local
     try:
-        environment = baselines.environment(given.environments.absolute() / "mergekit", PACKAGE)
+        folder = given.environments.absolute() / "mergekit"
+        environment = folder if given.methods else baselines.environment(folder, PACKAGE)
         with (
             tempfile.TemporaryDirectory(dir=given.folder) as inputs,
             tempfile.TemporaryDirectory(dir=given.tmpfs) as outputs,
         ):
             models = llamas.make(Path(inputs), model, baselines.MODELS, shard=5 << 30)
-            rows = Case(models, Path(outputs), environment).rows(model, given.rounds)
+            case = Case(models, Path(outputs), environment)
+            if given.methods:
+                case.keep(
+                    name
+                    for name in case.candidates
+                    if name.startswith("negmerge merge") and "--config" not in name
+                )
+            rows = case.rows(model, given.rounds)
     except (OSError, Failed) as error:
         sys.exit(f"mergekit_configs: {error}")
     record(given.results, rows, also=("times the other", "differing", "apart", "peak MB"))
