@@ -223,11 +223,8 @@ def main() -> None:
             models = llamas.make(Path(inputs), model, baselines.MODELS, shard=5 << 30)
             case = Case(models, Path(outputs), environment)
             if given.methods:
-                case.keep(
-                    name
-                    for name in case.candidates
-                    if name.startswith("negmerge merge") and "--config" not in name
-                )
+                others = ("negmerge merge", *(name for name in case.candidates if "--method" in name))
+                case.keep(others)
             rows = case.rows(model, given.rounds)
     except (OSError, Failed) as error:
         sys.exit(f"mergekit_configs: {error}")
