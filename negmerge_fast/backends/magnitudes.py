@@ -30,7 +30,7 @@ _KEYS = {"F32": np.int32, "F64": np.int64}
 # Elements of a tensor, or of all of them, of which no sample is taken: all magnitudes are kept.
 MAX_UNSAMPLED = 1 << 16
 # Elements of a sample of a tensor, and of all. With these an interval has a few per cent of the elements.
-_MIN_SAMPLE, MAX_SAMPLE, MODEL_SAMPLE, _SAMPLED = 1 << 14, 1 << 17, 1 << 18, 64
+_MIN_SAMPLE, MAX_SAMPLE, MODEL_SAMPLE, _SAMPLED = 1 << 14, 1 << 18, 1 << 19, 64
 # Elements of a block of a sample: neighbours are alike, and reading them costs as much as reading one.
 SAMPLE_BLOCK = 128
 # Standard deviations to both sides, and how many independent samples tell what one is.

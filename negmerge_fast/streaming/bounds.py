@@ -40,7 +40,7 @@ _COMPUTED_BLOCK = 2048
 # Bytes of a version that are sampled at once, at most: the keys of all of them are kept for a while.
 _SAMPLED_BYTES = 1 << 17
 # Bytes of a version in a chunk, at most: a worker has a buffer of keys for each version, too.
-_MAX_CHUNK_BYTES = 1 << 19
+_MAX_CHUNK_BYTES = 1 << 20
 # Keys that are kept of each interval, at least.
 _MIN_KEPT = 1 << 10
 
