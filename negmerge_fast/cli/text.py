@@ -66,7 +66,7 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
     job = jobs[0]
     plan, device = job.plan, job.placement.device
     is_delta = [model.path for model in plan.models if model.kind == "delta"]
-    throughput = job.throughput()
+    throughput, bounds = job.throughput(), job.bytes_to_measure
     # How many means a delta has is not known.
     written = f"at least {_size(sum(file.size for file in plan.files.values()))}: masks, and the means of what agrees"
     return [
@@ -84,7 +84,8 @@ def plan_lines(jobs: Sequence[Job]) -> list[str]:
         f"tensors   {plan.tensors} to merge ({plan.elements:,} elements), {plan.unchanged} unchanged",
         f"segments  {segments_of(plan, job.chunk_bytes)} in {len(plan.extents)} extents, "
         f"chunks of at most {_size(job.chunk_bytes)} per file",
-        f"read      {_size(plan.bytes_read)}",
+        f"read      {_size(plan.bytes_read + bounds)}"
+        + (f", of which {_size(bounds)} to find bounds" if bounds else ""),
         f"write     {written if job.recipe.means else _size(len(jobs) * plan.bytes_written)}",
         f"memory    {_size(job.memory)}{'' if device == 'cpu' else f', and as much on {device}'}",
         f"backend   {job.backend} on {device} ({job.placement.reason})",

@@ -212,6 +212,13 @@ def test_dry_run(run: Run, models: Any, tmp_path: Path) -> None:
     assert nothing_left(tmp_path)
 
 
+def test_a_dry_run_counts_what_is_read_to_find_bounds(run: Run, models: Any, tmp_path: Path) -> None:
+    _, plain, _ = run(*MERGE, "--dry-run")
+    status, out, err = run(*MERGE, "--method", "ties", "--dry-run")
+    assert (status, err) == (0, "")
+    assert " to find bounds" in out and " to find bounds" not in plain
+
+
 def test_inspect(run: Run, models: Any, tmp_path: Path) -> None:
     status, out, _ = run("inspect", "base", "ft-0", "ft-1")
     assert status == 0 and "2 weight files" in out and "can be merged: 6 tensors" in out
