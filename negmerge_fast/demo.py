@@ -22,10 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .core.choices import Reduction
 from .core.errors import InputError, MergeWarning
 from .deltas.memory import Delta, consensus_delta
-from .methods.catalogue import method as make_method
 from .search.api import select_scale
 from .search.result import NoScaleError
 from .streaming.api import merge_checkpoints
@@ -39,9 +37,6 @@ METHODS = {
     "uniform mean": "mean",
     "TIES (top 20 %)": "ties",
     "MagMax": "magmax",
-    "breadcrumbs": "breadcrumbs",
-    "DARE (drop 90 %)": "dare",
-    "EMR": "emr",
     "conflicting only": "conflict",
     "NegMerge": "negmerge",
 }
@@ -271,22 +266,13 @@ def _candidates(name: str, network: nn.Module, finetuned: list[State]) -> Iterab
     return [consensus_delta(network, finetuned, method=method)]
 
 
-def _grid(name: str, settings: Settings) -> list[float]:
-    """The values of λ: of a sum of differences as many times smaller as there are models."""
-    method = METHODS[name]
-    adds = method is not None and make_method(method).reduction == Reduction.SUM
-    return [scale / settings.models if adds else scale for scale in settings.grid]
-
-
-def _search(
-    network: nn.Module, delta: Delta, evaluate: _Evaluator, grid: Sequence[float]
-) -> tuple[Any, Curve]:
+def _search(network: nn.Module, delta: Delta, evaluate: _Evaluator, settings: Settings) -> tuple[Any, Curve]:
     """The chosen point, which is the base's if no λ forgets, and all points."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # accuracies on a fine grid are never quite monotone
         try:
             found = select_scale(
-                network, delta, evaluate=evaluate, scales=grid, retain_floor=KEPT, progress=False
+                network, delta, evaluate=evaluate, scales=settings.grid, retain_floor=KEPT, progress=False
             )
         except NoScaleError as error:
             return error.points[0], error.points
@@ -308,9 +294,8 @@ def _run_seed(
     add("original", network)
     add("retrained", retrained)
     for method in METHODS:
-        grid = _grid(method, settings)
         found = [
-            (delta, *_search(network, delta, on_validation, grid))
+            (delta, *_search(network, delta, on_validation, settings))
             for delta in _candidates(method, network, finetuned)
         ]
         delta, point, curves[method] = min(found, key=lambda each: (each[1].forget, -each[1].retain))

@@ -36,20 +36,12 @@ def test_candidates_on_vectors_worked_by_hand() -> None:
     assert made("uniform mean") == [[3.0, 2.0, 0.0, -0.5, 0.375]]
     assert made("TIES (top 20 %)") == [[4.0, 5.0, 0.0, 0.0, 0.0]]  # one of five is kept in each
     assert made("MagMax") == [[4.0, 5.0, 0.0, -4.0, 0.5]]
-    assert made("EMR") == [[4.0, 5.0, 0.0, -4.0, 0.5]]
     assert made("conflicting only") == [[0.0, 2.0, 0.0, -0.5, 0.0]]
     assert made("NegMerge") == [[3.0, 0.0, 0.0, 0.0, 0.375]]
 
 
 def test_methods_are_those_of_the_package() -> None:
     assert {name for name in demo.METHODS.values() if name} <= set(NAMES)
-
-
-@pytest.mark.parametrize("name", demo.METHODS)
-def test_the_grid_of_a_sum_is_that_of_a_mean(name: str) -> None:
-    settings = Settings(models=4, grid=(0.0, 2.0))
-    expected = [0.0, 0.5] if name in ("breadcrumbs", "DARE (drop 90 %)") else [0.0, 2.0]
-    assert demo._grid(name, settings) == expected
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
