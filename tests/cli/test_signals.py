@@ -136,7 +136,12 @@ def test_importing_every_module_sets_no_handler() -> None:
         "held = lambda: {n: signal.getsignal(n) for n in signal.valid_signals()}\n"
         "before = held()\n"
         "names = [m.name for m in pkgutil.walk_packages(negmerge_fast.__path__, 'negmerge_fast.')]\n"
-        "[importlib.import_module(name) for name in names]\n"
+        "for name in names:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except ImportError as error:\n"
+        "        if error.name != 'mergekit':  # an extra\n"
+        "            raise\n"
         "print(held() == before and 'negmerge_fast.__main__' in names)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
