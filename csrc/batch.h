@@ -23,8 +23,9 @@ enum Reduction : int { kSum, kMean, kLargest };
 // What is counted of a segment then: also elements that only a weight of zero keeps from being changed.
 constexpr int kFamilyCounted = 4;
 
-// Storage types of weights are those of models, and bytes.
-constexpr int kWeightU8 = 4;
+// Storage types of weights are those of models, and integers.
+constexpr int kWeightU8 = 4, kWeightI32 = 5, kWeightI64 = 6;
+constexpr std::int64_t kWeightSizes[] = {8, 4, 2, 2, 1, 4, 8};
 
 struct Family {
   Gate gate;

@@ -209,7 +209,7 @@ struct SegmentTerms {
   NEGMERGE_INLINE std::uint32_t key() const { return static_cast<std::uint32_t>(row[1]); }
   NEGMERGE_INLINE std::int64_t weights() const { return row[2]; }  // their address, or 0
   NEGMERGE_INLINE int weight_type() const { return static_cast<int>(row[3]); }
-  NEGMERGE_INLINE std::int64_t weight_size() const { return row[3] == kWeightU8 ? 1 : kSizes[row[3]]; }
+  NEGMERGE_INLINE std::int64_t weight_size() const { return kWeightSizes[row[3]]; }
   NEGMERGE_INLINE double low(std::int64_t k) const { return number(4 + k); }
   NEGMERGE_INLINE double high(std::int64_t k) const { return number(4 + n + k); }
 

@@ -274,7 +274,7 @@ const Steps<T>& steps_of(Gating gating, Dtype dtype, int tallied) {
   }
 }
 
-// Numbers of storage type M, or of bytes, as numbers of T. Behind the last one, zeros to the end of a step.
+// Numbers of storage type M, or integers, as numbers of T. Behind the last one, zeros to the end of a step.
 template <class T, class M>
 void widen(const char* from, int count, T* to) {
   using N = PackOf<T>;
@@ -290,21 +290,32 @@ void widen(const char* from, int count, T* to) {
         static_cast<typename M::Word>(read<typename M::Bits>(from + i * sizeof(typename M::Bits)))));
   for (; i % Pack<T>::step; ++i) to[i] = T(0);
 }
+template <class T, class Integer>
+void widen_integers(const char* from, int count, T* to) {
+  int i = 0;
+  for (; i < count; ++i) to[i] = static_cast<T>(read<Integer>(from + i * sizeof(Integer)));
+  for (; i % Pack<T>::step; ++i) to[i] = T(0);
+}
 template <class T>
 void widen(int type, const char* from, int count, T* to) {
   switch (type) {
+    case kWeightU8: return widen_integers<T, unsigned char>(from, count, to);
+    case kWeightI32: return widen_integers<T, std::int32_t>(from, count, to);
+    case kWeightI64: return widen_integers<T, std::int64_t>(from, count, to);
     case kF64: return widen<T, F64>(from, count, to);
     case kF32: return widen<T, F32>(from, count, to);
     case kF16: return widen<T, F16>(from, count, to);
     case kBF16: return widen<T, BF16>(from, count, to);
   }
-  int i = 0;
-  for (; i < count; ++i) to[i] = static_cast<T>(static_cast<unsigned char>(from[i]));
-  for (; i % Pack<T>::step; ++i) to[i] = T(0);
 }
 template <class T>
 T weight_one(int type, const char* from) {
-  return type == kWeightU8 ? static_cast<T>(static_cast<unsigned char>(*from)) : load_one<T>(static_cast<Dtype>(type), from);
+  switch (type) {
+    case kWeightU8: return static_cast<T>(read<unsigned char>(from));
+    case kWeightI32: return static_cast<T>(read<std::int32_t>(from));
+    case kWeightI64: return static_cast<T>(read<std::int64_t>(from));
+  }
+  return load_one<T>(static_cast<Dtype>(type), from);
 }
 
 // Products of the lower halves of numbers, and a number.

@@ -220,6 +220,13 @@ __device__ void widen_weights(const SegmentTerms& terms, std::int64_t element, T
 #pragma unroll
   for (int e = 0; e < E; ++e) w[e] = number<T>(found, e);
 }
+template <class T, class Integer, int E>
+__device__ void widen_integers(const SegmentTerms& terms, std::int64_t element, T (&w)[E]) {
+  using Bits = std::make_unsigned_t<Integer>;
+  const char* const from = global(terms.weights()) + element * sizeof(Bits);
+#pragma unroll
+  for (int e = 0; e < E; ++e) w[e] = static_cast<T>(static_cast<Integer>(load_anywhere<Bits>(from + e * sizeof(Bits))));
+}
 template <class T, int E>
 __device__ void load_weights(const SegmentTerms& terms, std::int64_t element, T (&w)[E]) {
   switch (terms.weight_type()) {
@@ -227,9 +234,10 @@ __device__ void load_weights(const SegmentTerms& terms, std::int64_t element, T 
     case kF32: return widen_weights<T, F32>(terms, element, w);
     case kF16: return widen_weights<T, F16>(terms, element, w);
     case kBF16: return widen_weights<T, BF16>(terms, element, w);
+    case kWeightU8: return widen_integers<T, unsigned char>(terms, element, w);
+    case kWeightI32: return widen_integers<T, std::int32_t>(terms, element, w);
+    case kWeightI64: return widen_integers<T, std::int64_t>(terms, element, w);
   }
-#pragma unroll
-  for (int e = 0; e < E; ++e) w[e] = static_cast<T>(load<unsigned char>(global(terms.weights()) + element + e));
 }
 
 // Writes E elements: results, but the base's bits where one is not finite.

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..core.batch import Batch, Signature
-from ..core.choices import FAMILY_COUNTED, Choices, Election, Gate, Reduction
+from ..core.choices import FAMILY_COUNTED, WEIGHT_CODES, Choices, Election, Gate, Reduction
 from ..core.descriptors import pack_family_for_device, upload
 from ..core.rule import Rule
 from .launch import Launch, usual_launch
@@ -60,6 +60,8 @@ NONFINITE = tl.constexpr(1 << 8)
 VETOED = tl.constexpr(1 << 16)
 MASKED = tl.constexpr(1 << 24)
 COUNTS = tl.constexpr(len(FAMILY_COUNTED))
+U8 = tl.constexpr(WEIGHT_CODES["U8"])
+I32 = tl.constexpr(WEIGHT_CODES["I32"])
 
 
 @triton.jit
@@ -91,8 +93,12 @@ def _weights(term, start, lanes, left, T: tl.constexpr, ALIGNED: tl.constexpr):
         w = _numbers(address, start, mask, F16, T, ALIGNED)
     elif dtype == BF16:
         w = _numbers(address, start, mask, BF16, T, ALIGNED)
-    else:
+    elif dtype == U8:
         w = tl.load((address + start).to(tl.pointer_type(tl.uint8)) + lanes, mask=mask, other=0).to(T)
+    elif dtype == I32:  # as large as the bits of floats
+        w = _load(address, start, mask, F32, ALIGNED).to(T)
+    else:
+        w = _load(address, start, mask, F64, ALIGNED).to(T)
     return tl.where(address != 0, w, 1.0)
 
 

@@ -186,15 +186,12 @@ def _terms(device: str, segments: list[Segment], rule: Rule, choices: Choices) -
 
 def _weight(device: str, number: int, segment: Segment, generator: torch.Generator) -> Operand:
     """Weights of a segment, as aligned as its models: zeros, and numbers of both signs that are rarely not finite."""
-    dtype = ("U8", "F32", "BF16", "F16", "F64", "BOOL")[number % 6]
+    dtype = list(WEIGHT_SIZES)[(number + len(segment.models)) % len(WEIGHT_SIZES)]
     values = torch.randn(segment.numel, generator=generator, dtype=torch.float64, device="cpu")
     values = torch.where(values.abs() < 0.2, 0.0, torch.where(values > 3, 1e300, values))
-    whole = torch.uint8 if WEIGHT_SIZES[dtype] == 1 else pytorch.TORCH_DTYPES[dtype]
-    weights = (
-        (values * 2).abs().clamp(max=1 if dtype == "BOOL" else 255).to(whole)
-        if whole == torch.uint8
-        else values.to(whole)
-    )
+    if dtype not in FLOAT_SIZES:
+        values = (values * 2).abs().clamp(max=1 if dtype == "BOOL" else 255)
+    weights = values.to(pytorch.TORCH_DTYPES[dtype])
     offset = segment.models[0].address % 2
     owner = torch.nn.functional.pad(weights.view(torch.uint8), (offset, 0)).to(device)
     return Operand(owner.data_ptr() + offset, dtype, owner)

@@ -131,9 +131,9 @@ def key_of(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-# Storage types of weights, by code, and their sizes: those of models, and masks of bytes that are 0 or 1 (or any number up to 255).
-WEIGHT_CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3, "U8": 4, "BOOL": 4}
-WEIGHT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
+# Storage types of weights, by code, and their sizes: those of models, and masks of integers that are 0 or 1 (or any number). SalUn saves I64.
+WEIGHT_CODES = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3, "U8": 4, "BOOL": 4, "I32": 5, "I64": 6}
+WEIGHT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1, "I32": 4, "I64": 8}
 
 # What is counted of a segment by this rule, in this order.
 FAMILY_COUNTED = ("agreed", "nonfinite", "vetoed_by_zero", "masked")

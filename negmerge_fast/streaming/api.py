@@ -105,7 +105,7 @@ def merge_checkpoints(
             PyTorch's.
         method: The name of a method ("mean", "ties", …), or one with other numbers than the usual ones, as negmerge_fast.method makes it.
         weights: A checkpoint with a weight for each element by the names of the base, such as a mask of 0 and 1: a PyTorch file of a
-            dictionary, a .safetensors file or a directory, in a float type, bool or uint8. What of the base it lacks has the weight 1.
+            dictionary, a .safetensors file or a directory, in a float type, bool, uint8, int32 or int64. What of the base it lacks has the weight 1.
         progress: Called with (bytes done, bytes in all) after every chunk. It may raise to stop the merge.
 
     Returns:

@@ -142,7 +142,7 @@ def merge(
             type of b, as merging them one by one would make them ("merged"). Then full models are merged as without adapters.
         method: What is taken off the base: the name of a method, or one with numbers of its own, made by negmerge_fast.method.
         weights: A weight w for each element: out = b - λ · w · mean. What base is, with its names and shapes, on its devices: of a
-            floating-point type, or a mask of bool or uint8. Tensors that it lacks have weight 1. Names are paired as those of models.
+            floating-point type, or a mask of bool, uint8, int32 or int64. Tensors that it lacks have weight 1. Names are paired as those of models.
 
     Returns:
         What base is, in memory of its own: a tensor or array, or a dict of them. For a module, its state dict as plain
@@ -157,7 +157,7 @@ def merge(
     Raises:
         InputError: If versions differ in names, shapes or devices, or in integers that are no counters; there is nothing to
             merge; weights are quantized; a part of an adapter has no place in the base, or is no plain LoRA; memory cannot be viewed;
-            an option is out of range; weights have a name that the base lacks, another shape or an integer type;
+            an option is out of range; weights have a name that the base lacks, another shape or another type;
             a named backend cannot run here; or an element is non-finite with nonfinite="error". It is a ValueError,
             and names the model and the tensor.
         TypeError: If an argument is of the wrong kind, or a tensor is not a dense one with memory of its own.

@@ -27,7 +27,7 @@ POISON = 0xA5
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 # Storage types of weights, as the operand names them.
-WEIGHTS = {**STORAGE, "U8": torch.uint8, "BOOL": torch.bool}
+WEIGHTS = {**STORAGE, "U8": torch.uint8, "BOOL": torch.bool, "I32": torch.int32, "I64": torch.int64}
 SPELLED = {dtype: name for name, dtype in WEIGHTS.items()}
 
 # Every method by its name, with its usual numbers, and with others.
@@ -179,6 +179,20 @@ def hostile_weights(length: int, dtype: str, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if dtype in ("U8", "BOOL"):
         return torch.randint(4, (length,), generator=generator).to(WEIGHTS[dtype])
+    if dtype in ("I32", "I64"):  # some between two numbers of float32, or of float64, which are rounded once
+        odd = torch.tensor(
+            [
+                0,
+                1,
+                2,
+                -3,
+                2**24 + 1,
+                2**31 - 1,
+                -(2**31),
+                *((2**62 + 2**38 + 1, -(2**63)) if dtype == "I64" else ()),
+            ]
+        )
+        return odd[torch.randint(len(odd), (length,), generator=generator)].to(WEIGHTS[dtype])
     values = torch.randn(length, generator=generator, dtype=torch.float64)
     odd = torch.tensor(
         [0.0, -0.0, 1.0, 0.0, 1e-45, 6e-8, 1e-30, math.inf, math.nan, 3e38], dtype=torch.float64

@@ -176,7 +176,9 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.bool], ids=str
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.int32, torch.int64],
+    ids=str,
 )
 def test_weights_of_one_change_nothing(dtype: torch.dtype, backend: str) -> None:
     base, *models = models_of()
@@ -192,7 +194,7 @@ def test_weights_of_one_change_nothing(dtype: torch.dtype, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_a_mask_is_masking_by_hand(dtype: torch.dtype, backend: str) -> None:
     base, *models = models_of()
     merged = nm.merge(base, models, scale=SCALE, backend=backend)
@@ -395,7 +397,7 @@ def test_adapters(over: Any, mixed: bool, tmp_path: Path) -> None:
         ({"weights": {"z": torch.ones(9)}}, "weights: 'z': not in base, expected weights of its tensors"),
         ({"weights": {}}, "weights: of no tensor that is merged, expected some"),
         ({"weights": {"bias": torch.ones(3)}}, "weights['bias']: shape (3,), expected (9,) like base['bias']"),
-        ({"weights": {"bias": torch.ones(9).int()}}, "weights['bias']: I32, expected one of F64, F32, F16, BF16, U8"),
+        ({"weights": {"bias": torch.ones(9).short()}}, "weights['bias']: I16, expected one of F64, F32, F16, BF16, U8"),
         ({"weights": {"bias": torch.ones(9, device="meta")}}, "weights['bias']: a meta tensor holds no data"),
         (
             {"method": nm.method("ties", density=(0.1, 0.2))},

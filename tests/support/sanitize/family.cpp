@@ -30,6 +30,8 @@ void merge_one(const Batch& batch, std::int64_t segment, std::int64_t i, const F
   if (terms.weights()) {
     const char* w = reinterpret_cast<const char*>(terms.weights()) + i * terms.weight_size();
     if (terms.weight_type() == kWeightU8) weight = static_cast<T>(static_cast<unsigned char>(*w));
+    else if (terms.weight_type() == kWeightI32) weight = static_cast<T>(read<std::int32_t>(w));
+    else if (terms.weight_type() == kWeightI64) weight = static_cast<T>(read<std::int64_t>(w));
     else weight = with_type(static_cast<Dtype>(terms.weight_type()), [&](auto m) { return static_cast<T>(number<double, decltype(m)>(w)); });
   }
   typename O::Bits kept{};
@@ -93,8 +95,8 @@ bool same_family(int round) {
     const std::int64_t numel = random_below(4) ? random_below(200) : random_below(9'000);
     descriptors.push_back(numel);
     const auto add = [&](std::vector<Memory>& to, int dtype) {
-      to.emplace_back(numel * (dtype == kWeightU8 ? 1 : kSizes[dtype]));
-      to.back().fill(dtype == kWeightU8 ? kBF16 : static_cast<Dtype>(dtype));
+      to.emplace_back(numel * kWeightSizes[dtype]);
+      to.back().fill(dtype >= kWeightU8 ? kBF16 : static_cast<Dtype>(dtype));
       return reinterpret_cast<std::int64_t>(to.back().at);
     };
     const std::int64_t base = add(inputs, batch.result);
@@ -104,7 +106,7 @@ bool same_family(int round) {
     for (const Dtype dtype : dtypes) descriptors.push_back(add(inputs, dtype));
     terms.push_back(random_below(std::int64_t{1} << 40));
     terms.push_back(random_below(std::int64_t{1} << 32));
-    const std::int64_t type = random_below(5);
+    const std::int64_t type = random_below(7);
     terms.push_back(random_below(2) ? add(inputs, static_cast<int>(type)) : 0);
     terms.push_back(type);
     for (std::int64_t i = 0; i < 2 * n; ++i) {
