@@ -30,7 +30,7 @@ class Scales:
         """Check what a user gave.
 
         Raises:
-            InputError: If a pattern is no regular expression, or a number is not finite.
+            InputError: If a pattern is no regular expression or is given twice, or a number is not finite.
             TypeError: If it is neither a number nor pairs.
         """
         if isinstance(scale, Scales):
@@ -38,7 +38,7 @@ class Scales:
         pairs = scale.items() if isinstance(scale, Mapping) else scale
         if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
             return cls((("", Rule(scale).scale),))  # type: ignore[arg-type]
-        checked = []
+        checked: list[tuple[str, float]] = []
         for pair in pairs:
             if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise InputError(f"scale: {short_repr(pair)}, expected a regular expression and a number")
@@ -49,6 +49,8 @@ class Scales:
                 raise InputError(
                     f"scale: {short_repr(pattern)} is not a regular expression ({error})"
                 ) from None
+            if pattern in dict(checked):
+                raise InputError(f"scale: {short_repr(pattern)} is given twice, expected each pattern once")
             value = as_float(f"scale of {short_repr(pattern)}", number)
             if not math.isfinite(value):
                 raise InputError(f"scale of {short_repr(pattern)}: {value}, expected a finite number")

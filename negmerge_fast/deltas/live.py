@@ -17,13 +17,14 @@ from ..core.batch import Counts
 from ..core.delta import Apply
 from ..core.errors import InputError, some_names
 from ..core.pairing import Rename
-from ..core.rule import Rule
+from ..core.scales import Scale
 from ..core.stats import Stats
 from ..runtime.interrupts import without_interrupts
 from ..tensors.aliasing import shares_memory
 from ..tensors.counts import Results, readable, stats_of
+from ..tensors.family import scales_of
 from ..tensors.names import Model
-from .paired import Changed, Group, Paired, Parts, changed_of, flat_copy, group, merge_counts
+from .paired import Changed, Group, Paired, Parts, by_scale, changed_of, flat_copy, group, merge_counts
 
 # Blocks that were entered and have not ended, so that no memory is in two of them. Weak: one that nobody holds writes no more.
 _entered: weakref.WeakSet[Live] = weakref.WeakSet()
@@ -106,13 +107,13 @@ class Live:
     where it is: a parameter that is moved or replaced is an error at the next move, and at the end.
 
     Attributes:
-        scale: λ; None for the base's bits, as at the beginning. To be assigned.
+        scale: λ, or λ by patterns on the model's names, as of apply_; None for the base's bits, as at the beginning. To be assigned.
     """
 
     def __init__(self, parts: Parts, model: Model, rename: Rename, backend: str) -> None:
         self._arguments: tuple[Parts, Model, Rename, str] | None = (parts, model, rename, backend)
         self._prepared: _Prepared | None = None
-        self._scale: float | None = None
+        self._scale: Scale | None = None
         self._written = False
         self._counted: list[tuple[Group, Counts]] = []
         self._results: Results = ()
@@ -147,22 +148,30 @@ class Live:
             pass
 
     @property
-    def scale(self) -> float | None:
+    def scale(self) -> Scale | None:
         return self._scale
 
     @scale.setter
-    def scale(self, scale: float | None) -> None:
-        checked = None if scale is None else Rule(scale).scale
+    def scale(self, scale: Scale | None) -> None:
+        checked = None if scale is None else scales_of(scale)
         with self._lock:  # another thread may end the block meanwhile
             prepared = self._require_entered()
             if lost := [*_freed(prepared), *(each.name for each in prepared.watched if each.is_elsewhere())]:
                 raise InputError(
                     f"live: {some_names(sorted(set(lost)))}: moved or replaced since the block began, expected the same memory"
                 )
+            by_name = None if checked is None else prepared.paired.by_name(checked)
             with without_interrupts():
                 self._written = True
-                counted = _move(prepared, checked)
-                self._scale, self._counted = checked, counted if checked is not None else []
+                counted = _move(prepared, by_name)
+                self._counted = counted if checked is not None else []
+                self._scale = (
+                    None
+                    if checked is None
+                    else checked.pairs[0][1]
+                    if checked.is_one
+                    else dict(checked.pairs)
+                )
                 self._results = readable(merge_counts(self._counted))
             if checked is not None:
                 prepared.paired.tell(self._results)
@@ -275,14 +284,18 @@ def _fsdp_modules(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def _move(prepared: _Prepared, scale: float | None) -> list[tuple[Group, Counts]]:
-    """Write the result of a scale, or the base's elements, to all elements in the masks."""
+def _move(prepared: _Prepared, scales: Mapping[str, float] | None) -> list[tuple[Group, Counts]]:
+    """Write the result of each tensor's λ, or the base's elements, to all elements in the masks."""
     for module in prepared.fsdp:
         module.reshard()
     prepared.paired.increment_versions()
     for each in prepared.scattered:
         each.load()
-    counted = [(each, apply(each.batch, scale)) for each, apply in prepared.groups]
+    counted = [
+        (part, apply(part.batch, scale))
+        for each, apply in prepared.groups
+        for part, scale in ([(each, None)] if scales is None else by_scale(each, scales))
+    ]
     for each in prepared.scattered:
         each.store()
     return counted

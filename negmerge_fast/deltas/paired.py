@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -123,6 +123,19 @@ def group(pairs: Sequence[TensorPair], segments: Sequence[DeltaSegment]) -> list
         )
         for (device, signature), (those, segments_of) in found.items()
     ]
+
+
+def by_scale(whole: Group, scales: Mapping[str, float]) -> Iterator[tuple[Group, float]]:
+    """Yield a group's parts by the λ of their tensors."""
+    found: dict[str, list[int]] = {}
+    for k, pair in enumerate(whole.pairs):
+        found.setdefault(repr(scales[str(pair.name)]), []).append(k)  # 0 and -0 are two
+    for text, chosen in found.items():
+        if len(found) == 1:
+            yield whole, float(text)
+            return
+        [part] = group([whole.pairs[k] for k in chosen], [whole.batch.segments[k] for k in chosen])
+        yield part, float(text)
 
 
 class Paired(Call):
@@ -255,7 +268,7 @@ class Paired(Call):
 
     def apply(self, scales: Scales) -> Stats:
         """Apply the delta, as run_in_place merges."""
-        backends, by_name = self.choose(), self._by_name(scales)
+        backends, by_name = self.choose(), self.by_name(scales)
         if self.nonfinite == "error":
             self._refuse_nonfinite(by_name, self._run(by_name, backends, written=False))
         self.increment_versions()
@@ -266,9 +279,10 @@ class Paired(Call):
 
     def count(self, scales: Scales) -> list[tuple[Group, Counts]]:
         """Count what would change."""
-        return self._run(self._by_name(scales), self.choose(), written=False)
+        return self._run(self.by_name(scales), self.choose(), written=False)
 
-    def _by_name(self, scales: Scales) -> dict[str, float]:
+    def by_name(self, scales: Scales) -> dict[str, float]:
+        """λ of each tensor. Raises InputError as Scales.by_name."""
         return scales.by_name([str(pair.name) for pair in self.pairs])
 
     def tell(self, results: Results) -> None:
@@ -289,13 +303,10 @@ class Paired(Call):
                 with torch.inference_mode():
                     pair.tensor.copy_(copy)
             del copy, each
-        by_scale: dict[str, list[TensorPair]] = {}
-        for pair in [pair for pair in self.pairs if pair.is_flat]:
-            by_scale.setdefault(repr(scales[str(pair.name)]), []).append(pair)  # 0 and -0 are two
-        for text, flat in by_scale.items():
-            segments = [t.segment(t.tensor, None, t.tensor if written else None) for t in flat]
-            for each in group(flat, segments):
-                results.append((each, backends[each.batch.device][1](each.batch, float(text))))
+        flat = [pair for pair in self.pairs if pair.is_flat]
+        for whole in group(flat, [t.segment(t.tensor, None, t.tensor if written else None) for t in flat]):
+            for each, scale in by_scale(whole, scales):
+                results.append((each, backends[each.batch.device][1](each.batch, scale)))
         return results
 
     def _refuse_nonfinite(self, scales: Mapping[str, float], counted: Sequence[tuple[Group, Counts]]) -> None:

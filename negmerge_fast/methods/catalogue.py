@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +32,7 @@ def method(name: str, **numbers: Any) -> Method:
         name: "negmerge", "k-of-n", "mean", "task-arithmetic", "conflict", "magmax", "ties", "breadcrumbs", "dare", "dare-ties", "consensus"
             or "emr".
         numbers: density and over of ties; density, gamma and over of breadcrumbs; drop and seed of dare and dare-ties; mask_scale
-            of consensus. What is None or not given is the method's usual number.
+            of consensus; model_weights of any. What is None or not given is the method's usual number.
 
     Raises:
         InputError: If there is no such method, it has no such number, or one is out of range.
@@ -39,6 +40,7 @@ def method(name: str, **numbers: Any) -> Method:
     """
     require_choice("method", name, NAMES)
     given = {key: value for key, value in numbers.items() if value is not None}
+    model_weights = given.pop("model_weights", None)
     for key in given:
         if name not in PARAMETERS.get(key, ()):
             having = (
@@ -46,7 +48,7 @@ def method(name: str, **numbers: Any) -> Method:
             )
             raise InputError(f"{key}: method {name} has none, {having}")
     made: Method = maker(name)(**given)
-    return made
+    return made if model_weights is None else replace(made, model_weights=model_weights)
 
 
 def maker(name: str) -> Callable[..., Method]:

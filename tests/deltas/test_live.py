@@ -72,8 +72,11 @@ def test_a_module(device: str) -> None:
     x = torch.randn(2, 5, device=device)
     with delta.live(base) as live:
         assert live.scale is None and equal(state(base), before)
-        for scale in (0.5, -1, 0.7):
+        scales: list[Any] = [0.5, -1, {"^0": 0.3, r"bias$": -0.0, "": 0.7}, 0.7]
+        for scale in scales:
             live.scale = scale
+            with pytest.raises(nm.InputError, match=r"^scale: 'x' is the first to match no tensor"):
+                live.scale = {"x": 1.0, "": 0.2}
             assert live.scale == scale
             merged = net(0).to(device)
             merged.load_state_dict(nm.merge(merged, models, scale=scale))

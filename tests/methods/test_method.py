@@ -86,6 +86,11 @@ def test_what_is_no_method_is_refused() -> None:
         catalogue.as_method(3)  # type: ignore[arg-type]
 
 
+def test_every_method_has_weights_of_models() -> None:
+    for name in catalogue.NAMES:
+        assert catalogue.method(name, model_weights=[1, 2]).model_weights == (1.0, 2.0)
+
+
 def test_numbers_not_given_are_the_usual_ones() -> None:
     assert catalogue.method("ties", density=None, seed=None) == catalogue.method("ties")
 

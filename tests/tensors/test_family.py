@@ -393,6 +393,7 @@ def test_adapters(over: Any, mixed: bool, tmp_path: Path) -> None:
         ({"scale": {"bias": 1.0}}, "scale: no pattern matches 'layers.0.weight', expected one, or a number"),
         ({"scale": {"(": 1.0}}, "scale: '(' is not a regular expression"),
         ({"scale": {"x": 1.0, "": 1.0}}, "scale: 'x' is the first to match no tensor, expected at least one"),
+        ({"scale": [("", 0.5), ("", 0.6)]}, "scale: '' is given twice, expected each pattern once"),
         ({"scale": []}, "scale: no patterns, expected a number or at least one"),
         ({"weights": {"z": torch.ones(9)}}, "weights: 'z': not in base, expected weights of its tensors"),
         ({"weights": {}}, "weights: of no tensor that is merged, expected some"),
