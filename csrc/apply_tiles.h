@@ -187,13 +187,7 @@ __global__ void __launch_bounds__(kApplyThreads, kApplyBlocks) apply_tiles(const
   int tile = static_cast<int>(std::uint64_t{blockIdx.x} * args.tiles / gridDim.x) + warp;
   const int end = static_cast<int>((std::uint64_t{blockIdx.x} + 1) * args.tiles / gridDim.x);
   if (tile >= end) return;
-
-  // Binary search for the segment of the first tile.
-  int segment = 0;
-  for (int high = args.segments; high - segment > 1;) {
-    const int middle = segment + (high - segment) / 2;
-    (*args.tiling(middle) <= tile ? segment : high) = middle;
-  }
+  int segment = segment_of(args.segments, tile, [&](int i) { return *args.tiling(i); });
   Applied counts;
   for (; tile < end; tile += kApplyWarps) {
     if (*args.tiling(segment + 1) <= tile) {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: loads and stores of a device's memory at any address, and counts of a warp.
+// What the CUDA kernels share: loads and stores of a device's memory at any address, counts of a warp, and where a tile is.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -73,6 +73,17 @@ __device__ void add_for_warp(std::int64_t* to, int count) {
   const int total = __reduce_add_sync(0xffffffffu, count);
   if (threadIdx.x % 32 || !total) return;
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(total));
+}
+
+// Binary search for the one of `count` segments that a tile is of. before(i): the number of tiles before segment i.
+template <class Before>
+__device__ int segment_of(int count, int tile, const Before& before) {
+  int segment = 0;
+  for (int high = count; high - segment > 1;) {
+    const int middle = segment + (high - segment) / 2;
+    (before(middle) <= tile ? segment : high) = middle;
+  }
+  return segment;
 }
 
 }  // namespace

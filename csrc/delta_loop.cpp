@@ -273,14 +273,7 @@ void apply_blocks(const DeltaBatch& batch, std::int64_t segment, std::int64_t fi
 
 template <class T>
 void apply_blocks(const DeltaBatch& batch, std::int64_t segment, std::int64_t first, std::int64_t blocks, bool in_cache) {
-  switch (batch.result) {
-    case kF64:
-      if constexpr (sizeof(T) == 8) apply_blocks<T, F64>(batch, segment, first, blocks, in_cache);
-      break;
-    case kF32: return apply_blocks<T, F32>(batch, segment, first, blocks, in_cache);
-    case kF16: return apply_blocks<T, F16>(batch, segment, first, blocks, in_cache);
-    case kBF16: return apply_blocks<T, BF16>(batch, segment, first, blocks, in_cache);
-  }
+  with_type<T>(batch.result, [&](auto type) { apply_blocks<T, decltype(type)>(batch, segment, first, blocks, in_cache); });
 }
 
 void apply_any(const DeltaBatch& batch, std::int64_t segment, std::int64_t first, std::int64_t blocks, bool in_cache) {

@@ -13,6 +13,7 @@
 #include <cuda_fp16.h>
 #endif
 
+#include "batch.h"
 #include "merge_rule.h"
 
 namespace negmerge {
@@ -117,4 +118,16 @@ NEGMERGE_INLINE std::uint32_t round_pair(float low, float high) {
 #endif
 }
 
+namespace {
+
+// Calls a function with an object of a storage type; those of F64 need that arithmetic. In no other file's place: see packs.h.
+template <class T, class Function>
+void with_type(Dtype dtype, Function function) {
+  if (dtype == kF32) return function(F32{});
+  if (dtype == kF16) return function(F16{});
+  if (dtype == kBF16) return function(BF16{});
+  if constexpr (sizeof(T) == 8) function(F64{});
+}
+
+}  // namespace
 }  // namespace negmerge

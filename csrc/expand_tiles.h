@@ -181,13 +181,7 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandBlocks<T>) expand_tiles
   int tile = static_cast<int>(std::uint64_t{blockIdx.x} * args.tiles / gridDim.x) + warp;
   const int end = static_cast<int>((std::uint64_t{blockIdx.x} + 1) * args.tiles / gridDim.x);
   if (tile >= end) return;
-
-  // Binary search for the box of the first tile. None is empty.
-  int box = 0;
-  for (int high = args.boxes; high - box > 1;) {
-    const int middle = box + (high - box) / 2;
-    (args.before(middle) <= tile ? box : high) = middle;
-  }
+  int box = segment_of(args.boxes, tile, [&](int i) { return args.before(i); });  // none is empty
   for (; tile < end; tile += kExpandWarps) {
     while (args.before(box + 1) <= tile) ++box;
     expand_tile<T, S>(args.row(box), static_cast<unsigned>(tile - args.before(box)), lane, shared[warp]);

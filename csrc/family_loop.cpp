@@ -302,11 +302,8 @@ void widen(int type, const char* from, int count, T* to) {
     case kWeightU8: return widen_integers<T, unsigned char>(from, count, to);
     case kWeightI32: return widen_integers<T, std::int32_t>(from, count, to);
     case kWeightI64: return widen_integers<T, std::int64_t>(from, count, to);
-    case kF64: return widen<T, F64>(from, count, to);
-    case kF32: return widen<T, F32>(from, count, to);
-    case kF16: return widen<T, F16>(from, count, to);
-    case kBF16: return widen<T, BF16>(from, count, to);
   }
+  with_type<double>(static_cast<Dtype>(type), [&](auto stored) { widen<T, decltype(stored)>(from, count, to); });
 }
 template <class T>
 T weight_one(int type, const char* from) {
@@ -703,14 +700,7 @@ void merge_range(const Batch& batch, Position from, std::int64_t elements, bool 
 
 template <class T>
 void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
-  switch (batch.result) {
-    case kF64:
-      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements, in_cache);
-      break;
-    case kF32: merge_range<T, F32>(batch, from, elements, in_cache); break;
-    case kF16: merge_range<T, F16>(batch, from, elements, in_cache); break;
-    case kBF16: merge_range<T, BF16>(batch, from, elements, in_cache); break;
-  }
+  with_type<T>(batch.result, [&](auto type) { merge_range<T, decltype(type)>(batch, from, elements, in_cache); });
 }
 
 }  // namespace

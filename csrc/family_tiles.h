@@ -317,13 +317,7 @@ __global__ void __launch_bounds__(kFamilyThreads, kFamilyBlocks<T>) family_tiles
   const FamilyTable<T> table{args};
   int tile = static_cast<int>(std::uint64_t{blockIdx.x} * args.tiles / gridDim.x);
   const int end = static_cast<int>((std::uint64_t{blockIdx.x} + 1) * args.tiles / gridDim.x);
-
-  // Binary search for the segment of the first tile.
-  int segment = 0;
-  for (int high = args.segments; high - segment > 1;) {
-    const int middle = segment + (high - segment) / 2;
-    (*table.tiling(middle) <= tile ? segment : high) = middle;
-  }
+  int segment = segment_of(args.segments, tile, [&](int i) { return *table.tiling(i); });
   while (tile < end) {
     const std::int64_t* const tiling = table.tiling(segment);
     const int first = static_cast<int>(tiling[0]), next = static_cast<int>(tiling[2]);

@@ -184,14 +184,7 @@ void expand_rectangle(const Expansion& e, const Rectangle& rectangle, const Targ
 template <class T>
 void expand_as(const Expansion& e, Dtype written, const Rectangle& rectangle, const Target& target, const Panels& panels) {
   if (!target.base) return expand_rectangle<T, Difference>(e, rectangle, target, panels);
-  switch (written) {
-    case kF64:
-      if constexpr (sizeof(T) == 8) expand_rectangle<T, F64>(e, rectangle, target, panels);
-      break;
-    case kF32: expand_rectangle<T, F32>(e, rectangle, target, panels); break;
-    case kF16: expand_rectangle<T, F16>(e, rectangle, target, panels); break;
-    case kBF16: expand_rectangle<T, BF16>(e, rectangle, target, panels); break;
-  }
+  with_type<T>(written, [&](auto type) { expand_rectangle<T, decltype(type)>(e, rectangle, target, panels); });
 }
 
 }  // namespace

@@ -550,14 +550,7 @@ void merge_range(const Batch& batch, Position from, std::int64_t elements, bool 
 
 template <class T>
 void merge_range(const Batch& batch, Position from, std::int64_t elements, bool in_cache) {
-  switch (batch.result) {
-    case kF64:
-      if constexpr (sizeof(T) == 8) merge_range<T, F64>(batch, from, elements, in_cache);
-      break;
-    case kF32: merge_range<T, F32>(batch, from, elements, in_cache); break;
-    case kF16: merge_range<T, F16>(batch, from, elements, in_cache); break;
-    case kBF16: merge_range<T, BF16>(batch, from, elements, in_cache); break;
-  }
+  with_type<T>(batch.result, [&](auto type) { merge_range<T, decltype(type)>(batch, from, elements, in_cache); });
 }
 
 }  // namespace

@@ -41,15 +41,6 @@ NEGMERGE_INLINE typename Lanes<T>::N load(const char* from) {
       load_floats<M, F, typename L::template Of<typename M::Word>, typename L::template Of<typename M::Bits>>(from));
 }
 
-// Calls a function with an object of a storage type.
-template <class T, class Function>
-void with_type(Dtype dtype, Function function) {
-  if (dtype == kF32) return function(F32{});
-  if (dtype == kF16) return function(F16{});
-  if (dtype == kBF16) return function(BF16{});
-  if constexpr (sizeof(T) == 8) function(F64{});
-}
-
 // Whether storage type M holds every value of S.
 template <class S>
 bool holds(Dtype dtype) {

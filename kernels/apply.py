@@ -26,6 +26,7 @@ from .merge import (
     NONFINITE,
     _load,
     _round,
+    _segment_of,
     _store,
     _widen,
     interpreted,
@@ -121,15 +122,7 @@ def apply_tiles(
     descriptors = memory + 2 * (segments + 1)
     scale = tl.load(numbers).to(T)
 
-    # Binary search for the segment of the first tile.
-    segment = tl.zeros([], tl.int64)
-    high = segment + segments
-    while high - segment > 1:
-        middle = (segment + high) // 2
-        started = tl.load(memory + 2 * middle) <= tile
-        segment = tl.where(started, middle, segment)
-        high = tl.where(started, high, middle)
-
+    segment = _segment_of(memory, 2, segments, tile)
     while tile < end:
         first = tl.load(memory + 2 * segment)
         last = tl.minimum(tl.load(memory + 2 * segment + 2), end)

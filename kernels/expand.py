@@ -17,7 +17,7 @@ import triton.language as tl
 from ..core.descriptors import pack_expand_for_device, upload
 from ..core.dtypes import DTYPE_CODES, FLOAT_SIZES
 from ..core.low_rank import ExpandBatch, ExpandSegment
-from .merge import BF16, F32, F64, MAX_TILES_PER_PROGRAM, _round, _widen, interpreted, on
+from .merge import BF16, F32, F64, MAX_TILES_PER_PROGRAM, _round, _segment_of, _widen, interpreted, on
 
 THREADS = 128
 
@@ -141,15 +141,7 @@ def expand_tiles(
     end = tl.minimum(tile + tiles_per_program, tiles)
     descriptors = memory + boxes + 1
 
-    # Binary search for the box of the first tile. None is empty.
-    box = tl.zeros([], tl.int64)
-    high = box + boxes
-    while high - box > 1:
-        middle = (box + high) // 2
-        started = tl.load(memory + middle) <= tile
-        box = tl.where(started, middle, box)
-        high = tl.where(started, high, middle)
-
+    box = _segment_of(memory, 1, boxes, tile)  # none is empty
     while tile < end:
         first = tl.load(memory + box)
         last = tl.minimum(tl.load(memory + box + 1), end)

@@ -33,6 +33,7 @@ from .merge import (
     _load,
     _numbers,
     _round,
+    _segment_of,
     _store,
     _widen,
     interpreted,
@@ -293,15 +294,7 @@ def family_tiles(
     seed = tl.load((numbers + 3).to(tl.pointer_type(tl.int64)))
     seed_low, seed_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
-    # Binary search for the segment of the first tile.
-    segment = tl.zeros([], tl.int64)
-    high = segment + segments
-    while high - segment > 1:
-        middle = (segment + high) // 2
-        started = tl.load(memory + 2 * middle) <= tile
-        segment = tl.where(started, middle, segment)
-        high = tl.where(started, high, middle)
-
+    segment = _segment_of(memory, 2, segments, tile)
     while tile < end:
         first = tl.load(memory + 2 * segment)
         last = tl.minimum(tl.load(memory + 2 * segment + 2), end)

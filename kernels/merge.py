@@ -305,6 +305,19 @@ def _merge(
 
 
 @triton.jit
+def _segment_of(before, STRIDE: tl.constexpr, segments, tile):
+    """Binary search for the segment that a tile is of. before: the number of tiles before each segment, STRIDE numbers apart."""
+    segment = tl.zeros([], tl.int64)
+    high = segment + segments
+    while high - segment > 1:
+        middle = (segment + high) // 2
+        started = tl.load(before + STRIDE * middle) <= tile
+        segment = tl.where(started, middle, segment)
+        high = tl.where(started, high, middle)
+    return segment
+
+
+@triton.jit
 def _add(counts, counted):
     tl.atomic_add(counts, tl.sum(counted % NONFINITE).to(tl.int64), sem="relaxed")
     tl.atomic_add(counts + 1, tl.sum(counted // NONFINITE % NONFINITE).to(tl.int64), sem="relaxed")
@@ -336,15 +349,7 @@ def merge_tiles(
     scale = tl.load(numbers).to(T)
     reciprocal = tl.load(numbers + 1).to(T)
 
-    # Binary search for the segment of the first tile.
-    segment = tl.zeros([], tl.int64)
-    high = segment + segments
-    while high - segment > 1:
-        middle = (segment + high) // 2
-        started = tl.load(memory + 2 * middle) <= tile
-        segment = tl.where(started, middle, segment)
-        high = tl.where(started, high, middle)
-
+    segment = _segment_of(memory, 2, segments, tile)
     while tile < end:
         first = tl.load(memory + 2 * segment)
         last = tl.minimum(tl.load(memory + 2 * segment + 2), end)

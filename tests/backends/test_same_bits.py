@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from backend_cases import CASES, INTERPRETED, ON_HOST, BackendCase, to_device
-from bits import STORAGE, same_bits
+from bits import STORAGE, remembered, same_bits
 from hostile import HOSTILE, random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from negmerge_fast import Rule, merge, merge_
 from negmerge_fast.backends import registry
 from negmerge_fast.backends.pytorch import BITS_DTYPES
+from negmerge_fast.core import reference
 from negmerge_fast.core.batch import Batch, Operand, Segment, Signature
-from negmerge_fast.core.reference import plain_consensus, plain_merge
 
 # Numbers of models: all in one group, a group and some more, many. The interpreter would take minutes for 300.
 MODEL_COUNTS = [1, 2, 3, 8, 32, 33, 100] if CASES[0].values[0] == INTERPRETED else [1, 2, 3, 8, 15, 33, 300]
+
+plain_merge, plain_consensus = remembered(reference.plain_merge), remembered(reference.plain_consensus)
 
 POISON = 0xA5
 SPELLED = {dtype: name for name, dtype in STORAGE.items()}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import xxhash
 from torch.profiler import ProfilerActivity, profile
 
 STORAGE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,6 +22,42 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         for t in (left, right)
     )
     return torch.equal(left_bytes, right_bytes)
+
+
+# Results of references that are kept: those of one test, of all types and numbers of models.
+_REMEMBERED = 512
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def remembered(reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A reference that keeps results by the bits of what it was given: all backends, one after the other, are compared with one."""
+    held: dict[bytes, _R] = {}
+
+    @wraps(reference)
+    def call(*args: _P.args, **options: _P.kwargs) -> _R:
+        digest = xxhash.xxh3_128()
+        _add_bits(digest, [*args, *sorted(options.items())])
+        if (key := digest.digest()) not in held:
+            if len(held) == _REMEMBERED:
+                del held[next(iter(held))]
+            held[key] = reference(*args, **options)
+        return held[key]
+
+    return call
+
+
+def _add_bits(digest: Any, value: Any) -> None:
+    if isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)}[".encode())
+        for each in value:
+            _add_bits(digest, each)
+    elif isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(f"{value!r},".encode())
 
 
 def peak_allocated(call: Callable[[], object]) -> int:

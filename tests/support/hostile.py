@@ -28,9 +28,9 @@ def random_models(
     ]
     for version in versions:
         hostile = torch.tensor(HOSTILE, dtype=torch.float64).to(version.dtype)
-        where = torch.randint(length, (min(length, 40),), generator=generator) if length else []
-        for place in where:
-            version[place] = hostile[int(torch.randint(len(hostile), (), generator=generator))]
+        if length:
+            places = torch.randint(length, (min(length, 40),), generator=generator).unique()
+            version[places] = hostile[torch.randint(len(hostile), places.shape, generator=generator)]
         if length > 8:  # an element that is zero in all, and one that none has changed
             version[0] = 0.0
             version[1] = float(versions[0][1])
