@@ -7,14 +7,14 @@ CONSTRAINTS ?= constraints.txt
 # Python compiles what is imported when it is imported: for all of what is installed that would take longer.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test suite beside slow libraries fuzz sanitize lint format docs hub-kernel bench baselines tune ci clean
+.PHONY: demo test suite beside slow slow-suite slow-interpreted libraries fuzz sanitize lint format docs hub-kernel bench baselines tune ci clean
 
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
 # Two processes beside each other: most of the suite; and the tests that start processes, after those of equality under Triton's interpreter.
 # Threads that wait for work sleep: those of two processes would take the two cores from each other, and a third more of the time.
-test suite beside: export OMP_WAIT_POLICY = PASSIVE
+test suite beside slow-suite slow-interpreted libraries: export OMP_WAIT_POLICY = PASSIVE
 
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 suite beside
@@ -28,8 +28,12 @@ beside: $(VENV)/.test
 	  >$(VENV)/$@.log 2>&1; status=$$?; cat $(VENV)/$@.log; exit $$status
 
 # Lengths beyond 2^31 and 2^32, kills at random moments, waits: 4 GiB of memory, some minutes.
-slow: $(VENV)/.test
+slow: slow-suite slow-interpreted
+
+slow-suite: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+slow-interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k 'not 32_bits' tests/backends/test_same_bits.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k 'not BF16' tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k written_out tests/backends/test_low_rank.py

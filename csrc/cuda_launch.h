@@ -18,7 +18,7 @@ namespace {
 #define NEGMERGE_CUDA_WAVES 16
 #endif
 constexpr int kWaves = NEGMERGE_CUDA_WAVES;  // blocks for each one that runs at a time
-constexpr int kMostWarps = 32;               // of a block
+constexpr int kMaxWarps = 32;               // of a block
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
@@ -63,7 +63,7 @@ struct Launch {
   // Raises for what no launch can do. entries: of a table.
   void require(std::int64_t entries) const {
     if (words > kCudaTable) throw std::invalid_argument("the table does not go along with a launch");
-    if (std::max(tiles, entries) >= std::numeric_limits<int>::max() - kMostWarps) throw std::invalid_argument("a batch for several launches");
+    if (std::max(tiles, entries) >= std::numeric_limits<int>::max() - kMaxWarps) throw std::invalid_argument("a batch for several launches");
     if (!words) require_on_device(table, device, "the table");
   }
 

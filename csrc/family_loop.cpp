@@ -8,6 +8,8 @@
 //
 // A sweep is compiled for the type of its models, for what is tallied, and for whether there are gates or factors. The steps after it
 // are compiled for fewer choices, as they are for all models at once.
+//
+// What is usual, a few models stored as the base is, has loops of its own that do all of this for two packs at a time (merge_packs).
 #include <limits>
 #include <type_traits>
 
@@ -399,54 +401,135 @@ NEGMERGE_INLINE void store_two(char* to, const F (&x)[2], bool past_cache) {
   for (int j = 0; j < 2; ++j) store(to + j * sizeof(Bits), bits[j], past_cache);
 }
 
-// Finishes packs from `at` on, two at a time. O: the output's type. Returns where it stopped: at the end, or at packs of which anything may
+// What is counted of packs, by lanes.
+template <class T>
+struct PackCounts {
+  using Mask = typename Lanes<T>::Mask;
+  Mask agreed{}, vetoed{}, masked{};
+
+  void add_to(FamilyCounts& counts, bool counts_vetoed) const {
+    for (int lane = 0; lane < Lanes<T>::lanes; ++lane) {
+      counts.agreed += agreed[lane];
+      counts.masked += masked[lane];
+      if (counts_vetoed) counts.vetoed += vetoed[lane];
+    }
+  }
+};
+
+// Finishes two packs, the first of which is pack `at` of the results. O: the output's type. Returns false, and does nothing, if anything may
 // not be finite.
 template <class T, class O, bool kConsensus>
-__attribute__((noinline)) int finish_packs(const Results<T>& results, T scale, int at, int packs, FamilyCounts& counts) {
+NEGMERGE_INLINE bool finish_two(const Results<T>& results, T scale, int at, const PackOf<T> (&b)[2], const PackOf<T> (&r)[2],
+                                PackCounts<T>& counts) {
   using N = PackOf<T>;
   using Mask = typename Lanes<T>::Mask;
   using F = typename Lanes<T>::template Of<typename O::Float>;
   using FMask = decltype(F{} < F{});
   constexpr std::int64_t bytes = Lanes<T>::lanes * sizeof(typename O::Bits);
   const N zero = N{};
-  const auto pack = [](const T* from, int i) { return read<N>(reinterpret_cast<const char*>(from) + i * kPackBytes); };
-  Mask agreed{}, vetoed{}, masked{};
+  F result[2];
+  FMask sure = FMask{} == FMask{};
+  Mask chosen[2], veto[2], mask[2] = {};
+  for (int j = 0; j < 2; ++j) {
+    N weighted = r[j];
+    if (results.weights) {
+      const N w = read<N>(reinterpret_cast<const char*>(results.weights) + (at + j) * kPackBytes);
+      weighted = w * r[j];
+      mask[j] = (w == zero) & (r[j] != zero);
+    }
+    chosen[j] = weighted != zero;
+    veto[j] = (r[j] == zero) & ((Mask)r[j] < Mask{});
+    if constexpr (kConsensus) {
+      result[j] = convert<F>(chosen[j] ? weighted : zero);
+      sure &= in_range<O>(result[j] + convert<F>(b[j] - b[j]));
+    } else {
+      result[j] = convert<FMask>(chosen[j]) ? convert<F>(b[j] - scale * weighted) : convert<F>(b[j]);
+      sure &= in_range<O>(result[j]);
+    }
+  }
+  if (__builtin_expect(!all_negative(sure), 0)) return false;
+  for (int j = 0; j < 2; ++j) {
+    counts.agreed -= chosen[j];
+    counts.vetoed -= veto[j];
+    counts.masked -= mask[j];
+  }
+  if (results.out) store_two<O>(results.out + at * bytes, result, results.past_cache);
+  return true;
+}
+
+// Finishes packs from `at` on. Returns where it stopped: at the end, or at two of which anything may not be finite.
+template <class T, class O, bool kConsensus>
+__attribute__((noinline)) int finish_packs(const Results<T>& results, T scale, int at, int packs, FamilyCounts& counts) {
+  using N = PackOf<T>;
+  const PackStream reduced{reinterpret_cast<const char*>(results.reduced), kPackBytes};
+  PackCounts<T> found;
   for (; at < packs; at += 2) {
-    F result[2];
-    FMask sure = FMask{} == FMask{};
-    Mask chosen[2], veto[2], mask[2] = {};
-    for (int j = 0; j < 2; ++j) {
-      const N b = results.base.template pack<T>(at + j), r = pack(results.reduced, at + j);
-      N weighted = r;
-      if (results.weights) {
-        const N w = pack(results.weights, at + j);
-        weighted = w * r;
-        mask[j] = (w == zero) & (r != zero);
-      }
-      chosen[j] = weighted != zero;
-      veto[j] = (r == zero) & ((Mask)r < Mask{});
-      if constexpr (kConsensus) {
-        result[j] = convert<F>(chosen[j] ? weighted : zero);
-        sure &= in_range<O>(result[j] + convert<F>(b - b));
-      } else {
-        result[j] = convert<FMask>(chosen[j]) ? convert<F>(b - scale * weighted) : convert<F>(b);
-        sure &= in_range<O>(result[j]);
-      }
-    }
-    if (__builtin_expect(!all_negative(sure), 0)) break;
-    for (int j = 0; j < 2; ++j) {
-      agreed -= chosen[j];
-      vetoed -= veto[j];
-      masked -= mask[j];
-    }
-    if (results.out) store_two<O>(results.out + at * bytes, result, results.past_cache);
+    const N b[] = {results.base.template pack<T>(at), results.base.template pack<T>(at + 1)};
+    const N r[] = {reduced.template pack<T>(at), reduced.template pack<T>(at + 1)};
+    if (!finish_two<T, O, kConsensus>(results, scale, at, b, r, found)) break;
   }
-  for (int lane = 0; lane < Lanes<T>::lanes; ++lane) {
-    counts.agreed += agreed[lane];
-    counts.masked += masked[lane];
-    if (results.counts_vetoed) counts.vetoed += vetoed[lane];
-  }
+  found.add_to(counts, results.counts_vetoed);
   return at;
+}
+
+// The same from the loads on, of all models in one group: what is usual. All of them are stored as the base is, S; results.base and
+// group.minus are, too. The values of a pack stay in registers from the first load to the store, and the loads of the next packs are under
+// way meanwhile: a tile that is swept, reduced and finished waits for memory before it computes.
+template <class T, class S, class A, Gating kGating, Election kElection, Reduction kReduction>
+__attribute__((noinline)) int merge_packs(const Group<T>& group, const Results<T>& results, const FamilyConstants<T>& constants, int at,
+                                          int packs, FamilyCounts& counts) {
+  using N = PackOf<T>;
+  constexpr std::int64_t bytes = Lanes<T>::lanes * sizeof(typename S::Bits);
+  const char* x[kGroup];
+  for (int k = 0; k < group.count; ++k) x[k] = group.x[k];
+  const int count = group.count;
+  const FamilyConstants<T> c = constants;
+  const Results<T> to = results;
+  const PackStream minus = group.minus;
+  const N zero = N{}, nan = splat(T(__builtin_nan("")));
+  PackCounts<T> found;
+  for (; at < packs; at += 2) {
+    A s[2];
+    N from[2], b[2], r[2];
+    for (int j = 0; j < 2; ++j) from[j] = load<T, S>(minus.at + (at + j) * minus.step);
+#pragma GCC unroll 1
+    for (int k = 0; k < count; ++k)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const N d = load<T, S>(x[k] + (at + j) * bytes) - from[j];
+        s[j].accumulate(kGating == kLowGating ? (magnitude(d) < splat(group.numbers.low[k]) ? zero : d) : d, splat(T(1)));
+      }
+    for (int j = 0; j < 2; ++j) {
+      b[j] = load<T, S>(to.base.at + (at + j) * to.base.step);
+      r[j] = s[j].reduced(kElection, kReduction, c);
+      if (kElection == kAgreement) r[j] = s[j].vetoed_by_zero(c) ? -zero : r[j];
+      r[j] = s[j].total - s[j].total == zero ? r[j] : nan;
+    }
+    if (!finish_two<T, S, false>(to, c.scale, at, b, r, found)) break;
+  }
+  found.add_to(counts, results.counts_vetoed);
+  return at;
+}
+
+template <class T>
+using MergePacks = int (*)(const Group<T>&, const Results<T>&, const FamilyConstants<T>&, int, int, FamilyCounts&);
+
+// merge_packs for what is usual; null for all else.
+template <class T, class S>
+MergePacks<T> merge_packs_of(Gating gating, Election election, Reduction reduction, int tallied) {
+  using N = PackOf<T>;
+  if (election == kSignOfSum && reduction == kMean && gating != kFullGating)
+    return gating == kLowGating ? merge_packs<T, S, SignsTally<T, N>, kLowGating, kSignOfSum, kMean>
+                                : merge_packs<T, S, SignsTally<T, N>, kNoGating, kSignOfSum, kMean>;
+  if (gating != kNoGating) return nullptr;
+  if (election == kAll && reduction == kSum) return merge_packs<T, S, Totals<T, N, kTotalSum>, kNoGating, kAll, kSum>;
+  if (election == kAll && reduction == kMean) return merge_packs<T, S, Totals<T, N, kTotalSum>, kNoGating, kAll, kMean>;
+  if (election == kAll) return merge_packs<T, S, Totals<T, N, kTotalLargest>, kNoGating, kAll, kLargest>;
+  if (election == kSignOfSum && reduction == kLargest)
+    return merge_packs<T, S, Totals<T, N, kTotalExtremes>, kNoGating, kSignOfSum, kLargest>;
+  if (election == kAgreement && reduction == kMean && tallied == kTotalExtremes)
+    return merge_packs<T, S, Totals<T, N, kTotalExtremes>, kNoGating, kAgreement, kMean>;
+  return nullptr;
 }
 
 // Merges a range of a batch. S: the storage type of base and output; kConsensus: only to w · r.
@@ -455,7 +538,7 @@ class FamilyRange {
  public:
   FamilyRange(const Batch& batch, Position position, std::int64_t elements, bool in_cache)
       : batch_(batch), family_(*batch.family), constants_(family_constants<T>(batch)), position_(position), elements_(elements),
-        in_cache_(in_cache), unit_(are_ones(batch)), tallied_(totals_of(family_.election, family_.reduction, batch.required == batch.n)) {}
+        in_cache_(in_cache), unit_(are_ones(batch)), same_(is_one_group(batch)), tallied_(totals_of(family_.election, family_.reduction, batch.required == batch.n)) {}
 
   void merge() {
     std::int64_t begin = position_.start;  // of this range, in the tile's segment
@@ -488,6 +571,13 @@ class FamilyRange {
     return true;
   }
 
+  // Whether all models are a group that is swept as it is stored, in the base's type.
+  static bool is_one_group(const Batch& batch) {
+    bool same = batch.n <= kGroup && batch.family->gate != kRandom;
+    for (std::int64_t k = 0; same && k < batch.n; ++k) same = batch.dtypes[k] == batch.result;
+    return same;
+  }
+
   // terms_: of the tile.
   Gating gating() const {
     if (!unit_ || family_.gate == kMagnitude) {
@@ -502,9 +592,12 @@ class FamilyRange {
     const int rest = tile.count % P::step, whole = tile.count - rest;
     terms_ = terms_of(batch_, tile.segment);
     gating_ = gating();
-    if (whole) {
+    if (whole && !merge_at_once(tile, whole)) {
       reduce(tile, 0, whole);
-      finish_steps(tile, whole);
+      const Results<T> results = results_of(tile, base_);
+      each_step(tile, whole, [&](int at, int packs) {
+        return finish_packs<T, O, kConsensus>(results, constants_.scale, at, packs, counts_);
+      });
     }
     if (!rest) return;
     reduce(tile, whole, rest);
@@ -625,13 +718,41 @@ class FamilyRange {
     }
   }
 
-  void finish_steps(const Tile& tile, int elements) {
+  Results<T> results_of(const Tile& tile, const PackStream& base) const {
     char* out = tile.template out<O>();
     const bool past_cache = !in_cache_ && out != tile.base(batch_) && reinterpret_cast<std::uintptr_t>(out) % kPackBytes == 0;
-    const Results<T> results{base_, reduced_, terms_.weights() ? weights_ : nullptr, out, past_cache, family_.election == kAgreement};
+    return {base, reduced_, terms_.weights() ? weights_ : nullptr, out, past_cache, family_.election == kAgreement};
+  }
+
+  // Merges the packs of a tile by what returns where it stopped.
+  template <class Merge>
+  void each_step(const Tile& tile, int elements, const Merge& merge_from) {
     const int packs = elements / P::lanes;
-    for (int at = 0; (at = finish_packs<T, O, kConsensus>(results, constants_.scale, at, packs, counts_)) < packs; at += 2)
+    for (int at = 0; (at = merge_from(at, packs)) < packs; at += 2)
       for (int i = at * P::lanes; i < (at + 2) * P::lanes; ++i) merge_one(tile, i);
+  }
+
+  // Merges whole steps without memory for totals, if that is compiled for what is asked.
+  bool merge_at_once(const Tile& tile, int elements) {
+    if constexpr (kConsensus || sizeof(T) != sizeof(typename S::Float)) {
+      return false;
+    } else {
+      const auto run = same_ ? merge_packs_of<T, S>(gating_, family_.election, family_.reduction, tallied_) : nullptr;
+      if (!run) return false;
+      if (terms_.weights()) widen<T>(terms_.weight_type(), weight_at(tile, 0), elements, weights_);
+      const char* base = tile.base(batch_);
+      const PackStream stored = base ? PackStream{base, P::lanes * static_cast<std::int64_t>(sizeof(typename S::Bits))} : kNothing;
+      Group<T> group;
+      group.count = static_cast<int>(batch_.n);
+      group.minus = batch_.task_vectors ? kNothing : stored;
+      for (int k = 0; k < group.count; ++k) {
+        group.x[k] = tile.model(batch_, k);
+        group.numbers.low[k] = static_cast<T>(terms_.low(k));
+      }
+      const Results<T> results = results_of(tile, stored);
+      each_step(tile, elements, [&](int at, int packs) { return run(group, results, constants_, at, packs, counts_); });
+      return true;
+    }
   }
 
   // Merges an element that may not be finite.
@@ -679,7 +800,7 @@ class FamilyRange {
   Position position_;
   std::int64_t elements_;
   const bool in_cache_;
-  const bool unit_;
+  const bool unit_, same_;
   const int tallied_;
   Gating gating_;
   FamilyCounts counts_;

@@ -50,9 +50,12 @@ NEGMERGE_INLINE To convert(From from) {
   return __builtin_convertvector(from, To);
 }
 
-// 16-bit integers as 32-bit ones, and back if they fit. The compiler's own conversions take five instructions for these two.
+// 16-bit integers as 32-bit ones, and back if they fit. The compiler's own conversions take five instructions for these.
 template <class Words, class Bits>
 NEGMERGE_INLINE Words widened(Bits bits) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(Bits) == 32 && sizeof(Words) == 64) return (Words)_mm512_cvtepu16_epi32((__m256i)bits);
+#endif
 #ifdef __AVX2__
   if constexpr (sizeof(Bits) == 16 && sizeof(Words) == 32) return (Words)_mm256_cvtepu16_epi32((__m128i)bits);
 #endif
