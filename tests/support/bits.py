@@ -17,11 +17,12 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Compare tensors bit for bit, NaN payloads and the sign of zero included."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    left_bytes, right_bytes = (
-        torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).view(-1).view(torch.uint8)
-        for t in (left, right)
-    )
-    return torch.equal(left_bytes, right_bytes)
+    return torch.equal(_bytes(left), _bytes(right))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor's elements, in row-major order."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()).view(-1).view(torch.uint8)
 
 
 # Results of references that are kept: those of one test, of all types and numbers of models.
@@ -55,7 +56,7 @@ def _add_bits(digest: Any, value: Any) -> None:
             _add_bits(digest, each)
     elif isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(value).numpy())
     else:
         digest.update(f"{value!r},".encode())
 
