@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 # Python compiles what is imported when it is imported: for all of what is installed that would take longer.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
+# What it has compiled stays, then: else each process of a test compiles torch anew, for three seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test suite beside slow slow-suite slow-interpreted libraries fuzz sanitize lint format docs hub-kernel bench baselines tune ci clean
 

@@ -126,7 +126,11 @@ def ended(command: Sequence[object], group: Group | None = None, cwd: Path | Non
     reading, writing = os.pipe()
     with TemporaryFile() as said, open(reading) as told:
         timed = [sys.executable, "-c", _TIMED, str(writing), *arguments]
-        subprocess.run(timed, stdout=said, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=[writing])
+        # What Python has compiled stays, as in users' installations.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        subprocess.run(
+            timed, stdout=said, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=[writing], env=inherited
+        )
         os.close(writing)
         status, seconds, peak = told.read().split()
         said.seek(0)
