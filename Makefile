@@ -14,18 +14,22 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/.demo
 	$(BIN)/negmerge demo
 
-# Two processes beside each other: most of the suite; and the tests that start processes, after those of equality under Triton's interpreter.
+# Two processes beside each other, which take as long: most of the suite; and the tests that start processes, after those of equality under
+# Triton's interpreter and those of deltas.
 # Threads that wait for work sleep: those of two processes would take the two cores from each other, and a third more of the time.
 test suite beside slow-suite slow-interpreted libraries: export OMP_WAIT_POLICY = PASSIVE
 
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 suite beside
 
+suite beside: DELTAS = tests/backends/test_delta.py
+
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest -m 'not slow and not libraries and not processes'
+	$(BIN)/python -m pytest -m 'not slow and not libraries and not processes' --ignore=$(DELTAS)
 
 beside: $(VENV)/.test
 	(TRITON_INTERPRET=1 $(BIN)/python -m pytest -k BF16 tests/backends/test_same_bits.py tests/backends/test_apply_same_bits.py && \
+	  $(BIN)/python -m pytest $(DELTAS) && \
 	  $(BIN)/python -m pytest -m 'processes and not slow' $$(grep -rl --include='test_*.py' pytest.mark.processes tests)) \
 	  >$(VENV)/$@.log 2>&1; status=$$?; cat $(VENV)/$@.log; exit $$status
 
