@@ -96,6 +96,10 @@ def test_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at:
 @pytest.mark.processes
 def test_of_several_processes(tmp_path: Path) -> None:
     save(tmp_path)
-    more = ("--nonfinite", "keep-base", "--scale", "1", "--report", "report.json")
-    assert [status for status, *_ in finish(start(tmp_path, *more, ranks=3, wait=0.0))] == [0, 0, 0]
+    arguments = (*MERGE, "--threads", "1", "--nonfinite", "keep-base", "--report", "report.json")
+    assert [status for status, *_ in finish(start(tmp_path, ranks=3, wait=0.0, arguments=arguments))] == [
+        0,
+        0,
+        0,
+    ]
     assert json.loads((tmp_path / "report.json").read_text())["notes"] == [LINE]
