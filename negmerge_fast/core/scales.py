@@ -69,6 +69,11 @@ class Scales:
         """Whether there is one λ, of all tensors."""
         return len(self.pairs) == 1 and self.pairs[0][0] == ""
 
+    @property
+    def given(self) -> float | dict[str, float]:
+        """A number, or λ by pattern: as a user gives it."""
+        return self.pairs[0][1] if self.is_one else dict(self.pairs)
+
     def by_name(self, names: Iterable[str]) -> dict[str, float]:
         """λ of each tensor.
 

@@ -165,13 +165,7 @@ class Live:
                 self._written = True
                 counted = _move(prepared, by_name)
                 self._counted = counted if checked is not None else []
-                self._scale = (
-                    None
-                    if checked is None
-                    else checked.pairs[0][1]
-                    if checked.is_one
-                    else dict(checked.pairs)
-                )
+                self._scale = None if checked is None else checked.given
                 self._results = readable(merge_counts(self._counted))
             if checked is not None:
                 prepared.paired.tell(self._results)
